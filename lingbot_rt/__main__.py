@@ -1,0 +1,4 @@
+from lingbot_rt.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,222 @@
+"""One frozen configuration, built once: defaults < TOML file < environment < flags.
+
+Each field below is a flag of ``lingbot-rt serve`` (``--model-path``), a key of the TOML file (``model_path``) and an
+environment variable (``LINGBOT_RT_MODEL_PATH``). The help text, the range and the choices stand beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lingbot_rt.errors import ConfigError
+
+PIPELINE_CLASS_NAME = "LingBotWorldCausalDMDPipeline"
+ENV_PREFIX = "LINGBOT_RT_"
+BUILTIN = "builtin"
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    group: str,
+) -> Any:
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "group": group}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    # Model
+    model_path: str = _option(BUILTIN, "builtin, a diffusers folder, or a hub id", group="model")
+    served_model_name: str | None = _option(
+        None, "name in /v1/models (default: from the model path)", group="model"
+    )
+    pipeline_class_name: str = _option(
+        PIPELINE_CLASS_NAME, "the only pipeline there is", choices=(PIPELINE_CLASS_NAME,), group="model"
+    )
+    # Device
+    num_gpus: int = _option(1, "processes, one a GPU", low=1, high=64, group="device")
+    ulysses_degree: int | None = _option(
+        None, "GPUs that share a session (default: all of them)", low=1, high=64, group="device"
+    )
+    device: str = _option("auto", "where the networks run", choices=("auto", "cuda", "cpu"), group="device")
+    dtype: str = _option(
+        "auto",
+        "auto: bfloat16 on cuda, float32 on cpu",
+        choices=("auto", "float32", "bfloat16"),
+        group="device",
+    )
+    dit_cpu_offload: bool = _option(
+        False, "the DiT rests on the CPU and visits the device when used", group="device"
+    )
+    text_encoder_cpu_offload: bool = _option(
+        False, "the text encoder rests on the CPU and visits the device when used", group="device"
+    )
+    vae_cpu_offload: bool = _option(
+        False, "the VAE rests on the CPU and visits the device when used", group="device"
+    )
+    attention_backend: str = _option(
+        "auto", "self-attention kernel", choices=("auto", "sdpa", "cudnn", "flash", "math"), group="device"
+    )
+    deterministic_noise: str = _option(
+        "auto",
+        "where a session's noise is drawn: cpu gives one world a seed on every device",
+        choices=("auto", "cpu", "device"),
+        group="device",
+    )
+    cpu_threads: int | None = _option(
+        None, "threads of the CPU path (default: physical cores)", low=1, high=256, group="device"
+    )
+    warmup: bool = _option(True, "run every shape once before /health says ready", group="device")
+    # Server
+    host: str = _option("127.0.0.1", "address to listen on", group="server")
+    port: int = _option(30000, "port to listen on; 0 picks a free one", low=0, high=65535, group="server")
+    api_key: str | None = _option(None, "when set, every request must carry it", group="server")
+    cors_allow_origins: str = _option(
+        "*", "comma-separated origins that may use the HTTP API and the WebSocket", group="server"
+    )
+    default_output_format: str = _option(
+        "delta-gzip",
+        "transport when an init names none",
+        choices=("delta-gzip", "raw", "webp", "jpeg"),
+        group="server",
+    )
+    log_level: str = _option(
+        "info", "least severe message to log", choices=("debug", "info", "warning", "error"), group="server"
+    )
+    # Limits
+    max_message_mb: int = _option(64, "largest client message, MiB", low=1, high=1024, group="limits")
+    max_pixels: int = _option(
+        1280 * 720, "largest width x height of a session", low=64 * 64, high=4096 * 4096, group="limits"
+    )
+    init_timeout_s: float = _option(
+        10.0, "seconds a client has to send a valid init", low=0.1, high=3600, group="limits"
+    )
+    session_wait_s: float = _option(
+        1.0,
+        "seconds a second client waits for the slot before it is refused",
+        low=0,
+        high=3600,
+        group="limits",
+    )
+    send_timeout_s: float = _option(
+        20.0, "seconds a client may neither read nor close", low=0.5, high=3600, group="limits"
+    )
+    first_frame_dir: str | None = _option(
+        None, "folder from which an init may name its first frame by path", group="limits"
+    )
+    allow_remote_first_frame: bool = _option(
+        False, "an init may name its first frame by http(s) URL", group="limits"
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check(field, getattr(self, field.name))
+        if self.ulysses_degree is not None and self.ulysses_degree != self.num_gpus:
+            raise ConfigError(
+                f"--ulysses-degree {self.ulysses_degree} must equal --num-gpus {self.num_gpus}: all GPUs share one session",
+                field="ulysses_degree",
+            )
+
+    @property
+    def allowed_origins(self) -> tuple[str, ...]:
+        return tuple(origin.strip() for origin in self.cors_allow_origins.split(",") if origin.strip())
+
+    @property
+    def model_id(self) -> str:
+        """The served name: as given, else the last part of the path."""
+        if self.served_model_name:
+            return self.served_model_name
+        if self.model_path == BUILTIN:
+            return "lingbot-rt-builtin"
+        return self.model_path if not Path(self.model_path).exists() else Path(self.model_path).resolve().name
+
+
+def flag(name: str) -> str:
+    """``model_path`` -> ``--model-path``."""
+    return "--" + name.replace("_", "-")
+
+
+def value_type(field: dataclasses.Field[Any]) -> type:
+    """The plain type of a field: str, int, float or bool (``X | None`` gives X)."""
+    hint = typing.get_type_hints(ServeConfig)[field.name]
+    return next((part for part in typing.get_args(hint) if part is not type(None)), hint)
+
+
+def load_config(
+    flags: Mapping[str, Any], *, file: str | None = None, environment: Mapping[str, str] | None = None
+) -> ServeConfig:
+    """Merge the sources, later ones over earlier: TOML ``file`` < ``environment`` < ``flags``.
+
+    ``flags`` holds only what was given. Raises ConfigError naming the source, the field, the value and what is valid.
+    """
+    fields = {field.name: field for field in dataclasses.fields(ServeConfig)}
+    values: dict[str, Any] = {}
+    if file is not None:
+        values |= _from_file(Path(file), fields)
+    for name, text in (os.environ if environment is None else environment).items():
+        key = name.removeprefix(ENV_PREFIX).lower()
+        if name.startswith(ENV_PREFIX) and key in fields:
+            values[key] = parse_value(fields[key], text, source=name)
+    values |= flags
+    return ServeConfig(**values)
+
+
+def parse_value(field: dataclasses.Field[Any], text: str, *, source: str) -> Any:
+    """A flag's or variable's text as the field's type; raises ConfigError with the form expected."""
+    kind = value_type(field)
+    if kind is bool:
+        lowered = text.strip().lower()
+        if lowered not in ("true", "false", "1", "0", "yes", "no"):
+            raise ConfigError(f"{source} {text!r}: expected true or false", field=field.name)
+        return lowered in ("true", "1", "yes")
+    try:
+        return kind(text)
+    except ValueError:
+        expected = {int: "a whole number", float: "a number"}[kind]
+        raise ConfigError(f"{source} {text!r}: expected {expected}", field=field.name) from None
+
+
+def _from_file(path: Path, fields: Mapping[str, dataclasses.Field[Any]]) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror or error}", field="config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not TOML: {error}", field="config") from None
+    values = {key.replace("-", "_"): value for key, value in table.items()}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(
+                f"--config {path}: unknown key {key!r}; known: {', '.join(sorted(fields))}", field=key
+            )
+        kind = value_type(fields[key])
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            values[key] = float(value)
+        elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ConfigError(f"--config {path}: {key} = {value!r} must be {kind.__name__}", field=key)
+    return values
+
+
+def _check(field: dataclasses.Field[Any], value: Any) -> None:
+    if value is None:
+        return
+    rule = field.metadata
+    name = flag(field.name)
+    if rule["choices"] and value not in rule["choices"]:
+        raise ConfigError(f"{name} {value}: choose from {', '.join(rule['choices'])}", field=field.name)
+    if rule["low"] is not None and not rule["low"] <= value <= rule["high"]:
+        raise ConfigError(
+            f"{name} {value}: must be between {rule['low']} and {rule['high']}", field=field.name
+        )

@@ -1,0 +1,24 @@
+"""What every test may use: the golden data, and one thread a process so that parallel tests do not fight for cores."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """``golden("dit/config.json")`` -> the path of a golden file."""
+
+    def path(relative: str) -> Path:
+        found = GOLDEN / relative
+        assert found.exists(), f"tests/golden/{relative} is missing"
+        return found
+
+    return path
