@@ -39,9 +39,7 @@ def _option(
 class ServeConfig:
     # Model
     model_path: str = _option(BUILTIN, "builtin, a diffusers folder, or a hub id", group="model")
-    served_model_name: str | None = _option(
-        None, "name in /v1/models (default: from the model path)", group="model"
-    )
+    served_model_name: str | None = _option(None, "name in /v1/models (default: from the model path)", group="model")
     pipeline_class_name: str = _option(
         PIPELINE_CLASS_NAME, "the only pipeline there is", choices=(PIPELINE_CLASS_NAME,), group="model"
     )
@@ -57,15 +55,11 @@ class ServeConfig:
         choices=("auto", "float32", "bfloat16"),
         group="device",
     )
-    dit_cpu_offload: bool = _option(
-        False, "the DiT rests on the CPU and visits the device when used", group="device"
-    )
+    dit_cpu_offload: bool = _option(False, "the DiT rests on the CPU and visits the device when used", group="device")
     text_encoder_cpu_offload: bool = _option(
         False, "the text encoder rests on the CPU and visits the device when used", group="device"
     )
-    vae_cpu_offload: bool = _option(
-        False, "the VAE rests on the CPU and visits the device when used", group="device"
-    )
+    vae_cpu_offload: bool = _option(False, "the VAE rests on the CPU and visits the device when used", group="device")
     attention_backend: str = _option(
         "auto", "self-attention kernel", choices=("auto", "sdpa", "cudnn", "flash", "math"), group="device"
     )
@@ -116,16 +110,14 @@ class ServeConfig:
     first_frame_dir: str | None = _option(
         None, "folder from which an init may name its first frame by path", group="limits"
     )
-    allow_remote_first_frame: bool = _option(
-        False, "an init may name its first frame by http(s) URL", group="limits"
-    )
+    allow_remote_first_frame: bool = _option(False, "an init may name its first frame by http(s) URL", group="limits")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check(field, getattr(self, field.name))
         if self.ulysses_degree is not None and self.ulysses_degree != self.num_gpus:
             raise ConfigError(
-                f"--ulysses-degree {self.ulysses_degree} must equal --num-gpus {self.num_gpus}: all GPUs share one session",
+                f"--ulysses-degree {self.ulysses_degree} must equal --num-gpus {self.num_gpus}: all share one session",
                 field="ulysses_degree",
             )
 
@@ -198,9 +190,7 @@ def _from_file(path: Path, fields: Mapping[str, dataclasses.Field[Any]]) -> dict
     values = {key.replace("-", "_"): value for key, value in table.items()}
     for key, value in values.items():
         if key not in fields:
-            raise ConfigError(
-                f"--config {path}: unknown key {key!r}; known: {', '.join(sorted(fields))}", field=key
-            )
+            raise ConfigError(f"--config {path}: unknown key {key!r}; known: {', '.join(sorted(fields))}", field=key)
         kind = value_type(fields[key])
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             values[key] = float(value)
@@ -217,6 +207,4 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     if rule["choices"] and value not in rule["choices"]:
         raise ConfigError(f"{name} {value}: choose from {', '.join(rule['choices'])}", field=field.name)
     if rule["low"] is not None and not rule["low"] <= value <= rule["high"]:
-        raise ConfigError(
-            f"{name} {value}: must be between {rule['low']} and {rule['high']}", field=field.name
-        )
+        raise ConfigError(f"{name} {value}: must be between {rule['low']} and {rule['high']}", field=field.name)

@@ -56,9 +56,7 @@ class FrameSize:
         """The nearest size of whole tokens with sides >= minimum and at most max_pixels in all."""
 
         def snap(side: int) -> int:
-            return max(
-                round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE, -(-minimum // SIZE_MULTIPLE) * SIZE_MULTIPLE
-            )
+            return max(round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE, -(-minimum // SIZE_MULTIPLE) * SIZE_MULTIPLE)
 
         width, height = snap(self.width), snap(self.height)
         if width * height > max_pixels:

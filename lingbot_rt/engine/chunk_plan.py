@@ -54,9 +54,7 @@ class ChunkPlan:
     session_id: str
     chunk_index: int
     prompt: str  # text K/V is rebuilt when it differs from the chunk before
-    relative_poses: (
-        npt.NDArray[np.float64] | None
-    )  # [F, 4, 4] frame-to-frame, scaled; None: no camera control
+    relative_poses: npt.NDArray[np.float64] | None  # [F, 4, 4] frame-to-frame, scaled; None: no camera control
     event_id: int | None  # newest sampled event, echoed in frame headers and stats
 
 
