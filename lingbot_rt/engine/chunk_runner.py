@@ -1,0 +1,68 @@
+"""THE PAGE TO READ: one chunk, from sampled conditions to frames on their way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from lingbot_rt.engine.chunk_plan import ChunkPlan, ChunkResult, ChunkTimings, FrameGroup
+from lingbot_rt.engine.dmd import ChunkForward, denoise
+from lingbot_rt.engine.frame_outlet import FrameOutlet
+from lingbot_rt.engine.pipeline import Pipeline
+from lingbot_rt.engine.session_state import SessionState
+from lingbot_rt.engine.stage_clock import StageClock
+from lingbot_rt.models.ray_map import ray_map
+
+
+@torch.inference_mode()
+def run_chunk(
+    pipeline: Pipeline, session: SessionState, plan: ChunkPlan, emit: Callable[[FrameGroup], None]
+) -> ChunkResult:
+    """Denoise, decode, hand out and commit one chunk; ``emit`` gets the frames of each latent frame once decoded.
+
+    Raises ChunkCancelled when the session was closed meanwhile.
+    """
+    clock = StageClock(pipeline.device)
+    outlet = FrameOutlet(pipeline.device, emit)
+    start_frame = plan.chunk_index * session.plan.latent_frames
+
+    with clock.stage("text"):
+        text_kv = session.text_kv(plan.prompt)
+
+    with pipeline.dit_placement.at_work():
+        with clock.stage("camera"):
+            camera = None
+            if plan.relative_poses is not None:
+                rays = ray_map(plan.relative_poses, session.plan.size, pipeline.device)
+                camera = pipeline.dit.camera_modulation(rays.to(pipeline.dtype))
+
+        forward = ChunkForward(pipeline.dit, session, text_kv, camera, session.condition(plan.chunk_index), start_frame)
+        with clock.stage("denoise"):
+            latents = denoise(forward, pipeline.schedule, session.plan.num_steps, session.draw)
+
+        # The frames leave before the context pass: on an accelerator decode runs beside it, on a stream of its own.
+        with pipeline.vae_placement.at_work(), outlet.decoding(latents), clock.stage("vae"):
+            for i in range(session.plan.latent_frames):
+                session.raise_if_cancelled()
+                pixels = pipeline.vae.decode_latent_frame(latents[:, :, i : i + 1], session.features)
+                outlet.push(pixels, plan.chunk_index, i, session.plan.latent_frames)
+
+        with clock.stage("context"):
+            forward.commit(latents)
+
+        outlet.finish()
+
+    stages = clock.finish()
+    return ChunkResult(
+        chunk_index=plan.chunk_index,
+        num_frames=outlet.num_frames,
+        window_frames=session.cache.visible_frames,
+        timings=ChunkTimings(
+            prepare_ms=stages["text"] + stages["camera"],
+            dit_ms=stages["denoise"] + stages["context"],
+            vae_ms=stages["vae"],
+            total_ms=clock.total_ms,
+            stages=stages,
+        ),
+    )

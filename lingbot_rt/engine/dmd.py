@@ -1,0 +1,71 @@
+"""Few-step denoising of one chunk by distribution-matching distillation (DMD), and the clean context pass.
+
+Shapes: x_BCFHW [1, z, F, h, w] latents; condition [1, 4 + z, F, h, w]; a forward's input is both, channels joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lingbot_rt.engine.flow_match import FlowSchedule, predict_x0, renoise
+from lingbot_rt.engine.session_state import SessionState
+from lingbot_rt.models.dit import CameraModulation, CausalDiT, TextKV
+from lingbot_rt.models.kv_cache import KVCache
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkForward:
+    """The DiT with one chunk's conditions bound: everything a forward needs but the latents and the timestep."""
+
+    dit: CausalDiT
+    session: SessionState
+    text_kv: TextKV
+    camera: CameraModulation | None
+    condition: Tensor  # [1, 4 + z, F, h, w]
+    start_frame: int
+
+    def flow(self, x_BCFHW: Tensor, timestep: float) -> Tensor:
+        """The flow prediction v; with guidance g > 1: u + g (c - u) of the two prompts' predictions."""
+        conditional = self._forward(x_BCFHW, timestep, self.text_kv, self.session.cache)
+        if self.session.negative is None:
+            return conditional
+        unconditional = self._forward(x_BCFHW, timestep, self.session.negative.text_kv, self.session.negative.cache)
+        return unconditional + self.session.plan.guidance_scale * (conditional - unconditional)
+
+    def commit(self, latents_BCFHW: Tensor) -> None:
+        """The context pass: a forward of the clean latents at t = 0 leaves their K/V in the window."""
+        self._forward(latents_BCFHW, 0.0, self.text_kv, self.session.cache, commit=True)
+        if self.session.negative is not None:
+            negative = self.session.negative
+            self._forward(latents_BCFHW, 0.0, negative.text_kv, negative.cache, commit=True)
+
+    def _forward(self, x: Tensor, timestep: float, text_kv: TextKV, cache: KVCache, commit: bool = False) -> Tensor:
+        self.session.raise_if_cancelled()
+        channels = torch.cat([x, self.condition], dim=1).to(self.session.dtype)
+        return self.dit(channels, timestep, text_kv, self.camera, cache, self.start_frame, commit=commit)
+
+
+def denoise(
+    forward: ChunkForward, schedule: FlowSchedule, num_steps: int, draw: Callable[[tuple[int, ...]], Tensor]
+) -> Tensor:
+    """Noise -> the chunk's clean latents [1, z, F, h, w] in ``num_steps`` forwards.
+
+    ``draw(shape)`` gives standard normal noise of the session's generator; the order and shapes of the draws are
+    part of the arithmetic: first [1, z, F, h, w], then [1, F, z, h, w] before each step but the first.
+    """
+    steps = schedule.steps_for(num_steps)
+    _, channels, frames, height, width = forward.condition.shape
+    latent_channels = channels - 4
+    x = draw((1, latent_channels, frames, height, width))
+    for i, step in enumerate(steps):
+        flow = forward.flow(x, step.timestep)
+        x0 = predict_x0(x, flow, step.sigma)
+        if i + 1 == len(steps):
+            return x0
+        noise = draw((1, frames, latent_channels, height, width)).transpose(1, 2)
+        x = renoise(x0, noise.to(x0.dtype), steps[i + 1].sigma)
+    raise AssertionError("a schedule has at least one step")

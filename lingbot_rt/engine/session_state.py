@@ -1,0 +1,87 @@
+"""What a session keeps on the device between its chunks."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lingbot_rt.engine.chunk_plan import SessionPlan
+from lingbot_rt.engine.pipeline import Pipeline
+from lingbot_rt.errors import ChunkCancelled
+from lingbot_rt.models.dit import TextKV
+from lingbot_rt.models.feature_cache import FeatureCache
+from lingbot_rt.models.i2v_condition import preprocess_image
+from lingbot_rt.models.kv_cache import KVCache
+
+
+@dataclass(frozen=True, slots=True)
+class NegativeBranch:
+    """The second forward of guidance: the negative prompt's text K/V and a window of its own."""
+
+    text_kv: TextKV
+    cache: KVCache
+
+
+class SessionState:
+    """KV window, text K/V, image condition, VAE features and noise generator of one session.
+
+    Built and used on the engine thread; only ``cancel`` may be called from another.
+    """
+
+    def __init__(self, pipeline: Pipeline, plan: SessionPlan) -> None:
+        self.plan = plan
+        self.dtype = pipeline.dtype
+        self._pipeline = pipeline
+        self._cancelled = threading.Event()
+        self._prompt: str | None = None
+        self._text_kv: TextKV = []
+        self._noise_device = pipeline.noise_device
+        self._generator = torch.Generator(self._noise_device).manual_seed(plan.seed)
+        self.cache = self._new_cache()
+        self.negative: NegativeBranch | None = None
+        if plan.guidance_scale > 1:
+            self.negative = NegativeBranch(pipeline.text_kv(plan.negative_prompt), self._new_cache())
+        image = preprocess_image(plan.first_frame).to(pipeline.device)
+        with pipeline.vae_placement.at_work():
+            self._condition_first, self._condition_later = pipeline.vae.encode_condition(image, plan.latent_frames)
+        self.features: FeatureCache = pipeline.vae.new_features()
+        self.text_kv(plan.prompt)
+
+    def text_kv(self, prompt: str) -> TextKV:
+        """Cross-attention K/V of ``prompt``; computed when it differs from the last one, the world's K/V is kept."""
+        if prompt != self._prompt:
+            self._text_kv = self._pipeline.text_kv(prompt)
+            self._prompt = prompt
+        return self._text_kv
+
+    def condition(self, chunk_index: int) -> Tensor:
+        """The i2v condition [1, 4 + z, F, h, w]: the first frame in chunk 0, blank ones after."""
+        return self._condition_first if chunk_index == 0 else self._condition_later
+
+    def draw(self, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal noise, float32, of the session's one generator."""
+        return torch.randn(shape, generator=self._generator, device=self._noise_device).to(self._pipeline.device)
+
+    def cancel(self) -> None:
+        """The chunk in work stops before its next forward or decode. Thread-safe."""
+        self._cancelled.set()
+
+    def raise_if_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise ChunkCancelled(f"session {self.plan.session_id} was closed")
+
+    def _new_cache(self) -> KVCache:
+        config = self._pipeline.dit.config
+        return KVCache(
+            num_layers=config.num_layers,
+            num_heads=config.num_attention_heads,
+            head_dim=config.attention_head_dim,
+            tokens_per_frame=self.plan.size.tokens_per_frame,
+            sink_frames=self.plan.sink_frames,
+            window_frames=self.plan.window_frames,
+            dtype=self.dtype,
+            device=self._pipeline.device,
+        )

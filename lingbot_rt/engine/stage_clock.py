@@ -1,0 +1,42 @@
+"""Times of a chunk's stages without a wait inside the chunk: host clock on a CPU, device events elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class StageClock:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: dict[str, tuple[Any, Any]] = {}
+        self._started = time.perf_counter()
+        self.total_ms = 0.0
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Marks begin and end of a stage on the current stream."""
+        begin = self._mark()
+        yield
+        self._marks[name] = (begin, self._mark())
+
+    def finish(self) -> dict[str, float]:
+        """Waits for the device and returns every stage's milliseconds; ``total_ms`` is the wall time since creation."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            stages = {name: begin.elapsed_time(end) for name, (begin, end) in self._marks.items()}
+        else:
+            stages = {name: 1000 * (end - begin) for name, (begin, end) in self._marks.items()}
+        self.total_ms = 1000 * (time.perf_counter() - self._started)
+        return stages
+
+    def _mark(self) -> Any:
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        return time.perf_counter()

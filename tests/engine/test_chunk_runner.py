@@ -1,0 +1,116 @@
+"""What a chunk promises beyond the golden sessions: chunk lengths, guidance, steps, interleaving, cancellation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lingbot_rt.control.camera_path import CameraPath
+from lingbot_rt.engine.chunk_plan import ChunkPlan, FrameGroup
+from lingbot_rt.engine.chunk_runner import run_chunk
+from lingbot_rt.engine.session_state import SessionState
+from lingbot_rt.errors import ChunkCancelled
+from lingbot_rt.shapes import pixel_frames_of_chunk
+
+
+class Walk:
+    """One session driven by hand: ``step`` runs the next chunk and returns its frames."""
+
+    def __init__(self, pipeline, plan, keys=("w",)):
+        self.pipeline, self.plan, self.keys = pipeline, plan, keys
+        self.session, self.camera, self.index = SessionState(pipeline, plan), CameraPath(), 0
+        self.results, self.groups = [], []
+
+    def step(self, prompt: str | None = None) -> np.ndarray:
+        poses = self.camera.extend(((self.keys),) * self.plan.latent_frames)
+        chunk = ChunkPlan(self.plan.session_id, self.index, prompt or self.plan.prompt, poses, None)
+        self.groups = []
+        self.results.append(run_chunk(self.pipeline, self.session, chunk, self.groups.append))
+        self.index += 1
+        return np.concatenate([group.pixels for group in self.groups])
+
+
+@pytest.mark.parametrize("latent_frames", [1, 2, 3, 4, 5])
+def test_frames_a_chunk_follow_num_frames(pipeline, session_plan, latent_frames):
+    """F latent frames a chunk give 4 (F - 1) + 1 pixel frames first and 4 F after, one group a latent frame."""
+    walk = Walk(pipeline, session_plan({}, latent_frames=latent_frames, window_frames=3 + 2 * latent_frames))
+    for index in range(3):
+        frames = walk.step()
+        assert len(frames) == pixel_frames_of_chunk(index, latent_frames)
+        assert [group.group_index for group in walk.groups] == list(range(latent_frames))
+        assert frames.shape[1:] == (64, 64, 3)
+
+
+def test_window_grows_then_stays(pipeline, session_plan):
+    """The visible window grows by a chunk until it is full and is reported with each result."""
+    walk = Walk(pipeline, session_plan({}))
+    for _ in range(5):
+        walk.step()
+    assert [result.window_frames for result in walk.results] == [3, 6, 9, 9, 9]
+
+
+def test_sessions_interleave_without_touching_each_other(pipeline, session_plan):
+    """Two sessions run chunk by chunk in turn give the frames that each gives alone."""
+    plans = [session_plan({}, session_id="a", seed=1), session_plan({}, session_id="b", seed=2)]
+    alone = []
+    for plan in plans:
+        walk = Walk(pipeline, plan)
+        alone.append([walk.step() for _ in range(3)])
+    together = [Walk(pipeline, plan) for plan in plans]
+    for index in range(3):
+        for walk, expected in zip(together, alone, strict=True):
+            assert np.array_equal(walk.step(), expected[index])
+    assert not np.array_equal(alone[0][0], alone[1][0])
+
+
+def test_guidance_of_the_same_prompt_changes_nothing(pipeline, session_plan):
+    """u + g (c - u) with equal prompts is c: the second branch has a window and text K/V of its own that agree."""
+    plain = Walk(pipeline, session_plan({}))
+    guided = Walk(pipeline, session_plan({}, guidance_scale=3.0, negative_prompt=plain.plan.prompt))
+    for _ in range(3):
+        assert np.abs(plain.step().astype(int) - guided.step()).max() <= 1
+
+
+def test_guidance_against_another_prompt_matters(pipeline, session_plan):
+    """A negative prompt that differs moves the picture."""
+    plain = Walk(pipeline, session_plan({}))
+    guided = Walk(pipeline, session_plan({}, guidance_scale=3.0, negative_prompt="a dark forest"))
+    assert np.abs(plain.step().astype(int) - guided.step()).mean() > 1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_step_counts_are_honoured(pipeline, session_plan, steps, monkeypatch):
+    """n steps are n denoise forwards and one context forward."""
+    calls = []
+    forward = type(pipeline.dit).forward
+
+    def counted(self, *args, **kwargs):
+        calls.append(kwargs["commit"])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipeline.dit), "forward", counted)
+    Walk(pipeline, session_plan({}, num_steps=steps)).step()
+    assert calls == [False] * steps + [True]
+
+
+def test_a_cancelled_chunk_stops_before_its_next_forward(pipeline, session_plan):
+    """Cancelled while its first frames go out, a chunk hands out no more frames and raises."""
+    plan = session_plan({})
+    session = SessionState(pipeline, plan)
+    seen: list[FrameGroup] = []
+
+    def cancel_at_first(group: FrameGroup) -> None:
+        seen.append(group)
+        session.cancel()
+
+    with pytest.raises(ChunkCancelled):
+        run_chunk(pipeline, session, ChunkPlan(plan.session_id, 0, plan.prompt, None, None), cancel_at_first)
+    assert len(seen) == 1
+
+
+def test_timings_add_up(pipeline, session_plan):
+    """The stages are within the chunk's wall time and cover most of it."""
+    walk = Walk(pipeline, session_plan({}))
+    walk.step()
+    timings = walk.results[0].timings
+    assert 0 < timings.dit_ms + timings.vae_ms + timings.prepare_ms <= timings.total_ms

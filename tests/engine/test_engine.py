@@ -1,0 +1,203 @@
+"""The async face: life cycle, failures, cancellation, memory of sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+from lingbot_rt.config import ServeConfig
+from lingbot_rt.engine import engine as engine_module
+from lingbot_rt.engine.chunk_plan import ChunkPlan
+from lingbot_rt.engine.chunk_runner import run_chunk
+from lingbot_rt.engine.engine import Engine
+from lingbot_rt.engine.memory import plan_memory, window_bytes
+from lingbot_rt.engine.pipeline import resolve_device
+from lingbot_rt.engine.placement import Placement
+from lingbot_rt.engine.session_state import SessionState
+from lingbot_rt.errors import CapacityError, CheckpointError, ChunkCancelled, ConfigError, EngineFailed
+from lingbot_rt.models.dit import DiTConfig
+from lingbot_rt.models.kv_cache import KVCache
+from lingbot_rt.shapes import FrameSize
+
+
+@pytest.fixture
+async def engine(golden_config):
+    engine = Engine(golden_config)
+    await engine.start()
+    yield engine
+    await engine.stop()
+
+
+def chunk(plan, index: int = 0) -> ChunkPlan:
+    return ChunkPlan(plan.session_id, index, plan.prompt, None, None)
+
+
+async def test_a_session_runs_and_leaves(engine, session_plan):
+    """open, run and close work in turn; a closed session cannot run and closing twice is no error."""
+    plan = session_plan({})
+    groups = []
+    await engine.open(plan)
+    result = await engine.run(chunk(plan), groups.append)
+    assert result.num_frames == sum(len(group.pixels) for group in groups) == 9
+    await engine.close(plan.session_id)
+    await engine.close(plan.session_id)
+    with pytest.raises(EngineFailed, match="not open"):
+        await engine.run(chunk(plan, 1), groups.append)
+
+
+async def test_warm_up_reports_and_ends_ready(golden_config):
+    """Starting with warm-up passes through loading and warming up, with progress, to ready."""
+    seen = []
+    engine = Engine(dataclasses.replace(golden_config, warmup=True))
+    report = engine._report
+    engine._report = lambda status: (seen.append(status), report(status))
+    await engine.start()
+    assert engine.status.ready
+    assert [status.stage for status in seen if status.progress == 1.0][-1] == "warming up"
+    assert {"loading weights", "warming up", "ready"} <= {status.stage for status in seen}
+    await engine.stop()
+    assert engine.status.stage == "stopped"
+
+
+async def test_a_missing_model_is_said_by_status_and_error(tmp_path):
+    """A folder without a model fails the start with a CheckpointError, and /health's stage tells."""
+    engine = Engine(ServeConfig(model_path=str(tmp_path), device="cpu"))
+    with pytest.raises(CheckpointError):
+        await engine.start()
+    assert engine.status.stage == "failed"
+    assert str(tmp_path) in engine.status.detail
+    with pytest.raises(EngineFailed, match="not loaded"):
+        _ = engine.card
+    await engine.stop()
+
+
+async def test_close_interrupts_the_chunk_in_work(engine, session_plan):
+    """close during a chunk makes run raise ChunkCancelled, and returns once the state is free."""
+    plan = session_plan({})
+    await engine.open(plan)
+    loop, started = asyncio.get_running_loop(), asyncio.Event()
+    running = asyncio.create_task(engine.run(chunk(plan), lambda group: loop.call_soon_threadsafe(started.set)))
+    await started.wait()
+    await engine.close(plan.session_id)
+    with pytest.raises(ChunkCancelled):
+        await running
+
+
+async def test_close_while_opening_leaves_nothing(engine, session_plan):
+    """A session closed before its open got to the engine thread does not stay behind."""
+    plan = session_plan({})
+    opening = asyncio.create_task(engine.open(plan))
+    await asyncio.sleep(0)
+    await engine.close(plan.session_id)
+    await opening
+    assert engine._sessions == {}
+
+
+async def test_a_closed_session_frees_its_state(engine, session_plan):
+    """Nothing keeps the KV window or the VAE features of a session that ended, cancelled in mid-chunk or not."""
+    plan = session_plan({})
+    await engine.open(plan)
+    state = weakref.ref(engine._sessions[plan.session_id])
+    await engine.run(chunk(plan), lambda group: None)
+    await engine.close(plan.session_id)
+    gc.collect()
+    assert state() is None
+
+
+async def test_a_broken_chunk_is_named_and_the_engine_lives(engine, session_plan, monkeypatch):
+    """An exception inside a chunk becomes EngineFailed with its first line; the next session runs."""
+    plan = session_plan({})
+    await engine.open(plan)
+
+    def broken(*args):
+        raise RuntimeError("the kernel said no\nsecond line")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "run_chunk", broken)
+        with pytest.raises(EngineFailed, match=r"^RuntimeError: the kernel said no$"):
+            await engine.run(chunk(plan), lambda group: None)
+    await engine.close(plan.session_id)
+    again = session_plan({}, session_id="again")
+    await engine.open(again)
+    assert (await engine.run(chunk(again), lambda group: None)).num_frames == 9
+
+
+async def test_a_session_that_cannot_fit_is_refused_with_numbers(engine, session_plan, monkeypatch):
+    """Too little memory names what is needed, what is free and a window that fits, before anything is allocated."""
+    plan = session_plan({})
+    engine.check(plan)
+    needed = plan_memory(engine._pipeline, plan, engine._features_per_pixel)
+    monkeypatch.setattr("lingbot_rt.engine.memory.available_host_bytes", lambda: needed.total_bytes - 1)
+    with pytest.raises(CapacityError, match=r"window 9 at 64x64 needs .* GB, .* GB is free: use window <= 8"):
+        engine.check(plan)
+    monkeypatch.setattr("lingbot_rt.engine.memory.available_host_bytes", lambda: 0)
+    with pytest.raises(CapacityError, match="use a smaller size"):
+        engine.check(plan)
+
+
+def test_planned_bytes_are_the_bytes_taken(pipeline, session_plan):
+    """Window and features of the plan equal what a session holds after its window is full."""
+    plan = session_plan({})
+    planned = plan_memory(pipeline, plan, engine_module.feature_bytes_per_pixel(pipeline))
+    session = SessionState(pipeline, plan)
+    for index in range(3):
+        run_chunk(pipeline, session, chunk(plan, index), lambda group: None)
+    assert planned.window_bytes == session.cache.nbytes
+    assert planned.features_bytes == session.features.nbytes
+
+
+def test_window_bytes_of_the_14b():
+    """The 14B's window costs 1.278 GB a latent frame at 832x480 in bf16."""
+    config = DiTConfig(num_layers=40, num_attention_heads=40, attention_head_dim=128)
+    assert window_bytes(config, FrameSize(832, 480), 1, torch.bfloat16) == 1_277_952_000
+
+
+def test_cuda_without_cuda_is_one_clear_error(monkeypatch):
+    """--device cuda on a machine without one says what to do."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="use --device cpu"):
+        resolve_device("cuda")
+    assert resolve_device("auto").type == "cpu"
+
+
+def test_placement_keeps_an_offloaded_network_on_the_cpu_between_visits(monkeypatch):
+    """An offloaded network is on its device inside at_work only, also when the work raises."""
+
+    class Network:
+        device = torch.device("meta")
+
+        def to(self, device):
+            self.device = device
+            return self
+
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
+    network, device = Network(), torch.device("cuda", 0)
+    placement = Placement(network, device, offload=True)
+    assert network.device.type == "cpu"
+
+    def visit():
+        with placement.at_work():
+            assert network.device == device
+            raise ValueError("broke")
+
+    with pytest.raises(ValueError, match="broke"):
+        visit()
+    assert network.device.type == "cpu"
+    resident = Network()
+    Placement(resident, device, offload=False)
+    assert resident.device == device
+
+
+def test_deterministic_noise_repeats(pipeline, session_plan):
+    """Two sessions of one seed draw the same noise, of another seed another."""
+    first, second, other = (SessionState(pipeline, session_plan({}, seed=seed)) for seed in (7, 7, 8))
+    draws = [session.draw((1, 16, 3, 8, 8)).numpy() for session in (first, second, other)]
+    assert np.array_equal(draws[0], draws[1])
+    assert not np.array_equal(draws[0], draws[2])
+    assert isinstance(first.cache, KVCache)
