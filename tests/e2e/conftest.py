@@ -1,0 +1,19 @@
+"""The golden checkpoint, served once a module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.served import Server, running
+
+
+@pytest.fixture(scope="module")
+def golden_server(golden, tmp_path_factory) -> Iterator[Server]:
+    """The golden checkpoint, served as a user would serve it."""
+    model = str(golden("e2e/model"))
+    with running(
+        tmp_path_factory.mktemp("serve"), "--model-path", model, "--device", "cpu", "--dtype", "float32"
+    ) as it:
+        yield it
