@@ -1,0 +1,289 @@
+"""The causal DiT with camera modulation: LingBot-World's transformer, one chunk of latent frames at a time.
+
+Shape legend: B batch, C channels, F latent frames, h x w latent cells, N tokens of the chunk (F h/2 w/2), L text
+tokens, D model width, H heads, d head_dim. The arithmetic is that of the reference; parameter names are those of the
+original checkpoint, except that q, k and v of self-attention are one linear.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lingbot_rt.models.attention import attend
+from lingbot_rt.models.kv_cache import KVCache
+from lingbot_rt.models.rope import rope_tables, rotate
+from lingbot_rt.shapes import PATCH_SIZE, VAE_SPATIAL_STRIDE
+
+TextKV = list[tuple[Tensor, Tensor]]
+"""Cross-attention keys and values [B, L, H, d] of every block."""
+
+CameraModulation = list[tuple[Tensor, Tensor]]
+"""Scale and shift [B, N, D] of every block."""
+
+RAY_CHANNELS = 6 * VAE_SPATIAL_STRIDE**2
+"""Channels of the ray map: origin and direction of 8x8 pixels, folded."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiTConfig:
+    """What ``transformer/config.json`` says; the defaults are LingBot-World-Fast 14B."""
+
+    num_layers: int = 40
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    ffn_dim: int = 13824
+    in_channels: int = 36
+    out_channels: int = 16
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    eps: float = 1e-6
+    num_frames_per_block: int = 3
+    sink_size: int = 3
+    sliding_window_num_frames: int = 45
+
+    @classmethod
+    def load(cls, path: Path) -> DiTConfig:
+        """Reads config.json; keys this class does not know are left alone."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def latent_frames(self) -> int:
+        """Latent frames a chunk the model is trained for."""
+        return self.num_frames_per_block
+
+    @property
+    def sink_frames(self) -> int:
+        return self.sink_size
+
+    @property
+    def window_frames(self) -> int:
+        return self.sliding_window_num_frames
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the full width (all heads), in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.rms_norm(x.float(), x.shape[-1:], eps=self.eps) * self.weight.float()).to(x.dtype)
+
+
+def modulated_norm(x_BND: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """LN(x) (1 + scale) + shift in float32, in the dtype of ``x_BND``."""
+    normed = F.layer_norm(x_BND.float(), x_BND.shape[-1:], eps=eps)
+    return (normed * (1 + scale) + shift).to(x_BND.dtype)
+
+
+def gated_residual(x_BND: Tensor, y_BND: Tensor, gate: Tensor) -> Tensor:
+    """x + gate y in float32, in the dtype of ``x_BND``."""
+    return (x_BND.float() + gate * y_BND.float()).to(x_BND.dtype)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.heads = config.num_attention_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.norm_q = RMSNorm(dim, config.eps)
+        self.norm_k = RMSNorm(dim, config.eps)
+        self.o = nn.Linear(dim, dim)
+
+    def project(self, x_BND: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k (normed, then turned by RoPE) and v, each [B, N, H, d]."""
+        q, k, v = self.qkv(x_BND).chunk(3, dim=-1)
+        q, k = self.norm_q(q), self.norm_k(k)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.heads = config.num_attention_heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, config.eps)
+        self.norm_k = RMSNorm(dim, config.eps)
+        self.o = nn.Linear(dim, dim)
+
+    def text_kv(self, text_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        k = self.norm_k(self.k(text_BLD)).unflatten(-1, (self.heads, -1))
+        return k, self.v(text_BLD).unflatten(-1, (self.heads, -1))
+
+    def forward(self, x_BND: Tensor, text_kv: tuple[Tensor, Tensor], backend: str) -> Tensor:
+        q = self.norm_q(self.q(x_BND)).unflatten(-1, (self.heads, -1))
+        return self.o(attend(q, *text_kv, backend).flatten(2))
+
+
+class Block(nn.Module):
+    """A transformer layer: self-attention over the window, camera, text, feed-forward."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
+        self.self_attn = SelfAttention(config)
+        self.cam_injector_layer1 = nn.Linear(dim, dim)
+        self.cam_injector_layer2 = nn.Linear(dim, dim)
+        self.cam_scale_layer = nn.Linear(dim, dim)
+        self.cam_shift_layer = nn.Linear(dim, dim)
+        self.norm3 = nn.LayerNorm(dim, eps=config.eps)
+        self.cross_attn = CrossAttention(config)
+        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
+
+    def camera_modulation(self, camera_BND: Tensor) -> tuple[Tensor, Tensor]:
+        z = camera_BND + self.cam_injector_layer2(F.silu(self.cam_injector_layer1(camera_BND)))
+        return self.cam_scale_layer(z), self.cam_shift_layer(z)
+
+    def before_attention(
+        self, x_BND: Tensor, time_B6D: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shift, scale, *_ = self._modulation(time_B6D)
+        return self.self_attn.project(modulated_norm(x_BND, scale, shift, self.eps), cos, sin)
+
+    def after_attention(
+        self,
+        x_BND: Tensor,
+        attended_BNHd: Tensor,
+        time_B6D: Tensor,
+        camera: tuple[Tensor, Tensor] | None,
+        text_kv: tuple[Tensor, Tensor],
+        backend: str,
+    ) -> Tensor:
+        _, _, gate, ffn_shift, ffn_scale, ffn_gate = self._modulation(time_B6D)
+        x = gated_residual(x_BND, self.self_attn.o(attended_BNHd.flatten(2)), gate)
+        if camera is not None:
+            scale, shift = camera
+            x = (1 + scale) * x + shift
+        normed = F.layer_norm(x.float(), x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps)
+        x = x + self.cross_attn(normed.to(x.dtype), text_kv, backend)
+        return gated_residual(x, self.ffn(modulated_norm(x, ffn_scale, ffn_shift, self.eps)), ffn_gate)
+
+    def _modulation(self, time_B6D: Tensor) -> tuple[Tensor, ...]:
+        return (self.modulation.float() + time_B6D).split(1, dim=1)
+
+
+class Head(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
+        self.head = nn.Linear(config.dim, config.out_channels * PATCH_SIZE**2)
+
+    def forward(self, x_BND: Tensor, time_BD: Tensor) -> Tensor:
+        shift, scale = (self.modulation + time_BD[:, None]).split(1, dim=1)
+        normed = F.layer_norm(x_BND.float(), x_BND.shape[-1:], eps=self.eps).to(x_BND.dtype)
+        return self.head(normed * (1 + scale) + shift)
+
+
+class CausalDiT(nn.Module):
+    """One forward predicts the flow of a chunk; the chunk's K/V are left in the session's window."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.config = config
+        self.attention_backend = "auto"
+        self.patch_embedding = nn.Conv3d(
+            config.in_channels, dim, (1, PATCH_SIZE, PATCH_SIZE), (1, PATCH_SIZE, PATCH_SIZE)
+        )
+        self.patch_embedding_wancamctrl = nn.Linear(RAY_CHANNELS * PATCH_SIZE**2, dim)
+        self.c2ws_hidden_states_layer1 = nn.Linear(dim, dim)
+        self.c2ws_hidden_states_layer2 = nn.Linear(dim, dim)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    def text_kv(self, text_BLD: Tensor) -> TextKV:
+        """Prompt embeddings [B, L, text_dim] -> K/V of every block. Once a prompt; zero rows take part too."""
+        text = self.text_embedding(text_BLD)
+        return [block.cross_attn.text_kv(text) for block in self.blocks]
+
+    def camera_modulation(self, ray_map: Tensor) -> CameraModulation:
+        """Ray map [B, 384, F, h, w] -> scale and shift of every block. Once a chunk."""
+        embedded = self.patch_embedding_wancamctrl(patchify(ray_map))
+        hidden = self.c2ws_hidden_states_layer1(embedded)
+        camera = embedded + self.c2ws_hidden_states_layer2(F.silu(hidden))
+        return [block.camera_modulation(camera) for block in self.blocks]
+
+    def forward(
+        self,
+        x_BCFhw: Tensor,
+        timestep: float,
+        text_kv: TextKV,
+        camera: CameraModulation | None,
+        cache: KVCache,
+        start_frame: int,
+        *,
+        commit: bool = False,
+    ) -> Tensor | None:
+        """Noisy latents and i2v condition [B, C, F, h, w] at ``timestep`` -> flow [B, 16, F, h, w].
+
+        ``start_frame`` is the chunk's first latent frame of the session. With ``commit`` (the context pass) the last
+        block stops once its K/V are in the window, and None comes back.
+        """
+        frames, height, width = x_BCFhw.shape[2], x_BCFhw.shape[3] // PATCH_SIZE, x_BCFhw.shape[4] // PATCH_SIZE
+        cache.begin(start_frame, frames)
+        cos, sin = rope_tables(self.config.attention_head_dim, start_frame, frames, height, width, x_BCFhw.device)
+        time_BD, time_B6D = self._time(timestep, x_BCFhw)
+
+        # 1. Latent cells to tokens
+        x = self.patch_embedding(x_BCFhw).flatten(2).transpose(1, 2)
+
+        # 2. Blocks
+        for i, block in enumerate(self.blocks):
+            q, k, v = block.before_attention(x, time_B6D, cos, sin)
+            cache.write(i, k, v)
+            if commit and i + 1 == len(self.blocks):
+                return None
+            attended = attend(q, *cache.view(i), self.attention_backend)
+            modulation = None if camera is None else camera[i]
+            x = block.after_attention(x, attended, time_B6D, modulation, text_kv[i], self.attention_backend)
+
+        # 3. Tokens back to latent cells
+        return unpatchify(self.head(x, time_BD), frames, height, width)
+
+    def _time(self, timestep: float, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Time embedding [1, D] in the model's dtype, and its projection [1, 6, D] in float32."""
+        half = self.config.freq_dim // 2
+        exponent = -torch.arange(half, dtype=torch.float64, device=like.device) / half
+        angle = timestep * 10_000.0**exponent
+        features = torch.cat([angle.cos(), angle.sin()]).to(like.dtype)[None]
+        time_BD = self.time_embedding(features)
+        return time_BD, self.time_projection(time_BD).unflatten(1, (6, -1)).float()
+
+
+def patchify(x_BCFhw: Tensor) -> Tensor:
+    """[B, C, F, h, w] -> tokens [B, N, C * 4]; a token's feature is channel * 4 + dy * 2 + dx."""
+    x = x_BCFhw.unflatten(4, (-1, PATCH_SIZE)).unflatten(3, (-1, PATCH_SIZE))
+    return x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
+
+
+def unpatchify(x_BNK: Tensor, frames: int, height: int, width: int) -> Tensor:
+    """Tokens [B, N, 4 * C], feature (dy, dx, channel) -> [B, C, F, h, w]."""
+    x = x_BNK.unflatten(2, (PATCH_SIZE, PATCH_SIZE, -1)).unflatten(1, (frames, height, width))
+    return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+

@@ -1,0 +1,79 @@
+"""The attention window of one session: a fixed sink and a ring, written in place.
+
+B batch, N tokens, H heads, D head_dim. Keys are stored after RoPE at absolute positions and softmax over keys does
+not depend on their order, so the newest chunk simply overwrites the slots that fall out of the window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """K/V of the first ``sink_frames`` latent frames and of the newest ``window_frames - sink_frames``."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        tokens_per_frame: int,
+        sink_frames: int,
+        window_frames: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.sink_frames = sink_frames
+        self.window_frames = window_frames
+        self._tokens_per_frame = tokens_per_frame
+        shape = (num_layers, 2, 1, window_frames * tokens_per_frame, num_heads, head_dim)
+        self._kv_LSBNHD = torch.zeros(shape, dtype=dtype, device=device)
+        self._frames: list[int | None] = [None] * window_frames
+        self._spans: list[tuple[int, int, int]] = []  # (first token in the chunk, first token in the cache, tokens)
+
+    @property
+    def nbytes(self) -> int:
+        return self._kv_LSBNHD.nbytes
+
+    @property
+    def visible_frames(self) -> int:
+        """Latent frames a query attends to, the current chunk included."""
+        return sum(frame is not None for frame in self._frames)
+
+    @property
+    def frame_of_slot(self) -> tuple[int | None, ...]:
+        """The absolute latent frame each slot holds."""
+        return tuple(self._frames)
+
+    def reset(self) -> None:
+        self._frames = [None] * self.window_frames
+        self._spans = []
+
+    def begin(self, start_frame: int, num_frames: int) -> None:
+        """Chooses the slots of the chunk [start_frame, start_frame + num_frames); each of its forwards writes there."""
+        ring = self.window_frames - self.sink_frames
+        slots = []
+        for frame in range(start_frame, start_frame + num_frames):
+            slot = frame if frame < self.sink_frames else self.sink_frames + (frame - self.sink_frames) % ring
+            self._frames[slot] = frame
+            slots.append(slot)
+        tokens = self._tokens_per_frame
+        self._spans = []
+        first = 0
+        for i in range(1, num_frames + 1):
+            if i == num_frames or slots[i] != slots[i - 1] + 1:
+                self._spans.append((first * tokens, slots[first] * tokens, (i - first) * tokens))
+                first = i
+
+    def write(self, layer: int, k_BNHD: Tensor, v_BNHD: Tensor) -> None:
+        """Puts the current chunk's K/V of ``layer`` over its slots."""
+        for source, target, count in self._spans:
+            self._kv_LSBNHD[layer, 0, :, target : target + count] = k_BNHD[:, source : source + count]
+            self._kv_LSBNHD[layer, 1, :, target : target + count] = v_BNHD[:, source : source + count]
+
+    def view(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All visible keys and values of ``layer``, [B, visible tokens, H, D]; slots fill in order, so it is a prefix."""
+        visible = self.visible_frames * self._tokens_per_frame
+        return self._kv_LSBNHD[layer, 0, :, :visible], self._kv_LSBNHD[layer, 1, :, :visible]

@@ -1,0 +1,34 @@
+"""Camera poses -> the ray map the DiT is modulated by (the checkpoint calls it plucker; it is not o x d).
+
+F latent frames; a pixel's six channels are its ray's origin and unit direction, in the frame before's coordinates.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lingbot_rt.control.camera_path import intrinsics
+from lingbot_rt.shapes import VAE_SPATIAL_STRIDE, FrameSize
+
+
+def ray_map(relative_poses: npt.NDArray[np.float64], size: FrameSize, device: torch.device) -> Tensor:
+    """Relative poses [F, 4, 4] (camera to the frame before, scaled) -> [1, 384, F, h, w] float32.
+
+    Channel = c * 64 + dy * 8 + dx, with c over (origin xyz, direction xyz). Pixel centres are at +0.5.
+    """
+    fx, fy, cx, cy = intrinsics(size)
+    pose_F44 = torch.as_tensor(relative_poses, dtype=torch.float32, device=device)
+    x = (torch.arange(size.width, dtype=torch.float32, device=device) + 0.5 - cx) / fx
+    y = (torch.arange(size.height, dtype=torch.float32, device=device) + 0.5 - cy) / fy
+    grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+    rays_HW3 = torch.stack([grid_x, grid_y, torch.ones_like(grid_x)], dim=-1)
+    rays_HW3 = rays_HW3 / rays_HW3.norm(dim=-1, keepdim=True)
+    direction_FHW3 = torch.einsum("fij,hwj->fhwi", pose_F44[:, :3, :3], rays_HW3)
+    origin_FHW3 = pose_F44[:, None, None, :3, 3].expand_as(direction_FHW3)
+    rays_FHW6 = torch.cat([origin_FHW3, direction_FHW3], dim=-1)
+    stride = VAE_SPATIAL_STRIDE
+    folded = rays_FHW6.unflatten(1, (-1, stride)).unflatten(3, (-1, stride))  # F h dy w dx 6
+    return folded.permute(5, 2, 4, 0, 1, 3).flatten(0, 2)[None]

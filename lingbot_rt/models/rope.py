@@ -1,0 +1,46 @@
+"""Rotary position embedding over (time, height, width), interleaved pairs.
+
+Shapes: tables [tokens, head_dim / 2]; x_BNHD batch, tokens, heads, head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+THETA = 10_000.0
+
+
+def axis_dims(head_dim: int) -> tuple[int, int, int]:
+    """Dimensions of a head that turn with time, height and width: d - 4 (d // 6), 2 (d // 6), 2 (d // 6)."""
+    spatial = 2 * (head_dim // 6)
+    return head_dim - 2 * spatial, spatial, spatial
+
+
+def rope_tables(
+    head_dim: int, start_frame: int, frames: int, height: int, width: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [frames * height * width, head_dim / 2] for absolute latent frames from ``start_frame`` on.
+
+    Angles in float64, tables in float32; height and width count tokens and start at 0.
+    """
+    positions = (
+        torch.arange(start_frame, start_frame + frames, dtype=torch.float64, device=device),
+        torch.arange(height, dtype=torch.float64, device=device),
+        torch.arange(width, dtype=torch.float64, device=device),
+    )
+    angles = []
+    for axis, (position, dims) in enumerate(zip(positions, axis_dims(head_dim), strict=True)):
+        frequency = THETA ** (-torch.arange(0, dims, 2, dtype=torch.float64, device=device) / dims)
+        shape = [1, 1, 1, len(frequency)]
+        shape[axis] = len(position)
+        angles.append(torch.outer(position, frequency).view(shape).expand(frames, height, width, -1))
+    angle = torch.cat(angles, dim=-1).flatten(0, 2)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x_BNHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair (x[2i], x[2i + 1]) by its token's angle; computed in float32, in the dtype of ``x_BNHD``."""
+    even, odd = x_BNHD.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_BNHD.dtype)

@@ -1,0 +1,61 @@
+"""Prompt -> embeddings: cleaning, tokenizer, UMT5 encoder, and a small cache.
+
+L is the model's text length (512 for LingBot-World), D its text width.
+"""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import re
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+_CACHED_PROMPTS = 16
+_SPACE = re.compile(r"\s+")
+_HAS_FTFY = importlib.util.find_spec("ftfy") is not None
+
+
+def clean_prompt(text: str) -> str:
+    """Mends mojibake when ftfy is installed, unescapes HTML twice, collapses white space."""
+    if _HAS_FTFY:
+        import ftfy
+
+        text = ftfy.fix_text(text)
+    return _SPACE.sub(" ", html.unescape(html.unescape(text))).strip()
+
+
+class TextEncoder:
+    """UMT5 with its tokenizer. The newest prompts are kept, so going back to one costs nothing."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, text_len: int) -> None:
+        self._tokenizer = tokenizer
+        self._encoder = encoder.requires_grad_(False).eval()
+        self._text_len = text_len
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+
+    def to(self, device: torch.device) -> TextEncoder:
+        self._encoder.to(device)
+        return self
+
+    def token_ids(self, prompt: str) -> list[int]:
+        """At most L ids, the end token included."""
+        return self._tokenizer(clean_prompt(prompt), truncation=True, max_length=self._text_len)["input_ids"]
+
+    def encode(self, prompt: str) -> Tensor:
+        """Embeddings [1, L, D] on the encoder's device; rows past the prompt's tokens are zeros."""
+        if prompt in self._cache:
+            self._cache.move_to_end(prompt)
+            return self._cache[prompt].to(self._encoder.device)
+        ids = torch.tensor([self.token_ids(prompt)], device=self._encoder.device)
+        # Padding rows would be masked for the encoder and zeroed after it: they are not computed at all.
+        rows = self._encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        embeddings = rows.new_zeros(1, self._text_len, rows.shape[-1])
+        embeddings[:, : rows.shape[1]] = rows
+        self._cache[prompt] = embeddings
+        if len(self._cache) > _CACHED_PROMPTS:
+            self._cache.popitem(last=False)
+        return embeddings
