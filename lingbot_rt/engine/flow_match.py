@@ -61,4 +61,3 @@ def predict_x0(x_t: Tensor, flow: Tensor, sigma: float) -> Tensor:
 def renoise(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
     """(1 - sigma) x0 + sigma noise, computed in float32, in the dtype of ``x0``."""
     return ((1 - sigma) * x0.float() + sigma * noise.float()).to(x0.dtype)
-

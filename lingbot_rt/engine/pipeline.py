@@ -79,14 +79,14 @@ def load_pipeline(config: ServeConfig, report: Callable[[EngineStatus], None]) -
         latent_frames=dit_config.latent_frames,
         sink_frames=dit_config.sink_frames,
         window_frames=dit_config.window_frames,
-        num_steps=len(folder.schedule.steps),
+        num_steps=len(folder.denoise_steps),
         device=describe_device(device),
         dtype=str(dtype).removeprefix("torch."),
         num_ranks=config.num_gpus,
     )
     return Pipeline(
         card=card,
-        schedule=folder.schedule,
+        schedule=FlowSchedule(folder.shift, folder.denoise_steps),
         device=device,
         dtype=dtype,
         noise_device=torch.device("cpu") if config.deterministic_noise == "cpu" else device,

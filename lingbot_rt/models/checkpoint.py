@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers.utils import logging as transformers_logging
 
 from lingbot_rt.config import BUILTIN
 from lingbot_rt.errors import CheckpointError
@@ -125,6 +125,7 @@ def load_text_encoder(
     folder: CheckpointFolder, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
 ) -> TextEncoder:
     """UMT5 and its tokenizer, loaded by transformers from the folder alone."""
+    transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder.path / "tokenizer", local_files_only=True)
         encoder, info = UMT5EncoderModel.from_pretrained(
@@ -187,9 +188,7 @@ def _dit_targets(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return targets
 
 
-def _fill(
-    targets: dict[str, Tensor], folder: Path, rename: Callable[[str], str], progress: Progress | None
-) -> None:
+def _fill(targets: dict[str, Tensor], folder: Path, rename: Callable[[str], str], progress: Progress | None) -> None:
     """Copies every tensor of the folder's safetensors files into its target; anything that does not fit is an error."""
     missing, extra, misshapen = set(targets), [], []
     for done, name, tensor in _tensors(folder):
@@ -232,5 +231,3 @@ def _refuse(folder: Path, missing: Any, extra: Any, misshapen: Any) -> None:
             parts.append(f"{len(names)} {what}: {', '.join(names[:_LISTED_KEYS])}{more}")
     if parts:
         raise CheckpointError(f"{folder} does not fit its config.json: {'; '.join(parts)}", field="model_path")
-
-

@@ -285,5 +285,3 @@ def unpatchify(x_BNK: Tensor, frames: int, height: int, width: int) -> Tensor:
     """Tokens [B, N, 4 * C], feature (dy, dx, channel) -> [B, C, F, h, w]."""
     x = x_BNK.unflatten(2, (PATCH_SIZE, PATCH_SIZE, -1)).unflatten(1, (frames, height, width))
     return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
-
-

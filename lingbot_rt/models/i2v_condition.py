@@ -18,7 +18,7 @@ MASK_CHANNELS = 4
 
 def preprocess_image(pixels: npt.NDArray[np.uint8]) -> Tensor:
     """uint8 [H, W, 3] -> float32 [1, 3, H, W] in [-1, 1]."""
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
     return image.float() / 127.5 - 1
 
 
@@ -32,7 +32,7 @@ def condition_video(image: Tensor, latent_frames: int) -> Tensor:
 
 
 def condition_chunks(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents [1, z, 2F, h, w] of ``condition_video`` -> the condition [1, 4 + z, F, h, w] of chunk 0 and of all later."""
+    """Latents [1, z, 2F, h, w] of ``condition_video`` -> conditions [1, 4 + z, F, h, w] of chunk 0 and of later ones."""
     mask = latents.new_zeros(1, MASK_CHANNELS, *latents.shape[2:])
     mask[:, :, 0] = 1
     condition = torch.cat([mask, latents], dim=1)

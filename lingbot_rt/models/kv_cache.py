@@ -74,6 +74,6 @@ class KVCache:
             self._kv_LSBNHD[layer, 1, :, target : target + count] = v_BNHD[:, source : source + count]
 
     def view(self, layer: int) -> tuple[Tensor, Tensor]:
-        """All visible keys and values of ``layer``, [B, visible tokens, H, D]; slots fill in order, so it is a prefix."""
+        """Visible keys and values of ``layer``, [B, visible tokens, H, D]; slots fill in order: a prefix."""
         visible = self.visible_frames * self._tokens_per_frame
         return self._kv_LSBNHD[layer, 0, :, :visible], self._kv_LSBNHD[layer, 1, :, :visible]

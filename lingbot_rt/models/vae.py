@@ -59,16 +59,14 @@ class StreamingVAE:
     def decode_latent_frame(self, latent: Tensor, features: FeatureCache) -> Tensor:
         """The next latent frame [1, z, 1, h, w] of a session -> pixels [1, 3, n, H, W] in [0, 1], float32."""
         x = self._vae.post_quant_conv(self._denormalise(latent))
-        pixels = self._vae.decoder(
-            x, feat_cache=features.slots, feat_idx=[0], first_chunk=features.frames == 0
-        )
+        pixels = self._vae.decoder(x, feat_cache=features.slots, feat_idx=[0], first_chunk=features.frames == 0)
         features.frames += 1
         if self._vae.config.patch_size is not None:
             pixels = unpatchify(pixels, patch_size=self._vae.config.patch_size)
         return (pixels.float().clamp(-1, 1) / 2 + 0.5).clamp(0, 1)
 
     def encode_condition(self, image: Tensor, latent_frames: int) -> tuple[Tensor, Tensor]:
-        """First frame [1, 3, H, W] in [-1, 1] -> i2v condition [1, 4 + z, F, h, w] of chunk 0 and of every later one."""
+        """First frame [1, 3, H, W] in [-1, 1] -> i2v condition [1, 4 + z, F, h, w] of chunk 0 and of later ones."""
         video = condition_video(image.to(self.device, self.dtype), latent_frames)
         latents = self._vae.encode(video).latent_dist.mode()
         self._vae.clear_cache()

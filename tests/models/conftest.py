@@ -1,0 +1,114 @@
+"""The golden DiT, its inputs, and a plain roll-out loop over the package's own modules."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from lingbot_rt.engine.flow_match import FlowSchedule, predict_x0, renoise
+from lingbot_rt.models.checkpoint import CheckpointFolder, load_dit
+from lingbot_rt.models.dit import CausalDiT, DiTConfig
+from lingbot_rt.models.kv_cache import KVCache
+from lingbot_rt.shapes import FrameSize
+
+FRAMES = 3
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="session")
+def dit_folder(golden, tmp_path_factory) -> CheckpointFolder:
+    """tests/golden/dit as the transformer/ of a checkpoint folder."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    (path / "transformer").mkdir()
+    (path / "transformer" / "model.safetensors").symlink_to(golden("dit/weights.safetensors"))
+    values = json.loads(golden("dit/config.json").read_text())
+    return CheckpointFolder(
+        path=path,
+        dit_config=DiTConfig.load(golden("dit/config.json")),
+        shift=values["flow_shift"],
+        denoise_steps=tuple(values["dmd_denoising_steps"]),
+        default_size=FrameSize(96, 64),
+    )
+
+
+@pytest.fixture(scope="session")
+def dit(dit_folder) -> CausalDiT:
+    return load_dit(dit_folder, torch.float32, CPU)
+
+
+@pytest.fixture(scope="session")
+def arrays(golden) -> Callable[[str], dict[str, torch.Tensor]]:
+    """``arrays("dit/rollout_main_inputs")`` -> the arrays of a golden npz as tensors."""
+
+    def load(name: str) -> dict[str, torch.Tensor]:
+        with np.load(golden(f"{name}.npz")) as file:
+            return {key: torch.from_numpy(file[key]) for key in file.files}
+
+    return load
+
+
+def new_cache(dit: CausalDiT, sink: int = 3, window: int = 9, tokens: int = 24) -> KVCache:
+    return KVCache(
+        num_layers=dit.config.num_layers,
+        num_heads=dit.config.num_attention_heads,
+        head_dim=dit.config.attention_head_dim,
+        tokens_per_frame=tokens,
+        sink_frames=sink,
+        window_frames=window,
+        dtype=next(dit.parameters()).dtype,
+        device=CPU,
+    )
+
+
+@dataclasses.dataclass
+class Rollout:
+    """Runs golden chunks one after the other; ``flows`` and ``x0s`` hold the newest chunk's predictions."""
+
+    dit: CausalDiT
+    inputs: dict[str, torch.Tensor]
+    cache: KVCache
+    schedule: FlowSchedule = dataclasses.field(default_factory=lambda: FlowSchedule(10.0, (1000, 821, 642, 321)))
+    camera: bool = True
+    prompts: dict[int, str] = dataclasses.field(default_factory=lambda: {0: "prompt_embeds"})
+
+    def __post_init__(self) -> None:
+        self.dtype = next(self.dit.parameters()).dtype
+        self.text_kv = None
+        self.chunk = 0
+
+    def step(self) -> torch.Tensor:
+        """The next chunk's latents [1, 16, 3, 8, 12]."""
+        i = self.chunk
+        if i in self.prompts:
+            self.text_kv = self.dit.text_kv(self.inputs[self.prompts[i]].to(self.dtype))
+        rays = self.inputs["plucker"][i].to(self.dtype)
+        modulation = self.dit.camera_modulation(rays) if self.camera else None
+        condition = self.inputs["condition"].chunk(2, dim=2)[min(i, 1)]
+        x, self.flows, self.x0s = self.inputs["init_noise"][i], [], []
+        steps = self.schedule.steps_for(len(self.schedule.steps))
+
+        def forward(latents: torch.Tensor, timestep: float, commit: bool = False):
+            channels = torch.cat([latents, condition], dim=1).to(self.dtype)
+            start = i * FRAMES
+            return self.dit(channels, timestep, self.text_kv, modulation, self.cache, start, commit=commit)
+
+        for n, step in enumerate(steps):
+            self.flows.append(forward(x, step.timestep))
+            self.x0s.append(predict_x0(x, self.flows[-1], step.sigma))
+            if n + 1 < len(steps):
+                noise = self.inputs["renoise"][i, n].transpose(1, 2).to(self.dtype)
+                x = renoise(self.x0s[-1], noise, steps[n + 1].sigma)
+        assert forward(self.x0s[-1], 0.0, commit=True) is None
+        self.chunk += 1
+        return self.x0s[-1]
