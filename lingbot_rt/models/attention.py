@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lingbot_rt.errors import ConfigError
+from lingbot_rt.models.kv_cache import KVCache
 
 _SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 BACKENDS = ("auto", "sdpa", *_SDPA)
@@ -31,6 +32,25 @@ def attend(q_BNHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, backend: str = "auto"
     else:
         out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2)
+
+
+class WindowAttention:
+    """Self-attention of a chunk over its session's window.
+
+    The whole of what sequence parallelism changes inside a block: an object with these two methods, which exchanges
+    tokens for heads around the kernel, takes this one's place as ``CausalDiT.window_attention``.
+    """
+
+    def store(self, k_BNHD: Tensor, v_BNHD: Tensor, cache: KVCache, layer: int) -> None:
+        """Puts the chunk's keys and values into the window: all that the context pass asks of the last layer."""
+        cache.write(layer, k_BNHD, v_BNHD)
+
+    def __call__(
+        self, q_BNHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, cache: KVCache, layer: int, backend: str
+    ) -> Tensor:
+        """Stores the chunk's keys and values, then attends to all that is visible -> [B, N, H, D]."""
+        cache.write(layer, k_BNHD, v_BNHD)
+        return attend(q_BNHD, *cache.view(layer), backend)
 
 
 def prefers_cudnn(x: Tensor) -> bool:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lingbot_rt.models.attention import attend
+from lingbot_rt.models.attention import WindowAttention, attend
 from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.models.rope import rope_tables, rotate
 from lingbot_rt.shapes import PATCH_SIZE, VAE_SPATIAL_STRIDE
@@ -126,6 +126,7 @@ class CrossAttention(nn.Module):
         self.o = nn.Linear(dim, dim)
 
     def text_kv(self, text_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a prompt, [B, L, H, d] each."""
         k = self.norm_k(self.k(text_BLD)).unflatten(-1, (self.heads, -1))
         return k, self.v(text_BLD).unflatten(-1, (self.heads, -1))
 
@@ -135,7 +136,11 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer layer: self-attention over the window, camera, text, feed-forward."""
+    """A transformer layer: self-attention over the window, camera, text, feed-forward.
+
+    Its two halves are plain functions of tensors of fixed shapes, so each compiles by itself; the window between them,
+    whose cursors move, stays outside.
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -158,6 +163,7 @@ class Block(nn.Module):
     def before_attention(
         self, x_BND: Tensor, time_B6D: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of self-attention, [B, N, H, d] each."""
         shift, scale, *_ = self._modulation(time_B6D)
         return self.self_attn.project(modulated_norm(x_BND, scale, shift, self.eps), cos, sin)
 
@@ -170,6 +176,7 @@ class Block(nn.Module):
         text_kv: tuple[Tensor, Tensor],
         backend: str,
     ) -> Tensor:
+        """All of the block that follows the attention kernel -> [B, N, D]."""
         _, _, gate, ffn_shift, ffn_scale, ffn_gate = self._modulation(time_B6D)
         x = gated_residual(x_BND, self.self_attn.o(attended_BNHd.flatten(2)), gate)
         if camera is not None:
@@ -204,6 +211,7 @@ class CausalDiT(nn.Module):
         dim = config.dim
         self.config = config
         self.attention_backend = "auto"
+        self.window_attention = WindowAttention()
         self.patch_embedding = nn.Conv3d(
             config.in_channels, dim, (1, PATCH_SIZE, PATCH_SIZE), (1, PATCH_SIZE, PATCH_SIZE)
         )
@@ -231,7 +239,7 @@ class CausalDiT(nn.Module):
     def forward(
         self,
         x_BCFhw: Tensor,
-        timestep: float,
+        timestep: float | Tensor,
         text_kv: TextKV,
         camera: CameraModulation | None,
         cache: KVCache,
@@ -246,27 +254,30 @@ class CausalDiT(nn.Module):
         """
         frames, height, width = x_BCFhw.shape[2], x_BCFhw.shape[3] // PATCH_SIZE, x_BCFhw.shape[4] // PATCH_SIZE
         cache.begin(start_frame, frames)
-        cos, sin = rope_tables(self.config.attention_head_dim, start_frame, frames, height, width, x_BCFhw.device)
+        rope = rope_tables(self.config.attention_head_dim, start_frame, frames, height, width, x_BCFhw.device)
         time_BD, time_B6D = self._time(timestep, x_BCFhw)
 
         # 1. Latent cells to tokens
-        x = self.patch_embedding(x_BCFhw).flatten(2).transpose(1, 2)
+        x_BND = self.patch_embedding(x_BCFhw).flatten(2).transpose(1, 2)
 
         # 2. Blocks
         for i, block in enumerate(self.blocks):
-            q, k, v = block.before_attention(x, time_B6D, cos, sin)
-            cache.write(i, k, v)
+            q, k, v = block.before_attention(x_BND, time_B6D, *rope)
             if commit and i + 1 == len(self.blocks):
+                self.window_attention.store(k, v, cache, i)
                 return None
-            attended = attend(q, *cache.view(i), self.attention_backend)
+            attended = self.window_attention(q, k, v, cache, i, self.attention_backend)
             modulation = None if camera is None else camera[i]
-            x = block.after_attention(x, attended, time_B6D, modulation, text_kv[i], self.attention_backend)
+            x_BND = block.after_attention(x_BND, attended, time_B6D, modulation, text_kv[i], self.attention_backend)
 
         # 3. Tokens back to latent cells
-        return unpatchify(self.head(x, time_BD), frames, height, width)
+        return unpatchify(self.head(x_BND, time_BD), frames, height, width)
 
-    def _time(self, timestep: float, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Time embedding [1, D] in the model's dtype, and its projection [1, 6, D] in float32."""
+    def _time(self, timestep: float | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Time embedding [1, D] in the model's dtype, and its projection [1, 6, D] in float32.
+
+        By the timestep's value: features [cos(t f), sin(t f)], f_i = 10000^(-i / (freq_dim / 2)).
+        """
         half = self.config.freq_dim // 2
         exponent = -torch.arange(half, dtype=torch.float64, device=like.device) / half
         angle = timestep * 10_000.0**exponent

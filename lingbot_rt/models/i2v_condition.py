@@ -32,7 +32,7 @@ def condition_video(image: Tensor, latent_frames: int) -> Tensor:
 
 
 def condition_chunks(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents [1, z, 2F, h, w] of ``condition_video`` -> conditions [1, 4 + z, F, h, w] of chunk 0 and of later ones."""
+    """Latents [1, z, 2F, h, w] of ``condition_video`` -> conditions [1, 4 + z, F, h, w] of chunk 0 and later ones."""
     mask = latents.new_zeros(1, MASK_CHANNELS, *latents.shape[2:])
     mask[:, :, 0] = 1
     condition = torch.cat([mask, latents], dim=1)

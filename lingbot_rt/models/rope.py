@@ -5,6 +5,8 @@ Shapes: tables [tokens, head_dim / 2]; x_BNHD batch, tokens, heads, head_dim.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -17,15 +19,25 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * spatial, spatial, spatial
 
 
+@lru_cache(maxsize=4)
 def rope_tables(
     head_dim: int, start_frame: int, frames: int, height: int, width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """cos and sin [frames * height * width, head_dim / 2] for absolute latent frames from ``start_frame`` on.
 
-    Angles in float64, tables in float32; height and width count tokens and start at 0.
+    Angles in float64, tables in float32; height and width count tokens and start at 0. The newest tables are kept,
+    so that the five forwards of a chunk share theirs.
     """
+    # Kept tensors must outlive the mode of the first caller: a training loop may not get inference tensors.
+    with torch.inference_mode(False):
+        return _tables(head_dim, range(start_frame, start_frame + frames), height, width, device)
+
+
+def _tables(
+    head_dim: int, frame_numbers: range, height: int, width: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     positions = (
-        torch.arange(start_frame, start_frame + frames, dtype=torch.float64, device=device),
+        torch.arange(frame_numbers.start, frame_numbers.stop, dtype=torch.float64, device=device),
         torch.arange(height, dtype=torch.float64, device=device),
         torch.arange(width, dtype=torch.float64, device=device),
     )
@@ -34,7 +46,7 @@ def rope_tables(
         frequency = THETA ** (-torch.arange(0, dims, 2, dtype=torch.float64, device=device) / dims)
         shape = [1, 1, 1, len(frequency)]
         shape[axis] = len(position)
-        angles.append(torch.outer(position, frequency).view(shape).expand(frames, height, width, -1))
+        angles.append(torch.outer(position, frequency).view(shape).expand(len(frame_numbers), height, width, -1))
     angle = torch.cat(angles, dim=-1).flatten(0, 2)
     return angle.cos().float(), angle.sin().float()
 

@@ -39,7 +39,7 @@ def test_main_rollout(dit, arrays):
 
 
 def test_window_after_context_pass(dit, arrays):
-    """The window holds the reference's keys and values, slot by slot of the absolute frame, before and after it slid."""
+    """The window holds the reference's K/V, by absolute frame, before and after it slid."""
     expected = arrays("dit/rollout_main_kv")
     rollout = Rollout(dit, arrays("dit/rollout_main_inputs"), new_cache(dit))
     for chunk in range(7):
