@@ -1,0 +1,119 @@
+"""The format of a session record: a folder with ``record.jsonl`` and the first frame beside it.
+
+Line 1 is a ``SessionLine``, then a ``ChunkLine`` for each finished chunk, last an ``EndLine`` when the session ended in
+order. Lines are appended and flushed chunk by chunk: a crash loses at most the chunk in work, and a last line that was
+cut off in the middle is left out when reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from lingbot_rt.errors import LingbotError
+
+RECORD_NAME = "record.jsonl"
+FORMAT = 1
+
+
+class RecordError(LingbotError):
+    """A record that is not there, damaged, or of another format."""
+
+    code = "record"
+
+
+class SessionLine(msgspec.Struct, tag="session", tag_field="line", frozen=True):
+    """How the session began."""
+
+    format: int
+    session_id: str
+    started_at: str  # ISO 8601, UTC
+    init: dict[str, Any]  # the client's init without its first frame
+    first_frame: str  # name of the file beside the record, after the SHA-256 of its bytes
+    seed: int
+    model: str
+    device: str
+    dtype: str
+    versions: dict[str, str]
+
+
+class RecordedEvent(msgspec.Struct, frozen=True):
+    kind: str
+    payload: Any
+    event_id: int | None = None
+
+
+class ChunkLine(msgspec.Struct, tag="chunk", tag_field="line", frozen=True):
+    """One finished chunk."""
+
+    index: int
+    events: list[RecordedEvent]  # those that this chunk's sample saw first, in order of arrival
+    event_id: int | None
+    hashes: list[str]  # of every raw frame, see ``frame_hash``
+    stats: dict[str, Any]  # its chunk_stats
+
+
+class EndLine(msgspec.Struct, tag="end", tag_field="line", frozen=True):
+    reason: str
+
+
+RecordLine = SessionLine | ChunkLine | EndLine
+_decoder = msgspec.json.Decoder(RecordLine)
+_encoder = msgspec.json.Encoder()
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRecord:
+    """A record read back."""
+
+    folder: Path
+    session: SessionLine
+    chunks: list[ChunkLine]
+    end: EndLine | None  # None: the process died during the session
+
+    @property
+    def first_frame(self) -> bytes:
+        return (self.folder / self.session.first_frame).read_bytes()
+
+
+def frame_hash(frame: npt.NDArray[np.uint8]) -> str:
+    """The first 16 hex digits of the SHA-256 of a frame's raw RGB bytes."""
+    return hashlib.sha256(np.ascontiguousarray(frame)).hexdigest()[:16]
+
+
+def encode_line(line: RecordLine) -> bytes:
+    return _encoder.encode(line) + b"\n"
+
+
+def read_record(path: Path) -> SessionRecord:
+    """Reads a record's folder (or its record.jsonl). Raises RecordError naming the line that is wrong."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        raw = (folder / RECORD_NAME).read_bytes()
+    except OSError as error:
+        raise RecordError(f"{folder / RECORD_NAME}: {error.strerror}") from None
+    lines = raw.split(b"\n")
+    # Whatever follows the last line end was cut off while it was written.
+    decoded = [_decode(folder, number, line) for number, line in enumerate(lines[:-1], start=1)]
+    if not decoded or not isinstance(decoded[0], SessionLine):
+        raise RecordError(f"{folder / RECORD_NAME}: the first line is not a session line")
+    if decoded[0].format != FORMAT:
+        raise RecordError(f"{folder / RECORD_NAME}: format {decoded[0].format}, this version reads {FORMAT}")
+    chunks = [line for line in decoded if isinstance(line, ChunkLine)]
+    if [chunk.index for chunk in chunks] != list(range(len(chunks))):
+        raise RecordError(f"{folder / RECORD_NAME}: chunks are not in order")
+    end = decoded[-1]
+    return SessionRecord(folder, decoded[0], chunks, end if isinstance(end, EndLine) else None)
+
+
+def _decode(folder: Path, number: int, line: bytes) -> RecordLine:
+    try:
+        return _decoder.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RecordError(f"{folder / RECORD_NAME}: line {number}: {error}") from None

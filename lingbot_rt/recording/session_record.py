@@ -1,0 +1,121 @@
+"""Writes a session's record beside the session, on a thread of its own: a chunk never waits for a disk or a hash."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import queue
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lingbot_rt import __version__
+from lingbot_rt.engine.chunk_plan import ModelCard
+from lingbot_rt.recording.record_file import (
+    FORMAT,
+    RECORD_NAME,
+    ChunkLine,
+    EndLine,
+    RecordedEvent,
+    RecordLine,
+    SessionLine,
+    encode_line,
+    frame_hash,
+)
+
+log = logging.getLogger(__name__)
+
+_WAITING_CHUNKS = 4
+_CLOSE_LIMIT_S = 10.0
+
+Frames = list[npt.NDArray[np.uint8]]
+
+
+class SessionRecorder:
+    """One session's record. ``chunk`` hands a finished chunk over and returns at once.
+
+    A disk that cannot keep up, a full one, or the size limit end the record, with a warning, never the session.
+    """
+
+    def __init__(
+        self, root: Path, session_id: str, init: dict[str, Any], first_frame: bytes, card: ModelCard, max_bytes: int
+    ) -> None:
+        """Makes the folder and writes the first line. ``init`` is the client's map without its first frame.
+
+        Raises OSError when ``root`` cannot be written.
+        """
+        started = datetime.now(UTC)
+        self.folder = root / f"{started:%Y%m%dT%H%M%S}-{session_id}"
+        self.folder.mkdir(parents=True)
+        picture = f"first_frame-{hashlib.sha256(first_frame).hexdigest()[:16]}.bin"
+        (self.folder / picture).write_bytes(first_frame)
+        self._file = (self.folder / RECORD_NAME).open("ab")
+        self._bytes_left = max_bytes - len(first_frame)
+        self._write(
+            SessionLine(
+                format=FORMAT,
+                session_id=session_id,
+                started_at=started.isoformat(timespec="milliseconds"),
+                init=init,
+                first_frame=picture,
+                seed=init["seed"],
+                model=card.model_id,
+                device=card.device,
+                dtype=card.dtype,
+                versions={"lingbot_rt": __version__, "python": platform.python_version()},
+            )
+        )
+        self._stopped = False
+        self._queue: queue.Queue[tuple[ChunkLine, Frames] | EndLine] = queue.Queue(_WAITING_CHUNKS)
+        self._thread = threading.Thread(target=self._run, name=f"record-{session_id}", daemon=True)
+        self._thread.start()
+
+    def chunk(
+        self, index: int, events: list[RecordedEvent], event_id: int | None, frames: Frames, stats: dict[str, Any]
+    ) -> None:
+        """Hands over a finished chunk with the raw frames it sent, [n, H, W, 3] groups in order."""
+        self._put((ChunkLine(index, events, event_id, [], stats), frames))
+
+    def close(self, reason: str) -> None:
+        """Writes the last line and waits, within a limit, until everything is on disk."""
+        self._put(EndLine(reason))
+        self._stopped = True
+        self._thread.join(_CLOSE_LIMIT_S)
+
+    def _put(self, item: tuple[ChunkLine, Frames] | EndLine) -> None:
+        if self._stopped:
+            return
+        try:
+            self._queue.put(item, timeout=0 if isinstance(item, tuple) else _CLOSE_LIMIT_S)
+        except queue.Full:
+            log.warning("the record in %s ends here: the disk does not keep up", self.folder)
+            self._stopped = True
+
+    def _run(self) -> None:
+        with self._file:
+            while True:
+                item = self._queue.get()
+                try:
+                    if isinstance(item, EndLine):
+                        self._write(item)
+                        return
+                    line, groups = item
+                    hashes = [frame_hash(frame) for group in groups for frame in group]
+                    self._write(ChunkLine(line.index, line.events, line.event_id, hashes, line.stats))
+                except OSError as error:
+                    log.warning("the record in %s ends here: %s", self.folder, error)
+                    self._stopped = True
+                    return
+
+    def _write(self, line: RecordLine) -> None:
+        data = encode_line(line)
+        self._bytes_left -= len(data)
+        if self._bytes_left < 0:
+            raise OSError("the size limit of a record is reached (--record-max-mb)")
+        self._file.write(data)
+        self._file.flush()

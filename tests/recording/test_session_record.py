@@ -1,0 +1,92 @@
+"""The record on disk: what is written comes back, crashes and limits cost only their own part."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from lingbot_rt.engine.chunk_plan import ModelCard
+from lingbot_rt.recording import session_record
+from lingbot_rt.recording.record_file import RECORD_NAME, EndLine, RecordedEvent, RecordError, frame_hash, read_record
+from lingbot_rt.recording.session_record import SessionRecorder
+from lingbot_rt.shapes import FrameSize
+
+CARD = ModelCard("m", "builtin", FrameSize(64, 64), 3, 3, 9, 4, "cpu", "float32")
+INIT = {"type": "init", "prompt": "a street", "seed": 7, "size": "64x64"}
+
+
+def frames(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (4, 8, 8, 3), np.uint8)
+
+
+@pytest.fixture
+def recorder(tmp_path):
+    made = SessionRecorder(tmp_path, "s1", INIT, b"picture", CARD, 10**6)
+    yield made
+    made.close("test over")
+
+
+def test_what_is_written_is_read_back(recorder):
+    """Init, picture, events with their chunk, stats and a hash of each frame come back equal."""
+    event = RecordedEvent("prompt", "night", 4)
+    recorder.chunk(0, [], None, [frames(0)[:1], frames(1)], {"dit_ms": 5})
+    recorder.chunk(1, [event], 4, [frames(2)], {"dit_ms": 6})
+    recorder.close("the client left")
+    record = read_record(recorder.folder)
+    assert record.session.init == INIT
+    assert record.session.seed == 7
+    assert record.first_frame == b"picture"
+    assert [chunk.events for chunk in record.chunks] == [[], [event]]
+    assert record.chunks[0].hashes == [frame_hash(frame) for frame in [frames(0)[0], *frames(1)]]
+    assert record.chunks[1].stats == {"dit_ms": 6}
+    assert record.end == EndLine("the client left")
+
+
+def test_a_crash_loses_the_line_in_work_only(recorder):
+    """A last line that was cut off is left out; a damaged one before it is an error with its number."""
+    recorder.chunk(0, [], None, [frames(0)], {})
+    recorder.chunk(1, [], None, [frames(1)], {})
+    recorder.close("")
+    path = recorder.folder / RECORD_NAME
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.rindex(b'{"line":"end"') - 20])
+    record = read_record(path)
+    assert [chunk.index for chunk in record.chunks] == [0]
+    assert record.end is None
+    path.write_bytes(whole.replace(b'"line":"chunk"', b'"line":"junk"', 1))
+    with pytest.raises(RecordError, match="line 2"):
+        read_record(path)
+
+
+def test_a_record_that_is_not_there_is_named(tmp_path):
+    """The error says which file was looked for."""
+    with pytest.raises(RecordError, match=r"record\.jsonl: No such file"):
+        read_record(tmp_path)
+
+
+def test_the_size_limit_ends_the_record_not_the_session(tmp_path, caplog):
+    """Past --record-max-mb nothing more is written and nothing is raised."""
+    recorder = SessionRecorder(tmp_path, "s1", INIT, b"picture", CARD, 900)
+    for index in range(20):
+        recorder.chunk(index, [], None, [frames(index)], {})
+        time.sleep(0.01)
+    recorder.close("")
+    assert (recorder.folder / RECORD_NAME).stat().st_size <= 900
+    assert "--record-max-mb" in caplog.text
+    assert read_record(recorder.folder).chunks
+
+
+def test_a_slow_disk_never_holds_a_chunk(tmp_path, monkeypatch, caplog):
+    """While the writer is stuck, handing chunks over still returns, and what waits is bounded."""
+    stuck = threading.Event()
+    monkeypatch.setattr(session_record, "frame_hash", lambda frame: stuck.wait(5) and "0" * 16)
+    recorder = SessionRecorder(tmp_path, "s1", INIT, b"picture", CARD, 10**6)
+    for index in range(20):
+        recorder.chunk(index, [], None, [frames(index)[:1]], {})
+    assert recorder._queue.qsize() <= 4
+    assert "does not keep up" in caplog.text
+    stuck.set()
+    recorder.close("")
