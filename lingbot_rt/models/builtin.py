@@ -7,6 +7,7 @@ user cache as an ordinary checkpoint folder, which every other part of the packa
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -61,7 +62,7 @@ def _make(folder: Path) -> None:
     shutil.copytree(_SOURCE, folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        dit = CausalDiT(DiTConfig.load(folder / "transformer" / "config.json"))
+        dit = CausalDiT(DiTConfig.from_dict(json.loads((folder / "transformer" / "config.json").read_text())))
         vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder / "vae"))
         text_encoder = UMT5EncoderModel(UMT5Config.from_pretrained(folder / "text_encoder"))
         _draw_dit(dit)

@@ -1,4 +1,8 @@
-"""A diffusers-layout folder, a hub id or the built-in world -> the networks, on their device in one copy."""
+"""A diffusers-layout folder, a hub id or the built-in world -> the networks, on their device in one copy.
+
+Every network is built on the meta device, its memory allocated once where it will rest, and each tensor of the
+safetensors files copied straight into its place; a name or shape that does not fit is an error that lists it.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +15,31 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from transformers import AutoTokenizer, UMT5EncoderModel
-from transformers.utils import logging as transformers_logging
+from torch import Tensor, nn
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from lingbot_rt.config import BUILTIN
 from lingbot_rt.errors import CheckpointError
 from lingbot_rt.models.builtin import builtin_folder
 from lingbot_rt.models.dit import CausalDiT, DiTConfig
+from lingbot_rt.models.i2v_condition import MASK_CHANNELS
 from lingbot_rt.models.text_encoder import TextEncoder
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.shapes import FrameSize
 
 Progress = Callable[[float], None]
+"""Called with the share done, 0..1."""
 
 DISTILLED_SHIFT = 10.0
 DISTILLED_STEPS = (1000, 821, 642, 321)
 TRAINED_SIZE = FrameSize(832, 480)
+WAN_Z_DIM = 16
 
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
+_HUB_FILES = ["*.json", *(f"{part}/*" for part in _PARTS), "scheduler/*"]
 _LISTED_KEYS = 8
 
 _DIFFUSERS_NAMES = [
@@ -57,7 +66,7 @@ _DIFFUSERS_NAMES = [
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFolder:
-    """A model on disk, its small files read."""
+    """A model on disk, its small files read and found to fit each other."""
 
     path: Path
     dit_config: DiTConfig
@@ -67,7 +76,10 @@ class CheckpointFolder:
 
 
 def open_checkpoint(model_path: str) -> CheckpointFolder:
-    """``builtin``, a folder, or a hub id (fetched once, resumable). Raises CheckpointError saying what is missing."""
+    """``builtin``, a folder, or a hub id (fetched once, resumable). Reads no weights.
+
+    Raises CheckpointError saying what is missing or does not fit.
+    """
     if model_path == BUILTIN:
         path = builtin_folder()
     elif Path(model_path).is_dir():
@@ -76,116 +88,138 @@ def open_checkpoint(model_path: str) -> CheckpointFolder:
         path = _fetch(model_path)
     missing = [part for part in _PARTS if not (path / part).is_dir()]
     if missing:
-        raise CheckpointError(
-            f"{path} is not a diffusers model folder: it lacks {', '.join(part + '/' for part in missing)}",
-            field="model_path",
-        )
-    index = _read_json(path / "model_index.json") if (path / "model_index.json").exists() else {}
-    scheduler_file = path / "scheduler" / "scheduler_config.json"
-    scheduler = _read_json(scheduler_file) if scheduler_file.exists() else {}
+        raise _broken(f"{path} is not a diffusers model folder: it lacks {', '.join(part + '/' for part in missing)}")
+    index = _read_json(path / "model_index.json", default={})
+    scheduler = _read_json(path / "scheduler" / "scheduler_config.json", default={})
+    vae, text = (_read_json(path / part / "config.json") for part in ("vae", "text_encoder"))
     try:
-        size = FrameSize.parse(index["default_size"]) if "default_size" in index else TRAINED_SIZE
-        return CheckpointFolder(
+        folder = CheckpointFolder(
             path=path,
-            dit_config=DiTConfig.load(path / "transformer" / "config.json"),
+            dit_config=DiTConfig.from_dict(_read_json(path / "transformer" / "config.json")),
             shift=float(scheduler.get("shift", DISTILLED_SHIFT)),
             denoise_steps=tuple(int(step) for step in scheduler.get("dmd_denoising_steps", DISTILLED_STEPS)),
-            default_size=size,
+            default_size=FrameSize.parse(index["default_size"]) if "default_size" in index else TRAINED_SIZE,
         )
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: {error}", field="model_path") from None
+    except (ValueError, TypeError) as error:
+        raise _broken(f"{path}: {error}") from None
+    dit, z_dim = folder.dit_config, vae.get("z_dim", WAN_Z_DIM)
+    wanted = (2 * z_dim + MASK_CHANNELS, z_dim)
+    if (dit.in_channels, dit.out_channels) != wanted:
+        raise _broken(
+            f"{path}: a VAE of {z_dim} channels needs a transformer of {wanted[0]} channels in and {wanted[1]} out, "
+            f"not {dit.in_channels} and {dit.out_channels}"
+        )
+    if text.get("d_model") != dit.text_dim:
+        raise _broken(f"{path}: text_encoder/ gives {text.get('d_model')} features, transformer/ takes {dit.text_dim}")
+    return folder
 
 
 def load_dit(
     folder: CheckpointFolder, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
 ) -> CausalDiT:
-    """The DiT's weights, converted shard by shard; q, k and v of self-attention land in one fused linear."""
+    """The DiT; q, k and v of self-attention land in one fused linear. Raises CheckpointError."""
     with torch.device("meta"):
         dit = CausalDiT(folder.dit_config)
-    state = {name: torch.empty_like(value, dtype=dtype, device=device) for name, value in dit.state_dict().items()}
-    targets = _dit_targets(state)
-    _fill(targets, folder.path / "transformer", _original_name, progress)
-    dit.load_state_dict(state, assign=True)
-    return dit.requires_grad_(False).eval()
+    state = _allocate(dit, dtype, device)
+    _fill(split_qkv(state), folder.path / "transformer", _original_name, progress)
+    return _assign(dit, state)
 
 
 def load_vae(
     folder: CheckpointFolder, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
 ) -> StreamingVAE:
-    config = _read_json(folder.path / "vae" / "config.json")
-    with torch.device("meta"):
-        vae = AutoencoderKLWan.from_config(config)
-    state = {name: torch.empty_like(value, dtype=dtype, device=device) for name, value in vae.state_dict().items()}
+    """The VAE. Raises CheckpointError."""
+    try:
+        with torch.device("meta"):
+            vae = AutoencoderKLWan.from_config(_read_json(folder.path / "vae" / "config.json"))
+    except (ValueError, TypeError) as error:
+        raise _broken(f"{folder.path / 'vae'}: {error}") from None
+    state = _allocate(vae, dtype, device)
     _fill(state, folder.path / "vae", lambda name: name, progress)
-    vae.load_state_dict(state, assign=True)
-    return StreamingVAE(vae)
+    return StreamingVAE(_assign(vae, state))
 
 
 def load_text_encoder(
     folder: CheckpointFolder, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
 ) -> TextEncoder:
-    """UMT5 and its tokenizer, loaded by transformers from the folder alone."""
-    transformers_logging.disable_progress_bar()
+    """UMT5's encoder and its tokenizer. Raises CheckpointError."""
+    path = folder.path / "text_encoder"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder.path / "tokenizer", local_files_only=True)
-        encoder, info = UMT5EncoderModel.from_pretrained(
-            folder.path / "text_encoder", dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+        config = UMT5Config.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{folder.path}: text encoder: {first_line}", field="model_path") from None
-    _refuse(folder.path / "text_encoder", info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
-    if progress is not None:
-        progress(1.0)
-    return TextEncoder(tokenizer, encoder.to(device), folder.dit_config.text_len)
+        raise _broken(f"{folder.path}: text encoder: {_first_line(error)}") from None
+    with torch.device("meta"):
+        encoder = UMT5EncoderModel(config)
+    state = _allocate(encoder, dtype, device)
+    # One table under two names; a checkpoint holds it under either.
+    state["encoder.embed_tokens.weight"] = state["shared.weight"]
+    targets = {name: tensor for name, tensor in state.items() if name != "encoder.embed_tokens.weight"}
+    _fill(targets, path, lambda name: name.replace("encoder.embed_tokens.", "shared."), progress)
+    encoder = _assign(encoder, state)
+    encoder.tie_weights()
+    return TextEncoder(tokenizer, encoder, folder.dit_config.text_len)
+
+
+def split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The DiT's parameters under the original checkpoint's names: the rows of a fused qkv as q, k and v."""
+    split = {}
+    for name, tensor in state.items():
+        if ".self_attn.qkv." in name:
+            for letter, rows in zip("qkv", tensor.chunk(3), strict=True):
+                split[name.replace(".qkv.", f".{letter}.")] = rows
+        else:
+            split[name] = tensor
+    return split
 
 
 def _fetch(model_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+    """The hub's files, from its local cache or fetched with a progress bar; an interrupted fetch resumes."""
     try:
-        return Path(snapshot_download(model_id))
+        return Path(snapshot_download(model_id, allow_patterns=_HUB_FILES))
     except HFValidationError:
-        raise CheckpointError(
-            f"--model-path {model_id}: neither a folder that exists nor a hub id", field="model_path"
-        ) from None
+        raise _broken(f"--model-path {model_id}: neither a folder that exists nor a hub id") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"--model-path {model_id}: no such folder, and the hub did not give it ({reason}); "
-            f"put its files in a folder and name that, for example --model-path ./models/{Path(model_id).name}",
-            field="model_path",
+        raise _broken(
+            f"--model-path {model_id}: no such folder, and the hub did not give it ({_first_line(error)}); "
+            f"put its files in a folder and name that, for example --model-path ./models/{Path(model_id).name}"
         ) from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A JSON object; ``default`` stands for a file that is not there."""
+    if default is not None and not path.exists():
+        return default
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}", field="model_path") from None
+        raise _broken(f"{path}: {error.strerror}") from None
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}", field="model_path") from None
+        raise _broken(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise _broken(f"{path}: expected a JSON object")
+    return values
+
+
+def _allocate(module: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Memory for every parameter of a module that was built on the meta device."""
+    return {name: torch.empty_like(value, dtype=dtype, device=device) for name, value in module.state_dict().items()}
+
+
+def _assign(module: Any, state: dict[str, Tensor]) -> Any:
+    """The module over the filled ``state`` itself; nothing is copied."""
+    module.load_state_dict(state, assign=True)
+    unfilled = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    assert not unfilled, f"not in the checkpoint and to be rebuilt here: {unfilled}"
+    return module.requires_grad_(False).eval()
 
 
 def _original_name(name: str) -> str:
     for pattern, replacement in _DIFFUSERS_NAMES:
-        name, count = re.subn("^" + pattern, replacement, name)
+        renamed, count = re.subn("^" + pattern, replacement, name)
         if count:
-            break
+            return renamed
     return name
-
-
-def _dit_targets(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Checkpoint name -> the tensor (or the rows of a fused one) that it fills."""
-    targets = {}
-    for name, tensor in state.items():
-        if ".self_attn.qkv." in name:
-            for letter, rows in zip("qkv", tensor.chunk(3), strict=True):
-                targets[name.replace(".qkv.", f".{letter}.")] = rows
-        else:
-            targets[name] = tensor
-    return targets
 
 
 def _fill(targets: dict[str, Tensor], folder: Path, rename: Callable[[str], str], progress: Progress | None) -> None:
@@ -193,24 +227,27 @@ def _fill(targets: dict[str, Tensor], folder: Path, rename: Callable[[str], str]
     missing, extra, misshapen = set(targets), [], []
     for done, name, tensor in _tensors(folder):
         target = targets.get(rename(name))
+        missing.discard(rename(name))
         if target is None:
             extra.append(name)
         elif target.shape != tensor.shape:
             misshapen.append(f"{name} {list(tensor.shape)} for {list(target.shape)}")
-            missing.discard(rename(name))
         else:
             target.copy_(tensor)
-            missing.discard(rename(name))
         if progress is not None:
             progress(done)
-    _refuse(folder, missing, extra, misshapen)
+    parts = []
+    for what, names in (("missing", sorted(missing)), ("unexpected", extra), ("misshapen", misshapen)):
+        if names:
+            more = f" and {len(names) - _LISTED_KEYS} more" if len(names) > _LISTED_KEYS else ""
+            parts.append(f"{len(names)} {what}: {', '.join(names[:_LISTED_KEYS])}{more}")
+    if parts:
+        raise _broken(f"{folder} does not fit its config.json: {'; '.join(parts)}")
 
 
 def _tensors(folder: Path) -> Iterator[tuple[float, str, Tensor]]:
     """(share done, name, tensor) of every tensor in the folder, one in memory at a time."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} has no .safetensors file", field="model_path")
+    files = _shards(folder)
     for number, path in enumerate(files):
         try:
             with safe_open(path, framework="pt") as shard:
@@ -218,16 +255,27 @@ def _tensors(folder: Path) -> Iterator[tuple[float, str, Tensor]]:
                 for i, name in enumerate(names):
                     yield (number + (i + 1) / len(names)) / len(files), name, shard.get_tensor(name)
         except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged: {error}", field="model_path") from None
+            raise _broken(f"{path} is damaged: {error}") from None
 
 
-def _refuse(folder: Path, missing: Any, extra: Any, misshapen: Any) -> None:
-    """Raises CheckpointError that lists what does not fit, if anything."""
-    parts = []
-    for what, names in (("missing", missing), ("unexpected", extra), ("misshapen", misshapen)):
-        names = sorted(map(str, names))
-        if names:
-            more = f" and {len(names) - _LISTED_KEYS} more" if len(names) > _LISTED_KEYS else ""
-            parts.append(f"{len(names)} {what}: {', '.join(names[:_LISTED_KEYS])}{more}")
-    if parts:
-        raise CheckpointError(f"{folder} does not fit its config.json: {'; '.join(parts)}", field="model_path")
+def _shards(folder: Path) -> list[Path]:
+    """The safetensors files that the folder's index names; without an index, all there are."""
+    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
+    if index is None:
+        files = sorted(folder.glob("*.safetensors"))
+    else:
+        files = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+    if not files:
+        raise _broken(f"{folder} has no .safetensors file")
+    absent = [path.name for path in files if not path.exists()]
+    if absent:
+        raise _broken(f"{folder} lacks {len(absent)} of {len(files)} shards: {', '.join(absent[:_LISTED_KEYS])}")
+    return files
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _broken(message: str) -> CheckpointError:
+    return CheckpointError(message, field="model_path")

@@ -7,9 +7,9 @@ original checkpoint, except that q, k and v of self-attention are one linear.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,9 +49,12 @@ class DiTConfig:
     sliding_window_num_frames: int = 45
 
     @classmethod
-    def load(cls, path: Path) -> DiTConfig:
-        """Reads config.json; keys this class does not know are left alone."""
-        values = json.loads(path.read_text(encoding="utf-8"))
+    def from_dict(cls, values: dict[str, Any]) -> DiTConfig:
+        """From config.json's object; keys this class does not know are left alone. Raises ValueError for a patch
+        other than 1 x 2 x 2."""
+        patch = values.get("patch_size", [1, PATCH_SIZE, PATCH_SIZE])
+        if list(patch) != [1, PATCH_SIZE, PATCH_SIZE]:
+            raise ValueError(f"patch_size {patch} is not [1, {PATCH_SIZE}, {PATCH_SIZE}]")
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
     @property
@@ -221,7 +224,8 @@ class CausalDiT(nn.Module):
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        # `Sequence[Block]` to a type checker: a ModuleList forgets what it holds.
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(Block(config) for _ in range(config.num_layers)))
         self.head = Head(config)
 
     def text_kv(self, text_BLD: Tensor) -> TextKV:

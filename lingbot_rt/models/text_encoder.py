@@ -47,15 +47,17 @@ class TextEncoder:
 
     def encode(self, prompt: str) -> Tensor:
         """Embeddings [1, L, D] on the encoder's device; rows past the prompt's tokens are zeros."""
-        if prompt in self._cache:
-            self._cache.move_to_end(prompt)
-            return self._cache[prompt].to(self._encoder.device)
-        ids = torch.tensor([self.token_ids(prompt)], device=self._encoder.device)
+        cleaned = clean_prompt(prompt)
+        device = self._encoder.device
+        if cleaned in self._cache:
+            self._cache.move_to_end(cleaned)
+            return self._cache[cleaned].to(device)
+        ids = torch.tensor([self.token_ids(prompt)], device=device)
         # Padding rows would be masked for the encoder and zeroed after it: they are not computed at all.
         rows = self._encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
         embeddings = rows.new_zeros(1, self._text_len, rows.shape[-1])
         embeddings[:, : rows.shape[1]] = rows
-        self._cache[prompt] = embeddings
+        self._cache[cleaned] = embeddings
         if len(self._cache) > _CACHED_PROMPTS:
             self._cache.popitem(last=False)
         return embeddings

@@ -5,6 +5,8 @@ Shapes: z latent channels, h x w latent cells, H x W pixels, n pixel frames (1 f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
     AutoencoderKLWan,
@@ -12,7 +14,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanRMS_norm,
     unpatchify,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from lingbot_rt.models.feature_cache import FeatureCache
 from lingbot_rt.models.i2v_condition import condition_chunks, condition_video
@@ -61,9 +63,11 @@ class StreamingVAE:
         for module in vae.modules():
             # Same parameters, same arithmetic: the layers diffusers built only learn another way to compute it.
             module.__class__ = _FAST_ON_CPU.get(type(module), type(module))
-        self.z_dim: int = vae.config.z_dim
-        self._mean = torch.tensor(vae.config.latents_mean, device=self.device).view(1, -1, 1, 1, 1)
-        self._std = torch.tensor(vae.config.latents_std, device=self.device).view(1, -1, 1, 1, 1)
+        config: dict[str, Any] = vae.config
+        self.z_dim: int = config["z_dim"]
+        self._patch_size: int | None = config["patch_size"]
+        self._mean = torch.tensor(config["latents_mean"], device=self.device).view(1, -1, 1, 1, 1)
+        self._std = torch.tensor(config["latents_std"], device=self.device).view(1, -1, 1, 1, 1)
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +78,7 @@ class StreamingVAE:
         return self._vae.dtype
 
     def to(self, device: torch.device) -> StreamingVAE:
-        self._vae.to(device)
+        nn.Module.to(self._vae, device)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
         return self
 
@@ -88,8 +92,8 @@ class StreamingVAE:
             self._vae.post_quant_conv(z), feat_cache=features.slots, feat_idx=[0], first_chunk=features.frames == 0
         )
         features.frames += 1
-        if self._vae.config.patch_size is not None:
-            pixels = unpatchify(pixels, patch_size=self._vae.config.patch_size)
+        if self._patch_size is not None:
+            pixels = unpatchify(pixels, patch_size=self._patch_size)
         return (pixels.float().clamp(-1, 1) / 2 + 0.5).clamp(0, 1)
 
     def encode_condition(self, image: Tensor, latent_frames: int) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ def dit_folder(golden, tmp_path_factory) -> CheckpointFolder:
     values = json.loads(golden("dit/config.json").read_text())
     return CheckpointFolder(
         path=path,
-        dit_config=DiTConfig.load(golden("dit/config.json")),
+        dit_config=DiTConfig.from_dict(values),
         shift=values["flow_shift"],
         denoise_steps=tuple(values["dmd_denoising_steps"]),
         default_size=FrameSize(96, 64),
