@@ -1,0 +1,38 @@
+"""The Python client: one ``connect``, blocking under ``with`` and async under ``async with``.
+
+    with connect("http://127.0.0.1:30000", prompt="A quiet street.", first_frame="street.jpg") as world:
+        world.press("w")
+        for frame in world:
+            show(frame.pixels)          # uint8 [H, W, 3]
+
+``session.py`` is the protocol without a socket, ``frames.py`` decodes the four transports, ``connect.py`` adds the
+two kinds of socket.
+"""
+
+from lingbot_rt.client.connect import AsyncSession, Session, connect
+from lingbot_rt.client.errors import (
+    ClientError,
+    ConnectFailed,
+    EventRefused,
+    InitRefused,
+    ProtocolError,
+    ServerBusy,
+    SessionLost,
+)
+from lingbot_rt.client.frames import Frame
+from lingbot_rt.client.session import ChunkStats
+
+__all__ = [
+    "AsyncSession",
+    "ChunkStats",
+    "ClientError",
+    "ConnectFailed",
+    "EventRefused",
+    "Frame",
+    "InitRefused",
+    "ProtocolError",
+    "ServerBusy",
+    "Session",
+    "SessionLost",
+    "connect",
+]

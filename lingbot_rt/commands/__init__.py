@@ -1,0 +1,11 @@
+"""The verbs of ``lingbot-rt``: one module each, imported when called.
+
+A module has ``add_arguments(parser)`` and ``run(args) -> exit code``, and imports what is heavy inside ``run``.
+"""
+
+VERBS = {
+    "serve": "serve a world model: HTTP, WebSocket and the web page",
+    "client": "walk through a served world from the command line, measure it, keep the frames",
+    "generate": "make a clip without a server",
+    "doctor": "tell what this machine has and what would run on it",
+}

@@ -1,0 +1,50 @@
+"""``lingbot-rt VERB``: parsing only. Each verb's options and work are in ``commands/``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from lingbot_rt import __version__
+from lingbot_rt.commands import VERBS
+from lingbot_rt.errors import LingbotError
+
+BAD_USAGE = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a wrong command line, where argparse prints the whole usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def build_parser(verb: str | None) -> Parser:
+    """The parser with the options of ``verb``; the other verbs stay unimported, so that --help is quick."""
+    parser = Parser(prog="lingbot-rt", description="Walk through a world made from a picture and a sentence.")
+    parser.add_argument("--version", action="version", version=f"lingbot-rt {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, summary in VERBS.items():
+        options = verbs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        if name == verb:
+            module = importlib.import_module(f"lingbot_rt.commands.{name}")
+            module.add_arguments(options)
+            options.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 failed on the way, 2 the command line or the configuration is wrong."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser(next((word for word in words if not word.startswith("-")), None))
+    try:
+        args = parser.parse_args(words)
+        return args.run(args)
+    except LingbotError as error:
+        print(f"lingbot-rt: {error}", file=sys.stderr)
+        return BAD_USAGE if error.code in ("config", "checkpoint") else 1
+    except KeyboardInterrupt:
+        return 130

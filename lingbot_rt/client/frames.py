@@ -1,0 +1,104 @@
+"""Frame batches as they arrive -> pixel frames, for all four transports.
+
+n frames of a batch, H x W pixels of the picture as it was sent (a preview may be smaller than the session's size).
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from lingbot_rt.client.errors import ProtocolError
+
+Pixels = npt.NDArray[np.uint8]
+
+RAW = "application/x-raw-rgb"
+DELTA_GZIP = "application/x-raw-rgb-delta-gzip"
+ENCODED = ("image/webp", "image/jpeg")
+
+_GZIP_WINDOW_BITS = 31
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """One picture of the stream."""
+
+    pixels: Pixels  # [H, W, 3] RGB
+    index: int  # 0, 1, 2 ... through the session
+    chunk_index: int
+    event_id: int | None  # newest event whose effect is in this chunk
+
+
+class FrameDecoder:
+    """Decodes one session's batches in order; keeps the frame that the next delta refers to."""
+
+    def __init__(self) -> None:
+        self._reference: Pixels | None = None
+        self._next_index = 0
+
+    def decode(self, header: dict[str, Any], payload: bytes) -> list[Frame]:
+        """Raises ProtocolError when the payload is not what the header says."""
+        try:
+            pictures = list(self._pictures(header, payload))
+            chunk_index, event_id = int(header["chunk_index"]), header.get("event_id")
+        except KeyError as error:
+            raise ProtocolError(f"a frame header lacks {error}") from None
+        frames = [Frame(pixels, self._next_index + i, chunk_index, event_id) for i, pixels in enumerate(pictures)]
+        self._next_index += len(frames)
+        return frames
+
+    def _pictures(self, header: dict[str, Any], payload: bytes) -> Iterator[Pixels]:
+        content_type = header["content_type"]
+        if content_type in ENCODED:
+            return _encoded_pictures(payload, header["payload_lengths"])
+        shape = (header["num_frames"], header["height"], header["width"], 3)
+        if content_type == RAW:
+            return iter(_as_frames(payload, shape))
+        if content_type == DELTA_GZIP:
+            return iter(self._undo_deltas(header, _inflate(payload, int(np.prod(shape))), shape))
+        raise ProtocolError(f"frames of content type {content_type!r} are unknown here")
+
+    def _undo_deltas(self, header: dict[str, Any], inflated: bytes, shape: tuple[int, ...]) -> Pixels:
+        """Each frame was XORed with the one before it; the first with the last of the previous message, or nothing."""
+        frames: Pixels = np.bitwise_xor.accumulate(_as_frames(inflated, shape), axis=0)
+        if header.get("delta_reference") == "previous-frame":
+            if self._reference is None or self._reference.shape != shape[1:]:
+                raise ProtocolError("a delta batch refers to a frame that never came")
+            frames = frames ^ self._reference
+        if len(frames):
+            self._reference = frames[-1]
+        return frames
+
+
+def _as_frames(data: bytes, shape: tuple[int, ...]) -> Pixels:
+    if len(data) != int(np.prod(shape)):
+        raise ProtocolError(f"{len(data)} bytes are not {shape[0]} frames of {shape[2]}x{shape[1]}")
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _inflate(payload: bytes, expected: int) -> bytes:
+    """At most ``expected`` bytes and one more: a payload can't claim more memory than its header does."""
+    try:
+        return zlib.decompressobj(_GZIP_WINDOW_BITS).decompress(payload, expected + 1)
+    except zlib.error as error:
+        raise ProtocolError(f"a delta-gzip payload is damaged: {error}") from None
+
+
+def _encoded_pictures(payload: bytes, lengths: list[int]) -> Iterator[Pixels]:
+    if sum(lengths) != len(payload):
+        raise ProtocolError(f"payload_lengths add up to {sum(lengths)}, the payload has {len(payload)} bytes")
+    start = 0
+    for length in lengths:
+        try:
+            with Image.open(io.BytesIO(payload[start : start + length])) as picture:
+                yield np.asarray(picture.convert("RGB"))
+        except (OSError, ValueError) as error:
+            raise ProtocolError(f"a picture does not decode: {error}") from None
+        start += length
