@@ -1,0 +1,180 @@
+"""Pixels -> the bytes of one frame batch. numpy, zlib and picture codecs; never torch.
+
+n frames of uint8 [H, W, 3]. Runs in worker threads: WebP, simplejpeg, gzip and the XOR all release the GIL.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+Pixels = npt.NDArray[np.uint8]
+FormatName = Literal["webp", "jpeg", "raw", "delta-gzip"]
+
+DEFAULT_QUALITY = {"webp": 90, "jpeg": 95}
+ENCODED_FRAMES_A_BATCH = 6
+RAW_FRAMES_A_BATCH = 16
+
+_GZIP_WBITS = 31
+_HAS_SIMPLEJPEG = importlib.util.find_spec("simplejpeg") is not None
+_HAS_ISAL = importlib.util.find_spec("isal") is not None
+_encoders = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="encode")
+"""Frames of one batch are encoded side by side."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFormat:
+    """What a session asked its frames to be sent as."""
+
+    name: FormatName
+    quality: int | None = None  # 1..100 for webp and jpeg; None: 90 and 95
+    preview_max_width: int | None = None  # encoded pictures are shrunk to it, never enlarged
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedBatch:
+    """One batch's payload and everything its header says about it."""
+
+    content_type: str
+    encoding: str  # "raw", "delta-gzip", "webp", "jpeg"
+    num_frames: int
+    payload: bytes
+    payload_lengths: tuple[int, ...] | None  # of each encoded picture; None for raw kinds
+    width: int  # as sent
+    height: int
+    source_width: int  # as generated
+    source_height: int
+    raw_size: int  # bytes of the frames before any encoding
+    delta_reference: str | None = None  # "previous-frame": the first frame is XORed with the last one sent
+
+
+class FrameEncoder:
+    """One session's encoder; it remembers the last frame sent, which the next delta refers to."""
+
+    def __init__(self, output: OutputFormat) -> None:
+        self._output = output
+        self._previous: Pixels | None = None
+        self._previous_event_id: int | None = None
+
+    @property
+    def max_batch(self) -> int:
+        """Most frames of one batch."""
+        return ENCODED_FRAMES_A_BATCH if self._output.name in DEFAULT_QUALITY else RAW_FRAMES_A_BATCH
+
+    def encode(self, pixels: Pixels, *, event_id: int | None) -> EncodedBatch:
+        """``pixels`` [n, H, W, 3], 1 <= n <= max_batch, in the order of the stream. Not to be called concurrently."""
+        match self._output.name:
+            case "raw":
+                return self._raw_kind("application/x-raw-rgb", "raw", pixels, np.ascontiguousarray(pixels).tobytes())
+            case "delta-gzip":
+                return self._delta(pixels, event_id)
+            case "webp" | "jpeg" as name:
+                return self._pictures(pixels, name)
+
+    def _pictures(self, pixels: Pixels, name: Literal["webp", "jpeg"]) -> EncodedBatch:
+        _, height, width, _ = pixels.shape
+        size = preview_size(width, height, self._output.preview_max_width)
+        quality = self._output.quality or DEFAULT_QUALITY[name]
+        encode: Callable[[Pixels], bytes] = partial(_CODECS[name], size=size, quality=quality)
+        pictures = list(_encoders.map(encode, pixels)) if len(pixels) > 1 else [encode(pixels[0])]
+        return EncodedBatch(
+            content_type=f"image/{name}",
+            encoding=name,
+            num_frames=len(pictures),
+            payload=b"".join(pictures),
+            payload_lengths=tuple(len(picture) for picture in pictures),
+            width=size[0],
+            height=size[1],
+            source_width=width,
+            source_height=height,
+            raw_size=pixels.nbytes,
+        )
+
+    def _delta(self, pixels: Pixels, event_id: int | None) -> EncodedBatch:
+        """gzip of the frames, each XORed bytewise with the one before it.
+
+        The session's first frame and the first one of a new event id are key frames, XORed with nothing.
+        """
+        is_key = self._previous is None or event_id != self._previous_event_id
+        reference = None if is_key else self._previous
+        deltas = np.empty_like(pixels)
+        np.bitwise_xor(pixels[1:], pixels[:-1], out=deltas[1:])
+        deltas[0] = pixels[0] if reference is None else pixels[0] ^ reference
+        self._previous, self._previous_event_id = pixels[-1].copy(), event_id
+        kind = "application/x-raw-rgb-delta-gzip"
+        return self._raw_kind(
+            kind, "delta-gzip", pixels, _gzip(deltas), None if reference is None else "previous-frame"
+        )
+
+    def _raw_kind(
+        self, content_type: str, encoding: str, pixels: Pixels, payload: bytes, delta_reference: str | None = None
+    ) -> EncodedBatch:
+        count, height, width, _ = pixels.shape
+        return EncodedBatch(
+            content_type=content_type,
+            encoding=encoding,
+            num_frames=count,
+            payload=payload,
+            payload_lengths=None,
+            width=width,
+            height=height,
+            source_width=width,
+            source_height=height,
+            raw_size=pixels.nbytes,
+            delta_reference=delta_reference,
+        )
+
+
+def preview_size(width: int, height: int, max_width: int | None) -> tuple[int, int]:
+    """(width, height) of the pictures sent: at most ``max_width`` wide at the same aspect, never enlarged."""
+    if not max_width or max_width >= width:
+        return width, height
+    return max_width, max(1, round(height * max_width / width))
+
+
+def _picture(pixels: Pixels, size: tuple[int, int]) -> Image.Image:
+    picture = Image.fromarray(pixels)
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.BILINEAR)
+
+
+def _webp(pixels: Pixels, *, size: tuple[int, int], quality: int) -> bytes:
+    out = io.BytesIO()
+    _picture(pixels, size).save(out, "WEBP", quality=quality, method=0)
+    return out.getvalue()
+
+
+def _jpeg(pixels: Pixels, *, size: tuple[int, int], quality: int) -> bytes:
+    if _HAS_SIMPLEJPEG:
+        import simplejpeg
+
+        shrunk = np.asarray(_picture(pixels, size)) if size != pixels.shape[1::-1] else np.ascontiguousarray(pixels)
+        encoded: bytes = simplejpeg.encode_jpeg(shrunk, quality=quality, colorspace="RGB", colorsubsampling="444")
+        return encoded
+    out = io.BytesIO()
+    _picture(pixels, size).save(out, "JPEG", quality=quality, subsampling=0)
+    return out.getvalue()
+
+
+def _gzip(data: Pixels) -> bytes:
+    """Level 1: the delta is mostly zeros, and time matters more than the last tenth of size."""
+    if _HAS_ISAL:
+        from isal import isal_zlib
+
+        packed: bytes = isal_zlib.compress(memoryview(data).cast("B"), 1, _GZIP_WBITS)
+        return packed
+    deflate = zlib.compressobj(1, zlib.DEFLATED, _GZIP_WBITS)
+    return deflate.compress(memoryview(data).cast("B")) + deflate.flush()
+
+
+_CODECS = {"webp": _webp, "jpeg": _jpeg}

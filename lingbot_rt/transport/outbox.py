@@ -1,0 +1,154 @@
+"""From the session's generator to its socket: a bounded queue, paced when asked, with a limit on every send.
+
+Frames are never dropped here. A client that does not read fills the outbox, which stops its generator, and loses its
+session when one send takes longer than the limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from lingbot_rt.errors import ClientTooSlow
+
+Clock = Callable[[], float]
+Send = Callable[[bytes], Awaitable[None]]
+
+
+class Pacer:
+    """When frames may leave so that a stream is no faster than ``fps`` frames a second. Times are of ``clock``, seconds.
+
+    A stream that fell behind does not catch up in a burst, and a new event id starts the clock anew: what the player
+    just did is shown at once.
+    """
+
+    def __init__(self, fps: float, clock: Clock = time.monotonic) -> None:
+        self._fps = fps
+        self._clock = clock
+        self._next = clock()
+        self._event_id: int | None = None
+
+    def due(self, num_frames: int, event_id: int | None) -> float:
+        """The time at which the next ``num_frames`` frames may leave; they are counted as sent."""
+        now = self._clock()
+        if event_id != self._event_id:
+            self._event_id = event_id
+            self._next = now
+        start = max(self._next, now)
+        self._next = start + num_frames / self._fps
+        return start
+
+    def worth_starting_at(self, expected_s: float) -> float:
+        """The time before which starting a chunk only makes its first frames wait.
+
+        ``expected_s`` is the time from a chunk's start to its first frames. Starting later samples fresher keys.
+        """
+        return self._next - expected_s
+
+
+@dataclass(frozen=True, slots=True)
+class SendTimes:
+    """What sending one parcel took, in milliseconds."""
+
+    pace_wait_ms: float  # held back until it was due
+    header_write_ms: float  # the first message
+    raw_write_ms: float  # the rest
+    sent_at: float  # time.monotonic() of the end
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """Wire messages that leave together, nothing in between."""
+
+    messages: tuple[bytes, ...]
+    due: float | None = None  # not before this time.monotonic()
+    on_sent: Callable[[SendTimes], None] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(message) for message in self.messages)
+
+
+class Outbox:
+    """At most ``max_parcels`` parcels and ``max_bytes`` bytes wait; one parcel of any size always fits an empty one."""
+
+    def __init__(self, *, max_parcels: int, max_bytes: int, send_timeout_s: float) -> None:
+        self._max_parcels = max_parcels
+        self._max_bytes = max_bytes
+        self._send_timeout_s = send_timeout_s
+        self._parcels: deque[Parcel] = deque()
+        self._bytes = 0
+        self._closed = False
+        self._changed = asyncio.Condition()
+
+    @property
+    def parcels(self) -> int:
+        """Parcels put and not wholly sent yet."""
+        return len(self._parcels)
+
+    async def put(self, parcel: Parcel) -> None:
+        """Waits for room. Raises RuntimeError after ``close``."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._closed or self._has_room(parcel))
+            if self._closed:
+                raise RuntimeError("the outbox is closed")
+            self._parcels.append(parcel)
+            self._bytes += parcel.nbytes
+            self._changed.notify_all()
+
+    async def wait_for_at_most(self, parcels: int) -> None:
+        """Returns once no more than ``parcels`` wait to be sent."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._parcels) <= parcels)
+
+    async def close(self) -> None:
+        """``pump`` sends what is here and returns; nothing more may be put."""
+        async with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    async def pump(self, send: Send) -> None:
+        """Sends parcel by parcel until closed and empty. Raises ClientTooSlow when one message takes too long."""
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._closed or bool(self._parcels))
+                if not self._parcels:
+                    return
+                parcel = self._parcels[0]
+            times = await self._send(parcel, send)
+            if parcel.on_sent is not None:
+                parcel.on_sent(times)
+            async with self._changed:
+                self._parcels.popleft()
+                self._bytes -= parcel.nbytes
+                self._changed.notify_all()
+
+    def _has_room(self, parcel: Parcel) -> bool:
+        if not self._parcels:
+            return True
+        return len(self._parcels) < self._max_parcels and self._bytes + parcel.nbytes <= self._max_bytes
+
+    async def _send(self, parcel: Parcel, send: Send) -> SendTimes:
+        begin = time.monotonic()
+        if parcel.due is not None and parcel.due > begin:
+            await asyncio.sleep(parcel.due - begin)
+        marks = [time.monotonic()]
+        for message in parcel.messages:
+            try:
+                async with asyncio.timeout(self._send_timeout_s):
+                    await send(message)
+            except TimeoutError:
+                raise ClientTooSlow(
+                    f"the client read nothing for {self._send_timeout_s:g} s (--send-timeout-s)"
+                ) from None
+            marks.append(time.monotonic())
+        first = marks[min(1, len(marks) - 1)]
+        return SendTimes(
+            pace_wait_ms=1000 * (marks[0] - begin),
+            header_write_ms=1000 * (first - marks[0]),
+            raw_write_ms=1000 * (marks[-1] - first),
+            sent_at=marks[-1],
+        )
