@@ -19,7 +19,7 @@ Send = Callable[[bytes], Awaitable[None]]
 
 
 class Pacer:
-    """When frames may leave so that a stream is no faster than ``fps`` frames a second. Times are of ``clock``, seconds.
+    """When frames may leave so that a stream is no faster than ``fps`` frames/s. Times are seconds of ``clock``.
 
     A stream that fell behind does not catch up in a burst, and a new event id starts the clock anew: what the player
     just did is shown at once.

@@ -1,0 +1,152 @@
+"""Frame batches against the reference's messages and against their own decoders."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import io
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+
+from lingbot_rt.transport import encode
+from lingbot_rt.transport.encode import FrameEncoder, OutputFormat, preview_size
+from tests.conftest import GOLDEN
+
+CASES = json.loads((GOLDEN / "transport/frame_batch_cases.json").read_text())["cases"]
+DELTA = json.loads((GOLDEN / "transport/delta_gzip.json").read_text())
+# Left out: content types this server does not have, an empty frame list, sizes that do not come from the pixels.
+SENT = [
+    case
+    for case in CASES
+    if case["input"]["content_type"] == "application/x-raw-rgb"
+    and case["input"]["metadata_given"]
+    and case["input"]["frames_per_batch"]
+    and case["input"]["realtime_output_format"]
+]
+
+
+def golden_frames(given: dict) -> np.ndarray:
+    """The pictures of a golden case, from its formula."""
+    y, x, c = np.meshgrid(np.arange(given["height"]), np.arange(given["width"]), np.arange(3), indexing="ij")
+    seeds = [i + 10 * batch for batch in range(given["batches"]) for i in range(given["frames_per_batch"])]
+    return np.stack([(3 * x + 5 * y + 40 * c + 17 * seed) % 256 for seed in seeds]).astype(np.uint8)
+
+
+@pytest.mark.parametrize("case", SENT, ids=[case["name"] for case in SENT])
+def test_batches_of_the_reference(case):
+    """Batch by batch: content type, sizes and raw bytes are the reference's; encoded pictures decode to the frames."""
+    given = case["input"]
+    encoder = FrameEncoder(
+        OutputFormat(given["realtime_output_format"], given["output_compression"], given["realtime_preview_max_width"])
+    )
+    frames = golden_frames(given)
+    per_message = given["frames_per_batch"]
+    batches = [
+        encoder.encode(group[i : i + encoder.max_batch], event_id=given["event_id"])
+        for group in np.split(frames, range(per_message, len(frames), per_message))
+        for i in range(0, len(group), encoder.max_batch)
+    ]
+    assert len(batches) == len(case["messages"])
+    for batch, message in zip(batches, case["messages"], strict=True):
+        header = message["header"]
+        assert batch.content_type == header["content_type"]
+        assert batch.encoding == header["encoding"]
+        assert batch.num_frames == header["num_frames"]
+        assert (batch.width, batch.height) == (header["width"], header["height"])
+        assert batch.source_width * batch.source_height * 3 == header["bytes_per_frame"]
+        if batch.payload_lengths is None:
+            assert batch.raw_size == header["raw_size"]
+            assert hashlib.sha256(batch.payload).hexdigest() == message["payload_sha256"]
+        else:
+            assert len(batch.payload_lengths) == batch.num_frames
+            assert sum(batch.payload_lengths) == len(batch.payload)
+
+
+def test_delta_messages_of_the_reference():
+    """The golden delta stream: same key frames, same references, same inflated bytes."""
+    frames = [np.frombuffer(base64.b64decode(text), np.uint8).reshape(4, 6, 3) for text in DELTA["frames_b64"]]
+    encoder = FrameEncoder(OutputFormat("delta-gzip"))
+    for message in DELTA["messages"]:
+        header = message["header"]
+        pixels = np.stack([frames[i] for i in message["frames"]])
+        batch = encoder.encode(pixels, event_id=header.get("event_id"))
+        assert batch.delta_reference == header.get("delta_reference")
+        assert batch.raw_size == header["raw_size"]
+        inflated = gzip.decompress(batch.payload)
+        assert len(inflated) == batch.num_frames * header["bytes_per_frame"]
+        assert inflated.hex().startswith(message["inflated_hex"])
+
+
+batches = st.lists(
+    st.tuples(
+        arrays.arrays(np.uint8, st.tuples(st.integers(1, 16), st.just(3), st.just(5), st.just(3))),
+        st.none() | st.integers(0, 2),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(batches)
+@settings(deadline=None, max_examples=60)
+def test_delta_streams_decode_to_what_was_sent(sent):
+    """Whatever the frames and event ids, a decoder that follows the rules gets every frame back."""
+    encoder, last = FrameEncoder(OutputFormat("delta-gzip")), None
+    for pixels, event_id in sent:
+        batch = encoder.encode(pixels, event_id=event_id)
+        deltas = np.frombuffer(gzip.decompress(batch.payload), np.uint8).reshape(pixels.shape)
+        reference = last if batch.delta_reference == "previous-frame" else np.zeros_like(pixels[0])
+        for delta, frame in zip(deltas, pixels, strict=True):
+            reference = reference ^ delta
+            assert np.array_equal(reference, frame)
+        last = reference
+
+
+@pytest.mark.parametrize("has_isal", [True, False])
+def test_both_gzip_libraries_give_gzip(monkeypatch, has_isal):
+    """With and without isal the payload is one gzip member."""
+    if has_isal:
+        pytest.importorskip("isal")
+    monkeypatch.setattr(encode, "_HAS_ISAL", has_isal)
+    frames = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    batch = FrameEncoder(OutputFormat("delta-gzip")).encode(frames, event_id=None)
+    assert gzip.decompress(batch.payload)[:48] == frames[0].tobytes()
+
+
+@pytest.mark.parametrize("has_simplejpeg", [True, False])
+@pytest.mark.parametrize("name", ["webp", "jpeg"])
+def test_pictures_decode_close_to_the_frames(monkeypatch, name, has_simplejpeg):
+    """Each picture of a batch decodes at full colour resolution to its own frame, at odd sizes too."""
+    if has_simplejpeg:
+        pytest.importorskip("simplejpeg")
+    monkeypatch.setattr(encode, "_HAS_SIMPLEJPEG", has_simplejpeg)
+    y, x = np.mgrid[:37, :51]
+    frames = (
+        np.stack([np.stack([x * 4 + 10 * i, y * 5, 200 - x * 2 - 9 * i], axis=-1) for i in range(5)])
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
+    batch = FrameEncoder(OutputFormat(name, quality=95)).encode(frames, event_id=None)
+    start = 0
+    for frame, length in zip(frames, batch.payload_lengths, strict=True):
+        with Image.open(io.BytesIO(batch.payload[start : start + length])) as picture:
+            decoded = np.asarray(picture.convert("RGB")).astype(int)
+        start += length
+        assert decoded.shape == frame.shape
+        assert np.abs(decoded - frame).mean() < 3
+
+
+@given(st.integers(1, 4096), st.integers(1, 4096), st.integers(1, 5000))
+def test_previews_only_shrink(width, height, limit):
+    """A preview is never wider than asked, never larger than the frame, and never empty."""
+    preview = preview_size(width, height, limit)
+    assert preview[0] == min(width, limit)
+    assert 1 <= preview[1] <= max(height, 1)
+    assert preview_size(width, height, None) == (width, height)

@@ -1,0 +1,155 @@
+"""The outbox bounds what waits, keeps the order, and gives up on a client that does not read."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lingbot_rt.errors import ClientTooSlow
+from lingbot_rt.transport.outbox import Outbox, Pacer, Parcel
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def new_outbox(**changes) -> Outbox:
+    return Outbox(**({"max_parcels": 4, "max_bytes": 100, "send_timeout_s": 5} | changes))
+
+
+@given(st.lists(st.lists(st.binary(min_size=1, max_size=60), min_size=1, max_size=2), max_size=20))
+@settings(deadline=None, max_examples=50)
+def test_everything_arrives_in_order_within_bounds(parcels):
+    """Whatever is put comes out in order; at most four parcels and 100 bytes wait, unless one parcel is larger."""
+
+    async def scenario():
+        outbox, sent, waiting = new_outbox(), [], []
+
+        async def send(message: bytes) -> None:
+            await asyncio.sleep(0)
+            waiting.append((outbox.parcels, outbox._bytes))
+            sent.append(message)
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(outbox.pump(send))
+            for messages in parcels:
+                await outbox.put(Parcel(tuple(messages)))
+            await outbox.close()
+        assert sent == [message for messages in parcels for message in messages]
+        assert all(count <= 4 and (size <= 100 or count == 1) for count, size in waiting)
+
+    asyncio.run(scenario())
+
+
+async def test_a_full_outbox_holds_its_generator():
+    """put waits while there is no room and goes on when a parcel has left."""
+    outbox, gate = new_outbox(max_parcels=1), asyncio.Event()
+
+    async def send(message: bytes) -> None:
+        await gate.wait()
+
+    pump = asyncio.create_task(outbox.pump(send))
+    await outbox.put(Parcel((b"1",)))
+    second = asyncio.create_task(outbox.put(Parcel((b"2",))))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not second.done()
+    gate.set()
+    await second
+    await outbox.close()
+    await pump
+
+
+async def test_a_client_that_does_not_read_is_given_up():
+    """A send that takes longer than the limit raises ClientTooSlow, which names the flag."""
+    outbox = new_outbox(send_timeout_s=0.01)
+
+    async def send(message: bytes) -> None:
+        await asyncio.Event().wait()
+
+    await outbox.put(Parcel((b"1",)))
+    with pytest.raises(ClientTooSlow, match="--send-timeout-s"):
+        await outbox.pump(send)
+
+
+async def test_a_parcel_waits_until_it_is_due_and_tells_its_times():
+    """Nothing leaves before its time; on_sent hears how long pacing and sending took."""
+    outbox, heard, order = new_outbox(), [], []
+    loop = asyncio.get_running_loop()
+    due = loop.time() + 0.05
+
+    async def send(message: bytes) -> None:
+        order.append((message, loop.time()))
+
+    await outbox.put(Parcel((b"head", b"body"), due=due, on_sent=heard.append))
+    await outbox.close()
+    await outbox.pump(send)
+    assert [message for message, _ in order] == [b"head", b"body"]
+    assert order[0][1] >= due - 0.001
+    assert heard[0].pace_wait_ms > 0
+    assert outbox.parcels == 0
+
+
+async def test_waiting_for_the_outbox_to_drain():
+    """wait_for_at_most returns when enough has been sent, and put after close is an error."""
+    outbox = new_outbox()
+    for _ in range(3):
+        await outbox.put(Parcel((b"x",)))
+
+    async def send(message: bytes) -> None:
+        await asyncio.sleep(0)
+
+    pump = asyncio.create_task(outbox.pump(send))
+    await outbox.wait_for_at_most(1)
+    assert outbox.parcels <= 1
+    await outbox.close()
+    await pump
+    with pytest.raises(RuntimeError, match="closed"):
+        await outbox.put(Parcel((b"late",)))
+
+
+def test_pacing_spaces_frames_by_fps():
+    """Frames leave at fps on average, the first at once."""
+    clock = Clock()
+    pacer = Pacer(10, clock)
+    assert [pacer.due(4, None) for _ in range(3)] == pytest.approx([100.0, 100.4, 100.8])
+    assert pacer.worth_starting_at(0.25) == pytest.approx(100.95)
+
+
+def test_a_stream_that_fell_behind_does_not_burst():
+    """After a pause the next frames leave at once and the spacing starts over."""
+    clock = Clock()
+    pacer = Pacer(10, clock)
+    pacer.due(4, None)
+    clock.now = 105.0
+    assert pacer.due(4, None) == 105.0
+    assert pacer.due(4, None) == 105.4
+
+
+def test_a_new_event_is_shown_at_once():
+    """A new event id resets the clock; the same one does not."""
+    clock = Clock()
+    pacer = Pacer(10, clock)
+    pacer.due(40, None)
+    assert pacer.due(4, 7) == 100.0
+    assert pacer.due(4, 7) == 100.4
+
+
+@given(st.lists(st.tuples(st.integers(1, 16), st.none() | st.integers(0, 3), st.floats(0, 2)), max_size=40))
+def test_due_times_never_go_back(sent):
+    """Whatever arrives when, due times are in order and never in the past."""
+    clock, last = Clock(), 0.0
+    pacer, event = Pacer(16, clock), None
+    for count, event_id, pause in sent:
+        clock.now += pause
+        due = pacer.due(count, event_id)
+        assert due >= clock.now
+        assert due >= last or event_id != event
+        last, event = due, event_id
