@@ -1,4 +1,4 @@
-"""The format of a session record: a folder with ``record.jsonl`` and the first frame beside it.
+"""The format of a session record: a folder with ``record.jsonl``, the first frame, and each chunk's last frame as PNG.
 
 Line 1 is a ``SessionLine``, then a ``ChunkLine`` for each finished chunk, last an ``EndLine`` when the session ended in
 order. Lines are appended and flushed chunk by chunk: a crash loses at most the chunk in work, and a last line that was
@@ -85,6 +85,11 @@ class SessionRecord:
 def frame_hash(frame: npt.NDArray[np.uint8]) -> str:
     """The first 16 hex digits of the SHA-256 of a frame's raw RGB bytes."""
     return hashlib.sha256(np.ascontiguousarray(frame)).hexdigest()[:16]
+
+
+def key_frame_path(folder: Path, chunk: int) -> Path:
+    """Where the last raw frame of a chunk is kept."""
+    return folder / f"chunk{chunk:05d}.png"
 
 
 def encode_line(line: RecordLine) -> bytes:

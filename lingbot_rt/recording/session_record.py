@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import platform
 import queue
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from lingbot_rt import __version__
 from lingbot_rt.engine.chunk_plan import ModelCard
@@ -26,6 +28,7 @@ from lingbot_rt.recording.record_file import (
     SessionLine,
     encode_line,
     frame_hash,
+    key_frame_path,
 )
 
 log = logging.getLogger(__name__)
@@ -106,16 +109,26 @@ class SessionRecorder:
                         return
                     line, groups = item
                     hashes = [frame_hash(frame) for group in groups for frame in group]
+                    self._keep_picture(line.index, groups[-1][-1])
                     self._write(ChunkLine(line.index, line.events, line.event_id, hashes, line.stats))
                 except OSError as error:
                     log.warning("the record in %s ends here: %s", self.folder, error)
                     self._stopped = True
                     return
 
+    def _keep_picture(self, index: int, frame: npt.NDArray[np.uint8]) -> None:
+        png = io.BytesIO()
+        Image.fromarray(frame).save(png, "PNG", compress_level=1)
+        self._take_room(len(png.getbuffer()))
+        key_frame_path(self.folder, index).write_bytes(png.getbuffer())
+
     def _write(self, line: RecordLine) -> None:
         data = encode_line(line)
-        self._bytes_left -= len(data)
-        if self._bytes_left < 0:
-            raise OSError("the size limit of a record is reached (--record-max-mb)")
+        self._take_room(len(data))
         self._file.write(data)
         self._file.flush()
+
+    def _take_room(self, size: int) -> None:
+        self._bytes_left -= size
+        if self._bytes_left < 0:
+            raise OSError("the size limit of a record is reached (--record-max-mb)")

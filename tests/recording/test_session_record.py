@@ -7,10 +7,19 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lingbot_rt.engine.chunk_plan import ModelCard
 from lingbot_rt.recording import session_record
-from lingbot_rt.recording.record_file import RECORD_NAME, EndLine, RecordedEvent, RecordError, frame_hash, read_record
+from lingbot_rt.recording.record_file import (
+    RECORD_NAME,
+    EndLine,
+    RecordedEvent,
+    RecordError,
+    frame_hash,
+    key_frame_path,
+    read_record,
+)
 from lingbot_rt.recording.session_record import SessionRecorder
 from lingbot_rt.shapes import FrameSize
 
@@ -43,6 +52,8 @@ def test_what_is_written_is_read_back(recorder):
     assert record.chunks[0].hashes == [frame_hash(frame) for frame in [frames(0)[0], *frames(1)]]
     assert record.chunks[1].stats == {"dit_ms": 6}
     assert record.end == EndLine("the client left")
+    with Image.open(key_frame_path(recorder.folder, 1)) as picture:
+        assert np.array_equal(np.asarray(picture), frames(2)[-1])
 
 
 def test_a_crash_loses_the_line_in_work_only(recorder):
@@ -69,12 +80,12 @@ def test_a_record_that_is_not_there_is_named(tmp_path):
 
 def test_the_size_limit_ends_the_record_not_the_session(tmp_path, caplog):
     """Past --record-max-mb nothing more is written and nothing is raised."""
-    recorder = SessionRecorder(tmp_path, "s1", INIT, b"picture", CARD, 900)
+    recorder = SessionRecorder(tmp_path, "s1", INIT, b"picture", CARD, 2000)
     for index in range(20):
         recorder.chunk(index, [], None, [frames(index)], {})
         time.sleep(0.01)
     recorder.close("")
-    assert (recorder.folder / RECORD_NAME).stat().st_size <= 900
+    assert (recorder.folder / RECORD_NAME).stat().st_size <= 2000
     assert "--record-max-mb" in caplog.text
     assert read_record(recorder.folder).chunks
 

@@ -1,0 +1,51 @@
+"""A session without a socket: init in, chunks of frames out, by the same state machine and engine as the server's."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lingbot_rt.config import ServeConfig
+from lingbot_rt.engine.chunk_plan import ChunkPlan, ChunkResult, FrameGroup
+from lingbot_rt.server.engine_port import EnginePort
+from lingbot_rt.server.first_frame import decode_picture
+from lingbot_rt.server.protocol import Init
+from lingbot_rt.server.session import Session
+from lingbot_rt.server.settings import resolve
+
+
+@dataclass(frozen=True, slots=True)
+class OfflineChunk:
+    """One finished chunk."""
+
+    plan: ChunkPlan
+    result: ChunkResult
+    frames: npt.NDArray[np.uint8]  # [n, H, W, 3]
+
+
+async def play(
+    engine: EnginePort, config: ServeConfig, init: Init, session_id: str = "offline"
+) -> AsyncIterator[OfflineChunk]:
+    """Runs a started engine through the session that ``init`` asks for; its ``max_chunks`` ends it.
+
+    ``init.first_frame`` must be the bytes of a picture. Raises InvalidInit, CapacityError or EngineFailed.
+    """
+    session = Session(session_id, resolve(init, engine.card, config))
+    plan = session.settings.session_plan(session_id, decode_picture(init.first_frame, session.settings.size))
+    engine.check(plan)
+    await engine.open(plan)
+    try:
+        while not session.is_complete:
+            groups: list[npt.NDArray[np.uint8]] = []
+
+            def keep(group: FrameGroup, groups: list[npt.NDArray[np.uint8]] = groups) -> None:
+                groups.append(group.pixels)
+
+            chunk = session.next_plan().plan
+            result = await engine.run(chunk, keep)
+            yield OfflineChunk(chunk, result, np.concatenate(groups))
+    finally:
+        await engine.close(session_id)
