@@ -1,0 +1,235 @@
+"""The ASGI application and the uvicorn server that runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import mimetypes
+import socket
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response, WebSocket
+from fastapi.responses import JSONResponse
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Scope
+
+import lingbot_rt
+from lingbot_rt.config import ServeConfig
+from lingbot_rt.engine.chunk_plan import ModelCard
+from lingbot_rt.errors import LingbotError
+from lingbot_rt.server.access import Unauthorized, has_key, may_connect
+from lingbot_rt.server.admission import Admission
+from lingbot_rt.server.connection import Connection, Service
+from lingbot_rt.server.engine_port import EnginePort
+from lingbot_rt.server.model_entry import model_entry
+from lingbot_rt.server.protocol import error_message
+from lingbot_rt.telemetry import Metrics
+
+log = logging.getLogger(__name__)
+
+WS_PATH = "/v1/realtime_video/generate"
+SHUTDOWN_LIMIT_S = 4.0
+_ENCODE_THREADS = 2
+
+_MIME_TYPES = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".mjs": "text/javascript",
+    ".json": "application/json",
+    ".wasm": "application/wasm",
+    ".svg": "image/svg+xml",
+    ".webp": "image/webp",
+    ".woff2": "font/woff2",
+}
+"""Stated here because some systems' tables say text/plain for scripts, which browsers refuse to run."""
+
+
+def create_app(config: ServeConfig, engine: EnginePort, page: Path | None = None) -> FastAPI:
+    """The whole server. ``page`` is the folder of the web page, by default the one that belongs to the package.
+
+    ``app.state.service.failure`` holds the error when the engine could not start.
+    """
+    encoders = ThreadPoolExecutor(_ENCODE_THREADS, thread_name_prefix="batches")
+    service = Service(config, engine, Admission(config.session_wait_s), Metrics(), encoders)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        # In the background: /health answers while the model loads.
+        starting = asyncio.create_task(_start(service), name="engine start")
+        yield
+        await service.tell_all_and_close(SHUTDOWN_LIMIT_S)
+        starting.cancel()
+        await engine.stop()
+        encoders.shutdown(wait=False, cancel_futures=True)
+
+    app = FastAPI(title="lingbot_rt", version=lingbot_rt.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.add_exception_handler(HTTPException, _openai_error)
+    app.add_middleware(
+        CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["GET"], allow_headers=["*"]
+    )
+    app.include_router(_open_routes(service))
+    app.include_router(_keyed_routes(service))
+    _add_socket(app, service)
+    folder = page or page_folder()
+    if folder is not None:
+        for suffix, kind in _MIME_TYPES.items():
+            mimetypes.add_type(kind, suffix)
+        app.mount("/", _Page(directory=folder, html=True))
+    return app
+
+
+async def _start(service: Service) -> None:
+    try:
+        await service.engine.start()
+    except LingbotError as error:
+        log.error("the engine did not start: %s", error)
+        service.failure = error
+
+
+def _card(engine: EnginePort) -> ModelCard | None:
+    try:
+        return engine.card
+    except LingbotError:
+        return None
+
+
+def _open_routes(service: Service) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/health")
+    async def health() -> JSONResponse:
+        status = service.engine.status
+        return JSONResponse(status.as_dict(), status_code=200 if status.ready else 503)
+
+    @routes.get("/liveness")
+    async def liveness() -> dict[str, str]:
+        return {"status": "alive"}
+
+    return routes
+
+
+def _keyed_routes(service: Service) -> APIRouter:
+    def check_key(request: Request) -> None:
+        if not has_key(service.config, request.headers):
+            raise HTTPException(401, str(Unauthorized()), headers={"WWW-Authenticate": "Bearer"})
+
+    routes = APIRouter(dependencies=[Depends(check_key)])
+
+    def entry() -> dict[str, Any]:
+        engine = service.engine
+        return model_entry(service.config, _card(engine), engine.status, busy=service.admission.is_busy)
+
+    @routes.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [entry()]}
+
+    @routes.get("/v1/models/{model_id:path}")
+    async def model(model_id: str) -> dict[str, Any]:
+        found = entry()
+        if model_id != found["id"]:
+            raise HTTPException(404, f"the model {model_id!r} does not exist, this server has {found['id']!r}")
+        return found
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        service.metrics.ready.set(service.engine.status.ready)
+        service.metrics.waiting.set(service.admission.waiting)
+        return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    return routes
+
+
+def _add_socket(app: FastAPI, service: Service) -> None:
+    @app.websocket(WS_PATH)
+    async def generate(websocket: WebSocket) -> None:
+        if not may_connect(service.config, websocket.headers):
+            await websocket.close(1008)  # before accept: the handshake is answered with 403
+            return
+        await websocket.accept()
+        if not has_key(service.config, websocket.headers, websocket.query_params):
+            # After accept: a page cannot read why a handshake failed.
+            await websocket.send_bytes(error_message(Unauthorized()))
+            await websocket.close(1008, "unauthorized")
+            return
+        await Connection(websocket, service).run()
+
+
+_OPENAI_ERRORS = {401: ("authentication_error", "invalid_api_key"), 404: ("invalid_request_error", "model_not_found")}
+
+
+async def _openai_error(request: Request, error: Exception) -> JSONResponse:
+    """HTTP errors in the form OpenAI clients read."""
+    assert isinstance(error, HTTPException)
+    kind, code = _OPENAI_ERRORS.get(error.status_code, ("invalid_request_error", None))
+    body = {"error": {"message": error.detail, "type": kind, "param": None, "code": code}}
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+def page_folder() -> Path | None:
+    """The web page: inside an installed package, beside it in a checkout."""
+    package = Path(lingbot_rt.__file__).parent
+    candidates = (package / "webui", package.parent / "webui")
+    return next((folder for folder in candidates if (folder / "index.html").is_file()), None)
+
+
+class _Page(StaticFiles):
+    """Static files that browsers ask for again after an update."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        if scope["method"] not in ("GET", "HEAD"):
+            raise HTTPException(405, "only GET and HEAD")
+        return await super().get_response(path, scope)
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with sessions told before their sockets are closed, and an end when the engine cannot start."""
+
+    def __init__(self, app: FastAPI, config: ServeConfig) -> None:
+        self._service: Service = app.state.service
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=config.host,
+                port=config.port,
+                ws="websockets-sansio",
+                ws_max_size=config.max_message_mb * 2**20,
+                ws_per_message_deflate=False,
+                log_config=None,
+                log_level=config.log_level,
+                timeout_graceful_shutdown=1,
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not hasattr(socket, "TCP_USER_TIMEOUT"):
+            return
+        # The kernel drops peers that acknowledge nothing; without it, what is buffered for a client that stopped
+        # reading would stay for as long as the client does. Accepted sockets inherit the option.
+        limit_ms = int(2000 * self._service.config.send_timeout_s)
+        for server in self.servers:
+            for listener in server.sockets:
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._service.failure is not None
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        await self._service.tell_all_and_close(SHUTDOWN_LIMIT_S)
+        await super().shutdown(sockets)

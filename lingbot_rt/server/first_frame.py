@@ -1,0 +1,132 @@
+"""The first frame of an init -> uint8 [H, W, 3] at exactly the session's size.
+
+It comes as bytes, as a data: URL, and, where the operator allows it, as a path below one folder or as a public URL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import io
+import struct
+import zlib
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from lingbot_rt.errors import InvalidInit
+from lingbot_rt.server.remote_picture import fetch
+from lingbot_rt.shapes import FrameSize
+
+FIELD = "first_frame"
+MAX_DECODED_PIXELS = 64_000_000
+MAX_FILE_BYTES = 64 * 2**20
+
+_RUNS_PROGRAMS = {"EPS", "WMF"}
+"""Formats whose Pillow plugin hands the file to another program or to the system."""
+
+_PILLOW_FAILURES = (
+    *(OSError, SyntaxError, ValueError, TypeError, ArithmeticError, LookupError, EOFError, AttributeError),
+    *(
+        RuntimeError,
+        MemoryError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ),
+)
+"""What Pillow's plugins raise on broken files; they agree on no base class."""
+
+
+async def load_first_frame(
+    value: bytes | str, size: FrameSize, *, folder: str | None, allow_remote: bool
+) -> npt.NDArray[np.uint8]:
+    """uint8 [H, W, 3]. Raises InvalidInit naming what is wrong and the option that would allow it.
+
+    Reading and decoding happen in a worker thread.
+    """
+    return await asyncio.to_thread(lambda: decode_picture(_read(value, folder, allow_remote), size))
+
+
+def decode_picture(data: bytes, size: FrameSize) -> npt.NDArray[np.uint8]:
+    """Any picture Pillow reads -> uint8 [H, W, 3], stretched (bicubic) to ``size``. Raises InvalidInit."""
+    if not data:
+        raise InvalidInit("no bytes, expected a picture (PNG, JPEG, WebP, ...)", field=FIELD)
+    try:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            if image.width * image.height > MAX_DECODED_PIXELS:
+                raise InvalidInit(
+                    f"{image.width}x{image.height} pixels are too many, at most {MAX_DECODED_PIXELS // 10**6} million",
+                    field=FIELD,
+                )
+            rgb = _as_rgb(ImageOps.exif_transpose(image))
+            return np.asarray(rgb.resize((size.width, size.height), Image.Resampling.BICUBIC))
+    except _PILLOW_FAILURES as error:
+        kind = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise InvalidInit(f"{len(data)} bytes are not a readable picture ({kind})", field=FIELD) from None
+
+
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in Image.ID if name not in _RUNS_PROGRAMS]
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        # Pillow would clip these to 8 bits; 16-bit grey keeps its upper byte.
+        values = np.asarray(image).astype(np.float64)
+        if image.mode != "F" and (image.mode != "I" or values.max(initial=0) > 255):
+            values = values // 256
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        return Image.alpha_composite(black, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _read(value: bytes | str, folder: str | None, allow_remote: bool) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    scheme = value[:8].lower()
+    if scheme.startswith("data:"):
+        return _from_data_url(value)
+    if scheme.startswith(("http://", "https://")):
+        if not allow_remote:
+            raise InvalidInit("URLs are off on this server (--allow-remote-first-frame); send the bytes", field=FIELD)
+        return fetch(value)
+    return _from_folder(value, folder)
+
+
+def _from_data_url(value: str) -> bytes:
+    head, comma, body = value.partition(",")
+    if not comma:
+        raise InvalidInit("the data: URL has no comma, expected data:image/png;base64,...", field=FIELD)
+    if not head.lower().endswith(";base64"):
+        return unquote_to_bytes(body)
+    try:
+        return base64.b64decode(unquote_to_bytes(body), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidInit(f"the data: URL's base64 is broken ({error})", field=FIELD) from None
+
+
+def _from_folder(value: str, folder: str | None) -> bytes:
+    if folder is None:
+        raise InvalidInit("paths are off on this server (--first-frame-dir FOLDER); send the bytes", field=FIELD)
+    root = Path(folder).resolve()
+    try:
+        path = (root / value).resolve()  # follows symlinks, so what is checked is what is read
+        if not path.is_relative_to(root):
+            raise InvalidInit("the path leaves the folder of --first-frame-dir", field=FIELD)
+        if not path.is_file():
+            raise InvalidInit("there is no such file in the folder of --first-frame-dir", field=FIELD)
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InvalidInit(f"the file is larger than {MAX_FILE_BYTES // 2**20} MiB", field=FIELD)
+        return path.read_bytes()
+    except (OSError, ValueError, RuntimeError) as error:  # unreadable, a NUL in the name, a loop of links
+        raise InvalidInit(f"the file cannot be read ({error.__class__.__name__})", field=FIELD) from None

@@ -1,0 +1,81 @@
+"""The entry of /v1/models: everything a page needs to offer only what this server can do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lingbot_rt.config import ServeConfig
+from lingbot_rt.control.actions import TOKENS
+from lingbot_rt.control.condition_queue import MAX_PENDING
+from lingbot_rt.control.events import MAX_PROMPT_CHARACTERS
+from lingbot_rt.engine.chunk_plan import EngineStatus, ModelCard
+from lingbot_rt.server.first_frame import MAX_DECODED_PIXELS
+from lingbot_rt.server.protocol import EXTENSIONS
+from lingbot_rt.server.settings import MIN_SIDE
+from lingbot_rt.shapes import SIZE_MULTIPLE, FrameSize, num_frames_for
+
+_COMMON_SIZES = ("832x480", "480x832", "640x640", "1280x720", "720x1280", "448x256", "256x448")
+_MAX_LATENT_FRAMES = 21
+
+
+def model_entry(config: ServeConfig, card: ModelCard | None, status: EngineStatus, *, busy: bool) -> dict[str, Any]:
+    """``card`` is None while the model loads; what depends on it is then left out."""
+    entry: dict[str, Any] = {
+        "id": config.model_id if card is None else card.model_id,
+        "object": "model",
+        "created": 0,
+        "owned_by": "lingbot_rt",
+        "ready": status.ready,
+        "status": status.as_dict(),
+        "busy": busy,
+        "action_tokens": list(TOKENS),
+        "output_formats": ["webp", "jpeg", "raw", "delta-gzip"],
+        "default_output_format": config.default_output_format,
+        "extensions": list(EXTENSIONS),
+        "features": {"upscaling": False, "frame_interpolation": False, "guidance": True},
+        "fps": {"default": 16, "min": 1, "max": 120},
+        "limits": {
+            "size_multiple": SIZE_MULTIPLE,
+            "min_side": MIN_SIDE,
+            "max_pixels": config.max_pixels,
+            "max_message_bytes": config.max_message_mb * 2**20,
+            "max_first_frame_pixels": MAX_DECODED_PIXELS,
+            "max_prompt_characters": MAX_PROMPT_CHARACTERS,
+            "max_pending_actions": MAX_PENDING,
+            "init_timeout_s": config.init_timeout_s,
+            "session_wait_s": config.session_wait_s,
+            "send_timeout_s": config.send_timeout_s,
+        },
+        "first_frame": {
+            "bytes": True,
+            "data_url": True,
+            "path": config.first_frame_dir is not None,
+            "url": config.allow_remote_first_frame,
+        },
+    }
+    if card is not None:
+        entry |= _of_card(card, config.max_pixels)
+    return entry
+
+
+def _of_card(card: ModelCard, max_pixels: int) -> dict[str, Any]:
+    sizes = [str(card.default_size)]
+    for text in _COMMON_SIZES:
+        size = FrameSize.parse(text)
+        if size.is_whole_tokens and size.pixels <= max_pixels and text not in sizes:
+            sizes.append(text)
+    return {
+        "device": card.device,
+        "dtype": card.dtype,
+        "num_ranks": card.num_ranks,
+        "default_size": str(card.default_size),
+        "sizes": sizes,
+        "latent_frames": card.latent_frames,
+        "num_frames": {
+            "default": num_frames_for(card.latent_frames),
+            "choices": [num_frames_for(latent) for latent in range(1, _MAX_LATENT_FRAMES + 1)],
+        },
+        "num_inference_steps": {"default": card.num_steps, "min": 1, "max": 50},
+        "realtime_causal_sink_size": {"default": card.sink_frames},
+        "realtime_causal_kv_cache_num_frames": {"default": card.window_frames},
+    }

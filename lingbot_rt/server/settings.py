@@ -1,0 +1,138 @@
+"""An init, the loaded model and the operator's limits -> what a session runs with, or the error that says the fix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+from lingbot_rt.config import ServeConfig
+from lingbot_rt.control.actions import Actions
+from lingbot_rt.control.events import parse_script
+from lingbot_rt.engine.chunk_plan import ModelCard, SessionPlan
+from lingbot_rt.errors import InvalidEvent, InvalidInit
+from lingbot_rt.server.protocol import Init, shown
+from lingbot_rt.shapes import FrameSize, latent_frames_for
+from lingbot_rt.transport.encode import FormatName, OutputFormat
+
+MIN_SIDE = 64
+"""Smallest width and height of a session, pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSettings:
+    """Everything of an init that holds for a whole session, checked, with the model's defaults filled in."""
+
+    prompt: str
+    negative_prompt: str
+    size: FrameSize
+    fps: float
+    latent_frames: int
+    seed: int
+    num_steps: int
+    guidance_scale: float
+    sink_frames: int
+    window_frames: int
+    max_chunks: int | None
+    script: Actions | None
+    output: OutputFormat
+    pacing: bool
+    profile: bool
+    extensions: frozenset[str]
+
+    def session_plan(self, session_id: str, first_frame: npt.NDArray[np.uint8]) -> SessionPlan:
+        return SessionPlan(
+            session_id=session_id,
+            prompt=self.prompt,
+            first_frame=first_frame,
+            size=self.size,
+            latent_frames=self.latent_frames,
+            seed=self.seed,
+            num_steps=self.num_steps,
+            guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
+            sink_frames=self.sink_frames,
+            window_frames=self.window_frames,
+        )
+
+
+def resolve(init: Init, card: ModelCard, config: ServeConfig) -> SessionSettings:
+    """Raises InvalidInit naming the field, the value and what is expected."""
+    if init.model not in ("", card.model_id):
+        raise InvalidInit(f"{shown(init.model)} is not served here, expected {card.model_id!r}", field="model")
+    if not init.prompt.strip():
+        raise InvalidInit("only white space, expected a sentence that describes the world", field="prompt")
+    for name, wanted in (
+        ("enable_upscaling", init.enable_upscaling),
+        ("enable_frame_interpolation", init.enable_frame_interpolation),
+    ):
+        if wanted:
+            raise InvalidInit("True is not available yet on this server, expected false", field=name)
+    latent_frames = latent_frames_for(init.num_frames)
+    sink_frames, window_frames = _window(init, card, latent_frames)
+    return SessionSettings(
+        prompt=init.prompt,
+        negative_prompt=init.negative_prompt,
+        size=_size(init.size, config.max_pixels),
+        fps=init.fps,
+        latent_frames=latent_frames,
+        seed=init.seed,
+        num_steps=init.num_inference_steps or card.num_steps,
+        guidance_scale=max(init.guidance_scale, 1.0),
+        sink_frames=sink_frames,
+        window_frames=window_frames,
+        max_chunks=init.max_chunks,
+        script=_script(init),
+        output=OutputFormat(
+            name=init.realtime_output_format or cast(FormatName, config.default_output_format),
+            quality=init.output_compression,
+            preview_max_width=init.realtime_preview_max_width,
+        ),
+        pacing=init.realtime_output_pacing,
+        profile=init.profile,
+        extensions=frozenset(init.protocol_extensions),
+    )
+
+
+def _size(text: str, max_pixels: int) -> FrameSize:
+    try:
+        size = FrameSize.parse(text)
+    except ValueError as error:
+        raise InvalidInit(str(error), field="size") from None
+    nearest = size.nearest_valid(MIN_SIDE, max_pixels)
+    if not size.is_whole_tokens:
+        problem = "is not a multiple of 16"
+    elif min(size.width, size.height) < MIN_SIDE:
+        problem = f"is below {MIN_SIDE} pixels a side"
+    elif size.pixels > max_pixels:
+        problem = f"has more than {max_pixels} pixels (--max-pixels)"
+    else:
+        return size
+    raise InvalidInit(f"{size} {problem}, nearest valid {nearest}", field="size")
+
+
+def _window(init: Init, card: ModelCard, latent_frames: int) -> tuple[int, int]:
+    """(sink, window) in latent frames. A window nobody asked for grows with the sink and the chunk."""
+    sink = card.sink_frames if init.realtime_causal_sink_size is None else init.realtime_causal_sink_size
+    needed = sink + latent_frames
+    window = init.realtime_causal_kv_cache_num_frames
+    if window is None:
+        return sink, max(card.window_frames, needed)
+    if window < needed:
+        raise InvalidInit(
+            f"{window} is smaller than the sink of {sink} and a chunk of {latent_frames}, expected at least {needed}",
+            field="realtime_causal_kv_cache_num_frames",
+        )
+    return sink, window
+
+
+def _script(init: Init) -> Actions | None:
+    script = (init.condition_inputs or {}).get("camera_actions")
+    if script is None:
+        return None
+    try:
+        return parse_script(script, "condition_inputs.camera_actions")
+    except InvalidEvent as error:
+        raise InvalidInit(str(error), field=error.field) from None

@@ -1,0 +1,67 @@
+"""What operators see: the log on stderr and the Prometheus metrics. No torch."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECRET = re.compile(r"(api_key=)[^&\s\"]+")
+_MS_BUCKETS = (5, 10, 20, 50, 100, 200, 350, 500, 750, 1000, 1500, 2500, 5000, 10000)
+
+
+class HideKeys(logging.Filter):
+    """Keeps ``?api_key=`` of request lines out of the log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(_hidden(value) for value in record.args)
+        record.msg = _hidden(record.msg)
+        return True
+
+
+def _hidden(value: Any) -> Any:
+    return _SECRET.sub(r"\1***", value) if isinstance(value, str) else value
+
+
+def configure_logging(level: str) -> None:
+    """Log to stderr from ``level`` on: debug, info, warning or error. Each call replaces the set-up before it."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    handler.addFilter(HideKeys())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+class Metrics:
+    """The server's Prometheus metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.ready = Gauge("lingbot_rt_ready", "1 when sessions are served", registry=self.registry)
+        self.connections = Gauge("lingbot_rt_connections", "open WebSockets", registry=self.registry)
+        self.active = Gauge("lingbot_rt_sessions_active", "sessions that hold the engine", registry=self.registry)
+        self.waiting = Gauge("lingbot_rt_sessions_waiting", "clients in line", registry=self.registry)
+        self.sessions = Counter("lingbot_rt_sessions", "sessions opened", registry=self.registry)
+        self.ends = Counter("lingbot_rt_connection_ends", "closed WebSockets", ["code"], registry=self.registry)
+        self.errors = Counter("lingbot_rt_errors", "error messages sent", ["code"], registry=self.registry)
+        self.chunks = Counter("lingbot_rt_chunks", "chunks sent", registry=self.registry)
+        self.frames = Counter("lingbot_rt_frames", "pixel frames sent", registry=self.registry)
+        self.sent_bytes = Counter("lingbot_rt_sent_bytes", "bytes of frame batches sent", registry=self.registry)
+        self.chunk_ms = Histogram(
+            "lingbot_rt_chunk_ms", "wall time of a chunk", buckets=_MS_BUCKETS, registry=self.registry
+        )
+        self.stage_ms = Histogram(
+            "lingbot_rt_stage_ms", "time of a chunk's stage", ["stage"], buckets=_MS_BUCKETS, registry=self.registry
+        )
+        self.event_latency_ms = Histogram(
+            "lingbot_rt_event_latency_ms",
+            "event received to first frame carrying it sent",
+            buckets=_MS_BUCKETS,
+            registry=self.registry,
+        )
+
+    def exposition(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,142 @@
+"""An engine without a model: known pixels, settable delays and failures, the real facade's threading."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lingbot_rt.engine.chunk_plan import (
+    ChunkPlan,
+    ChunkResult,
+    ChunkTimings,
+    EngineStatus,
+    FrameGroup,
+    ModelCard,
+    SessionPlan,
+)
+from lingbot_rt.errors import CapacityError, ChunkCancelled, EngineFailed, LingbotError
+from lingbot_rt.server.engine_port import Emit
+from lingbot_rt.shapes import FrameSize, pixel_frames_of_latent
+
+CARD = ModelCard(
+    model_id="fake-world",
+    model_path="fake",
+    default_size=FrameSize(64, 64),
+    latent_frames=3,
+    sink_frames=3,
+    window_frames=9,
+    num_steps=4,
+    device="cpu",
+    dtype="float32",
+)
+
+
+def frame(plan: SessionPlan, number: int) -> np.ndarray:
+    """Pixel frame ``number`` of a session: the first frame, turned one column a frame."""
+    return np.roll(plan.first_frame, number, axis=1)
+
+
+@dataclass
+class FakeEngine:
+    """``group_s`` is slept before each latent frame, ``open_s`` while opening."""
+
+    group_s: float = 0.0
+    open_s: float = 0.0
+    close_s: float = 0.0
+    fail_at_chunk: int | None = None
+    start_error: LingbotError | None = None
+    loading: EngineStatus | None = None  # stays in this status until ``finish_loading``
+    max_open_pixels: int = 10**9
+    plans: list[ChunkPlan] = field(default_factory=list)
+    opened: list[SessionPlan] = field(default_factory=list)
+    closed: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fake-engine")
+        self._sessions: dict[str, SessionPlan] = {}
+        self._cancelled: dict[str, threading.Event] = {}
+        self._next_frame: dict[str, int] = {}
+        self._status = self.loading or EngineStatus()
+
+    @property
+    def live(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def status(self) -> EngineStatus:
+        return self._status
+
+    @property
+    def card(self) -> ModelCard:
+        if not self._status.ready:
+            raise EngineFailed("the model is not loaded yet")
+        return CARD
+
+    async def start(self) -> None:
+        if self.start_error is not None:
+            self._status = EngineStatus("failed", detail=str(self.start_error))
+            raise self.start_error
+        if self.loading is None:
+            self.finish_loading()
+
+    def finish_loading(self) -> None:
+        self._status = EngineStatus("ready")
+
+    async def stop(self) -> None:
+        for session_id in list(self._sessions):
+            await self.close(session_id)
+        self._thread.shutdown(wait=True)
+
+    def check(self, plan: SessionPlan) -> None:
+        if plan.size.pixels > self.max_open_pixels:
+            raise CapacityError(f"{plan.size} needs 9.0 GB, 1.0 GB is free: use a smaller size")
+
+    async def open(self, plan: SessionPlan) -> None:
+        self._cancelled[plan.session_id] = threading.Event()
+        await self._on_thread(self._open, plan)
+
+    def _open(self, plan: SessionPlan) -> None:
+        time.sleep(self.open_s)
+        self._sessions[plan.session_id] = plan
+        self._next_frame[plan.session_id] = 0
+        self.opened.append(plan)
+
+    async def run(self, plan: ChunkPlan, emit: Emit) -> ChunkResult:
+        return await self._on_thread(self._run, plan, emit)
+
+    def _run(self, plan: ChunkPlan, emit: Emit) -> ChunkResult:
+        self.plans.append(plan)
+        if plan.chunk_index == self.fail_at_chunk:
+            raise EngineFailed("RuntimeError: out of fuel")
+        session = self._sessions[plan.session_id]
+        started, total = time.perf_counter(), 0
+        for index in range(session.latent_frames):
+            if self._cancelled[plan.session_id].wait(self.group_s):
+                raise ChunkCancelled("the session closed")
+            count = pixel_frames_of_latent(plan.chunk_index * session.latent_frames + index)
+            first = self._next_frame[plan.session_id]
+            pixels = np.stack([frame(session, first + i) for i in range(count)])
+            self._next_frame[plan.session_id] += count
+            total += count
+            emit(FrameGroup(plan.chunk_index, index, session.latent_frames, pixels))
+        ms = 1000 * (time.perf_counter() - started)
+        timings = ChunkTimings(0.1, ms * 0.7, ms * 0.3, ms, {"denoise": ms * 0.6, "context": ms * 0.1})
+        return ChunkResult(plan.chunk_index, total, session.window_frames, timings)
+
+    async def close(self, session_id: str) -> None:
+        if session_id in self._cancelled:
+            self._cancelled[session_id].set()
+        await self._on_thread(self._close, session_id)
+
+    def _close(self, session_id: str) -> None:
+        time.sleep(self.close_s)
+        if self._sessions.pop(session_id, None) is not None:
+            self.closed.append(session_id)
+
+    async def _on_thread(self, job, *args):
+        return await asyncio.get_running_loop().run_in_executor(self._thread, job, *args)
