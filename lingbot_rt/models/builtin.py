@@ -16,15 +16,14 @@ from pathlib import Path
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from lingbot_rt.models.dit import CausalDiT, DiTConfig
+from lingbot_rt.models import drawn_world
+from lingbot_rt.models.dit import CausalDiT, DiTConfig, split_qkv
 
 _SOURCE = Path(__file__).parent.parent / "builtin"
 _SEED = 20
-_RECIPE = 1
-"""Goes up with every change of how the weights are drawn: it is part of the cache key."""
 
 
 def cache_root() -> Path:
@@ -52,43 +51,31 @@ def builtin_folder() -> Path:
 
 
 def _key() -> str:
-    digest = hashlib.sha256(f"{_RECIPE} {_SEED} {torch.__version__}".encode())
-    for path in sorted(_SOURCE.rglob("*.json")):
+    """Names what the weights depend on: the configuration, how they are drawn, and torch's generator."""
+    digest = hashlib.sha256(f"{_SEED} {torch.__version__}".encode())
+    for path in (Path(__file__), Path(drawn_world.__file__), *sorted(_SOURCE.rglob("*.json"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
 def _make(folder: Path) -> None:
     shutil.copytree(_SOURCE, folder)
-    with torch.random.fork_rng(devices=[]):
+
+    def config(part: str) -> dict:
+        return json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
         torch.manual_seed(_SEED)
-        dit = CausalDiT(DiTConfig.from_dict(json.loads((folder / "transformer" / "config.json").read_text())))
-        vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder / "vae"))
-        text_encoder = UMT5EncoderModel(UMT5Config.from_pretrained(folder / "text_encoder"))
-        _draw_dit(dit)
-    _save(_unfused(dit.state_dict()), folder / "transformer" / "diffusion_pytorch_model.safetensors")
-    _save(vae.state_dict(), folder / "vae" / "diffusion_pytorch_model.safetensors")
-    text_encoder.save_pretrained(folder / "text_encoder")
-
-
-@torch.no_grad()
-def _draw_dit(dit: nn.Module) -> None:
-    """Small tables and a strong head, so that prompt, keys and noise all show in the picture."""
-    for name, parameter in dit.named_parameters():
-        if name.endswith("modulation"):
-            parameter.normal_(0, 0.2)
-
-
-def _unfused(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameter names of the original checkpoint: q, k and v of self-attention apart."""
-    names = {}
-    for name, value in state.items():
-        if ".qkv." in name:
-            for letter, rows in zip("qkv", value.chunk(3), strict=True):
-                names[name.replace(".qkv.", f".{letter}.")] = rows
-        else:
-            names[name] = value
-    return names
+        dit = CausalDiT(DiTConfig.from_dict(config("transformer")))
+        drawn_world.draw_dit(dit)
+        vae = AutoencoderKLWan.from_config(config("vae"))
+        drawn_world.draw_vae(vae)
+        text_encoder = UMT5EncoderModel(UMT5Config.from_dict(config("text_encoder")))
+        _save(split_qkv(dit.state_dict()), folder / "transformer" / "diffusion_pytorch_model.safetensors")
+        _save(vae.state_dict(), folder / "vae" / "diffusion_pytorch_model.safetensors")
+        text = text_encoder.state_dict()
+        del text["encoder.embed_tokens.weight"]  # the same table as shared.weight
+        _save(text, folder / "text_encoder" / "model.safetensors")
 
 
 def _save(state: dict[str, Tensor], path: Path) -> None:

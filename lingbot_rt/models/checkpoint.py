@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 from lingbot_rt.config import BUILTIN
 from lingbot_rt.errors import CheckpointError
 from lingbot_rt.models.builtin import builtin_folder
-from lingbot_rt.models.dit import CausalDiT, DiTConfig
+from lingbot_rt.models.dit import CausalDiT, DiTConfig, split_qkv
 from lingbot_rt.models.i2v_condition import MASK_CHANNELS
 from lingbot_rt.models.text_encoder import TextEncoder
 from lingbot_rt.models.vae import StreamingVAE
@@ -159,18 +159,6 @@ def load_text_encoder(
     encoder = _assign(encoder, state)
     encoder.tie_weights()
     return TextEncoder(tokenizer, encoder, folder.dit_config.text_len)
-
-
-def split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The DiT's parameters under the original checkpoint's names: the rows of a fused qkv as q, k and v."""
-    split = {}
-    for name, tensor in state.items():
-        if ".self_attn.qkv." in name:
-            for letter, rows in zip("qkv", tensor.chunk(3), strict=True):
-                split[name.replace(".qkv.", f".{letter}.")] = rows
-        else:
-            split[name] = tensor
-    return split
 
 
 def _fetch(model_id: str) -> Path:

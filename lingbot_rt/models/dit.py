@@ -300,3 +300,15 @@ def unpatchify(x_BNK: Tensor, frames: int, height: int, width: int) -> Tensor:
     """Tokens [B, N, 4 * C], feature (dy, dx, channel) -> [B, C, F, h, w]."""
     x = x_BNK.unflatten(2, (PATCH_SIZE, PATCH_SIZE, -1)).unflatten(1, (frames, height, width))
     return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+
+def split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The DiT's parameters under the original checkpoint's names: the rows of a fused qkv as q, k and v."""
+    split = {}
+    for name, tensor in state.items():
+        if ".self_attn.qkv." in name:
+            for letter, rows in zip("qkv", tensor.chunk(3), strict=True):
+                split[name.replace(".qkv.", f".{letter}.")] = rows
+        else:
+            split[name] = tensor
+    return split
