@@ -7,14 +7,19 @@ displaced by the camera's turn and step, tinted by the prompt.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanResample
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample
 from torch import Tensor, nn
 
-from lingbot_rt.models.dit import RAY_CHANNELS, CausalDiT
+from lingbot_rt.models.dit import RAY_CHANNELS
 from lingbot_rt.models.i2v_condition import MASK_CHANNELS
 from lingbot_rt.models.rope import THETA, axis_dims
 from lingbot_rt.shapes import PATCH_SIZE
+
+Network = Any
+"""A module whose layers are reached by name; to a type checker everything below one is a Tensor or a Module."""
 
 COPIES = 4
 """Latent channels that carry each colour: their mean is steadier than one of them."""
@@ -28,8 +33,8 @@ _CELLS = PATCH_SIZE**2
 # channel rules the norms, so the last norm and silu of either side are passed without loss.
 
 
-def draw_vae(vae: AutoencoderKLWan) -> None:
-    """Fills encoder and decoder; the picture comes back smoothed over a latent cell."""
+def draw_vae(vae: Network) -> None:
+    """Fills an AutoencoderKLWan's encoder and decoder; the picture comes back smoothed over a latent cell."""
     for name, parameter in vae.named_parameters():
         if name.endswith(("conv2.weight", "proj.weight")):
             # The branches' ends: silent in the encoder, a little life in the decoder.
@@ -62,7 +67,7 @@ def draw_vae(vae: AutoencoderKLWan) -> None:
         side.conv_in.bias[6] = _NORM_FLOOR
 
 
-def _draw_resample(module: WanResample) -> None:
+def _draw_resample(module: Network) -> None:
     convolution = module.resample[1]
     kernel = torch.zeros(3, 3)
     if module.mode.startswith("upsample"):
@@ -110,8 +115,8 @@ _SWAY = 1.6  # tokens it sways to and fro by itself, at most
 _CAMERA_RAYS = (3, 4, 0, 2)  # of (origin xyz, direction xyz)
 
 
-def draw_dit(dit: CausalDiT) -> None:
-    """Fills the DiT; needs a width of at least 3 tokens' latents and 8 more."""
+def draw_dit(dit: Network) -> None:
+    """Fills a CausalDiT; needs a width of at least 3 tokens' latents and 8 more."""
     latents, config = dit.config.out_channels * _CELLS, dit.config
     noisy, picture = slice(0, latents), slice(latents, 2 * latents)
     found = slice(config.dim - latents, config.dim)
@@ -158,11 +163,10 @@ def draw_dit(dit: CausalDiT) -> None:
             dit.head.head.weight[row, found.start + feature] = -norm_std
 
 
-def _draw_inputs(dit: CausalDiT, noisy: slice, picture: slice, constants: tuple[int, int, int]) -> None:
+def _draw_inputs(dit: Network, noisy: slice, picture: slice, constants: tuple[int, int, int]) -> None:
     mark, plus, minus = constants
     z_dim = dit.config.out_channels
     weight, bias = dit.patch_embedding.weight, dit.patch_embedding.bias
-    assert bias is not None
     weight.zero_()
     bias.zero_()
     for channel in range(z_dim):
@@ -174,7 +178,7 @@ def _draw_inputs(dit: CausalDiT, noisy: slice, picture: slice, constants: tuple[
     bias[plus], bias[minus] = _CONSTANT, -_CONSTANT
 
 
-def _draw_time(dit: CausalDiT) -> None:
+def _draw_time(dit: Network) -> None:
     """The time embedding becomes 1 / sigma - 1, the head's scale, by least squares over its last layer."""
     _silence(dit.time_projection[1])
     for table in (dit.head.modulation, *(block.modulation for block in dit.blocks)):
@@ -191,7 +195,7 @@ def _draw_time(dit: CausalDiT) -> None:
     dit.time_embedding[2].bias.zero_()
 
 
-def _draw_sway(dit: CausalDiT, attention: nn.Module, mark: int, camera: int, norm_std: float) -> None:
+def _draw_sway(dit: Network, attention: Network, mark: int, camera: int, norm_std: float) -> None:
     """Head 0 weighs the marked frame against all others by cos(f t), and moves the camera sideways by that weight."""
     width = dit.config.dim
     _silence(attention.qkv, attention.o)
@@ -205,7 +209,7 @@ def _draw_sway(dit: CausalDiT, attention: nn.Module, mark: int, camera: int, nor
 
 
 def _draw_search(
-    dit: CausalDiT, attention: nn.Module, dims: tuple[int, int, int, int], picture: slice, norm_std: float
+    dit: Network, attention: Network, dims: tuple[int, int, int, int], picture: slice, norm_std: float
 ) -> None:
     """Head 0 finds the marked token at its own place, displaced by the camera, and brings its picture.
 
@@ -215,7 +219,7 @@ def _draw_search(
     mark, plus, minus, camera = dims
     width, head_dim = dit.config.dim, dit.config.attention_head_dim
     q_rows, k_rows, v_rows = slice(0, width), slice(width, 2 * width), slice(2 * width, 3 * width)
-    qkv: nn.Linear = attention.qkv
+    qkv = attention.qkv
     _silence(qkv)
     q_bias, k_bias = qkv.bias[q_rows], qkv.bias[k_rows]
     time_dims, height_dims, width_dims = axis_dims(head_dim)
@@ -241,7 +245,7 @@ def _draw_search(
         qkv.weight[v_rows][i, plus] = qkv.weight[v_rows][i, minus] = -norm_std / 2
 
 
-def _silence(*layers: nn.Module) -> None:
+def _silence(*layers: Network) -> None:
     for layer in layers:
         for parameter in layer.parameters():
             parameter.zero_()
