@@ -110,6 +110,9 @@ class ServeConfig:
     first_frame_dir: str | None = _option(
         None, "folder from which an init may name its first frame by path", group="limits"
     )
+    record_dir: str | None = _option(None, "folder in which sessions are recorded", group="limits")
+    record_sessions: str = _option("all", "which sessions are recorded", choices=("all", "asked"), group="limits")
+    record_max_mb: int = _option(1024, "largest record of one session, MiB", low=1, high=10**6, group="limits")
     allow_remote_first_frame: bool = _option(False, "an init may name its first frame by http(s) URL", group="limits")
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -12,24 +13,28 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from lingbot_rt import __version__
-from lingbot_rt.engine.chunk_plan import ModelCard
+from lingbot_rt.config import ServeConfig
+from lingbot_rt.engine.chunk_plan import ModelCard, SessionPlan
 from lingbot_rt.recording.record_file import (
     FORMAT,
     RECORD_NAME,
     ChunkLine,
     EndLine,
     RecordedEvent,
+    RecordError,
     RecordLine,
     SessionLine,
     encode_line,
     frame_hash,
     key_frame_path,
 )
+from lingbot_rt.server.protocol import Init
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +42,25 @@ _WAITING_CHUNKS = 4
 _CLOSE_LIMIT_S = 10.0
 
 Frames = list[npt.NDArray[np.uint8]]
+
+
+def start_record(config: ServeConfig, init: Init, plan: SessionPlan, card: ModelCard) -> SessionRecorder:
+    """A recorder of the session that ``init`` asked for, under ``config.record_dir``.
+
+    The first frame is kept as it was after decoding and resizing, so that a replay needs neither. Raises RecordError
+    when the folder cannot be written.
+    """
+    fields = {name: getattr(init, name) for name in init.__struct_fields__ if name not in ("first_frame", "record")}
+    asked = {name: value for name, value in fields.items() if value is not None}
+    picture = io.BytesIO()
+    Image.fromarray(plan.first_frame).save(picture, "PNG")
+    root = Path(str(config.record_dir))
+    try:
+        return SessionRecorder(
+            root, plan.session_id, msgspec.to_builtins(asked), picture.getvalue(), card, config.record_max_mb * 2**20
+        )
+    except OSError as error:
+        raise RecordError(f"--record-dir {root}: {error}", field="record_dir") from None
 
 
 class SessionRecorder:
@@ -73,7 +97,7 @@ class SessionRecorder:
                 versions={"lingbot_rt": __version__, "python": platform.python_version()},
             )
         )
-        self._stopped = False
+        self._ended_by: str | None = None  # why nothing more is taken
         self._queue: queue.Queue[tuple[ChunkLine, Frames] | EndLine] = queue.Queue(_WAITING_CHUNKS)
         self._thread = threading.Thread(target=self._run, name=f"record-{session_id}", daemon=True)
         self._thread.start()
@@ -82,22 +106,23 @@ class SessionRecorder:
         self, index: int, events: list[RecordedEvent], event_id: int | None, frames: Frames, stats: dict[str, Any]
     ) -> None:
         """Hands over a finished chunk with the raw frames it sent, [n, H, W, 3] groups in order."""
-        self._put((ChunkLine(index, events, event_id, [], stats), frames))
+        if self._ended_by is not None:
+            return
+        try:
+            self._queue.put_nowait((ChunkLine(index, events, event_id, [], stats), frames))
+        except queue.Full:
+            self._end("the disk does not keep up")
 
     def close(self, reason: str) -> None:
         """Writes the last line and waits, within a limit, until everything is on disk."""
-        self._put(EndLine(reason))
-        self._stopped = True
+        self._ended_by = self._ended_by or reason
+        with contextlib.suppress(queue.Full):  # then the writer hangs on its disk, and is left to it
+            self._queue.put(EndLine(self._ended_by), timeout=_CLOSE_LIMIT_S if self._thread.is_alive() else 0)
         self._thread.join(_CLOSE_LIMIT_S)
 
-    def _put(self, item: tuple[ChunkLine, Frames] | EndLine) -> None:
-        if self._stopped:
-            return
-        try:
-            self._queue.put(item, timeout=0 if isinstance(item, tuple) else _CLOSE_LIMIT_S)
-        except queue.Full:
-            log.warning("the record in %s ends here: the disk does not keep up", self.folder)
-            self._stopped = True
+    def _end(self, reason: str) -> None:
+        log.warning("the record in %s ends here: %s", self.folder, reason)
+        self._ended_by = reason
 
     def _run(self) -> None:
         with self._file:
@@ -112,8 +137,7 @@ class SessionRecorder:
                     self._keep_picture(line.index, groups[-1][-1])
                     self._write(ChunkLine(line.index, line.events, line.event_id, hashes, line.stats))
                 except OSError as error:
-                    log.warning("the record in %s ends here: %s", self.folder, error)
-                    self._stopped = True
+                    self._end(str(error))
                     return
 
     def _keep_picture(self, index: int, frame: npt.NDArray[np.uint8]) -> None:

@@ -21,8 +21,16 @@ import numpy as np
 import numpy.typing as npt
 
 from lingbot_rt.engine.chunk_plan import ChunkResult, FrameGroup
+from lingbot_rt.recording.record_file import RecordedEvent
+from lingbot_rt.recording.session_record import SessionRecorder
 from lingbot_rt.server.engine_port import EnginePort
-from lingbot_rt.server.protocol import ChunkStats, batch_messages, control_ack_message, stats_message
+from lingbot_rt.server.protocol import (
+    ChunkStats,
+    batch_messages,
+    control_ack_message,
+    stats_fields,
+    stats_message,
+)
 from lingbot_rt.server.session import Sampled, Session
 from lingbot_rt.telemetry import Metrics
 from lingbot_rt.transport.encode import EncodedBatch, FrameEncoder
@@ -44,6 +52,7 @@ class _Chunk:
     batches_packed: int = 0
     sent_at: float = 0.0
     first_group_s: float | None = None  # from the plan to its first pixels
+    groups: list[npt.NDArray[np.uint8]] = field(default_factory=list)  # raw pixels, kept for the record only
     all_sent: asyncio.Event = field(default_factory=asyncio.Event)
     reported: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -52,7 +61,14 @@ class ChunkStream:
     """Runs one opened session until it is complete. Raises what the engine raised."""
 
     def __init__(
-        self, session: Session, engine: EnginePort, outbox: Outbox, *, encoders: Executor, metrics: Metrics
+        self,
+        session: Session,
+        engine: EnginePort,
+        outbox: Outbox,
+        *,
+        encoders: Executor,
+        metrics: Metrics,
+        recorder: SessionRecorder | None = None,
     ) -> None:
         settings = session.settings
         self._session = session
@@ -60,6 +76,7 @@ class ChunkStream:
         self._outbox = outbox
         self._encoders = encoders
         self._metrics = metrics
+        self._recorder = recorder
         self._encoder = FrameEncoder(settings.output)
         self._pacer = Pacer(settings.fps) if settings.pacing else None
         self._lead = asyncio.Semaphore(LEAD_CHUNKS)
@@ -154,6 +171,8 @@ class ChunkStream:
             chunk, group = await self._groups.get()
             if chunk.first_group_s is None:
                 chunk.first_group_s = self._first_group_s = time.monotonic() - chunk.planned_at
+            if self._recorder is not None:
+                chunk.groups.append(group.pixels)
             for pixels in _split(group.pixels, self._encoder.max_batch):
                 started_at = time.monotonic()
                 batch = await loop.run_in_executor(self._encoders, self._encoded, chunk, pixels)
@@ -216,6 +235,7 @@ class ChunkStream:
             self._sent_before = chunk.sent_at
             if self._session.settings.profile:
                 stats.stages = {"prepare": timings.prepare_ms, **timings.stages}
+            self._record(chunk)
             is_sent = asyncio.Event()
 
             def sent(times: SendTimes, is_sent: asyncio.Event = is_sent) -> None:
@@ -227,6 +247,13 @@ class ChunkStream:
                 await is_sent.wait()
             chunk.reported.set()
             self._lead.release()
+
+    def _record(self, chunk: _Chunk) -> None:
+        if self._recorder is None:
+            return
+        events = [RecordedEvent(event.kind, event.payload, event.event_id) for event in chunk.sampled.events]
+        stats = chunk.stats
+        self._recorder.chunk(stats.chunk_index, events, stats.event_id, chunk.groups, stats_fields(stats))
 
     def _count(self, stats: ChunkStats) -> None:
         metrics = self._metrics

@@ -18,12 +18,15 @@ import asyncio
 import logging
 import time
 import uuid
+from collections.abc import AsyncIterator
 from concurrent.futures import Executor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from fastapi import WebSocket, WebSocketDisconnect
 
 from lingbot_rt.config import ServeConfig
+from lingbot_rt.engine.chunk_plan import SessionPlan
 from lingbot_rt.errors import (
     CapacityError,
     ClientTooSlow,
@@ -34,6 +37,7 @@ from lingbot_rt.errors import (
     RequestError,
     SessionBusy,
 )
+from lingbot_rt.recording.session_record import SessionRecorder, start_record
 from lingbot_rt.server.admission import Admission
 from lingbot_rt.server.chunk_stream import ChunkStream
 from lingbot_rt.server.engine_port import EnginePort
@@ -115,7 +119,7 @@ class Connection:
             max_parcels=_OUTBOX_PARCELS, max_bytes=_OUTBOX_BYTES, send_timeout_s=service.config.send_timeout_s
         )
         self._stop = asyncio.Event()
-        self._inits: asyncio.Queue[tuple[Session, bytes | str]] = asyncio.Queue(1)
+        self._inits: asyncio.Queue[tuple[Session, Init]] = asyncio.Queue(1)
         self._places: asyncio.Queue[int] = asyncio.Queue(1)
         self._session: Session | None = None
         self._stream: ChunkStream | None = None
@@ -205,7 +209,7 @@ class Connection:
             raise NotReady(f"the server is not ready: {status}; try again")
         settings = resolve(init, self._service.engine.card, self._service.config)
         self._session = Session(uuid.uuid4().hex, settings)
-        self._inits.put_nowait((self._session, init.first_frame))
+        self._inits.put_nowait((self._session, init))
 
     async def _take_event(self, event: Event) -> None:
         session = self._session
@@ -229,21 +233,21 @@ class Connection:
         while True:
             try:
                 async with asyncio.timeout_at(deadline):
-                    session, first_frame = await self._inits.get()
+                    session, init = await self._inits.get()
             except TimeoutError:
                 late = InvalidInit(f"no valid init came within {config.init_timeout_s:g} s (--init-timeout-s)")
                 raise _End(1008, "no init", late) from None
             try:
-                await self._serve_session(session, first_frame)
+                await self._serve_session(session, init)
             except (RequestError, CapacityError) as error:
                 self._session = None
                 await self._say(error)
 
-    async def _serve_session(self, session: Session, first_frame: bytes | str) -> None:
+    async def _serve_session(self, session: Session, init: Init) -> None:
         """Raises RequestError or CapacityError when it cannot be opened, _End when it is over."""
         service, settings = self._service, session.settings
         picture = await load_first_frame(
-            first_frame,
+            init.first_frame,
             settings.size,
             folder=service.config.first_frame_dir,
             allow_remote=service.config.allow_remote_first_frame,
@@ -256,14 +260,32 @@ class Connection:
                 await service.engine.open(plan)
                 service.metrics.sessions.inc()
                 log.info("session %s: %s, %d latent frames a chunk", session.id, settings.size, settings.latent_frames)
-                await self._stream_session(session)
+                async with self._recorded(init, plan) as recorder:
+                    await self._stream_session(session, recorder)
             finally:
                 slot.leaving()
                 service.metrics.active.dec()
                 await service.engine.close(session.id)
         raise _End(1000, "generation complete")
 
-    async def _stream_session(self, session: Session) -> None:
+    @asynccontextmanager
+    async def _recorded(self, init: Init, plan: SessionPlan) -> AsyncIterator[SessionRecorder | None]:
+        """The session's recorder, closed with the reason of its end; None when it is not to be recorded."""
+        config = self._service.config
+        if config.record_dir is None or not (config.record_sessions == "all" or init.record):
+            yield None
+            return
+        recorder = await asyncio.to_thread(start_record, config, init, plan, self._service.engine.card)
+        reason = "complete"
+        try:
+            yield recorder
+        except BaseException as error:
+            reason = type(error).__name__
+            raise
+        finally:
+            await asyncio.to_thread(recorder.close, reason)
+
+    async def _stream_session(self, session: Session, recorder: SessionRecorder | None) -> None:
         extensions = session.settings.extensions
         if "session" in extensions:
             capabilities = {"extensions": [name for name in EXTENSIONS if name in extensions]}
@@ -274,6 +296,7 @@ class Connection:
             self._outbox,
             encoders=self._service.encoders,
             metrics=self._service.metrics,
+            recorder=recorder,
         )
         async with asyncio.TaskGroup() as tasks:
             heart = tasks.create_task(self._beat(session)) if "heartbeat" in extensions else None

@@ -22,7 +22,7 @@ from lingbot_rt.transport.encode import EncodedBatch
 
 log = logging.getLogger(__name__)
 
-EXTENSIONS = ("session", "queue", "control_ack", "heartbeat", "pause")
+EXTENSIONS = ("session", "queue", "control_ack", "heartbeat", "pause", "pinned_events")
 """Names an init may list in ``protocol_extensions``; others are ignored."""
 
 INLINE_PAYLOAD_LIMIT = 65536
@@ -34,6 +34,15 @@ _SHOWN = 80
 
 _Text = Annotated[str, Meta(description="a string")]
 _Flag = Annotated[bool, Meta(description="true or false")]
+
+
+class PinnedEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """An event that stands in the init already: chunk ``chunk`` is the first to sample it, whatever the timing."""
+
+    chunk: Annotated[int, Meta(ge=0, le=MAX_UINT32)]
+    kind: str
+    payload: Any = None
+    event_id: Annotated[int, Meta(ge=0, le=2**53)] | None = None
 
 
 class Init(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,7 +76,7 @@ class Init(msgspec.Struct, frozen=True, kw_only=True):
     ) = None
     output_compression: Annotated[int, Meta(ge=1, le=100, description="a whole number from 1 to 100")] | None = None
     realtime_preview_max_width: (
-        Annotated[int, Meta(ge=16, le=8192, description="a whole number of pixels, 16 to 8192")] | None
+        Annotated[int, Meta(ge=0, le=8192, description="a whole number of pixels, 0 to 8192; 0 is none")] | None
     ) = None
     realtime_output_pacing: _Flag = False
     enable_upscaling: _Flag = False
@@ -81,6 +90,10 @@ class Init(msgspec.Struct, frozen=True, kw_only=True):
     enhance_prompt: Annotated[Literal[False], Meta(description="false: prompts are never rewritten")] = False
     profile: _Flag = False
     protocol_extensions: Annotated[tuple[str, ...], Meta(description="a list of extension names")] = ()
+    pinned_events: Annotated[
+        tuple[PinnedEvent, ...], Meta(max_length=4096, description="a list of maps with chunk, kind, payload, event_id")
+    ] = ()
+    record: _Flag = False
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -266,7 +279,8 @@ class ChunkStats:
     stages: Mapping[str, float] | None = None  # with `profile`
 
 
-def stats_message(stats: ChunkStats) -> bytes:
+def stats_fields(stats: ChunkStats) -> dict[str, Any]:
+    """The map of a ``chunk_stats`` message."""
     message: dict[str, Any] = {
         "type": "chunk_stats",
         "session_id": stats.session_id,
@@ -296,7 +310,11 @@ def stats_message(stats: ChunkStats) -> bytes:
     }
     if stats.stages is not None:
         message["stages"] = {name: max(round(ms, 3), 0.0) for name, ms in stats.stages.items()}
-    return _ENCODER.encode(message)
+    return message
+
+
+def stats_message(stats: ChunkStats) -> bytes:
+    return _ENCODER.encode(stats_fields(stats))
 
 
 def session_message(session_id: str, capabilities: Mapping[str, Any]) -> bytes:

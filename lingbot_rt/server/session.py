@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 
 from lingbot_rt.control.camera_path import CameraPath
@@ -27,6 +27,7 @@ class Sampled:
     plan: ChunkPlan
     new_event: bool  # the plan's event_id is in force from this chunk on
     event_received_at: float | None  # seconds on the caller's clock; None: no new event
+    events: tuple[Event, ...] = ()  # what this plan was the first to sample, for the record
 
 
 class Session:
@@ -40,6 +41,7 @@ class Session:
         self._next_chunk = 0
         self._event_id: int | None = None
         self._received_at: OrderedDict[int, float] = OrderedDict()
+        self._arrived: deque[Event] = deque(maxlen=MAX_REMEMBERED_EVENTS)
         self._paused = False
 
     @property
@@ -61,8 +63,7 @@ class Session:
         if "pause" in self.settings.extensions and event.kind in ("pause", "resume"):
             self._paused = event.kind == "pause"
             return
-        controls = parse_event(event.kind, event.payload)
-        self._queue.apply(controls, event.event_id)
+        self._apply(event)
         if event.event_id is not None:
             self._received_at[event.event_id] = now
             if len(self._received_at) > MAX_REMEMBERED_EVENTS:
@@ -70,6 +71,8 @@ class Session:
 
     def next_plan(self) -> Sampled:
         """Samples what is in force now and walks the camera one chunk on."""
+        for event in self.settings.pinned.get(self._next_chunk, ()):
+            self._apply(event)
         conditions = self._queue.sample(self.settings.latent_frames)
         actions = conditions.camera_actions
         plan = ChunkPlan(
@@ -82,12 +85,18 @@ class Session:
         self._next_chunk += 1
         return self._sampled(plan)
 
+    def _apply(self, event: Event) -> None:
+        self._queue.apply(parse_event(event.kind, event.payload), event.event_id)
+        self._arrived.append(event)
+
     def _sampled(self, plan: ChunkPlan) -> Sampled:
+        events = tuple(self._arrived)
+        self._arrived.clear()
         if plan.event_id is None or plan.event_id == self._event_id:
-            return Sampled(plan, new_event=False, event_received_at=None)
+            return Sampled(plan, new_event=False, event_received_at=None, events=events)
         self._event_id = plan.event_id
         received_at = self._received_at.pop(plan.event_id, None)
-        return Sampled(plan, new_event=True, event_received_at=received_at)
+        return Sampled(plan, new_event=True, event_received_at=received_at, events=events)
 
     def group_sizes(self, chunk_index: int) -> list[int]:
         """Pixel frames of each latent frame of a chunk, known before any is decoded."""

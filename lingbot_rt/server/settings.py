@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,10 +11,10 @@ import numpy.typing as npt
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.control.actions import Actions
-from lingbot_rt.control.events import parse_script
+from lingbot_rt.control.events import parse_event, parse_script
 from lingbot_rt.engine.chunk_plan import ModelCard, SessionPlan
 from lingbot_rt.errors import InvalidEvent, InvalidInit
-from lingbot_rt.server.protocol import Init, shown
+from lingbot_rt.server.protocol import Event, Init, shown
 from lingbot_rt.shapes import FrameSize, latent_frames_for
 from lingbot_rt.transport.encode import FormatName, OutputFormat
 
@@ -41,6 +42,7 @@ class SessionSettings:
     pacing: bool
     profile: bool
     extensions: frozenset[str]
+    pinned: Mapping[int, tuple[Event, ...]]  # events that a chunk must sample, by its index
 
     def session_plan(self, session_id: str, first_frame: npt.NDArray[np.uint8]) -> SessionPlan:
         return SessionPlan(
@@ -93,6 +95,7 @@ def resolve(init: Init, card: ModelCard, config: ServeConfig) -> SessionSettings
         pacing=init.realtime_output_pacing,
         profile=init.profile,
         extensions=frozenset(init.protocol_extensions),
+        pinned=_pinned(init),
     )
 
 
@@ -136,3 +139,20 @@ def _script(init: Init) -> Actions | None:
         return parse_script(script, "condition_inputs.camera_actions")
     except InvalidEvent as error:
         raise InvalidInit(str(error), field=error.field) from None
+
+
+def _pinned(init: Init) -> dict[int, tuple[Event, ...]]:
+    """Pinned events by chunk, each checked now: later there is nobody to tell."""
+    if not init.pinned_events:
+        return {}
+    if "pinned_events" not in init.protocol_extensions:
+        raise InvalidInit('needs "pinned_events" in protocol_extensions', field="pinned_events")
+    pinned: dict[int, tuple[Event, ...]] = {}
+    for number, entry in enumerate(init.pinned_events):
+        try:
+            parse_event(entry.kind, entry.payload)
+        except InvalidEvent as error:
+            raise InvalidInit(f"entry {number}: {error.field}: {error}", field="pinned_events") from None
+        event = Event(kind=entry.kind, payload=entry.payload, event_id=entry.event_id)
+        pinned[entry.chunk] = (*pinned.get(entry.chunk, ()), event)
+    return pinned

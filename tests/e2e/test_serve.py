@@ -47,7 +47,8 @@ def test_golden_sessions_over_the_wire(golden_server, golden, first_frame, name,
     record = json.loads(golden(f"e2e/{name}/session.json").read_text())
     if transport not in record["plays"]:
         pytest.skip(f"{name} is recorded for {record['plays']} only")
-    arrays = np.load(golden(f"e2e/{name}/frames.npz"))
+    with np.load(golden(f"e2e/{name}/frames.npz")) as stored:
+        arrays = dict(stored)
     message = record["init"] | {"first_frame": first_frame}
     if transport == "raw":
         message["realtime_output_format"] = "raw"
