@@ -10,9 +10,8 @@ from typing import NoReturn
 
 from lingbot_rt import __version__
 from lingbot_rt.commands import VERBS
+from lingbot_rt.commands.exit_code import BAD_USAGE, exit_code
 from lingbot_rt.errors import LingbotError
-
-BAD_USAGE = 2
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = parser.parse_args(words)
         return args.run(args)
     except LingbotError as error:
-        print(f"lingbot-rt: {error}", file=sys.stderr)
-        return BAD_USAGE if error.code in ("config", "checkpoint") else 1
+        print(f"lingbot-rt: {error.wire_content}", file=sys.stderr)
+        return exit_code(error)
     except KeyboardInterrupt:
         return 130

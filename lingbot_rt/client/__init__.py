@@ -17,6 +17,7 @@ from lingbot_rt.client.errors import (
     InitRefused,
     ProtocolError,
     ServerBusy,
+    ServerNotReady,
     SessionLost,
 )
 from lingbot_rt.client.frames import Frame
@@ -32,6 +33,7 @@ __all__ = [
     "InitRefused",
     "ProtocolError",
     "ServerBusy",
+    "ServerNotReady",
     "Session",
     "SessionLost",
     "connect",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _MAX_MESSAGE_BYTES = 512 * 2**20  # 16 raw frames of 3840x2160 pass
 _MAX_QUEUED_MESSAGES = 8  # received and not read yet; beyond that the server waits
+_CLOSE_LIMIT_S = 0.5  # the server has the close by then; its own waits behind frames nobody reads any more
 _HTTP_TRY_AGAIN = (429, 502, 503, 504)
 
 
@@ -87,6 +88,7 @@ class connect:
             "additional_headers": {} if api_key is None else {"Authorization": f"Bearer {api_key}"},
             "max_size": _MAX_MESSAGE_BYTES,
             "max_queue": _MAX_QUEUED_MESSAGES,
+            "close_timeout": _CLOSE_LIMIT_S,
             "compression": None,
         }
 

@@ -3,6 +3,7 @@
 ClientError
 ├── ConnectFailed          nobody listens there, or the handshake was refused
 ├── ServerBusy             another session holds the server                    reconnectable
+├── ServerNotReady         the server is still loading its model                reconnectable
 ├── InitRefused            the server refused the init: its words name the field
 ├── EventRefused           one event was refused; nothing changed and the session lives on
 ├── SessionLost            the server ended the session, or the line broke     reconnectable
@@ -31,6 +32,11 @@ class ConnectFailed(ClientError):
 
 class ServerBusy(ClientError):
     code = "session_busy"
+    reconnectable = True
+
+
+class ServerNotReady(ClientError):
+    code = "not_ready"
     reconnectable = True
 
 

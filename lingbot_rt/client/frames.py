@@ -30,7 +30,7 @@ _GZIP_WINDOW_BITS = 31
 class Frame:
     """One picture of the stream."""
 
-    pixels: Pixels  # [H, W, 3] RGB
+    pixels: Pixels  # [H, W, 3] RGB, read-only
     index: int  # 0, 1, 2 ... through the session
     chunk_index: int
     event_id: int | None  # newest event whose effect is in this chunk
@@ -50,6 +50,8 @@ class FrameDecoder:
             chunk_index, event_id = int(header["chunk_index"]), header.get("event_id")
         except KeyError as error:
             raise ProtocolError(f"a frame header lacks {error}") from None
+        except (TypeError, ValueError) as error:
+            raise ProtocolError(f"a frame header has a field of a wrong kind: {error}") from None
         frames = [Frame(pixels, self._next_index + i, chunk_index, event_id) for i, pixels in enumerate(pictures)]
         self._next_index += len(frames)
         return frames

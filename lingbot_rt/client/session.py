@@ -18,7 +18,15 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from lingbot_rt.client.errors import ClientError, EventRefused, InitRefused, ProtocolError, ServerBusy, SessionLost
+from lingbot_rt.client.errors import (
+    ClientError,
+    EventRefused,
+    InitRefused,
+    ProtocolError,
+    ServerBusy,
+    ServerNotReady,
+    SessionLost,
+)
 from lingbot_rt.client.frames import Frame, FrameDecoder, Pixels
 
 ENDPOINT = "/v1/realtime_video/generate"
@@ -109,6 +117,7 @@ class SessionCore:
     def _raise(self, content: str, code: str | None) -> None:
         kinds: list[tuple[str, type[ClientError]]] = [
             ("another realtime session", ServerBusy),
+            ("the server is not ready", ServerNotReady),
             ("invalid generate request", InitRefused),
             ("invalid event", EventRefused),
         ]

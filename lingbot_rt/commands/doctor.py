@@ -1,0 +1,136 @@
+"""``lingbot-rt doctor``: what is here, what works, what would fit."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lingbot_rt import __version__
+from lingbot_rt.config import BUILTIN
+from lingbot_rt.shapes import FrameSize
+
+if TYPE_CHECKING:
+    import torch
+
+    from lingbot_rt.models.dit import DiTConfig
+
+_PACKAGES = ("torch", "diffusers", "transformers", "fastapi", "uvicorn", "websockets", "msgspec", "pillow", "numpy")
+_OPTIONAL = {
+    "av": "MP4 files",
+    "simplejpeg": "quick JPEG frames",
+    "isal": "quick lossless frames",
+    "ftfy": "mending of broken characters in prompts",
+    "uvloop": "a quicker event loop",
+    "flash_attn": "FlashAttention kernels",
+}
+_LARGE_MODEL = "LingBot-World-Fast 14B"
+_LARGE_SIZE = FrameSize(832, 480)
+_LARGE_BESIDE_BYTES = 12.7e9
+"""Of the 14B at 832x480, beside weights and window: the VAE's features in float32, and what a forward keeps at once."""
+
+_SHOWN = 90
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model-path", default=BUILTIN, help="a model to judge (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    for title, lines in (
+        ("versions", _versions()),
+        ("optional packages", _optional()),
+        ("devices", _devices()),
+        ("attention kernels", _kernels()),
+        ("what would fit", _fits(args.model_path)),
+    ):
+        print(title)
+        for line in lines:
+            print(f"  {line[:_SHOWN]}")
+    return 0
+
+
+def _versions() -> Iterator[str]:
+    yield f"lingbot-rt {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    for name in _PACKAGES:
+        yield f"{name} {importlib.metadata.version(name)}"
+
+
+def _optional() -> Iterator[str]:
+    for name, purpose in _OPTIONAL.items():
+        there = importlib.util.find_spec(name) is not None
+        yield f"{name:<11} {'there' if there else 'missing'}: {purpose}"
+
+
+def _torch_devices() -> list[torch.device]:
+    import torch
+
+    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
+
+
+def _devices() -> Iterator[str]:
+    import torch
+
+    from lingbot_rt.engine.memory import GB, available_host_bytes, free_bytes
+
+    yield f"cpu: {torch.get_num_threads()} threads, {available_host_bytes() / GB:.1f} GB free"
+    for device in _torch_devices():
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+            name = torch.cuda.get_device_name(device)
+            yield f"{device}: {name}, {free_bytes(device) / GB:.1f} of {total / GB:.1f} GB free"
+    yield f"disk: {shutil.disk_usage('.').free / GB:.0f} GB free here"
+
+
+def _kernels() -> Iterator[str]:
+    from lingbot_rt.models.attention import available_backends
+
+    for device in _torch_devices()[:1]:
+        with warnings.catch_warnings():
+            # torch explains in warnings why a kernel refuses; the table says it once.
+            warnings.simplefilter("ignore")
+            states = available_backends(device)
+        for name, state in states.items():
+            yield f"{device.type}: {name:<6} {state}"
+
+
+def _fits(model_path: str) -> Iterator[str]:
+    import torch
+
+    from lingbot_rt.engine.memory import GB, free_bytes, window_bytes
+    from lingbot_rt.models.checkpoint import open_checkpoint
+    from lingbot_rt.models.dit import DiTConfig
+
+    folder = open_checkpoint(model_path)
+    free = min(free_bytes(device) for device in _torch_devices())
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    weights = _dit_bytes(folder.dit_config, dtype)
+    window = window_bytes(folder.dit_config, folder.default_size, folder.dit_config.window_frames, dtype)
+    verdict = "fits" if weights + window < free else f"does not fit in {free / GB:.1f} GB"
+    yield (
+        f"{model_path} at {folder.default_size}: weights {weights / GB:.2f} GB, "
+        f"window {folder.dit_config.window_frames}: {window / GB:.2f} GB, {verdict}"
+    )
+    large = DiTConfig()
+    weights = _dit_bytes(large, torch.bfloat16)
+    per_frame = window_bytes(large, _LARGE_SIZE, 1, torch.bfloat16)
+    frames = int((free - weights - _LARGE_BESIDE_BYTES) // per_frame)
+    smallest = large.sink_frames + large.latent_frames
+    verdict = f"window up to {min(frames, large.window_frames)}" if frames >= smallest else "does not fit"
+    yield f"{_LARGE_MODEL} at {_LARGE_SIZE}: weights {weights / GB:.1f} GB, {per_frame / GB:.2f} GB a latent frame"
+    yield f"  on one device here, text encoder on the CPU: {verdict} ({free / GB:.1f} GB free)"
+
+
+def _dit_bytes(config: DiTConfig, dtype: torch.dtype) -> int:
+    """Counted on the meta device: nothing is allocated."""
+    import torch
+
+    from lingbot_rt.models.dit import CausalDiT
+
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in CausalDiT(config).parameters()) * dtype.itemsize

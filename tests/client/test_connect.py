@@ -1,0 +1,181 @@
+"""Both kinds of session on a real socket, against a server that plays a script."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import msgspec
+import pytest
+from websockets.sync.server import ServerConnection, serve
+
+from lingbot_rt.client import ConnectFailed, EventRefused, InitRefused, ServerBusy, SessionLost, connect
+
+pack = msgspec.msgpack.encode
+unpack = msgspec.msgpack.decode
+INIT = {"prompt": "A street.", "first_frame": b"picture", "size": "2x1"}
+
+
+def batch(chunk_index: int, frames: int, event_id: int | None = None) -> bytes:
+    fields = {
+        "type": "frame_batch",
+        "chunk_index": chunk_index,
+        "content_type": "application/x-raw-rgb",
+        "num_frames": frames,
+        "width": 2,
+        "height": 1,
+        "payload": bytes(6 * frames),
+    }
+    return pack(fields | ({} if event_id is None else {"event_id": event_id}))
+
+
+def stats(chunk_index: int) -> bytes:
+    return pack({"type": "chunk_stats", "chunk_index": chunk_index, "num_frames": 1, "chunk_total_ms": 5})
+
+
+@contextmanager
+def serving(script: Callable[[ServerConnection], None], **options: object) -> Iterator[str]:
+    """``script`` talks with each client; gives the URL."""
+    with serve(script, "127.0.0.1", 0, **options) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.socket.getsockname()[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def two_chunks(connection: ServerConnection) -> None:
+    """Plays one chunk, waits for an event, plays another that carries its id, and ends normally."""
+    assert unpack(connection.recv())["type"] == "init"
+    for message in (batch(0, 1), batch(0, 2), stats(0)):
+        connection.send(message)
+    event = unpack(connection.recv())
+    for message in (batch(1, 2, event["event_id"]), stats(1)):
+        connection.send(message)
+    connection.close(1000, "generation complete")
+
+
+def test_blocking_session():
+    """Frames come in order with chunk, index and event id; a normal close ends the loop."""
+    seen = []
+    with serving(two_chunks) as url, connect(url, **INIT) as world:
+        for frame in world:
+            seen.append((frame.index, frame.chunk_index, frame.event_id))
+            if frame.index == 2:
+                assert world.press("w") == 1
+        assert [chunk.chunk_index for chunk in world.stats] == [0, 1]
+    assert seen == [(0, 0, None), (1, 0, None), (2, 0, None), (3, 1, 1), (4, 1, 1)]
+
+
+async def test_async_session():
+    """The async session sees the same."""
+    seen = []
+    with serving(two_chunks) as url:
+        async with connect(url, **INIT) as world:
+            async for frame in world:
+                seen.append((frame.index, frame.chunk_index, frame.event_id))
+                if frame.index == 2:
+                    assert await world.press("w") == 1
+            assert [chunk.chunk_index for chunk in world.stats] == [0, 1]
+    assert seen == [(0, 0, None), (1, 0, None), (2, 0, None), (3, 1, 1), (4, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "kind"),
+    [
+        ("another realtime session is already active", 1008, ServerBusy),
+        ("invalid generate request: size: no", 1008, InitRefused),
+        ("the server is shutting down", 1001, SessionLost),
+    ],
+)
+def test_refusals_and_losses(content, code, kind):
+    """What the server says before it closes is what the caller gets."""
+
+    def script(connection: ServerConnection) -> None:
+        connection.recv()
+        connection.send(pack({"type": "error", "content": content}))
+        connection.close(code, "why")
+
+    with serving(script) as url, connect(url, **INIT) as world, pytest.raises(kind, match=content):
+        next(world)
+
+
+def test_a_refused_event_leaves_the_session_alive():
+    """After EventRefused the same iteration goes on."""
+
+    def script(connection: ServerConnection) -> None:
+        connection.recv()
+        connection.send(pack({"type": "error", "content": "invalid event: no"}))
+        connection.send(batch(0, 1))
+        connection.close()
+
+    with serving(script) as url, connect(url, **INIT) as world:
+        with pytest.raises(EventRefused):
+            next(world)
+        assert next(world).index == 0
+        with pytest.raises(StopIteration):
+            next(world)
+
+
+def test_a_broken_line_is_a_lost_session():
+    """A socket that dies without a close raises SessionLost without a close code, reconnectable."""
+
+    def script(connection: ServerConnection) -> None:
+        connection.recv()
+        connection.socket.shutdown(socket.SHUT_RDWR)
+
+    with serving(script) as url, connect(url, **INIT) as world:
+        with pytest.raises(SessionLost) as caught:
+            next(world)
+        assert caught.value.close_code is None
+        assert caught.value.reconnectable
+        with pytest.raises(SessionLost):
+            world.press("w")
+
+
+def test_leaving_with_unread_frames():
+    """A caller that leaves while frames wait does not read them first, and the server hears the close."""
+    heard = threading.Event()
+
+    def script(connection: ServerConnection) -> None:
+        connection.recv()
+        for _ in range(50):
+            connection.send(batch(0, 1))
+        with pytest.raises(Exception, match="1000"):
+            connection.recv()
+        heard.set()
+
+    with serving(script) as url:
+        with connect(url, **INIT) as world:
+            next(world)
+        assert heard.wait(5)
+
+
+def test_nobody_there():
+    """A port where nobody listens is a ConnectFailed that may be tried again."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(ConnectFailed) as caught, connect(url, **INIT):
+            pass
+    assert caught.value.reconnectable
+
+
+async def test_refused_handshake():
+    """An HTTP answer in place of a WebSocket is named with its status, and the key goes along."""
+    keys = []
+
+    def refuse(connection, request):
+        keys.append(request.headers["Authorization"])
+        return connection.respond(403, "no")
+
+    with serving(two_chunks, process_request=refuse) as url:
+        with pytest.raises(ConnectFailed, match="403") as caught:
+            async with connect(url, api_key="secret", **INIT):
+                pass
+        with pytest.raises(ConnectFailed, match="403"), connect(url, api_key="secret", **INIT):
+            pass
+    assert keys == ["Bearer secret"] * 2
+    assert not caught.value.reconnectable

@@ -1,0 +1,200 @@
+"""The client's protocol without a socket."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lingbot_rt.client.errors import (
+    ClientError,
+    EventRefused,
+    InitRefused,
+    ProtocolError,
+    ServerBusy,
+    ServerNotReady,
+    SessionLost,
+)
+from lingbot_rt.client.frames import DELTA_GZIP, RAW
+from lingbot_rt.client.session import Front, SessionCore, init_message, websocket_url
+from lingbot_rt.control.events import parse_event
+
+pack = msgspec.msgpack.encode
+
+
+class Recorder(Front[int]):
+    """A front that keeps what it would send."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[dict] = []
+
+    def _send(self, message: bytes, event_id: int) -> int:
+        self.messages.append(msgspec.msgpack.decode(message))
+        return event_id
+
+
+def test_verbs_become_events_the_server_parses():
+    """Each verb is one event with the next id, and the server's parser takes its payload."""
+    front = Recorder()
+    assert [front.press("w"), front.press("a"), front.release("w"), front.release(), front.prompt("Rain.")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
+    front.script([["w"], []])
+    held = [message["payload"]["transitions"][0]["actions"] for message in front.messages[:4]]
+    assert held == [["w"], ["w", "a"], ["a"], []]
+    assert [message["event_id"] for message in front.messages] == [1, 2, 3, 4, 5, 6]
+    for message in front.messages:
+        assert parse_event(message["kind"], message["payload"])
+
+
+def test_header_and_payload_in_two_messages():
+    """A frame_batch_header waits for the binary message that follows it."""
+    core = SessionCore()
+    fields = {
+        "type": "frame_batch_header",
+        "chunk_index": 3,
+        "content_type": "application/x-raw-rgb",
+        "num_frames": 2,
+        "width": 2,
+        "height": 1,
+        "event_id": 9,
+    }
+    assert core.receive(pack(fields)) == []
+    frames = core.receive(bytes(range(12)))
+    assert [(frame.index, frame.chunk_index, frame.event_id) for frame in frames] == [(0, 3, 9), (1, 3, 9)]
+    np.testing.assert_array_equal(frames[1].pixels, [[[6, 7, 8], [9, 10, 11]]])
+
+
+def test_recorded_stats_and_error(golden):
+    """The recorded chunk_stats fills ChunkStats, without the fields only this server sends."""
+    record = json.loads(golden("transport/control_messages.json").read_text())
+    core = SessionCore()
+    core.receive(base64.b64decode(record["chunk_stats"]["msgpack_b64"]))
+    (stats,) = core.stats
+    assert (stats.chunk_index, stats.num_frames, stats.chunk_total_ms) == (2, 9, 1251)
+    assert stats.dit_ms is None
+    assert stats.overhead_ms is None
+    with pytest.raises(EventRefused):
+        core.receive(base64.b64decode(record["error"]["msgpack_b64"]))
+
+
+def test_overhead_is_what_neither_network_used():
+    """chunk_total minus DiT minus VAE."""
+    core = SessionCore()
+    core.receive(
+        pack(
+            {
+                "type": "chunk_stats",
+                "chunk_index": 0,
+                "num_frames": 9,
+                "chunk_total_ms": 100,
+                "dit_ms": 70,
+                "vae_ms": 20,
+            }
+        )
+    )
+    assert core.stats[0].overhead_ms == 10
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "reconnectable"),
+    [
+        ("another realtime session is already active", ServerBusy, True),
+        ("the server is not ready: warming up 10 %; try again", ServerNotReady, True),
+        ("invalid generate request: size: no", InitRefused, False),
+        ("invalid event: unknown action", EventRefused, False),
+    ],
+)
+def test_error_messages_have_classes(content, kind, reconnectable):
+    """The server's refusals become exceptions that keep its words and say whether to try again."""
+    with pytest.raises(kind, match=content) as caught:
+        SessionCore().receive(pack({"type": "error", "content": content}))
+    assert caught.value.reconnectable is reconnectable
+
+
+def test_last_words_before_an_abnormal_close():
+    """An error that announces a close is told with that close; a normal close raises nothing."""
+    core = SessionCore()
+    core.closed(1000, "generation complete")
+    assert core.receive(pack({"type": "error", "content": "the server stops"})) == []
+    with pytest.raises(SessionLost, match="the server stops") as caught:
+        core.closed(1001, "")
+    assert caught.value.close_code == 1001
+    assert caught.value.reconnectable
+
+
+def test_unknown_messages_are_ignored():
+    """A message type from a later server does no harm."""
+    assert SessionCore().receive(pack({"type": "weather", "sun": True})) == []
+
+
+VALUES = st.integers(-5, 2**32) | st.text(max_size=9) | st.binary(max_size=9) | st.none() | st.lists(st.integers(0, 9))
+TYPES = st.sampled_from(["frame_batch", "frame_batch_header", "chunk_stats", "error", "other"])
+CONTENT_TYPES = st.sampled_from([RAW, DELTA_GZIP, "image/webp", "other"])
+KEYS = ["chunk_index", "num_frames", "width", "height", "payload", "payload_lengths", "chunk_total_ms", "content"]
+MESSAGES = st.builds(
+    lambda kind, content_type, rest: pack(rest | {"type": kind, "content_type": content_type}),
+    TYPES,
+    CONTENT_TYPES,
+    st.dictionaries(st.sampled_from(KEYS), VALUES),
+)
+
+
+@given(st.lists(st.binary(max_size=200) | MESSAGES, max_size=3))
+def test_any_bytes_are_taken_or_named(messages):
+    """Whatever arrives, the core returns frames or raises one of the client's own errors."""
+    core = SessionCore()
+    for message in messages:
+        with contextlib.suppress(ClientError):
+            core.receive(message)
+
+
+def test_text_is_no_message():
+    with pytest.raises(ProtocolError):
+        SessionCore().receive("hello")
+
+
+def test_init_message(tmp_path):
+    """Pictures in every form become bytes, URLs stay, None leaves a field out, the camera is on."""
+    path = tmp_path / "picture.bin"
+    path.write_bytes(b"file")
+    for given_frame, start in (
+        (b"bytes", b"bytes"),
+        (path, b"file"),
+        (str(path), b"file"),
+        (np.zeros((16, 16, 3), np.uint8), b"\x89PNG"),
+    ):
+        message = msgspec.msgpack.decode(init_message("p", given_frame, size="64x64", max_chunks=None))
+        assert message["first_frame"].startswith(start)
+        assert message["size"] == "64x64"
+        assert "max_chunks" not in message
+        assert message["condition_inputs"] == {"camera_actions": [[]]}
+    message = msgspec.msgpack.decode(init_message("p", "data:image/png;base64,AA==", script=None))
+    assert message["first_frame"].startswith("data:")
+    assert "condition_inputs" not in message
+
+
+@pytest.mark.parametrize(
+    ("url", "endpoint"),
+    [
+        ("127.0.0.1:30000", "ws://127.0.0.1:30000/v1/realtime_video/generate"),
+        ("http://host:1/", "ws://host:1/v1/realtime_video/generate"),
+        ("https://host", "wss://host/v1/realtime_video/generate"),
+        ("ws://host/v1/realtime_video/generate", "ws://host/v1/realtime_video/generate"),
+        ("ws://host/elsewhere", "ws://host/elsewhere"),
+    ],
+)
+def test_urls(url, endpoint):
+    """A server's address is enough; a full endpoint is left alone."""
+    assert websocket_url(url) == endpoint
