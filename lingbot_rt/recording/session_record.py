@@ -113,6 +113,11 @@ class SessionRecorder:
         except queue.Full:
             self._end("the disk does not keep up")
 
+    @property
+    def waiting(self) -> int:
+        """Chunks handed over and not on disk yet."""
+        return self._queue.unfinished_tasks
+
     def close(self, reason: str) -> None:
         """Writes the last line and waits, within a limit, until everything is on disk."""
         self._ended_by = self._ended_by or reason
@@ -139,6 +144,8 @@ class SessionRecorder:
                 except OSError as error:
                     self._end(str(error))
                     return
+                finally:
+                    self._queue.task_done()
 
     def _keep_picture(self, index: int, frame: npt.NDArray[np.uint8]) -> None:
         png = io.BytesIO()

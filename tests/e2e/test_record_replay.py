@@ -1,0 +1,100 @@
+"""A session recorded live is played again, in process and on a server, and comes out bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from lingbot_rt.cli import main
+from lingbot_rt.recording.record_file import read_record
+from tests.e2e.served import running, wire
+
+EVENTS = {
+    0: {"kind": "camera_actions", "payload": {"mode": "state", "transitions": [{"actions": ["w"], "client_ts_ms": 1}]}},
+    2: {"kind": "prompt", "payload": "A snowy village at night."},
+    3: {"kind": "camera_actions", "payload": {"mode": "state", "transitions": [{"actions": ["l"]}, {"actions": []}]}},
+}
+
+
+@pytest.fixture(scope="module")
+def model_flags(golden):
+    return ["--model-path", str(golden("e2e/model")), "--device", "cpu", "--dtype", "float32", "--warmup", "false"]
+
+
+@pytest.fixture(scope="module")
+def server(golden, model_flags, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("record")
+    with running(folder, *model_flags, "--record-dir", str(folder / "records")) as it:
+        yield it, folder / "records"
+
+
+@pytest.fixture(scope="module")
+def record_folder(server, golden):
+    """One live session with events at whatever moment they arrive."""
+    served, records = server
+    init = {
+        "type": "init",
+        "prompt": "A quiet street.",
+        "first_frame": golden("e2e/first_frame.png").read_bytes(),
+        "size": "64x64",
+        "fps": 16,
+        "num_frames": 9,
+        "seed": 5,
+        "max_chunks": 6,
+        "condition_inputs": {"camera_actions": []},
+    }
+    with wire(served, init) as client:
+        for index in range(6):
+            client.chunk()
+            if index in EVENTS:
+                client.send({"type": "event", "event_id": index, **EVENTS[index]})
+        with pytest.raises(Exception, match="1000"):
+            client.receive()
+    (folder,) = records.iterdir()
+    return folder
+
+
+def test_the_record_tells_the_session(record_folder):
+    """Init, every event with the chunk that sampled it, stats and 69 hashes are there, and the end is in order."""
+    record = read_record(record_folder)
+    assert record.session.init["prompt"] == "A quiet street."
+    assert record.session.seed == 5
+    assert [len(chunk.hashes) for chunk in record.chunks] == [9, 12, 12, 12, 12, 12]
+    kinds = [event.kind for chunk in record.chunks for event in chunk.events]
+    assert kinds == ["camera_actions", "prompt", "camera_actions"]
+    assert all(chunk.stats["chunk_total_ms"] > 0 for chunk in record.chunks)
+    assert record.end.reason == "complete"
+
+
+def test_it_replays_bit_for_bit_in_process_and_on_the_server(record_folder, server, model_flags, capsys):
+    """Both replays give the recorded bytes in every frame, and say so."""
+    assert main(["replay", str(record_folder), *model_flags]) == 0
+    assert "69 of 69 frames bit for bit" in capsys.readouterr().out
+    served, _ = server
+    assert main(["replay", str(record_folder), "--url", served.http]) == 0
+    assert "69 of 69 frames bit for bit" in capsys.readouterr().out
+
+
+def test_another_world_is_told_from_the_recorded_one(record_folder, model_flags, tmp_path, capsys):
+    """A record with another seed does not pass as the same: exit code 1, PSNR in the table."""
+    changed = tmp_path / "changed"
+    shutil.copytree(record_folder, changed)
+    path = changed / "record.jsonl"
+    path.write_text(path.read_text().replace('"seed":5', '"seed":6'))
+    assert main(["replay", str(changed), *model_flags]) == 1
+    out = capsys.readouterr().out
+    assert "0 of 69 frames bit for bit" in out
+    assert "dB" in out
+
+
+def test_the_guard_over_the_wire(server, model_flags, tmp_path, capsys):
+    """Ground truth kept in process is what the server sends: check record, then check run --url."""
+    served, _ = server
+    cases = "configs/consistency/builtin.toml"
+    chosen = ["--only", "held-keys", "--only", "guidance"]
+    assert main(["check", "record", cases, "--out", str(tmp_path / "gt"), *chosen, *model_flags]) == 0
+    run = ["check", "run", cases, "--gt", str(tmp_path / "gt"), *chosen, "--no-latency", "--url", served.http]
+    assert main([*run, "--report", str(tmp_path / "report")]) == 0
+    assert capsys.readouterr().out.count(" ok ") == 2
+    assert (tmp_path / "report" / "index.html").exists()
