@@ -193,6 +193,14 @@ class Block(nn.Module):
         return (self.modulation.float() + time_B6D).split(1, dim=1)
 
 
+class PatchEmbedding(nn.Conv3d):
+    """The checkpoint's convolution, whose kernel is its stride: a linear over patches, with no 3-d kernel to pick."""
+
+    def forward(self, x_BCFhw: Tensor) -> Tensor:
+        """[B, C, F, h, w] -> tokens [B, N, D]."""
+        return F.linear(patchify(x_BCFhw), self.weight.flatten(1), self.bias)
+
+
 class Head(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -215,9 +223,7 @@ class CausalDiT(nn.Module):
         self.config = config
         self.attention_backend = "auto"
         self.window_attention = WindowAttention()
-        self.patch_embedding = nn.Conv3d(
-            config.in_channels, dim, (1, PATCH_SIZE, PATCH_SIZE), (1, PATCH_SIZE, PATCH_SIZE)
-        )
+        self.patch_embedding = PatchEmbedding(config.in_channels, dim, (1, PATCH_SIZE, PATCH_SIZE))
         self.patch_embedding_wancamctrl = nn.Linear(RAY_CHANNELS * PATCH_SIZE**2, dim)
         self.c2ws_hidden_states_layer1 = nn.Linear(dim, dim)
         self.c2ws_hidden_states_layer2 = nn.Linear(dim, dim)
@@ -262,7 +268,7 @@ class CausalDiT(nn.Module):
         time_BD, time_B6D = self._time(timestep, x_BCFhw)
 
         # 1. Latent cells to tokens
-        x_BND = self.patch_embedding(x_BCFhw).flatten(2).transpose(1, 2)
+        x_BND = self.patch_embedding(x_BCFhw)
 
         # 2. Blocks
         for i, block in enumerate(self.blocks):
