@@ -35,7 +35,7 @@ from lingbot_rt.telemetry import Metrics
 log = logging.getLogger(__name__)
 
 WS_PATH = "/v1/realtime_video/generate"
-SHUTDOWN_LIMIT_S = 4.0
+SHUTDOWN_LIMIT_S = 3.0
 _ENCODE_THREADS = 2
 
 _MIME_TYPES = {

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lingbot_rt.engine.chunk_plan import ChunkResult, FrameGroup
+from lingbot_rt.errors import EngineFailed
 from lingbot_rt.recording.record_file import RecordedEvent
 from lingbot_rt.recording.session_record import SessionRecorder
 from lingbot_rt.server.engine_port import EnginePort
@@ -109,6 +110,7 @@ class ChunkStream:
 
     async def _generate(self) -> _Chunk:
         """Chunk after chunk; returns the last one of a session with ``max_chunks``."""
+        before: _Chunk | None = None
         while True:
             while self._session.is_paused:
                 self._resumed.clear()
@@ -130,10 +132,21 @@ class ChunkStream:
                 if not self._ended:
                     loop.call_soon_threadsafe(self._take, chunk, group)
 
-            result = await self._engine.run(chunk.sampled.plan, emit)
+            try:
+                result = await self._engine.run(chunk.sampled.plan, emit)
+            except EngineFailed:
+                await self._finish(before)
+                raise
+            before = chunk
             await self._results.put((chunk, result))
             if self._session.is_complete:
                 return chunk
+
+    async def _finish(self, before: _Chunk | None) -> None:
+        """What was generated still goes out: all frames, and the statistics of the chunk ``before``."""
+        await self._groups.join()
+        if before is not None:
+            await before.reported.wait()
 
     async def _just_in_time(self) -> None:
         """With pacing, a chunk started early would only wait to be sent: starting late samples fresher keys."""

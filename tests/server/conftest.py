@@ -7,8 +7,9 @@ import gzip
 import io
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.server.app import WS_PATH, Server, Service, create_app
@@ -59,7 +61,7 @@ class Client:
 
     def __init__(self, socket: ClientConnection) -> None:
         self.socket = socket
-        self.seen: list[dict[str, Any]] = []  # every message that is no frame and no stats
+        self.seen: list[dict[str, Any]] = []  # what came beside frames and stats, and all after `closed`
         self._last: np.ndarray | None = None
 
     async def send(self, message: dict[str, Any]) -> None:
@@ -114,16 +116,14 @@ class Client:
             self._last = last
             return frames
         ends = np.cumsum([0, *header["payload_lengths"]])
-        parts = [payload[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        parts = [payload[a:b] for a, b in pairwise(ends)]
         return [np.asarray(Image.open(io.BytesIO(part)).convert("RGB")) for part in parts]
 
     async def closed(self) -> tuple[int | None, str]:
         """Reads on to the end; the close code and reason."""
-        async with asyncio.timeout(LIMIT_S):
-            async for data in self.socket:
-                if isinstance(data, bytes) and data[:1] >= b"\x80" and b"error" in data[:32]:
-                    self.seen.append(msgspec.msgpack.decode(data))
-            await self.socket.wait_closed()
+        with suppress(ConnectionClosed):
+            while True:
+                self.seen.append((await self.receive())[0])
         return self.socket.close_code, self.socket.close_reason or ""
 
 
@@ -155,7 +155,7 @@ class Running:
     async def idle(self) -> None:
         """Returns once nothing is left of any session."""
         async with asyncio.timeout(LIMIT_S):
-            while self.service.connections or self.service.admission.is_busy or self.engine.live:
+            while self.service.connections or self.service.admission.is_busy or self.engine.live:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
 
 
@@ -183,8 +183,6 @@ async def running(engine: FakeEngine, page: Path | None = None, **options: Any) 
 @pytest.fixture
 async def serve() -> AsyncIterator[Serve]:
     """``await serve(engine, option=...)`` -> a running server that ends with the test."""
-    from contextlib import AsyncExitStack
-
     async with AsyncExitStack() as stack:
 
         async def start(engine: FakeEngine | None = None, **options: Any) -> Running:
