@@ -1,0 +1,216 @@
+"""What answers over HTTP: models, health, metrics, the page; who may ask."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+import httpx
+import pytest
+
+from lingbot_rt.config import ServeConfig
+from lingbot_rt.engine.chunk_plan import EngineStatus
+from lingbot_rt.errors import CheckpointError
+from lingbot_rt.server.app import Server, create_app
+from lingbot_rt.telemetry import HideKeys, configure_logging
+from tests.server.conftest import event, init, state
+from tests.server.fake_engine import FakeEngine
+
+
+async def get(server, path: str, **options) -> httpx.Response:
+    async with httpx.AsyncClient(base_url=server.http, timeout=5) as client:
+        return await client.get(path, **options)
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    folder = tmp_path / "webui"
+    (folder / "js").mkdir(parents=True)
+    (folder / "index.html").write_text("<title>a world</title>")
+    (folder / "js" / "main.mjs").write_text("export {}")
+    (folder / "main.js").write_text("export {}")
+    (folder / "face.woff2").write_bytes(b"wOF2")
+    (tmp_path / "secret.txt").write_text("secret")
+    (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    return folder
+
+
+async def test_models_tells_what_the_page_can_offer(serve):
+    """The entry has the OpenAI keys and every fact that the page builds its controls from."""
+    server = await serve()
+    answer = (await get(server, "/v1/models")).json()
+    assert answer["object"] == "list"
+    entry = answer["data"][0]
+    assert (entry["id"], entry["object"], entry["ready"], entry["busy"]) == ("fake-world", "model", True, False)
+    assert entry["default_size"] == "64x64"
+    assert entry["sizes"][0] == "64x64"
+    assert entry["num_frames"]["default"] == 9
+    assert entry["num_frames"]["choices"][:3] == [1, 5, 9]
+    assert entry["action_tokens"] == list("wasdijkl")
+    assert entry["device"] == "cpu"
+    assert entry["limits"]["max_pixels"] == 1280 * 720
+    assert entry["default_output_format"] in entry["output_formats"]
+    assert (await get(server, "/v1/models/fake-world")).json() == entry
+    async with server.client(init()) as client:
+        await client.receive()
+        assert (await get(server, "/v1/models")).json()["data"][0]["busy"] is True
+
+
+async def test_every_offered_size_opens(serve):
+    """No size in /v1/models is one that an init would be refused for."""
+    server = await serve(max_pixels=640 * 640)
+    for size in (await get(server, "/v1/models")).json()["data"][0]["sizes"]:
+        async with server.client(init(size=size, num_frames=1, max_chunks=1)) as client:
+            assert len((await client.chunk()).frames) == 1
+
+
+async def test_an_unknown_model_is_an_openai_error(serve):
+    """404 with the body that OpenAI clients read, also for names with a slash."""
+    server = await serve()
+    for name in ("nobody", "some/hub-id"):
+        answer = await get(server, f"/v1/models/{name}")
+        assert answer.status_code == 404
+        error = answer.json()["error"]
+        assert error["code"] == "model_not_found"
+        assert "fake-world" in error["message"]
+
+
+async def test_health_follows_the_engine(serve):
+    """503 with stage and progress while loading, 200 when ready; /liveness is 200 all along."""
+    server = await serve(FakeEngine(loading=EngineStatus("loading weights", 0.63)))
+    before = await get(server, "/health")
+    assert before.status_code == 503
+    assert before.json() == {"stage": "loading weights", "progress": 0.63, "detail": ""}
+    assert (await get(server, "/liveness")).status_code == 200
+    entry = (await get(server, "/v1/models")).json()["data"][0]
+    assert entry["ready"] is False
+    assert "device" not in entry
+    server.engine.finish_loading()
+    assert (await get(server, "/health")).status_code == 200
+
+
+async def test_an_engine_that_cannot_start_ends_the_server():
+    """The error is kept for the command line and the server stops by itself."""
+    error = CheckpointError("transformer/config.json is missing")
+    config = ServeConfig(port=0, log_level="warning")
+    app = create_app(config, FakeEngine(start_error=error))
+    await asyncio.wait_for(Server(app, config).serve(), 5)
+    assert app.state.service.failure is error
+
+
+async def test_metrics_count_what_was_served(serve):
+    """Sessions, chunks, frames, bytes, latency and errors appear under their Prometheus names."""
+    server = await serve()
+    async with server.client(init(max_chunks=2), event("camera_actions", state("w"), 1), event("dance")) as client:
+        await client.closed()
+    await server.idle()
+    answer = await get(server, "/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    for line in (
+        "lingbot_rt_sessions_total 1.0",
+        "lingbot_rt_chunks_total 2.0",
+        "lingbot_rt_frames_total 21.0",
+        'lingbot_rt_errors_total{code="invalid_event"} 1.0',
+        'lingbot_rt_connection_ends_total{code="1000"} 1.0',
+        "lingbot_rt_event_latency_ms_count 1.0",
+        "lingbot_rt_sessions_active 0.0",
+        "lingbot_rt_connections 0.0",
+        "lingbot_rt_ready 1.0",
+    ):
+        assert line in answer.text
+
+
+async def test_the_page_is_served_with_types_browsers_accept(serve, page):
+    """index.html at /, modules as JavaScript, everything revalidated after an update."""
+    server = await serve(page=page)
+    expected = {
+        "/": "text/html",
+        "/index.html": "text/html",
+        "/main.js": "text/javascript",
+        "/js/main.mjs": "text/javascript",
+        "/face.woff2": "font/woff2",
+    }
+    for path, kind in expected.items():
+        answer = await get(server, path)
+        assert answer.status_code == 200, path
+        assert answer.headers["content-type"].split(";")[0] == kind
+        assert answer.headers["cache-control"] == "no-cache"
+        again = await get(server, path, headers={"If-None-Match": answer.headers["etag"]})
+        assert again.status_code == 304
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../secret.txt",
+        "/%2e%2e/secret.txt",
+        "/..%2fsecret.txt",
+        "/js/..%5c..%5csecret.txt",
+        "/link.txt",
+        "//etc/passwd",
+    ],
+)
+async def test_the_page_has_no_way_out_of_its_folder(serve, page, path):
+    """Neither dots in any spelling nor links lead to a file outside the folder."""
+    server = await serve(page=page)
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    answer = await reader.read()
+    writer.close()
+    assert b"404" in answer.split(b"\r\n")[0]
+    assert b"secret" not in answer.split(b"\r\n\r\n", 1)[1]
+
+
+async def test_the_api_key_guards_the_api_and_nothing_else(serve, page):
+    """Models and metrics need the key; health, liveness and the page stay open."""
+    server = await serve(api_key="secret", page=page)
+    for path in ("/v1/models", "/v1/models/fake-world", "/metrics"):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            refused = await get(server, path, headers=headers)
+            assert refused.status_code == 401
+            assert refused.json()["error"]["code"] == "invalid_api_key"
+        assert (await get(server, path, headers={"Authorization": "Bearer secret"})).status_code == 200
+        assert (await get(server, path, params={"api_key": "secret"})).status_code == 401
+    for path in ("/health", "/liveness", "/"):
+        assert (await get(server, path)).status_code == 200
+
+
+async def test_pages_from_elsewhere_may_ask_unless_narrowed(serve):
+    """CORS allows every origin by default and only the listed ones when narrowed."""
+    origin = {"Origin": "https://a.example"}
+    server = await serve()
+    assert (await get(server, "/v1/models", headers=origin)).headers["access-control-allow-origin"] == "*"
+    narrowed = await serve(cors_allow_origins="https://a.example, https://b.example")
+    answer = await get(narrowed, "/health", headers=origin)
+    assert answer.headers["access-control-allow-origin"] == "https://a.example"
+    other = await get(narrowed, "/health", headers={"Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in other.headers
+
+
+async def test_a_page_elsewhere_may_send_its_key(serve):
+    """The preflight for the Authorization header is answered without a key."""
+    server = await serve(api_key="secret")
+    headers = {
+        "Origin": "https://a.example",
+        "Access-Control-Request-Method": "GET",
+        "Access-Control-Request-Headers": "authorization",
+    }
+    async with httpx.AsyncClient(base_url=server.http) as client:
+        answer = await client.options("/v1/models", headers=headers)
+    assert answer.status_code == 200
+    assert "authorization" in answer.headers["access-control-allow-headers"].lower()
+
+
+def test_the_log_never_shows_a_key(capsys):
+    """A key in a request line is hidden, wherever in the record it stands."""
+    record = logging.LogRecord("x", 20, "f", 1, "%s opened", ("/v1/x?api_key=secret&a=1",), None)
+    HideKeys().filter(record)
+    assert record.getMessage() == "/v1/x?api_key=***&a=1 opened"
+    configure_logging("info")
+    try:
+        logging.getLogger("anything").warning("GET /?api_key=secret")
+        assert "secret" not in capsys.readouterr().err
+    finally:
+        for handler in logging.getLogger().handlers[:]:
+            logging.getLogger().removeHandler(handler)
