@@ -1,0 +1,126 @@
+"""The slot and its line, with a loop but no sockets."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lingbot_rt.errors import SessionBusy
+from lingbot_rt.server.admission import Admission
+
+
+async def hold(admission: Admission, entered: asyncio.Event, leave: asyncio.Event) -> None:
+    async with admission.slot():
+        entered.set()
+        await leave.wait()
+
+
+async def test_the_slot_is_passed_on_in_order():
+    """Those who wait are served first come, first served, and told each step ahead."""
+    admission = Admission(wait_s=5)
+    served, places = [], []
+
+    async def client(name: str) -> None:
+        async with admission.slot(lambda position: places.append((name, position))):
+            served.append(name)
+            await asyncio.sleep(0.01)
+
+    async with asyncio.TaskGroup() as tasks:
+        for name in "abc":
+            tasks.create_task(client(name))
+    assert served == ["a", "b", "c"]
+    assert places == [("b", 1), ("c", 2), ("c", 1)]
+    assert not admission.is_busy
+
+
+async def test_the_wait_is_limited():
+    """After ``wait_s`` the client is refused, and the line is as if it had never come."""
+    admission = Admission(wait_s=0.05)
+    async with admission.slot():
+        with pytest.raises(SessionBusy):
+            async with admission.slot():
+                pass
+        assert admission.waiting == 0
+    assert not admission.is_busy
+
+
+async def test_without_a_wait_the_refusal_is_immediate():
+    """--session-wait-s 0 is allowed and means no waiting."""
+    admission = Admission(wait_s=0)
+    async with admission.slot():
+        with pytest.raises(SessionBusy):
+            async with admission.slot():
+                pass
+
+
+async def test_a_leaving_holder_stops_the_clock():
+    """Whoever waits for a departing session is not refused, but not kept for ever either."""
+    admission = Admission(wait_s=0.02, leaving_limit_s=0.3)
+    async with admission.slot() as slot:
+        slot.leaving()
+        waiter = asyncio.create_task(hold(admission, entered := asyncio.Event(), leave := asyncio.Event()))
+        await asyncio.sleep(0.1)
+        assert not waiter.done()
+    await asyncio.wait_for(entered.wait(), 1)
+    leave.set()
+    await waiter
+    async with admission.slot() as slot:
+        slot.leaving()
+        with pytest.raises(SessionBusy):
+            async with admission.slot():
+                pass
+
+
+async def test_only_one_profits_from_a_leaving_holder():
+    """The next in line becomes the holder; the one behind it is refused after its wait as usual."""
+    admission = Admission(wait_s=0.05)
+    async with admission.slot() as slot:
+        slot.leaving()
+        first = asyncio.create_task(hold(admission, entered := asyncio.Event(), leave := asyncio.Event()))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(hold(admission, asyncio.Event(), leave))
+        await asyncio.sleep(0.1)
+    await entered.wait()
+    with pytest.raises(SessionBusy):
+        await second
+    leave.set()
+    await first
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans()), min_size=1, max_size=8))
+def test_the_slot_never_gets_lost(clients):
+    """However clients come, leave and are cancelled at any turn: one holder at a time, and free in the end."""
+
+    async def play() -> None:
+        admission = Admission(wait_s=1)
+        holders = 0
+
+        async def client(begin: int, stay: int) -> None:
+            nonlocal holders
+            for _ in range(begin):
+                await asyncio.sleep(0)
+            async with admission.slot():
+                holders += 1
+                assert holders == 1
+                try:
+                    for _ in range(stay):
+                        await asyncio.sleep(0)
+                finally:
+                    holders -= 1
+
+        tasks = [asyncio.create_task(client(begin, stay)) for begin, stay, _ in clients]
+        for number, (_, _, cancelled) in enumerate(clients):
+            if cancelled:
+                for _ in range(number):
+                    await asyncio.sleep(0)
+                tasks[number].cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(result is None or isinstance(result, asyncio.CancelledError) for result in results), results
+        assert not admission.is_busy
+        assert admission.waiting == 0
+
+    asyncio.run(play())

@@ -1,0 +1,96 @@
+"""Clients that exist: the cookbook's own sketch, and the room rule that keeps start-up quick."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from PIL import Image
+
+from tests.server.fake_engine import FakeEngine
+from tests.server.wire_types import check_old_clients_can_read
+
+SKETCH = """
+import msgspec.msgpack
+import websocket
+
+ws = websocket.create_connection("ws://127.0.0.1:30000/v1/realtime_video/generate")
+ws.send_binary(msgspec.msgpack.encode({
+    "type": "init",
+    "prompt": "A quiet rainy London alley, stable camera motion.",
+    "first_frame": open("reference.jpg", "rb").read(),
+    "size": "832x480",
+    "fps": 25,
+    "num_frames": 9,
+    "num_inference_steps": 4,
+    "guidance_scale": 1,
+    "realtime_output_format": "webp",
+    "output_compression": 95,
+}))
+
+ws.send_binary(msgspec.msgpack.encode({
+    "type": "event",
+    "kind": "camera_actions",
+    "event_id": 1,
+    "payload": {"mode": "state", "transitions": [{"actions": ["w"], "client_ts_ms": 0}]},
+}))
+"""
+"""Word for word from the reference's documentation."""
+
+
+READ_ON = """
+import sys
+for _ in range(9):
+    message = ws.recv()
+    sys.stdout.buffer.write(len(message).to_bytes(4, "big") + message)
+ws.close()
+"""
+
+
+async def test_the_cookbooks_sketch_works_as_it_stands(serve, tmp_path):
+    """The documented client gets WebP frames of its size, carrying its event, in types that old clients read."""
+    server = await serve(FakeEngine(group_s=0.02))
+    Image.fromarray(np.full((480, 832, 3), 90, np.uint8)).save(tmp_path / "reference.jpg")
+    code = SKETCH.replace("30000", str(server.port)) + READ_ON
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, cwd=tmp_path, stdout=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(20):
+        output, _ = await process.communicate()
+    assert process.returncode == 0
+    messages = []
+    while output:
+        size = int.from_bytes(output[:4], "big")
+        data, output = output[4 : 4 + size], output[4 + size :]
+        check_old_clients_can_read(data)
+        messages.append(msgspec.msgpack.decode(data))
+    assert {message["type"] for message in messages} == {"frame_batch", "chunk_stats"}
+    headers = [message for message in messages if message["type"] == "frame_batch"]
+    assert {header["content_type"] for header in headers} == {"image/webp"}
+    assert {(header["width"], header["height"]) for header in headers} == {(832, 480)}
+    assert headers[-1]["event_id"] == 1
+    await server.idle()
+
+
+def test_the_server_imports_no_torch():
+    """The whole of server/ and telemetry loads without torch, so that errors in flags come at once."""
+    code = "import sys, lingbot_rt.server.app, lingbot_rt.telemetry; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+
+
+def test_the_field_tables_name_every_field():
+    """WIRE.md has a row for each field of init and event, and for no other."""
+    from lingbot_rt.server import protocol
+
+    text = (Path(protocol.__file__).parent / "WIRE.md").read_text(encoding="utf-8")
+    section = text.partition("## init")[2]
+    init, _, rest = section.partition("## event")
+    event = rest.partition("\n## ")[0]
+    row = re.compile(r"^\| `(\w+)`", re.MULTILINE)
+    assert set(row.findall(init)) == set(protocol.Init.__struct_fields__) | {"type"}
+    assert set(row.findall(event)) >= set(protocol.Event.__struct_fields__) | {"type"}
