@@ -8,17 +8,16 @@ import mimetypes
 import socket
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response, WebSocket
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response, WebSocket, WebSocketDisconnect
 from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import Scope
 
 import lingbot_rt
 from lingbot_rt.config import ServeConfig
@@ -151,16 +150,17 @@ def _keyed_routes(service: Service) -> APIRouter:
 def _add_socket(app: FastAPI, service: Service) -> None:
     @app.websocket(WS_PATH)
     async def generate(websocket: WebSocket) -> None:
-        if not may_connect(service.config, websocket.headers):
-            await websocket.close(1008)  # before accept: the handshake is answered with 403
-            return
-        await websocket.accept()
-        if not has_key(service.config, websocket.headers, websocket.query_params):
-            # After accept: a page cannot read why a handshake failed.
-            await websocket.send_bytes(error_message(Unauthorized()))
-            await websocket.close(1008, "unauthorized")
-            return
-        await Connection(websocket, service).run()
+        with suppress(WebSocketDisconnect):
+            if not may_connect(service.config, websocket.headers):
+                await websocket.close(1008)  # before accept: the handshake is answered with 403
+                return
+            await websocket.accept()
+            if not has_key(service.config, websocket.headers, websocket.query_params):
+                # After accept: a page cannot read why a handshake failed.
+                await websocket.send_bytes(error_message(Unauthorized()))
+                await websocket.close(1008, "unauthorized")
+                return
+            await Connection(websocket, service).run()
 
 
 _OPENAI_ERRORS = {401: ("authentication_error", "invalid_api_key"), 404: ("invalid_request_error", "model_not_found")}
@@ -188,11 +188,6 @@ class _Page(StaticFiles):
         response = super().file_response(*args, **kwargs)
         response.headers["Cache-Control"] = "no-cache"
         return response
-
-    async def get_response(self, path: str, scope: Scope) -> Response:
-        if scope["method"] not in ("GET", "HEAD"):
-            raise HTTPException(405, "only GET and HEAD")
-        return await super().get_response(path, scope)
 
 
 class Server(uvicorn.Server):

@@ -18,9 +18,9 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from fastapi import WebSocket, WebSocketDisconnect
@@ -102,10 +102,13 @@ class Service:
 
     async def tell_all_and_close(self, limit_s: float) -> None:
         """Every session gets its error and its close; returns when they are gone, after ``limit_s`` at the latest."""
-        for connection in self.connections:
+        leaving = list(self.connections)
+        for connection in leaving:
             connection.stop()
-        if self.connections:
-            await asyncio.wait([asyncio.ensure_future(c.gone.wait()) for c in self.connections], timeout=limit_s)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                for connection in leaving:
+                    await connection.gone.wait()
 
 
 class Connection:
@@ -150,7 +153,7 @@ class Connection:
     async def _converse(self) -> int:
         async with asyncio.timeout(None) as limit:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._outbox.pump(self._socket.send_bytes), name="pump")
+                tasks.create_task(self._outbox.pump(self._send), name="pump")
                 end = await self._talk()
                 stopped = self._stop.is_set()
                 limit_s = SHUTDOWN_FAREWELL_S if stopped else self._service.config.send_timeout_s
@@ -158,8 +161,13 @@ class Connection:
                 if end.error is not None:
                     await self._say(end.error)
                 await self._outbox.close()
-            await self._socket.close(end.code, end.reason)
+            with _closed_is_gone():
+                await self._socket.close(end.code, end.reason)
         return end.code
+
+    async def _send(self, data: bytes) -> None:
+        with _closed_is_gone():
+            await self._socket.send_bytes(data)
 
     async def _talk(self) -> _End:
         """Until something ends the connection. Raises WebSocketDisconnect when nobody is there to hear more."""
@@ -323,6 +331,15 @@ class Connection:
             position = await self._places.get()
             if self._session is not None and "queue" in self._session.settings.extensions:
                 await self._outbox.put(Parcel((queue_message(position),)))
+
+
+@contextmanager
+def _closed_is_gone() -> Iterator[None]:
+    """The server's keepalive may have closed the socket behind our back: then the client is gone like any other."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise WebSocketDisconnect(1006, str(error)) from None
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:

@@ -11,6 +11,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from lingbot_rt.engine.chunk_plan import EngineStatus
+from lingbot_rt.server.app import WS_PATH
 from tests.server.conftest import Client, event, init, png, running, state
 from tests.server.fake_engine import FakeEngine
 
@@ -315,6 +316,31 @@ async def test_a_client_that_stops_reading_costs_only_itself(serve):
     await server.idle()
 
 
+async def test_a_client_that_answers_no_ping_loses_its_session(serve, caplog):
+    """A peer that vanished without a word is noticed by the keepalive, and leaves neither a session nor a traceback."""
+    server = await serve(FakeEngine(group_s=SLOW))
+    server.server.config.ws_ping_interval = server.server.config.ws_ping_timeout = 0.2
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+    handshake = f"GET {WS_PATH} HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n{key}\r\n"
+    writer.write(handshake.encode())
+    assert b" 101 " in await reader.readuntil(b"\r\n\r\n")
+    writer.write(masked(msgspec.msgpack.encode(init())))
+    async with asyncio.timeout(5):
+        while not server.engine.live:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        while await reader.read(65536):
+            pass
+    writer.close()
+    await server.idle()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def masked(payload: bytes) -> bytes:
+    """A binary WebSocket frame as clients send it, with a mask of zeros."""
+    return b"\x82\xfe" + len(payload).to_bytes(2, "big") + bytes(4) + payload
+
+
 async def test_shutdown_tells_the_session_first():
     """A running session gets an error, then close 1001; the engine is closed; the server ends."""
     engine = FakeEngine(group_s=SLOW)
@@ -367,7 +393,6 @@ async def test_pause_holds_the_world_and_resume_goes_on(serve):
         while (chunk := await client.chunk()).stats["chunk_index"] < planned:
             pass
     assert chunk.stats["chunk_index"] == planned
-    assert chunk.stats["chunk_total_ms"] < 1000 * 6 * SLOW + 1000
 
 
 async def test_a_heartbeat_comes_while_nothing_else_does(serve, monkeypatch):
