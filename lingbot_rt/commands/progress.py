@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -40,8 +41,13 @@ class StageBars:
             self._finish()
             self._stage = stage
             if status.progress is not None:
-                log.info("%s", stage)
-                self._bar = tqdm(total=1.0, desc=stage, bar_format=_FORM, disable=None)
+                # tqdm draws nothing where a terminal says it is 0 x 0; the standard library then says 80 x 24.
+                size = shutil.get_terminal_size()
+                self._bar = tqdm(
+                    total=1.0, desc=stage, bar_format=_FORM, ncols=size.columns, nrows=size.lines, disable=None
+                )
+                if self._bar.disable:
+                    log.info("%s", stage)
         if self._bar is not None and status.progress is not None:
             self._bar.n = min(status.progress, 1.0)
             self._bar.refresh()
