@@ -263,17 +263,18 @@ class Connection:
         async with service.admission.slot(self._moved) as slot:
             plan = settings.session_plan(session.id, picture)
             service.engine.check(plan)
-            service.metrics.active.inc()
-            try:
-                await service.engine.open(plan)
-                service.metrics.sessions.inc()
-                log.info("session %s: %s, %d latent frames a chunk", session.id, settings.size, settings.latent_frames)
-                async with self._recorded(init, plan) as recorder:
+            async with self._recorded(init, plan) as recorder:
+                service.metrics.active.inc()
+                try:
+                    await service.engine.open(plan)
+                    service.metrics.sessions.inc()
+                    log.info("session %s: %s, %d latent frames", session.id, settings.size, settings.latent_frames)
                     await self._stream_session(session, recorder)
-            finally:
-                slot.leaving()
-                service.metrics.active.dec()
-                await service.engine.close(session.id)
+                finally:
+                    # First of all: from here on nobody in line is refused, however long the rest takes.
+                    slot.leaving()
+                    service.metrics.active.dec()
+                    await service.engine.close(session.id)
         raise _End(1000, "generation complete")
 
     @asynccontextmanager
