@@ -84,7 +84,7 @@ class SessionRecord:
 
 def frame_hash(frame: npt.NDArray[np.uint8]) -> str:
     """The first 16 hex digits of the SHA-256 of a frame's raw RGB bytes."""
-    return hashlib.sha256(np.ascontiguousarray(frame)).hexdigest()[:16]
+    return hashlib.sha256(np.ascontiguousarray(frame).data).hexdigest()[:16]
 
 
 def key_frame_path(folder: Path, chunk: int) -> Path:

@@ -171,10 +171,10 @@ def _gzip(data: Pixels) -> bytes:
     if _HAS_ISAL:
         from isal import isal_zlib
 
-        packed: bytes = isal_zlib.compress(memoryview(data).cast("B"), 1, _GZIP_WBITS)
+        packed: bytes = isal_zlib.compress(data.data.cast("B"), 1, _GZIP_WBITS)
         return packed
     deflate = zlib.compressobj(1, zlib.DEFLATED, _GZIP_WBITS)
-    return deflate.compress(memoryview(data).cast("B")) + deflate.flush()
+    return deflate.compress(data.data.cast("B")) + deflate.flush()
 
 
 _CODECS = {"webp": _webp, "jpeg": _jpeg}
