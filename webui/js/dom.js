@@ -1,0 +1,48 @@
+// The few DOM helpers the views share.
+
+export const $ = (id) => document.getElementById(id);
+
+/** An element with attributes, properties (on*, and those in PROPERTIES) and children. */
+export function h(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (name.startsWith("on") || PROPERTIES.has(name)) element[name] = value;
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+const PROPERTIES = new Set(["value", "checked", "textContent", "disabled", "className"]);
+const SVG = "http://www.w3.org/2000/svg";
+
+export function icon(name) {
+  const svg = document.createElementNS(SVG, "svg");
+  const use = document.createElementNS(SVG, "use");
+  use.setAttribute("href", `vendor/icons.svg#${name}`);
+  svg.setAttribute("aria-hidden", "true");
+  svg.append(use);
+  return svg;
+}
+
+export const setIcon = (button, name) => button.querySelector("use").setAttribute("href", `vendor/icons.svg#${name}`);
+
+/** Whether a key pressed there belongs to a field, not to the world. */
+export const isTyping = (target) =>
+  target instanceof HTMLElement && (target.isContentEditable || /^(INPUT|TEXTAREA|SELECT)$/.test(target.tagName));
+
+export function download(blob, name) {
+  const url = URL.createObjectURL(blob);
+  h("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}
+
+/** 20261124-131502, for file names. */
+export const stamp = (date = new Date()) =>
+  date.toISOString().slice(0, 19).replace(/[-:]/g, "").replace("T", "-");
+
+export function clockText(ms) {
+  const seconds = Math.floor(ms / 1000);
+  return `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}`;
+}

@@ -1,0 +1,63 @@
+// Clips and pictures of this visit, in memory until the page is closed.
+
+import { clockText, download, h, icon, stamp } from "./dom.js";
+
+export class Gallery {
+  #root;
+  #items = [];
+  #onChange;
+
+  constructor(root, onChange) {
+    this.#root = root;
+    this.#onChange = onChange;
+    this.#draw();
+  }
+
+  get count() {
+    return this.#items.length;
+  }
+
+  addClip(blob, extension, durationMs) {
+    this.#add({ blob, name: `world-${stamp()}.${extension}`, label: clockText(durationMs), isClip: true });
+  }
+
+  addPicture(blob) {
+    this.#add({ blob, name: `world-${stamp()}.png`, label: "Picture", isClip: false });
+  }
+
+  #add(item) {
+    this.#items.unshift({ ...item, url: URL.createObjectURL(item.blob) });
+    this.#draw();
+  }
+
+  #remove(item) {
+    URL.revokeObjectURL(item.url);
+    this.#items.splice(this.#items.indexOf(item), 1);
+    this.#draw();
+  }
+
+  #draw() {
+    this.#root.replaceChildren(...this.#items.map((item) => this.#figure(item)));
+    if (!this.#items.length) this.#root.append(h("p", { className: "hint", textContent: "Nothing kept yet." }));
+    this.#onChange(this.#items.length);
+  }
+
+  #figure(item) {
+    const view = item.isClip
+      ? h("video", { src: item.url, controls: true, loop: true, playsinline: true, preload: "metadata" })
+      : h("img", { src: item.url, alt: "Kept picture" });
+    const size = item.blob.size < 1e6 ? `${Math.max(1, Math.round(item.blob.size / 1e3))} KB` : `${(item.blob.size / 1e6).toFixed(1)} MB`;
+    return h(
+      "figure",
+      {},
+      view,
+      h(
+        "figcaption",
+        {},
+        h("span", { textContent: `${item.label} · ${size}` }),
+        h("button", { className: "icon-button", "aria-label": `Download ${item.name}`, onclick: () => download(item.blob, item.name) }, icon("download")),
+        h("button", { className: "icon-button", "aria-label": `Delete ${item.name}`, onclick: () => this.#remove(item) }, icon("trash-2")),
+      ),
+    );
+  }
+}

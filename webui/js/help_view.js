@@ -1,0 +1,83 @@
+// Keys and how to change them.
+
+import { ACTIONS, defaultBindings, keyName, rebind } from "./bindings.js";
+import { h } from "./dom.js";
+
+const SLOTS = 2;
+
+export class HelpView {
+  #root;
+  #getBindings;
+  #setBindings;
+  #pads;
+  #stopListening = null;
+
+  /** `pads` has value, options [[value, label]] and choose(value). */
+  constructor(root, { getBindings, setBindings, pads }) {
+    this.#root = root;
+    this.#getBindings = getBindings;
+    this.#setBindings = setBindings;
+    this.#pads = pads;
+  }
+
+  draw() {
+    this.#stopListening?.();
+    this.#root.replaceChildren(
+      h("p", { className: "hint", textContent: "Click a key, then press the one you prefer. Escape leaves it as it is." }),
+      h("div", { className: "key-table" }, ...ACTIONS.map((action) => this.#row(action))),
+      h("div", { className: "actions" }, h("button", { className: "button quiet", textContent: "Back to the usual keys", onclick: () => this.#change(defaultBindings()) })),
+      this.#section("On the picture", h("div", { className: "choices" }, ...this.#pads.options.map((option) => this.#padChoice(option)))),
+      this.#section(
+        "Other ways",
+        h("p", { className: "hint", textContent: "Mouse: the mouse button below the picture lets you look around, Escape gives it back. Gamepad: left stick walks, right stick looks." }),
+        h("p", { className: "hint", textContent: "Space pauses, F fills the screen, T is theatre, R records, P keeps a picture, ? shows this page." }),
+      ),
+    );
+  }
+
+  #section(title, ...content) {
+    return h("section", { className: "help-section" }, h("h3", { textContent: title }), ...content);
+  }
+
+  #row({ token, label }) {
+    const codes = this.#getBindings()[token];
+    const keys = Array.from({ length: SLOTS }, (_, slot) => {
+      const code = codes[slot];
+      const name = code ? keyName(code) : "+";
+      return h("button", {
+        className: code ? "key" : "key free",
+        textContent: name,
+        "aria-label": code ? `${label}: ${name}, change` : `${label}: add a key`,
+        onclick: ({ currentTarget }) => this.#listen(currentTarget, token, slot),
+      });
+    });
+    return h("div", { className: "key-row" }, h("span", { textContent: label }), h("div", {}, ...keys));
+  }
+
+  #padChoice([value, label]) {
+    const chosen = this.#pads.value() === value;
+    return h("button", { className: "button", "aria-pressed": String(chosen), textContent: label, onclick: () => (this.#pads.choose(value), this.draw()) });
+  }
+
+  #listen(button, token, slot) {
+    this.#stopListening?.();
+    button.classList.add("listening");
+    button.textContent = "…";
+    const onKey = (event) => {
+      event.preventDefault();
+      event.stopPropagation();
+      if (event.code === "Escape") this.draw();
+      else this.#change(rebind(this.#getBindings(), token, slot, event.code));
+    };
+    addEventListener("keydown", onKey, { capture: true });
+    this.#stopListening = () => {
+      removeEventListener("keydown", onKey, { capture: true });
+      this.#stopListening = null;
+    };
+  }
+
+  #change(bindings) {
+    this.#setBindings(bindings);
+    this.draw();
+  }
+}

@@ -1,0 +1,96 @@
+// The advanced settings as a form, built from the table in settings.js.
+
+import { h } from "./dom.js";
+import { allValid, fieldsFor, validValue } from "./settings.js";
+
+export class SettingsForm {
+  #form;
+  #store;
+  #onChange;
+  #fields = [];
+  #values = {};
+  #rows = new Map();
+
+  constructor(form, store, onChange) {
+    this.#form = form;
+    this.#store = store;
+    this.#onChange = onChange;
+  }
+
+  get fields() {
+    return this.#fields;
+  }
+
+  get values() {
+    return this.#values;
+  }
+
+  /** Offer what this model can do, with what was remembered where it is still valid. */
+  build(model) {
+    this.#fields = fieldsFor(model);
+    this.#values = allValid(this.#fields, this.#store.get(`values:${model.id}`, {}));
+    this.model = model;
+    const groups = Map.groupBy ? Map.groupBy(this.#fields, ({ group }) => group) : grouped(this.#fields);
+    this.#rows.clear();
+    this.#form.replaceChildren(
+      ...[...groups].map(([name, fields]) =>
+        h("fieldset", {}, h("legend", { textContent: name }), ...fields.map((field) => this.#row(field))),
+      ),
+    );
+    this.#refresh();
+  }
+
+  set(changes) {
+    this.#values = allValid(this.#fields, { ...this.#values, ...changes });
+    this.#store.set(`values:${this.model.id}`, this.#values);
+    this.#refresh();
+    this.#onChange(this.#values);
+  }
+
+  reset() {
+    this.set(Object.fromEntries(this.#fields.map(({ key, fallback }) => [key, fallback ?? null])));
+  }
+
+  #row(field) {
+    const id = `set-${field.key}`;
+    const input = this.#input(field, id);
+    const label = h("span", {}, field.label, unitText(field));
+    const row = h("label", { className: `field ${field.kind}`, for: id }, label, input, h("small", { id: `${id}-help`, textContent: field.help }));
+    this.#rows.set(field.key, { row, input });
+    return row;
+  }
+
+  #input(field, id) {
+    const common = { id, name: field.key, "aria-describedby": `${id}-help` };
+    if (field.kind === "switch")
+      return h("input", { ...common, type: "checkbox", onchange: ({ target }) => this.set({ [field.key]: target.checked }) });
+    const change = ({ target }) => this.set({ [field.key]: validValue(field, target.value) });
+    if (field.kind === "choice")
+      return h("select", { ...common, onchange: change }, ...field.options.map(([value, text]) => h("option", { value, textContent: text })));
+    if (field.kind === "text") return h("input", { ...common, type: "text", maxlength: field.maxLength, onchange: change });
+    const { min, max, step, placeholder } = field;
+    const empty = placeholder ?? (field.optional ? "none" : undefined);
+    return h("input", { ...common, type: "number", inputmode: "decimal", min, max, step, placeholder: empty, onchange: change });
+  }
+
+  #refresh() {
+    for (const field of this.#fields) {
+      const { row, input } = this.#rows.get(field.key);
+      const value = this.#values[field.key];
+      if (field.kind === "switch") input.checked = value;
+      else input.value = value ?? "";
+      row.hidden = !(field.when?.(this.#values) ?? true);
+    }
+  }
+}
+
+function unitText(field) {
+  const range = field.kind === "number" && field.unit && !field.unit.includes("to") ? `${field.min} to ${field.max} ${field.unit}` : field.unit;
+  return range ? h("small", { textContent: range }) : null;
+}
+
+function grouped(fields) {
+  const groups = new Map();
+  for (const field of fields) groups.set(field.group, [...(groups.get(field.group) ?? []), field]);
+  return groups;
+}

@@ -1,0 +1,28 @@
+// The session as a Python program that uses the package's client.
+
+/** `init` without the first frame; values are numbers, strings, booleans. */
+export function pythonSnippet(base, init) {
+  const skipped = ["first_frame", "protocol_extensions", "pinned_events", "condition_inputs", "prompt"];
+  const fields = Object.entries(init).filter(([key, value]) => !skipped.includes(key) && value !== undefined);
+  return [
+    "from lingbot_rt.client import connect",
+    "",
+    "with connect(",
+    `    ${literal(base)},`,
+    `    prompt=${literal(init.prompt)},`,
+    `    first_frame="first_frame.png",`,
+    ...fields.map(([key, value]) => `    ${key}=${literal(value)},`),
+    ") as world:",
+    `    world.press("w")`,
+    "    for frame in world:",
+    "        print(frame.pixels.shape)  # uint8 [height, width, 3]",
+    "",
+  ].join("\n");
+}
+
+function literal(value) {
+  if (value === true) return "True";
+  if (value === false) return "False";
+  // JSON's escapes are Python's, but for characters beyond 16 bits, which stay as they are.
+  return JSON.stringify(value);
+}
