@@ -90,11 +90,12 @@ def _parse_composite(payload: object) -> tuple[ControlEvent, ...]:
     kinds = payload.get("input_types")
     if not isinstance(kinds, list | tuple) or not kinds:
         raise InvalidEvent(f"{_shown(kinds)} is not a non-empty list", field="composite_input.input_types")
-    events: list[ControlEvent] = []
     for kind in kinds:
         if not isinstance(kind, str) or kind not in _SIMPLE_PARSERS:
             expected = ", ".join(_SIMPLE_PARSERS)
             raise InvalidEvent(f"unsupported {_shown(kind)}; expected {expected}", field="composite_input.input_types")
+    events: list[ControlEvent] = []
+    for kind in dict.fromkeys(kinds):  # naming a part a thousand times parses it once
         if kind not in payload:
             raise InvalidEvent("missing though input_types names it", field=f"composite_input.{kind}")
         events.extend(_SIMPLE_PARSERS[kind](payload[kind]))
@@ -102,7 +103,11 @@ def _parse_composite(payload: object) -> tuple[ControlEvent, ...]:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    """``value`` in a few words, in time and depth that do not grow with it: a client chose it."""
+    if isinstance(value, list | tuple | dict) and value:
+        kind = "map" if isinstance(value, dict) else "list"
+        return f"a {kind} of {len(value)}"
+    text = repr(value[:_SHOWN] if isinstance(value, str | bytes) else value)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 

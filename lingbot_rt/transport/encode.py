@@ -108,7 +108,7 @@ class FrameEncoder:
         """
         is_key = self._previous is None or event_id != self._previous_event_id
         reference = None if is_key else self._previous
-        deltas = np.empty_like(pixels)
+        deltas = np.empty(pixels.shape, np.uint8)  # contiguous, whatever the strides of pixels
         np.bitwise_xor(pixels[1:], pixels[:-1], out=deltas[1:])
         deltas[0] = pixels[0] if reference is None else pixels[0] ^ reference
         self._previous, self._previous_event_id = pixels[-1].copy(), event_id
