@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from lingbot_rt.control.camera_path import CameraPath
+from lingbot_rt.control.camera_path import CameraPath, intrinsics
 from lingbot_rt.control.condition_queue import ConditionQueue
 from lingbot_rt.control.events import parse_event, parse_script
 from lingbot_rt.errors import InvalidEvent
+from lingbot_rt.shapes import FrameSize
 from tests.conftest import GOLDEN
 
 TRACES = json.loads((GOLDEN / "control/control_traces.json").read_text())["traces"]
@@ -80,3 +81,48 @@ def test_a_script_walked_chunk_by_chunk_ends_like_one_walk(golden):
     for start in range(0, len(actions), 3):
         last = path.extend(actions[start : start + 3])
     np.testing.assert_allclose(last, CameraPath().extend(actions)[-3:], atol=1e-12)
+
+
+def rays_at_corners(relative, width, height):
+    """Origin and direction, [F, 6, h, w], of the ray through the first pixel of each 8x8 cell."""
+    fx, fy, cx, cy = intrinsics(FrameSize(width, height))
+    y, x = np.mgrid[0:height:8, 0:width:8] + 0.5
+    rays = np.stack([(x - cx) / fx, (y - cy) / fy, np.ones_like(x)])
+    directions = np.einsum("fij,jyx->fiyx", relative[:, :3, :3], rays / np.linalg.norm(rays, axis=0))
+    origins = np.broadcast_to(relative[:, :3, 3, None, None], directions.shape)
+    return np.concatenate([origins, directions], axis=1)
+
+
+@pytest.mark.parametrize("trace", dict.fromkeys(step["trace"] for step in CAMERA["incremental"]))
+def test_chunks_of_the_reference_session(trace, golden):
+    """Chunk by chunk, with gaps without keys and other chunk lengths, rays are those of the reference's session.
+
+    Left out: chunks longer than the whole history, which the reference pads; the condition queue never gives fewer
+    entries than a chunk has latent frames.
+    """
+    arrays = np.load(golden("camera/camera_incremental.npz"))
+    path, compared, walked = CameraPath(), 0, 0
+    for step in CAMERA["incremental"]:
+        if step["trace"] != trace:
+            continue
+        if step["actions"]:
+            relative = path.extend(parse_script(step["actions"]))
+            walked += len(relative)
+        assert walked == step["history_len"]
+        if step["result_is_none"] or walked < step["chunk_size"]:
+            continue
+        expected = arrays[f"{trace}.chunk{step['chunk']}_f32"][0, ::64].swapaxes(0, 1)
+        got = rays_at_corners(relative, 96, 64)[..., ::2, ::3]
+        np.testing.assert_allclose(got[-len(expected) :], expected, atol=1e-5)
+        compared += 1
+    assert compared
+
+
+@pytest.mark.parametrize(("key", "back"), [("i", "k"), ("k", "i")])
+def test_a_step_past_the_pitch_limit_is_dropped_whole(key, back):
+    """The camera stops at 84 degrees, not at 85, and turns back from there at once."""
+    path = CameraPath()
+    path.extend(((key,),) * 30)
+    assert np.degrees(np.arccos(path.pose[1, 1])) == pytest.approx(84)
+    path.extend(((back,),))
+    assert np.degrees(np.arccos(path.pose[1, 1])) == pytest.approx(80)

@@ -23,6 +23,7 @@ from lingbot_rt.control.events import parse_event
 from lingbot_rt.errors import InvalidEvent
 from lingbot_rt.shapes import FrameSize
 
+STATE = {"mode": "state"}
 keys = st.lists(st.sampled_from(TOKENS), max_size=4).map(tuple)
 actions = st.lists(keys, max_size=8).map(tuple)
 events = st.one_of(
@@ -103,6 +104,73 @@ def test_a_prompt_has_a_limit():
     assert parse_event("prompt", "x" * 8192)
     with pytest.raises(InvalidEvent, match="8193 characters"):
         parse_event("prompt", "x" * 8193)
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload", "field", "text"),
+    [
+        ("jump", "x", "kind", "'jump'.*camera_actions, prompt, composite_input"),
+        ("prompt", "  ", "prompt", "'  ' is not a non-empty string"),
+        ("prompt", 7, "prompt", "7 is not a non-empty string"),
+        ("camera_actions", "w", "camera_actions", r"'w' is not list\[list\[str\]\]"),
+        ("camera_actions", ["w"], "camera_actions", r"a list of 1 is not list\[list\[str\]\]"),
+        ("camera_actions", {"mode": "hold"}, "camera_actions", "'hold'.*\"state\""),
+        ("camera_actions", {"mode": "state"}, "camera_actions.transitions", "None is not a list"),
+        ("camera_actions", STATE | {"transitions": [["w"]]}, "camera_actions.transitions[0]", "actions and client_ts"),
+        (
+            "camera_actions",
+            STATE | {"transitions": [{"actions": []}, {"actions": "w"}]},
+            "camera_actions.transitions[1].actions",
+            "'w' is not a list of keys",
+        ),
+        (
+            "camera_actions",
+            STATE | {"transitions": [{"actions": [], "client_ts_ms": "noon"}]},
+            "camera_actions.transitions[0].client_ts_ms",
+            "'noon' is not a time",
+        ),
+        ("composite_input", [], "composite_input", r"\[\] is not a map"),
+        ("composite_input", {"input_types": []}, "composite_input.input_types", "not a non-empty list"),
+        ("composite_input", {"input_types": ["jump"]}, "composite_input.input_types", "'jump'.*camera_actions, prompt"),
+        ("composite_input", {"input_types": ["prompt"]}, "composite_input.prompt", "missing"),
+        ("composite_input", {"input_types": ["prompt"], "prompt": ""}, "prompt", "'' is not a non-empty string"),
+    ],
+)
+def test_a_refusal_names_field_value_and_what_is_expected(kind, payload, field, text):
+    """Every way a payload can be wrong says where, what was there and what belongs there."""
+    with pytest.raises(InvalidEvent, match=text) as error:
+        parse_event(kind, payload)
+    assert error.value.field == field
+
+
+@pytest.mark.parametrize("time", [None, 12, 12.0, "12", "12.5", 1.7e12])
+def test_times_come_in_every_form(time):
+    """A transition's time may be absent, a number or a number as a string."""
+    (event,) = parse_event("camera_actions", STATE | {"transitions": [{"actions": ["w"], "client_ts_ms": time}]})
+    assert event.transitions == (Transition(("w",), None if time is None else float(time)),)
+
+
+def test_a_composite_is_all_or_nothing():
+    """One bad part refuses the whole; good ones come together, however often input_types names them."""
+    parts = {"camera_actions": [["w"]], "prompt": "rain"}
+    both = {"input_types": ["camera_actions", "prompt"]} | parts
+    expected = (ScriptEvent((("w",),)), PromptEvent("rain"))
+    assert parse_event("composite_input", both) == expected
+    assert parse_event("composite_input", both | {"input_types": both["input_types"] * 1000}) == expected
+    with pytest.raises(InvalidEvent, match="'q'"):
+        parse_event("composite_input", both | {"camera_actions": [["q"]]})
+
+
+def test_a_refusal_never_spells_out_what_a_client_sent():
+    """Huge and deep values are refused in a short line; a value nested too deep to print does not break the parser."""
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    for payload in (deep, [0] * 1_000_000, b"x" * 1_000_000, {"mode": "x" * 1_000_000}):
+        for kind in ("prompt", "camera_actions"):
+            with pytest.raises(InvalidEvent) as error:
+                parse_event(kind, payload)
+            assert len(str(error.value)) < 200
 
 
 def test_a_walk_of_100_000_frames_is_exact_and_flat():

@@ -6,6 +6,7 @@ import base64
 import gzip
 import hashlib
 import io
+import itertools
 import json
 
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 
 from lingbot_rt.transport import encode
-from lingbot_rt.transport.encode import FrameEncoder, OutputFormat, preview_size
+from lingbot_rt.transport.encode import EncodedBatch, FrameEncoder, OutputFormat, preview_size
 from tests.conftest import GOLDEN
 
 CASES = json.loads((GOLDEN / "transport/frame_batch_cases.json").read_text())["cases"]
@@ -39,9 +40,17 @@ def golden_frames(given: dict) -> np.ndarray:
     return np.stack([(3 * x + 5 * y + 40 * c + 17 * seed) % 256 for seed in seeds]).astype(np.uint8)
 
 
+def pictures_of(batch: EncodedBatch) -> list[Image.Image]:
+    """What a client decodes; the lengths split the payload without rest."""
+    ends = list(itertools.accumulate(batch.payload_lengths))
+    assert ends[-1] == len(batch.payload)
+    starts = [0, *ends[:-1]]
+    return [Image.open(io.BytesIO(batch.payload[start:end])) for start, end in zip(starts, ends, strict=True)]
+
+
 @pytest.mark.parametrize("case", SENT, ids=[case["name"] for case in SENT])
 def test_batches_of_the_reference(case):
-    """Batch by batch: content type, sizes and raw bytes are the reference's; encoded pictures decode to the frames."""
+    """Batch by batch: content type, sizes and raw bytes are the reference's, pictures decode at the sizes told."""
     given = case["input"]
     encoder = FrameEncoder(
         OutputFormat(given["realtime_output_format"], given["output_compression"], given["realtime_preview_max_width"])
@@ -66,7 +75,9 @@ def test_batches_of_the_reference(case):
             assert hashlib.sha256(batch.payload).hexdigest() == message["payload_sha256"]
         else:
             assert len(batch.payload_lengths) == batch.num_frames
-            assert sum(batch.payload_lengths) == len(batch.payload)
+            assert (batch.source_width, batch.source_height) == (header["source_width"], header["source_height"])
+            for picture in pictures_of(batch):
+                assert picture.size == (header["preview_width"], header["preview_height"])
 
 
 def test_delta_messages_of_the_reference():
@@ -134,13 +145,71 @@ def test_pictures_decode_close_to_the_frames(monkeypatch, name, has_simplejpeg):
         .astype(np.uint8)
     )
     batch = FrameEncoder(OutputFormat(name, quality=95)).encode(frames, event_id=None)
-    start = 0
-    for frame, length in zip(frames, batch.payload_lengths, strict=True):
-        with Image.open(io.BytesIO(batch.payload[start : start + length])) as picture:
-            decoded = np.asarray(picture.convert("RGB")).astype(int)
-        start += length
+    for frame, picture in zip(frames, pictures_of(batch), strict=True):
+        decoded = np.asarray(picture.convert("RGB")).astype(int)
         assert decoded.shape == frame.shape
         assert np.abs(decoded - frame).mean() < 3
+        if name == "jpeg":
+            assert [component[1:3] for component in picture.layer] == [(1, 1)] * 3  # 4:4:4
+
+
+@given(
+    name=st.sampled_from(["webp", "jpeg"]),
+    pixels=arrays.arrays(
+        np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 20), st.integers(1, 20), st.just(3)), fill=st.nothing()
+    ),
+    limit=st.none() | st.integers(1, 24),
+)
+@settings(deadline=None, max_examples=40)
+def test_lengths_split_the_payload(name, pixels, limit):
+    """Whatever the count and size, the payload is exactly one picture a frame, each of the size told."""
+    batch = FrameEncoder(OutputFormat(name, preview_max_width=limit)).encode(pixels, event_id=None)
+    pictures = pictures_of(batch)
+    assert len(pictures) == batch.num_frames == len(pixels)
+    assert {picture.size for picture in pictures} == {(batch.width, batch.height)}
+    assert (batch.source_height, batch.source_width) == pixels.shape[1:3]
+    assert batch.raw_size == pixels.nbytes
+
+
+def test_quality_sets_the_size_of_pictures():
+    """A lower quality gives fewer bytes; none given means 90 for webp and 95 for jpeg."""
+    frame = np.random.default_rng(1).integers(0, 256, (1, 48, 64, 3), dtype=np.uint8)
+    for name, default in (("webp", 90), ("jpeg", 95)):
+        sizes = {
+            quality: FrameEncoder(OutputFormat(name, quality)).encode(frame, event_id=None).payload
+            for quality in (30, default, None)
+        }
+        assert len(sizes[30]) < len(sizes[default])
+        assert sizes[None] == sizes[default]
+
+
+@pytest.mark.parametrize("name", ["raw", "delta-gzip", "webp", "jpeg"])
+def test_strides_of_the_frames_do_not_matter(name):
+    """A view with channels first in memory gives the bytes of its contiguous copy."""
+    planar = np.random.default_rng(2).integers(0, 256, (4, 3, 6, 8), dtype=np.uint8)
+    view = planar.transpose(0, 2, 3, 1)
+    batches = [
+        FrameEncoder(OutputFormat(name)).encode(frames, event_id=None) for frames in (view, np.ascontiguousarray(view))
+    ]
+    assert batches[0] == batches[1]
+
+
+def test_the_delta_reference_is_the_encoders_own():
+    """A caller that reuses its buffer for the next frames does not spoil the next delta."""
+    encoder, buffer = FrameEncoder(OutputFormat("delta-gzip")), np.full((1, 2, 2, 3), 9, np.uint8)
+    encoder.encode(buffer, event_id=None)
+    buffer[:] = 5
+    batch = encoder.encode(buffer, event_id=None)
+    assert batch.delta_reference == "previous-frame"
+    assert gzip.decompress(batch.payload) == bytes([9 ^ 5] * 12)
+
+
+@pytest.mark.parametrize(("name", "most"), [("webp", 6), ("jpeg", 6), ("raw", 16), ("delta-gzip", 16)])
+def test_frames_a_batch(name, most):
+    """Six encoded or sixteen raw frames a message, as existing clients expect."""
+    encoder = FrameEncoder(OutputFormat(name))
+    assert encoder.max_batch == most
+    assert encoder.encode(np.zeros((most, 2, 3, 3), np.uint8), event_id=None).num_frames == most
 
 
 @given(st.integers(1, 4096), st.integers(1, 4096), st.integers(1, 5000))

@@ -97,6 +97,72 @@ async def test_a_parcel_waits_until_it_is_due_and_tells_its_times():
     assert outbox.parcels == 0
 
 
+async def test_times_tell_header_from_payload():
+    """The first message's time is the header's, the others' the payload's; without pacing nothing was held back."""
+    outbox, heard = new_outbox(), []
+
+    async def send(message: bytes) -> None:
+        await asyncio.sleep(0.02 if message == b"body" else 0)
+
+    await outbox.put(Parcel((b"head", b"body"), on_sent=heard.append))
+    await outbox.put(Parcel((b"whole",), on_sent=heard.append))
+    await outbox.close()
+    await outbox.pump(send)
+    assert heard[0].raw_write_ms > heard[0].header_write_ms
+    assert heard[1].raw_write_ms == 0
+    assert heard[0].pace_wait_ms < heard[0].raw_write_ms
+    assert heard[0].sent_at <= heard[1].sent_at
+
+
+async def test_a_cancelled_put_leaves_nothing_behind():
+    """A generator cancelled while it waits for room has put nothing; the room is the next one's."""
+    outbox, sent = new_outbox(max_parcels=1), []
+
+    async def send(message: bytes) -> None:
+        sent.append(message)
+
+    await outbox.put(Parcel((b"1",)))
+    waiting = asyncio.create_task(outbox.put(Parcel((b"2",))))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    pump = asyncio.create_task(outbox.pump(send))
+    await outbox.put(Parcel((b"3",)))
+    await outbox.close()
+    await pump
+    assert sent == [b"1", b"3"]
+
+
+async def test_close_frees_a_waiting_generator():
+    """A put that waits for room when the outbox closes ends with an error, not never; what is inside still goes out."""
+    outbox, sent = new_outbox(max_parcels=1), []
+
+    async def send(message: bytes) -> None:
+        sent.append(message)
+
+    await outbox.put(Parcel((b"1",)))
+    waiting = asyncio.create_task(outbox.put(Parcel((b"2",))))
+    await asyncio.sleep(0)
+    await outbox.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        await waiting
+    await outbox.pump(send)
+    assert sent == [b"1"]
+
+
+async def test_what_the_socket_raises_comes_through():
+    """An error of send is the pump's error; it is not taken for a slow client."""
+    outbox = new_outbox()
+
+    async def send(message: bytes) -> None:
+        raise ConnectionResetError("gone")
+
+    await outbox.put(Parcel((b"1",)))
+    with pytest.raises(ConnectionResetError):
+        await outbox.pump(send)
+
+
 async def test_waiting_for_the_outbox_to_drain():
     """wait_for_at_most returns when enough has been sent, and put after close is an error."""
     outbox = new_outbox()
@@ -113,6 +179,26 @@ async def test_waiting_for_the_outbox_to_drain():
     await pump
     with pytest.raises(RuntimeError, match="closed"):
         await outbox.put(Parcel((b"late",)))
+
+
+async def test_last_words_pass_what_waits():
+    """discard forgets what waits, lets the parcel in work go at once, and what is put after it still leaves."""
+    outbox, sent = new_outbox(), []
+    far = asyncio.get_running_loop().time() + 3600
+
+    async def send(message: bytes) -> None:
+        sent.append(message)
+
+    pump = asyncio.create_task(outbox.pump(send))
+    for name in (b"in work", b"waits", b"waits too"):
+        await outbox.put(Parcel((name,), due=far))
+    await asyncio.sleep(0)
+    await outbox.discard()
+    await outbox.put(Parcel((b"last words",)))
+    await outbox.close()
+    await pump
+    assert sent == [b"in work", b"last words"]
+    assert outbox._bytes == 0
 
 
 def test_pacing_spaces_frames_by_fps():
@@ -142,14 +228,20 @@ def test_a_new_event_is_shown_at_once():
     assert pacer.due(4, 7) == 100.4
 
 
-@given(st.lists(st.tuples(st.integers(1, 16), st.none() | st.integers(0, 3), st.floats(0, 2)), max_size=40))
-def test_due_times_never_go_back(sent):
-    """Whatever arrives when, due times are in order and never in the past."""
-    clock, last = Clock(), 0.0
-    pacer, event = Pacer(16, clock), None
+@given(
+    st.floats(1, 240),
+    st.lists(st.tuples(st.integers(1, 16), st.none() | st.integers(0, 3), st.floats(0, 2)), max_size=40),
+)
+def test_a_paced_stream_is_never_faster_than_fps(fps, sent):
+    """Nothing is due in the past, and n frames hold the next ones back by n/fps unless an event came.
+
+    And a chunk started when it is worth starting has its first frames due exactly when they are there.
+    """
+    clock = Clock()
+    pacer, event, free_at = Pacer(fps, clock), None, 0.0
     for count, event_id, pause in sent:
         clock.now += pause
         due = pacer.due(count, event_id)
-        assert due >= clock.now
-        assert due >= last or event_id != event
-        last, event = due, event_id
+        assert due == (clock.now if event_id != event else max(clock.now, free_at))
+        event, free_at = event_id, due + count / fps
+        assert pacer.worth_starting_at(0.5) + 0.5 == pytest.approx(free_at)
