@@ -156,6 +156,8 @@ class Connection:
                 tasks.create_task(self._outbox.pump(self._send), name="pump")
                 end = await self._talk()
                 stopped = self._stop.is_set()
+                if stopped:
+                    await self._outbox.discard()
                 limit_s = SHUTDOWN_FAREWELL_S if stopped else self._service.config.send_timeout_s
                 limit.reschedule(asyncio.get_running_loop().time() + limit_s)
                 if end.error is not None:

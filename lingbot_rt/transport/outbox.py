@@ -1,12 +1,13 @@
 """From the session's generator to its socket: a bounded queue, paced when asked, with a limit on every send.
 
-Frames are never dropped here. A client that does not read fills the outbox, which stops its generator, and loses its
+Frames are never dropped while a session lives. A client that does not read fills the outbox, which stops its generator, and loses its
 session when one send takes longer than the limit.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -82,6 +83,7 @@ class Outbox:
         self._parcels: deque[Parcel] = deque()
         self._bytes = 0
         self._closed = False
+        self._hurried = asyncio.Event()
         self._changed = asyncio.Condition()
 
     @property
@@ -110,6 +112,14 @@ class Outbox:
             self._closed = True
             self._changed.notify_all()
 
+    async def discard(self) -> None:
+        """Forgets what waits, for last words at a shutdown. The parcel in work goes out whole, and at once."""
+        async with self._changed:
+            while len(self._parcels) > 1:
+                self._bytes -= self._parcels.pop().nbytes
+            self._hurried.set()
+            self._changed.notify_all()
+
     async def pump(self, send: Send) -> None:
         """Sends parcel by parcel until closed and empty. Raises ClientTooSlow when one message takes too long."""
         while True:
@@ -134,7 +144,8 @@ class Outbox:
     async def _send(self, parcel: Parcel, send: Send) -> SendTimes:
         begin = time.monotonic()
         if parcel.due is not None and parcel.due > begin:
-            await asyncio.sleep(parcel.due - begin)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._hurried.wait(), parcel.due - begin)
         marks = [time.monotonic()]
         for message in parcel.messages:
             try:
