@@ -67,6 +67,25 @@ async def test_a_full_outbox_holds_its_generator():
     await pump
 
 
+async def test_bytes_are_bounded_too():
+    """A parcel that would go over the byte limit waits; one larger than the limit goes in alone."""
+    outbox, sent = new_outbox(max_bytes=100), []
+
+    async def send(message: bytes) -> None:
+        sent.append(len(message))
+
+    for first, second, waits in ((60, 40, False), (60, 41, True), (300, 1, True)):
+        await outbox.put(Parcel((b"x" * first,)))
+        put = asyncio.create_task(outbox.put(Parcel((b"x" * second,))))
+        await asyncio.sleep(0)
+        assert put.done() != waits
+        pump = asyncio.create_task(outbox.pump(send))
+        await put
+        await outbox.wait_for_at_most(0)
+        pump.cancel()
+    assert sent == [60, 40, 60, 41, 300, 1]
+
+
 async def test_a_client_that_does_not_read_is_given_up():
     """A send that takes longer than the limit raises ClientTooSlow, which names the flag."""
     outbox = new_outbox(send_timeout_s=0.01)
