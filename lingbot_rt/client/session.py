@@ -212,7 +212,7 @@ def websocket_url(url: str) -> str:
 def _unpack(message: bytes) -> dict[str, Any]:
     try:
         return msgspec.msgpack.decode(message, type=dict[str, Any])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"a message is not a MessagePack map: {error}") from None
 
 
