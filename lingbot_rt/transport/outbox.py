@@ -1,7 +1,7 @@
 """From the session's generator to its socket: a bounded queue, paced when asked, with a limit on every send.
 
-Frames are never dropped while a session lives. A client that does not read fills the outbox, which stops its generator, and loses its
-session when one send takes longer than the limit.
+Frames are never dropped while a session lives. A client that does not read fills the outbox, which stops its
+generator, and loses its session when one send takes longer than the limit.
 """
 
 from __future__ import annotations

@@ -127,5 +127,5 @@ def test_ctrl_c_tells_the_session_and_ends(golden, init, tmp_path):
                 while True:
                     messages.append(client.receive()[0])
         assert closed.value.rcvd.code == 1001
-        assert messages[-1]["type"] == "error"
+        assert messages[-1]["type"] == "error", server.log.read_text()
         assert server.process.wait(10) == 0
