@@ -22,7 +22,7 @@ QUALITY = 78
 
 
 def rgb(text: str) -> np.ndarray:
-    """"#rrggbb" -> linear light."""
+    """ "#rrggbb" -> linear light."""
     return (np.array([int(text[i : i + 2], 16) for i in (1, 3, 5)]) / 255) ** 2.2
 
 
@@ -104,11 +104,25 @@ def ring(radius: float, y: float, sides: int, turn: float) -> np.ndarray:
     return np.stack([radius * np.cos(angle), np.full(sides + 1, y), radius * np.sin(angle)], -1)
 
 
-def frustum(mesh: Mesh, at, low: float, high: float, y: tuple[float, float], color, sides: int = 7, glow: float = 0.0, turn: float = 0.0) -> None:
+def frustum(
+    mesh: Mesh,
+    at,
+    low: float,
+    high: float,
+    y: tuple[float, float],
+    color,
+    sides: int = 7,
+    glow: float = 0.0,
+    turn: float = 0.0,
+) -> None:
     """A cone or a cylinder standing at ``at``, with a lid."""
     a, b = ring(low, y[0], sides, turn) + at, ring(high, y[1], sides, turn) + at
     top = np.broadcast_to(np.array([0, y[1], 0]) + at, (sides, 3))
-    faces = [np.stack([a[:-1], b[:-1], b[1:]], 1), np.stack([a[:-1], b[1:], a[1:]], 1), np.stack([top, b[1:], b[:-1]], 1)]
+    faces = [
+        np.stack([a[:-1], b[:-1], b[1:]], 1),
+        np.stack([a[:-1], b[1:], a[1:]], 1),
+        np.stack([top, b[1:], b[:-1]], 1),
+    ]
     mesh.add(np.concatenate(faces), color, glow)
 
 
@@ -140,16 +154,25 @@ def pine(mesh: Mesh, at, size: float, color, rng, snow: float = 0.0) -> None:
 def broadleaf(mesh: Mesh, at, size: float, color, rng) -> None:
     frustum(mesh, at, 0.13 * size, 0.09 * size, (0, 1.0 * size), rgb("#4a3526"), 5)
     for _ in range(3):
-        offset = np.array(at) + size * np.array([rng.uniform(-0.35, 0.35), rng.uniform(0.9, 1.35), rng.uniform(-0.3, 0.3)])
+        offset = np.array(at) + size * np.array(
+            [rng.uniform(-0.35, 0.35), rng.uniform(0.9, 1.35), rng.uniform(-0.3, 0.3)]
+        )
         blob(mesh, offset, size * rng.uniform(0.42, 0.62), color * rng.uniform(0.8, 1.2), rng)
 
 
 def blob(mesh: Mesh, at, radius: float, color, rng, glow: float = 0.0) -> None:
     """A rough ball."""
-    rings = [ring(radius * np.sin(t), radius * np.cos(t), 8, 0.4 * i) for i, t in enumerate(np.linspace(0.02, np.pi - 0.02, 6))]
+    rings = [
+        ring(radius * np.sin(t), radius * np.cos(t), 8, 0.4 * i)
+        for i, t in enumerate(np.linspace(0.02, np.pi - 0.02, 6))
+    ]
     p = np.stack(rings) * rng.uniform(0.92, 1.08, (6, 1, 1)) + at
     a, b, c, d = p[:-1, :-1], p[:-1, 1:], p[1:, 1:], p[1:, :-1]
-    mesh.add(np.concatenate([np.stack([a, b, c], -2).reshape(-1, 3, 3), np.stack([a, c, d], -2).reshape(-1, 3, 3)]), color, glow)
+    mesh.add(
+        np.concatenate([np.stack([a, b, c], -2).reshape(-1, 3, 3), np.stack([a, c, d], -2).reshape(-1, 3, 3)]),
+        color,
+        glow,
+    )
 
 
 # --- rasteriser ---
@@ -347,7 +370,7 @@ def develop(linear: np.ndarray, exposure: float, rain: float = 0.0, snow: int = 
             veil.paste(int(90 + 40 * r), (int(x), int(y), int(x + r + 1), int(y + r + 1)))
         veil = np.asarray(veil.filter(ImageFilter.GaussianBlur(1.2)), float) / 255
         picture = picture + veil[..., None] * 0.75
-    y, x = np.mgrid[-1:1:height * 1j, -1:1:width * 1j]
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     picture = picture * (1 - 0.16 * np.clip(x**2 * 0.6 + y**2 * 0.5 - 0.25, 0, 1))[..., None]
     image = Image.fromarray((np.clip(picture, 0, 1) * 255).astype(np.uint8))
     return image.resize(SIZE, Image.Resampling.LANCZOS)
@@ -355,18 +378,56 @@ def develop(linear: np.ndarray, exposure: float, rain: float = 0.0, snow: int = 
 
 # --- looks ---
 
-DAY = Look((-0.55, 0.62, -0.25), rgb("#fff2d8") * 2.5, rgb("#3f86d6"), rgb("#cfe6f4"), rgb("#a9c8e8") * 0.62, 0.30, clouds=0.95)
+DAY = Look(
+    (-0.55, 0.62, -0.25), rgb("#fff2d8") * 2.5, rgb("#3f86d6"), rgb("#cfe6f4"), rgb("#a9c8e8") * 0.62, 0.30, clouds=0.95
+)
 SUNSET = Look(
-    (0.28, 0.105, 1), rgb("#ff9a52") * 3.2, rgb("#39437f"), rgb("#ffb27a"), rgb("#a884a8") * 0.52, 0.42,
-    disc=rgb("#fff0c8") * 6, clouds=0.9, water=rgb("#5a4a6a"),
+    (0.28, 0.105, 1),
+    rgb("#ff9a52") * 3.2,
+    rgb("#39437f"),
+    rgb("#ffb27a"),
+    rgb("#a884a8") * 0.52,
+    0.42,
+    disc=rgb("#fff0c8") * 6,
+    clouds=0.9,
+    water=rgb("#5a4a6a"),
 )
 NIGHT = Look(
-    (-0.34, 0.30, 1), rgb("#9db8e8") * 0.62, rgb("#070d22"), rgb("#22345c"), rgb("#4a66a0") * 0.17, 0.32,
-    disc=rgb("#f4f2e2") * 3, stars=260, exposure=1.5, clouds=0.25, water=rgb("#0c1730"),
+    (-0.34, 0.30, 1),
+    rgb("#9db8e8") * 0.62,
+    rgb("#070d22"),
+    rgb("#22345c"),
+    rgb("#4a66a0") * 0.17,
+    0.32,
+    disc=rgb("#f4f2e2") * 3,
+    stars=260,
+    exposure=1.5,
+    clouds=0.25,
+    water=rgb("#0c1730"),
 )
-SNOW = Look((0.6, 0.5, -0.2), rgb("#ffe9d0") * 1.35, rgb("#a8bdd2"), rgb("#e8edf2"), rgb("#c4d4e8") * 0.75, 0.55, clouds=0.5, water=rgb("#6f8ea4"))
-RAIN = Look((-0.3, 0.8, 0.4), rgb("#7f93b8") * 0.35, rgb("#161b2b"), rgb("#3d4358"), rgb("#5a6a8e") * 0.32, 0.72, exposure=1.55)
-COAST = Look((0.5, 0.5, -0.35), rgb("#fff0d2") * 2.6, rgb("#2f7fcf"), rgb("#d3ecf2"), rgb("#a8cfe6") * 0.6, 0.22, clouds=0.8, water=rgb("#1c7a8c"))
+SNOW = Look(
+    (0.6, 0.5, -0.2),
+    rgb("#ffe9d0") * 1.35,
+    rgb("#a8bdd2"),
+    rgb("#e8edf2"),
+    rgb("#c4d4e8") * 0.75,
+    0.55,
+    clouds=0.5,
+    water=rgb("#6f8ea4"),
+)
+RAIN = Look(
+    (-0.3, 0.8, 0.4), rgb("#8fa3c8") * 0.75, rgb("#26304a"), rgb("#5d6680"), rgb("#7385ad") * 0.62, 0.86, exposure=1.0
+)
+COAST = Look(
+    (0.5, 0.5, -0.35),
+    rgb("#fff0d2") * 2.6,
+    rgb("#2f7fcf"),
+    rgb("#d3ecf2"),
+    rgb("#a8cfe6") * 0.6,
+    0.22,
+    clouds=0.8,
+    water=rgb("#1c7a8c"),
+)
 
 
 # --- places ---
@@ -377,7 +438,13 @@ def valley_height(x: np.ndarray, z: np.ndarray) -> np.ndarray:
     lake = -3.1 * np.exp(-(((x + 5 + 2 * noise(z / 9, z / 30, 4)) / 9) ** 2) - ((z - 30) / 17) ** 2)
     sides = 0.012 * np.clip(np.abs(x - 2) - 7, 0, 60) ** 1.75
     mountains = np.clip((z - 62) / 46, 0, 1) ** 1.5 * (15 + 19 * fractal(x / 21 + 3, z / 25, 22, 5))
-    return 0.6 + hills * np.clip((np.abs(x - 3) + np.abs(z) * 0.12 - 2) / 9, 0.12, 1) + lake + sides + np.clip(mountains, 0, 60)
+    return (
+        0.6
+        + hills * np.clip((np.abs(x - 3) + np.abs(z) * 0.12 - 2) / 9, 0.12, 1)
+        + lake
+        + sides
+        + np.clip(mountains, 0, 60)
+    )
 
 
 def path_x(z: np.ndarray) -> np.ndarray:
@@ -411,7 +478,12 @@ def valley(winter: bool = False) -> Mesh:
         z = rng.uniform(4, 78)
         x = rng.uniform(-1, 1) * (10 + 0.65 * z)
         y = float(valley_height(np.array(x), np.array(z)))
-        clear = abs(x - float(path_x(np.array(z)))) > 1.7 and y > 0.45 and y < 11 and not (abs(x - 8.4) < 3 and abs(z - 17) < 4)
+        clear = (
+            abs(x - float(path_x(np.array(z)))) > 1.7
+            and y > 0.45
+            and y < 11
+            and not (abs(x - 8.4) < 3 and abs(z - 17) < 4)
+        )
         if not clear or (z < 20 and abs(x - 2) < 3.4):
             continue
         size = rng.uniform(0.9, 1.9)
@@ -432,7 +504,13 @@ def valley(winter: bool = False) -> Mesh:
 def cabin(mesh: Mesh, x: float, z: float, winter: bool) -> None:
     y = float(valley_height(np.array(x), np.array(z))) - 0.1
     box(mesh, (x - 1.5, y, z - 1.6), (x + 1.5, y + 1.7, z + 1.6), rgb("#9a5f3c"))
-    roof(mesh, (x - 1.95, y + 1.6, z - 1.95), (x + 1.95, y + 1.6, z + 1.95), y + 3.2, rgb("#eef2f8") if winter else rgb("#7a2f2a"))
+    roof(
+        mesh,
+        (x - 1.95, y + 1.6, z - 1.95),
+        (x + 1.95, y + 1.6, z + 1.95),
+        y + 3.2,
+        rgb("#eef2f8") if winter else rgb("#7a2f2a"),
+    )
     box(mesh, (x + 0.7, y + 2.2, z + 0.3), (x + 1.15, y + 3.6, z + 0.75), rgb("#6f6a66"))
     for wx in (-0.95, 0.4):
         box(mesh, (x + wx, y + 0.65, z - 1.64), (x + wx + 0.55, y + 1.2, z - 1.58), rgb("#ffc873"), glow=2.2)
@@ -461,18 +539,23 @@ def alley() -> Mesh:
                     lit = rng.random() < 0.42
                     tone = rgb(str(rng.choice(["#ffb45e", "#ffd08a", "#ff9a4a"]))) if lit else rgb("#1d2430")
                     low, high = sorted((face, face + side * 0.1))
-                    box(mesh, (low, floor, wz), (high, floor + 1.1, wz + 0.75), tone, glow=1.5 if lit else 0.0)
-                    box(mesh, (low - 0.06, floor - 0.1, wz - 0.06), (high + 0.06, floor - 0.02, wz + 0.81), rgb("#2d2c30"))
+                    box(mesh, (low, floor, wz), (high, floor + 1.1, wz + 0.75), tone, glow=0.75 if lit else 0.0)
+                    box(
+                        mesh,
+                        (low - 0.06, floor - 0.1, wz - 0.06),
+                        (high + 0.06, floor - 0.02, wz + 0.81),
+                        rgb("#2d2c30"),
+                    )
             if rng.random() < 0.75:
                 low, high = sorted((face, face - side * 0.9))
                 sign = rgb(str(rng.choice(["#36c6b4", "#ff5f6d", "#f2b13c"])))
                 sz = z + rng.uniform(0.8, depth - 1)
-                box(mesh, (low + 0.1, 2.5, sz), (high - 0.1, 3.3, sz + 0.12), sign, glow=2.4)
+                box(mesh, (low + 0.2, 2.6, sz), (high - 0.25, 3.2, sz + 0.1), sign, glow=1.0)
             z += depth
     for i, z in enumerate((5.5, 12, 19, 27, 36)):
         x = -2.1 if i % 2 else 2.1
         frustum(mesh, (x, 0, z), 0.07, 0.05, (0, 3.1), rgb("#1c1e22"), 6)
-        blob(mesh, (x, 3.25, z), 0.2, rgb("#ffd79a"), rng, glow=9)
+        blob(mesh, (x, 3.25, z), 0.2, rgb("#ffd79a"), rng, glow=4)
     for x, z in ((-1.9, 4.2), (2.0, 8.4), (-2.0, 15.0)):
         box(mesh, (x - 0.3, 0, z - 0.3), (x + 0.3, 0.6, z + 0.3), rgb("#5d4632"))
         blob(mesh, (x, 0.75, z), 0.36, rgb("#2e5a3a"), rng)
@@ -484,7 +567,7 @@ def coast_height(x: np.ndarray, z: np.ndarray) -> np.ndarray:
     land = x - shore
     cliff = 5.2 / (1 + np.exp(-(land - 7 + 2 * noise(x / 4, z / 4, 9)) * 1.1)) * np.clip((z - 6) / 12, 0, 1)
     beach = np.clip(land * 0.16, -2.5, 1.1)
-    cape = 8.5 * np.exp(-(((x - 1.5) / 6.5) ** 2) - ((z - 44) / 8) ** 2)
+    cape = 3.4 * np.exp(-(((x + 1.5) / 7.5) ** 2) - ((z - 44) / 9) ** 2)
     far = np.clip((z - 85) / 20, 0, 1) * (7 + 7 * fractal(x / 15, z / 20, 41)) * (x > -10)
     return beach + cliff + cape + 0.22 * noise(x / 1.4, z / 1.4, 15) + far
 
@@ -504,7 +587,7 @@ def coast() -> Mesh:
         return (out + (rgb("#a58f68") - out) * wet) * shade
 
     terrain(mesh, coast_height, color, (-90, 90), (-1, 112), (120, 110))
-    x, z = 1.2, 43.0
+    x, z = -1.5, 43.0
     y = float(coast_height(np.array(x), np.array(z))) - 0.3
     for i in range(5):
         low, high = 1.15 - 0.11 * i, 1.15 - 0.11 * (i + 1)
@@ -518,11 +601,15 @@ def coast() -> Mesh:
         px, pz = rng.uniform(-3, 30), rng.uniform(7, 60)
         py = float(coast_height(np.array(px), np.array(pz)))
         if py > 2.2 and abs(px - x) > 3.4:
-            (pine if rng.random() < 0.5 else broadleaf)(mesh, (px, py - 0.1, pz), rng.uniform(0.6, 1.2), rgb("#4c7f45"), rng)
+            (pine if rng.random() < 0.5 else broadleaf)(
+                mesh, (px, py - 0.1, pz), rng.uniform(0.6, 1.2), rgb("#4c7f45"), rng
+            )
     for _ in range(46):
         pz = rng.uniform(3, 40)
         px = 3.2 - 0.16 * pz + rng.uniform(-3.5, 1.6)
-        blob(mesh, (px, float(coast_height(np.array(px), np.array(pz))), pz), rng.uniform(0.12, 0.6), rgb("#8d8078"), rng)
+        blob(
+            mesh, (px, float(coast_height(np.array(px), np.array(pz))), pz), rng.uniform(0.12, 0.6), rgb("#8d8078"), rng
+        )
     sail(mesh, -9.5, 38)
     sail(mesh, -19, 70)
     return mesh
@@ -530,15 +617,29 @@ def coast() -> Mesh:
 
 def sail(mesh: Mesh, x: float, z: float) -> None:
     box(mesh, (x - 1.1, -0.1, z - 0.35), (x + 1.1, 0.35, z + 0.35), rgb("#6b4a34"))
-    mesh.add(np.array([[[x - 0.1, 0.5, z], [x - 0.1, 3.6, z], [x + 1.3, 0.6, z]], [[x - 0.2, 0.5, z], [x - 1.0, 0.6, z], [x - 0.2, 3.1, z]]]), rgb("#fbf7ee"))
+    mesh.add(
+        np.array(
+            [
+                [[x - 0.1, 0.5, z], [x - 0.1, 3.6, z], [x + 1.3, 0.6, z]],
+                [[x - 0.2, 0.5, z], [x - 1.0, 0.6, z], [x - 0.2, 3.1, z]],
+            ]
+        ),
+        rgb("#fbf7ee"),
+    )
 
 
 PLACES = {
     "valley": lambda: develop(Renderer(valley(), DAY, Camera((2.0, 2.5, 0.0), -3)).render(0.0), 1.0),
     "sunset": lambda: develop(Renderer(valley(), SUNSET, Camera((-0.5, 2.3, 4.0), -1)).render(0.0), 1.0),
     "night": lambda: develop(Renderer(valley(), NIGHT, Camera((1.0, 2.1, 2.0), 0)).render(0.0), NIGHT.exposure),
-    "snow": lambda: develop(Renderer(valley(winter=True), SNOW, Camera((3.4, 2.6, 0.5), -3)).render(0.0), 0.95, snow=900),
-    "alley": lambda: develop(Renderer(alley(), RAIN, Camera((0.2, 1.65, -0.5), 2)).render(0.0, wet=0.95, ripple=0.02), RAIN.exposure, rain=1.0),
+    "snow": lambda: develop(
+        Renderer(valley(winter=True), SNOW, Camera((3.4, 2.6, 0.5), -3)).render(0.0), 0.95, snow=900
+    ),
+    "alley": lambda: develop(
+        Renderer(alley(), RAIN, Camera((0.2, 1.65, -0.5), 2)).render(0.0, wet=0.95, ripple=0.02),
+        RAIN.exposure,
+        rain=1.0,
+    ),
     "coast": lambda: develop(Renderer(coast(), COAST, Camera((-0.5, 2.4, -0.5), -3)).render(0.0, ripple=0.07), 1.0),
 }
 

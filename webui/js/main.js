@@ -9,7 +9,7 @@ import { HeldKeys } from "./held_keys.js";
 import { HelpView } from "./help_view.js";
 import { Gamepads, MouseLook, listenToKeyboard, padButton, releaseWhenInattentive, touchStick } from "./inputs.js";
 import { JournalError, parseJournal } from "./journal.js";
-import { MetersView } from "./meters_view.js";
+import { MetersView, latencyWords } from "./meters_view.js";
 import { canvasBytes, imageFile } from "./picture.js";
 import { Player } from "./player.js";
 import { loadCatalog, markPreset, presetButtons, presetsFor } from "./presets.js";
@@ -70,8 +70,11 @@ const player = new Player($("canvas"), {
     recording?.recorder.frame(now);
   },
   latency: (samples) => {
+    const { totalMs, parts } = samples.at(-1);
     $("latency-pill").hidden = false;
-    $("latency-text").textContent = `${Math.round(samples.at(-1).totalMs)} ms`;
+    $("latency-text").textContent = `${Math.round(totalMs)} ms`;
+    $("latency-pill").title = `From your key to the picture: ${latencyWords(parts)}`;
+    meters.latency(player.latency.summary());
   },
   stats: (stats, drawMs) => meters.chunk(stats, drawMs),
   tick,

@@ -30,6 +30,11 @@ export function chunkParts(stats, drawMs) {
   };
 }
 
+const LATENCY_PARTS = [["wait", "waiting for the next step"], ["make", "making"], ["decode", "unpacking"], ["draw", "showing"]];
+
+/** The parts of a latency sample in words: "waiting for the next step 310 ms, making 240 ms, ...". */
+export const latencyWords = (parts) => LATENCY_PARTS.map(([name, label]) => `${label} ${Math.round(parts[name])} ms`).join(", ");
+
 export class MetersView {
   #root;
   #readings = {};
@@ -41,6 +46,7 @@ export class MetersView {
   #latencies = [];
   #buffers = [];
   #latest = null;
+  #summary = null;
   #showStages;
   #store;
 
@@ -97,6 +103,11 @@ export class MetersView {
     this.#chart?.setData([this.#times, this.#latencies, this.#buffers]);
   }
 
+  /** The summary of the session's latency samples. */
+  latency(summary) {
+    this.#summary = summary;
+  }
+
   chunk(stats, drawMs) {
     this.#latest = stats;
     this.#chunks.push({ index: stats.chunk_index, total: stats.chunk_total_ms, parts: chunkParts(stats, drawMs) });
@@ -106,7 +117,7 @@ export class MetersView {
 
   clear() {
     for (const list of [this.#chunks, this.#times, this.#latencies, this.#buffers]) list.length = 0;
-    this.#latest = null;
+    this.#latest = this.#summary = null;
     this.#drawStages();
   }
 
@@ -139,7 +150,10 @@ export class MetersView {
     const stages = Object.entries(this.#latest.stages ?? {}).map(([name, ms]) => [name, Math.round(ms * 10) / 10]);
     const entries = [...known.map(([key, label]) => [label, this.#latest[key]]), ...stages];
     const table = entries.map(([label, ms]) => h("div", {}, h("dt", { textContent: label }), h("dd", { textContent: `${ms} ms` })));
+    const summary = this.#summary;
+    const spread = summary && `Key to picture: usually ${Math.round(summary.medianMs)} ms, at most ${Math.round(summary.slowestMs)} ms of ${summary.count}. Usually ${latencyWords(summary.parts)}.`;
     this.#stages.replaceChildren(
+      ...(spread ? [h("p", { className: "hint", textContent: spread })] : []),
       h("div", { className: "waterfall" }, ...rows),
       h("div", { className: "legend" }, ...legend),
       h("dl", { className: "stage-table" }, ...table),

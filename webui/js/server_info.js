@@ -2,7 +2,7 @@
 
 const POLL_READY_MS = 5000;
 const POLL_LOADING_MS = 600;
-const BACKOFF_MS = [500, 1000, 2000, 4000, 8000];
+const BACKOFF_MS = [500, 1000, 2000, 4000];
 const TIMEOUT_MS = 4000;
 
 /** One entry of /v1/models -> what the page needs, with the wire's own limits where an older server says nothing. */

@@ -1,0 +1,112 @@
+"""The real page in headless Chromium against the real server with the built-in world."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.served import Server, running
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+
+DESKTOP = {"width": 1440, "height": 900}
+BUILTIN = ("--model-path", "builtin", "--device", "cpu", "--session-wait-s", "2", "--warmup", "false")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/browser" in item.path.as_posix():
+            item.add_marker(pytest.mark.browser)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator:
+    """One browser for all tests; a test has a context of its own, as a fresh visitor has."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="the playwright package is not installed")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def server(chromium, tmp_path_factory) -> Iterator[Server]:
+    with running(tmp_path_factory.mktemp("serve"), *BUILTIN) as it:
+        yield it
+
+
+class Visitor:
+    """A page and everything it said that nobody wanted to hear."""
+
+    def __init__(self, browser, **context) -> None:
+        self.context = browser.new_context(**{"viewport": DESKTOP, "reduced_motion": "reduce", **context})
+        self.context.set_default_timeout(15000)
+        self.page = self.context.new_page()
+        self.problems: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", self._heard)
+        self.page.on("pageerror", lambda error: self.problems.append(f"uncaught: {error}"))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("websocket", lambda socket: self.requests.append(socket.url))
+
+    def _heard(self, message) -> None:
+        if message.type in ("error", "warning"):
+            self.problems.append(f"{message.type}: {message.text} ({message.location.get('url')})")
+
+    def open(self, url: str) -> None:
+        self.page.goto(url)
+        self.page.wait_for_selector("#start:enabled")
+
+    def step_inside(self) -> None:
+        self.page.click("#start")
+        self.wait_for_state("live")
+
+    def wait_for_state(self, state: str) -> None:
+        self.page.wait_for_selector(f"body[data-state={state}]")
+
+    def pixels(self) -> list[int]:
+        """The picture on the page, shrunk to 20x20 RGBA."""
+        return self.page.evaluate(
+            """() => {
+                const copy = new OffscreenCanvas(20, 20);
+                const context = copy.getContext("2d", { willReadFrequently: true });
+                context.drawImage(document.getElementById("canvas"), 0, 0, 20, 20);
+                return [...context.getImageData(0, 0, 20, 20).data];
+            }"""
+        )
+
+    def wait_for_change(self, before: list[int]) -> list[int]:
+        for _ in range(60):
+            now = self.pixels()
+            if now != before:
+                return now
+            self.page.wait_for_timeout(50)
+        raise AssertionError("the picture stands still")
+
+
+@pytest.fixture
+def make_visitor(chromium) -> Iterator:
+    """Visitors whose console must stay clean; a problem that a test expects is taken out of ``problems`` by it."""
+    visitors: list[Visitor] = []
+
+    def make(**context) -> Visitor:
+        visitors.append(Visitor(chromium, **context))
+        return visitors[-1]
+
+    yield make
+    for visitor in visitors:
+        visitor.context.close()
+    assert [problem for visitor in visitors for problem in visitor.problems] == []
+
+
+@pytest.fixture
+def visitor(make_visitor) -> Visitor:
+    return make_visitor()

@@ -1,0 +1,292 @@
+"""A visit, from the first glance to a kept clip."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import msgspec
+import pytest
+from websockets.sync.client import connect
+
+from tests.browser.conftest import BUILTIN
+
+WEBUI = Path(__file__).parents[2] / "webui"
+PAGE_LIMIT_BYTES = 400_000
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
+
+
+def test_one_click_starts_a_world_and_keys_steer_it(visitor, server):
+    """The picture moves after one click, a key is answered and shown, and the world goes on when it is let go."""
+    page = visitor.page
+    visitor.open(server.http)
+    visitor.step_inside()
+    visitor.wait_for_change(visitor.pixels())
+    page.keyboard.down("w")
+    page.wait_for_selector(".pad.held[data-token=w]")
+    page.wait_for_selector("#latency-pill:visible")
+    assert re.fullmatch(r"\d+ ms", page.inner_text("#latency-text"))
+    page.keyboard.down("ArrowLeft")
+    page.wait_for_selector(".pad.held[data-token=j]")
+    page.keyboard.up("ArrowLeft")
+    page.keyboard.up("w")
+    assert page.locator(".pad.held").count() == 0
+    visitor.wait_for_change(visitor.pixels())
+
+
+def test_nothing_stays_held_when_the_page_loses_attention(visitor, server):
+    """Blur and a field that takes the focus release the keys, and a key typed into a field does not walk."""
+    page = visitor.page
+    visitor.open(server.http)
+    visitor.step_inside()
+    page.keyboard.down("w")
+    page.wait_for_selector(".pad.held")
+    page.evaluate("() => dispatchEvent(new Event('blur'))")
+    assert page.locator(".pad.held").count() == 0
+    page.keyboard.up("w")
+    page.keyboard.down("d")
+    page.wait_for_selector(".pad.held[data-token=d]")
+    page.focus("#prompt")
+    assert page.locator(".pad.held").count() == 0
+    page.keyboard.up("d")
+    page.keyboard.press("w")
+    assert page.locator(".pad.held").count() == 0
+
+
+def test_new_words_take_effect_and_the_timeline_says_when(visitor, server):
+    """A prompt sent while a key is held is marked with the time of the first picture that shows it."""
+    page = visitor.page
+    visitor.open(server.http)
+    visitor.step_inside()
+    page.fill("#prompt", "The same valley under deep snow.")
+    page.click("#apply-prompt")
+    page.wait_for_selector("#timeline li:nth-child(2):not(.waiting)")
+    assert re.match(r"\d+:\d\d", page.inner_text("#timeline li:nth-child(2) time"))
+    assert page.locator("#apply-prompt").is_hidden()
+
+
+def test_all_four_transports_show_the_world(visitor, server):
+    """WebP, JPEG, uncompressed and lossless each bring moving pictures, and what was chosen is remembered."""
+    page = visitor.page
+    visitor.open(server.http)
+    page.click("#advanced summary")
+    for name in ("webp", "jpeg", "raw", "delta-gzip"):
+        page.select_option("#set-realtime_output_format", name)
+        assert page.locator("#set-output_compression").is_visible() == (name in ("webp", "jpeg"))
+        visitor.step_inside()
+        page.keyboard.down("w")
+        page.wait_for_selector("#latency-pill:visible")
+        page.keyboard.up("w")
+        picture = visitor.wait_for_change(visitor.pixels())
+        colors = [value for i, value in enumerate(picture) if i % 4 != 3]
+        assert max(colors) - min(colors) > 20, f"{name}: an empty picture"
+        page.click("#stop")
+        visitor.wait_for_state("ended")
+    assert page.locator(".card").count() == 0
+    page.reload()
+    page.wait_for_selector("#start:enabled")
+    assert page.input_value("#set-realtime_output_format") == "delta-gzip"
+
+
+def test_a_pause_holds_the_world_and_a_restart_begins_it_again(visitor, server):
+    """Nothing is drawn while paused, and that is no stall; restart keeps the words and the seed."""
+    page = visitor.page
+    visitor.open(server.http)
+    visitor.step_inside()
+    page.keyboard.press("Space")
+    visitor.wait_for_state("paused")
+    page.wait_for_timeout(1500)
+    still = visitor.pixels()
+    page.wait_for_timeout(400)
+    assert visitor.pixels() == still
+    assert page.locator("#stall").is_hidden()
+    page.click("#start")
+    visitor.wait_for_state("live")
+    visitor.wait_for_change(still)
+    page.click("#restart")
+    visitor.wait_for_state("live")
+    assert page.locator("#timeline li").count() == 1
+
+
+def test_record_screenshot_and_session_are_kept(visitor, server, tmp_path):
+    """A clip plays in the gallery and downloads, so does a picture; the saved session names every key's chunk."""
+    page = visitor.page
+    visitor.open(server.http)
+    visitor.step_inside()
+    page.click("#record")
+    page.wait_for_selector("#rec-pill:visible")
+    page.keyboard.down("w")
+    page.wait_for_selector("#latency-pill:visible")
+    page.keyboard.up("w")
+    page.wait_for_timeout(1200)
+    page.click("#record")
+    page.wait_for_selector("#open-gallery:enabled")
+    page.click("#screenshot")
+    page.click("#keep summary")
+    with page.expect_download() as saved:
+        page.click("#save-session")
+    session = tmp_path / "session.json"
+    saved.value.save_as(session)
+    events = json.loads(session.read_text())["events"]
+    assert [event["payload"]["transitions"][-1]["actions"] for event in events] == [["w"], []]
+    assert all(event["chunk_index"] is not None for event in events[:1])
+
+    page.wait_for_function("() => document.getElementById('clip-count').textContent === '2'")
+    page.click("#open-gallery")
+    with page.expect_download() as clip:
+        page.click("[aria-label^='Download'][aria-label$='.mp4'], [aria-label^='Download'][aria-label$='.webm']")
+    data = Path(clip.value.path()).read_bytes()
+    assert data[4:8] == b"ftyp" or data[:4] == b"\x1a\x45\xdf\xa3"
+    page.wait_for_function("() => document.querySelector('#gallery video').readyState >= 1")
+    length = page.evaluate("() => document.querySelector('#gallery video').duration")
+    assert length > 1
+    page.keyboard.press("Escape")
+
+    page.set_input_files("#load-session", session)
+    visitor.wait_for_state("connecting")
+    visitor.wait_for_state("live")
+    assert page.locator(".card").count() == 0
+
+
+def test_one_that_comes_second_sees_its_place_and_then_why(make_visitor, server):
+    """A world that someone else holds: the place in line while waiting, then a card that stays until dismissed."""
+    visitor = make_visitor()
+    visitor.open(server.http)
+    init = {
+        "type": "init",
+        "prompt": "A quiet street.",
+        "first_frame": (WEBUI / "presets" / "snow.webp").read_bytes(),
+        "size": "160x96",
+        "realtime_output_pacing": True,
+        "realtime_output_format": "webp",
+    }
+    with connect(server.ws, max_size=None, compression=None, close_timeout=0.2) as holder:
+        holder.send(msgspec.msgpack.encode(init))
+        holder.recv(timeout=30)
+        visitor.page.click("#start")
+        visitor.page.wait_for_selector("#start-text:has-text('You are next')")
+        visitor.wait_for_state("lost")
+        card = visitor.page.wait_for_selector("[data-key=session]")
+        assert "another realtime session is already active" in card.inner_text()
+        visitor.page.wait_for_timeout(300)
+        assert card.is_visible()
+    visitor.page.click("[data-key=session] button:has-text('Try again')")
+    visitor.wait_for_state("live")
+    assert visitor.page.locator(".card").count() == 0
+
+
+def test_a_refused_beginning_says_which_words_to_change(visitor, server):
+    """No words and no picture are told before anything is sent; a file that is no picture is told when chosen."""
+    page = visitor.page
+    visitor.open(server.http)
+    page.fill("#prompt", "  ")
+    page.click("#start")
+    assert "Words are needed" in page.inner_text("[data-key=session]")
+    page.click("[data-key=session] .close")
+    assert page.locator(".card").count() == 0
+    page.set_input_files("#first-file", {"name": "note.png", "mimeType": "image/png", "buffer": b"not a picture"})
+    page.wait_for_selector("[data-key=picture]")
+
+
+def test_a_preset_chosen_inside_asks_first(visitor, server):
+    """Only its words, or a new beginning with its picture: both do what they say."""
+    page = visitor.page
+    visitor.open(server.http)
+    visitor.step_inside()
+    page.click("[data-preset=night]")
+    page.click("#preset-dialog button[value=prompt]")
+    page.wait_for_selector("#timeline li:nth-child(2):not(.waiting)")
+    page.click("[data-preset=coast]")
+    page.click("#preset-dialog button[value=restart]")
+    page.wait_for_selector("[data-preset=coast][aria-pressed=true]")
+    page.wait_for_function("() => document.querySelectorAll('#timeline li').length === 1")
+    visitor.wait_for_state("live")
+    assert "lighthouse" in page.inner_text("#timeline")
+
+
+def test_on_a_phone_thumbs_walk_and_settings_are_a_sheet(make_visitor, server):
+    """The picture is as wide as the screen, a stick holds its direction until the finger leaves, the sheet opens."""
+    visitor = make_visitor(**PHONE)
+    page = visitor.page
+    visitor.open(server.http)
+    assert page.locator("#frame").bounding_box()["width"] == pytest.approx(390, abs=1)
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+    assert page.locator("#prompt").is_hidden()
+    page.click("#open-sheet")
+    page.wait_for_selector("#prompt:visible")
+    page.click("#close-sheet")
+    visitor.step_inside()
+    stick = page.locator("#stick-move").bounding_box()
+    x, y = stick["x"] + stick["width"] / 2, stick["y"] + stick["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x, y - 50)
+    page.wait_for_selector(".pad.held[data-token=w]", state="attached")
+    page.mouse.up()
+    assert page.locator(".pad.held").count() == 0
+
+
+def test_the_page_is_small_and_asks_nobody_else(visitor, server):
+    """Everything it loads comes from the server, and without the presets' pictures weighs less than 400 KB."""
+    page = visitor.page
+    sizes: dict[str, int] = {}
+    page.on("response", lambda answer: sizes.update({answer.url: int(answer.headers.get("content-length", 0))}))
+    visitor.open(server.http)
+    page.click("#toggle-meters")
+    page.wait_for_selector(".uplot", state="attached")
+    visitor.step_inside()
+    hosts = {url.split("/")[2] for url in visitor.requests if not url.startswith(("blob:", "data:"))}
+    assert hosts == {server.http.removeprefix("http://")}
+    page_bytes = sum(size for url, size in sizes.items() if "/presets/" not in url and "/v1/" not in url)
+    assert 100_000 < page_bytes < PAGE_LIMIT_BYTES
+
+
+def test_any_static_server_can_serve_the_page(visitor, server):
+    """From another origin, with ?server= pointing at the world."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(WEBUI))) as static:
+        thread = threading.Thread(target=static.serve_forever)
+        thread.start()
+        try:
+            visitor.open(f"http://127.0.0.1:{static.server_port}/?server=127.0.0.1:{server.port}")
+            visitor.step_inside()
+            visitor.wait_for_change(visitor.pixels())
+            visitor.page.click("#stop")
+        finally:
+            static.shutdown()
+            thread.join()
+
+
+def test_the_page_survives_a_server_restart(visitor, server):
+    """Last, since it ends the server. A lost connection is a card with the way on, the page finds the server again, and everything typed is kept."""
+    page = visitor.page
+    visitor.open(server.http)
+    page.fill("#prompt", "A harbour in the fog.")
+    visitor.step_inside()
+    server.process.kill()
+    server.process.wait()
+    visitor.wait_for_state("lost")
+    assert "connection was lost" in page.inner_text("[data-key=session]")
+    page.wait_for_selector("#server-chip[data-tone=bad]")
+
+    flags = [sys.executable, "-m", "lingbot_rt", "serve", "--port", str(server.port), *BUILTIN]
+    with server.log.open("ab") as output, subprocess.Popen(flags, stdout=output, stderr=output) as again:
+        try:
+            page.wait_for_selector("#server-chip[data-tone=good]", timeout=40000)
+            assert page.input_value("#prompt") == "A harbour in the fog."
+            page.click("[data-key=session] button:has-text('Try again')")
+            visitor.wait_for_state("live")
+        finally:
+            again.terminate()
+    # A browser reports every request that nobody answered; nothing else may have been said.
+    visitor.problems = [text for text in visitor.problems if "ERR_CONNECTION" not in text]

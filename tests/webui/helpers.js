@@ -1,0 +1,34 @@
+// What the page's tests share.
+
+import { readFileSync } from "node:fs";
+
+export const golden = (name) => JSON.parse(readFileSync(new URL(`../golden/transport/${name}.json`, import.meta.url), "utf8"));
+
+export const fromBase64 = (text) => new Uint8Array(Buffer.from(text, "base64"));
+
+/** A clock that only moves when told, with timers. */
+export class FakeClock {
+  time = 1000;
+  #timers = new Map();
+  #next = 1;
+
+  now = () => this.time;
+  setTimeout = (run, ms) => {
+    this.#timers.set(this.#next, { at: this.time + ms, run });
+    return this.#next++;
+  };
+  clearTimeout = (id) => this.#timers.delete(id);
+
+  advance(ms) {
+    const end = this.time + ms;
+    for (;;) {
+      const due = [...this.#timers].filter(([, { at }]) => at <= end).sort(([, a], [, b]) => a.at - b.at)[0];
+      if (!due) break;
+      const [id, { at, run }] = due;
+      this.#timers.delete(id);
+      this.time = at;
+      run();
+    }
+    this.time = end;
+  }
+}

@@ -1,0 +1,95 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import { Journal, JournalError, Replay, parseJournal } from "../../webui/js/journal.js";
+import { mp4File } from "../../webui/js/mp4.js";
+import { cropFor } from "../../webui/js/picture.js";
+import { pythonSnippet } from "../../webui/js/snippet.js";
+
+const init = { prompt: "A \"lake\".", size: "160x96", seed: 7, realtime_output_pacing: true, first_frame: new Uint8Array([0, 1, 2, 255]) };
+
+function journal() {
+  const made = new Journal({ model: "m", init, firstFrameType: "image/png", startedAt: "2026-01-01T00:00:00Z" });
+  for (const [eventId, at] of [[5, 10], [6, 20], [7, 900], [8, 2000]]) made.add({ kind: "camera_actions", payload: { mode: "state", transitions: [] }, eventId, at });
+  return made;
+}
+
+test("an event belongs to the chunk that applied it, and so do older ones that none had applied", () => {
+  const made = journal();
+  made.applied(6, 1);
+  made.applied(7, 3);
+  assert.deepEqual(made.events.map(({ chunk_index }) => chunk_index), [1, 1, 3, null]);
+});
+
+test("a saved session comes back with its picture and events", () => {
+  const made = journal();
+  made.applied(6, 1);
+  const back = parseJournal(JSON.stringify(made));
+  assert.deepEqual(back.init, init);
+  assert.deepEqual(back.events, made.events);
+  assert.equal(back.model, "m");
+});
+
+test("files that are no session are refused in words", () => {
+  const good = JSON.stringify(journal());
+  const broken = ["", "{}", "null", "[]", good.replace('"version":1', '"version":9'), good.replace(/"base64":"[^"]*"/, '"base64":"*"'), good.replace(/"prompt":/, '"no":')];
+  for (const text of broken) assert.throws(() => parseJournal(text), JournalError);
+});
+
+test("a replay gives each event back one chunk ahead, in order, and all of them in the end", () => {
+  const events = [[1, 0], [2, 1], [3, null], [4, 4]].map(([event_id, chunk_index]) => ({ event_id, chunk_index }));
+  const replay = new Replay(events);
+  const ids = (list) => list.map(({ event_id }) => event_id);
+  assert.deepEqual(ids(replay.reached(-1)), [1]);
+  assert.deepEqual(ids(replay.reached(0)), [2, 3]);
+  assert.deepEqual(ids(replay.reached(2)), []);
+  assert.deepEqual(ids(replay.reached(3)), [4]);
+  assert.equal(replay.remaining, 0);
+});
+
+test("an MP4's boxes nest without gaps, and its table finds every picture", () => {
+  const samples = [[1, 2, 3], [4], [5, 6]].map((bytes, i) => ({ data: new Uint8Array(bytes), isKey: i === 0, at: i * 62.5 }));
+  const parts = mp4File({ width: 160, height: 96, description: new Uint8Array([1, 66, 0, 30]), samples, end: 200 });
+  const file = Buffer.concat(parts);
+  assert.deepEqual(boxes(file, 0, file.length).map(({ type }) => type), ["ftyp", "mdat", "moov"]);
+  const find = (path) => path.split("/").reduce((at, type) => boxes(file, at.start, at.end).find((box) => box.type === type), { start: 0, end: file.length });
+  const table = "moov/trak/mdia/minf/stbl";
+  const sizes = find(`${table}/stsz`);
+  assert.deepEqual([12, 16, 20].map((offset) => file.readUInt32BE(sizes.start + offset)), [3, 1, 2]);
+  const offset = file.readUInt32BE(find(`${table}/stco`).start + 8);
+  assert.deepEqual([...file.subarray(offset, offset + 6)], [1, 2, 3, 4, 5, 6]);
+  const times = find(`${table}/stts`);
+  const durations = [12, 20, 28].map((at) => file.readUInt32BE(times.start + at));
+  assert.equal(durations.reduce((sum, duration) => sum + duration, 0), 18000);
+  assert.equal(file.readUInt32BE(find("moov/mvhd").start + 16), 18000);
+  assert.equal(file.readUInt32BE(find(`${table}/stss`).start + 4), 1);
+});
+
+test("the crop is the largest part of the target's shape, inside the picture, where the focus is", () => {
+  for (const [width, height] of [[1000, 500], [500, 1000], [160, 96], [833, 481]])
+    for (const focus of [{ x: 0, y: 0 }, { x: 0.5, y: 0.5 }, { x: 1, y: 1 }]) {
+      const crop = cropFor(width, height, { width: 160, height: 96 }, focus);
+      assert.ok(Math.abs(crop.width / crop.height - 160 / 96) < 1e-9);
+      assert.ok(Math.abs(crop.width - width) < 1e-9 || Math.abs(crop.height - height) < 1e-9);
+      assert.ok(crop.x >= 0 && crop.y >= 0 && crop.x + crop.width <= width + 1e-9 && crop.y + crop.height <= height + 1e-9);
+    }
+});
+
+test("the Python program names every setting in Python's words", () => {
+  const program = pythonSnippet("http://127.0.0.1:30000", init);
+  assert.match(program, /prompt="A \\"lake\\"\."/);
+  assert.match(program, /realtime_output_pacing=True,/);
+  assert.match(program, /seed=7,/);
+  assert.doesNotMatch(program, /first_frame=\[|protocol_extensions/);
+});
+
+function boxes(file, start, end) {
+  const found = [];
+  for (let at = start; at < end; ) {
+    const size = file.readUInt32BE(at);
+    assert.ok(size >= 8 && at + size <= end, `box of ${size} bytes at ${at}`);
+    found.push({ type: file.toString("latin1", at + 4, at + 8), start: at + 8, end: at + size });
+    at += size;
+  }
+  return found;
+}
