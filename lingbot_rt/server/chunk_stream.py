@@ -49,6 +49,7 @@ class _Chunk:
     num_batches: int
     stats: ChunkStats
     began_at: float  # when the generator turned to it
+    opens: bool  # the first one, of the session or after a pause
     planned_at: float
     batches_packed: int = 0
     sent_at: float = 0.0
@@ -112,6 +113,7 @@ class ChunkStream:
         """Chunk after chunk; returns the last one of a session with ``max_chunks``."""
         before: _Chunk | None = None
         while True:
+            opens = before is None or self._session.is_paused
             while self._session.is_paused:
                 self._resumed.clear()
                 await self._resumed.wait()
@@ -122,7 +124,7 @@ class ChunkStream:
             if self._session.is_paused:  # it came while this chunk waited
                 self._lead.release()
                 continue
-            chunk = self._plan(began_at, room_at)
+            chunk = self._plan(began_at, room_at, opens)
             if chunk.sampled.new_event and "control_ack" in self._session.settings.extensions:
                 plan = chunk.sampled.plan
                 await self._outbox.put(Parcel((control_ack_message(plan.event_id, "applied", plan.chunk_index),)))
@@ -155,7 +157,7 @@ class ChunkStream:
         await self._groups.join()  # the pacer has counted every frame so far
         await asyncio.sleep(max(self._pacer.worth_starting_at(self._first_group_s) - time.monotonic(), 0))
 
-    def _plan(self, began_at: float, room_at: float) -> _Chunk:
+    def _plan(self, began_at: float, room_at: float, opens: bool) -> _Chunk:
         started_at = time.monotonic()
         sampled = self._session.next_plan()
         planned_at = time.monotonic()
@@ -170,7 +172,7 @@ class ChunkStream:
             pace_wait_ms=1000 * (started_at - room_at) if self._pacer else 0.0,
         )
         num_batches = self._session.num_batches(plan.chunk_index, self._encoder.max_batch)
-        return _Chunk(sampled, num_batches, stats, began_at, planned_at)
+        return _Chunk(sampled, num_batches, stats, began_at, opens, planned_at)
 
     def _take(self, chunk: _Chunk, group: FrameGroup) -> None:
         if not self._ended:
@@ -243,8 +245,9 @@ class ChunkStream:
             stats.scheduler_forward_ms = timings.total_ms
             stats.dit_ms, stats.vae_ms = timings.dit_ms, timings.vae_ms
             stats.window_frames = result.window_frames
-            # Chunks overlap: counted from the one before, the times of a session add up to its wall time.
-            stats.chunk_total_ms = 1000 * (chunk.sent_at - max(chunk.began_at, self._sent_before))
+            # Chunks overlap (the context pass runs after a chunk's frames are out): counted from the end of the one
+            # before, the times of a session add up to its wall time.
+            stats.chunk_total_ms = 1000 * (chunk.sent_at - (chunk.began_at if chunk.opens else self._sent_before))
             self._sent_before = chunk.sent_at
             if self._session.settings.profile:
                 stats.stages = {"prepare": timings.prepare_ms, **timings.stages}
