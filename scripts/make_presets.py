@@ -317,7 +317,7 @@ class Renderer:
     def _view(
         self, triangles: np.ndarray, rays: np.ndarray, keep: np.ndarray | None = None, mirror: float | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """-> (linear light, distance). ``triangles`` are the scene's own, or those mirrored in the height ``mirror``."""
+        """-> (linear light, distance). ``triangles``: the scene's own, or those mirrored in the height ``mirror``."""
         points, seen = self.camera.project(triangles, self.width, self.height)
         chosen = np.flatnonzero(seen if keep is None else seen & keep)
         index, near = rasterise(points[chosen], self.width, self.height)

@@ -217,11 +217,13 @@ def test_on_a_phone_thumbs_walk_and_settings_are_a_sheet(make_visitor, server):
     visitor.open(server.http)
     assert page.locator("#frame").bounding_box()["width"] == pytest.approx(390, abs=1)
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
-    assert page.locator("#prompt").is_hidden()
+    assert page.locator("#prompt").is_visible()
+    visitor.step_inside()
+    page.wait_for_selector("#prompt", state="hidden")
     page.click("#open-sheet")
     page.wait_for_selector("#prompt:visible")
     page.click("#close-sheet")
-    visitor.step_inside()
+    page.wait_for_selector("#prompt", state="hidden")
     stick = page.locator("#stick-move").bounding_box()
     x, y = stick["x"] + stick["width"] / 2, stick["y"] + stick["height"] / 2
     page.mouse.move(x, y)
@@ -268,7 +270,10 @@ def test_any_static_server_can_serve_the_page(visitor, server):
 
 
 def test_the_page_survives_a_server_restart(visitor, server):
-    """Last, since it ends the server. A lost connection is a card with the way on, the page finds the server again, and everything typed is kept."""
+    """A lost line is a card with the way on, the page finds the server again, and what was typed is kept.
+
+    Last of all, since it ends the server.
+    """
     page = visitor.page
     visitor.open(server.http)
     page.fill("#prompt", "A harbour in the fog.")

@@ -44,7 +44,7 @@ export class Gallery {
 
   #figure(item) {
     const view = item.isClip
-      ? h("video", { src: item.url, controls: true, loop: true, playsinline: true, preload: "metadata" })
+      ? h("video", { src: item.url, controls: true, loop: true, playsinline: true, preload: "auto" })
       : h("img", { src: item.url, alt: "Kept picture" });
     const size = item.blob.size < 1e6 ? `${Math.max(1, Math.round(item.blob.size / 1e3))} KB` : `${(item.blob.size / 1e6).toFixed(1)} MB`;
     return h(

@@ -66,6 +66,7 @@ const player = new Player($("canvas"), {
     showState();
   },
   drawn: (frame, now) => {
+    if (now === player.firstPictureAt) showState();
     timeline.drawn(frame.eventId, now - player.firstPictureAt);
     recording?.recorder.frame(now);
   },
@@ -185,9 +186,8 @@ function showState() {
   $("state-text").textContent = words;
   $("status").textContent = words;
   if (!live) $("latency-pill").hidden = true;
-  for (const id of ["pause", "record", "screenshot", "mouse-look"]) $(id).disabled = !live;
-  $("screenshot").disabled = !player.firstPictureAt;
-  $("first-continue").disabled = !player.firstPictureAt;
+  for (const id of ["pause", "mouse-look"]) $(id).disabled = !live;
+  for (const id of ["screenshot", "first-continue"]) $(id).disabled = !player.hasPicture;
   $("record").disabled = !live || !canRecord();
   $("stop").disabled = !player.isRunning;
   $("restart").disabled = !player.init || running;

@@ -34,6 +34,7 @@ export class Player {
   journal = null;
   init = null;
   firstPictureAt = null;
+  hasPicture = false;
 
   constructor(canvas, on) {
     this.#canvas = canvas;
@@ -182,6 +183,7 @@ export class Player {
     image.close();
     const now = clock.now();
     this.firstPictureAt ??= now;
+    this.hasPicture = true;
     this.#fps.tick(now);
     const shown = now - began + (began - frame.decodedAt);
     this.#drawMs += DRAW_AVERAGE * (shown - this.#drawMs);
