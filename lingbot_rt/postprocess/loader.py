@@ -1,0 +1,146 @@
+"""Weight files -> networks. The architecture is read off the weights' names and shapes.
+
+Taken are ``.safetensors``, and the ``.pth`` / ``.pkl`` files that torch saves, of which only tensors are unpickled.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lingbot_rt.errors import CheckpointError
+from lingbot_rt.postprocess.interpolate import REDUCTIONS, IFNet, Interpolator
+from lingbot_rt.postprocess.upscale import RRDBNet, SRVGGNetCompact, Upscaler
+
+WEIGHTS = Path(__file__).parent / "weights"
+SHIPPED_UPSCALER = WEIGHTS / "realesr-animevideov3.safetensors"
+SHIPPED_INTERPOLATOR = WEIGHTS / "rife-v4.safetensors"
+
+_CONTAINERS = ("params_ema", "params")
+"""Real-ESRGAN's files wrap the weights; the averaged ones are the better ones."""
+
+_RIFE_TRAINING_ONLY = ("block_tea.", "contextnet.", "unet.")
+"""Parts of RIFE's file that its interpolation does not use: the training's teacher, and a refinement left out."""
+
+_LISTED_KEYS = 4
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def load_upscaler(path: Path | None, device: torch.device) -> Upscaler:
+    """``path`` None: the shipped network (animevideov3, factor 4).
+
+    Raises CheckpointError when there is no such file, it is damaged, or no Real-ESRGAN generator.
+    """
+    path = path or SHIPPED_UPSCALER
+    weights = read_weights(path)
+    net: SRVGGNetCompact | RRDBNet
+    if "conv_first.weight" in weights:
+        net = _rrdb(weights, path)
+    elif "body.0.weight" in weights:
+        net = _compact(weights, path)
+    else:
+        raise _unknown(path, "Real-ESRGAN generator (SRVGGNetCompact or RRDBNet)", weights)
+    return Upscaler(_filled(net, weights, path, device))
+
+
+def load_interpolator(path: Path | None, device: torch.device) -> Interpolator:
+    """``path`` None: the shipped network (RIFE 4.0).
+
+    Raises CheckpointError when there is no such file, it is damaged, or no IFNet of RIFE 4.0.
+    """
+    path = path or SHIPPED_INTERPOLATOR
+    weights = {k: v for k, v in read_weights(path).items() if not k.startswith(_RIFE_TRAINING_ONLY)}
+    blocks = _numbered(weights, r"block(\d+)\.")
+    convs = _numbered(weights, r"block0\.convblock\.(\d+)\.")
+    if blocks != len(REDUCTIONS) or not convs:
+        raise _unknown(path, "RIFE network of version 4.0 (flownet.pkl)", weights)
+    widths = [_shape(weights, f"block{i}.conv0.1.0.weight", path)[0] for i in range(blocks)]
+    with torch.device("meta"):
+        net = IFNet(widths, convs)
+    return Interpolator(_filled(net, weights, path, device))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Every tensor of the file by its plain name, on the CPU."""
+    if not path.is_file():
+        fix = ": run scripts/fetch_models" if path.parent == WEIGHTS else ""
+        raise CheckpointError(f"there is no weight file {path}{fix}")
+    try:
+        if path.suffix == ".safetensors":
+            found: object = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{path} is damaged or holds more than weights: {reason}") from None
+    for container in _CONTAINERS:
+        if isinstance(found, Mapping) and isinstance(found.get(container), Mapping):
+            found = found[container]
+            break
+    if not isinstance(found, Mapping) or not found or not all(isinstance(v, Tensor) for v in found.values()):
+        raise CheckpointError(f"{path} holds no table of weights")
+    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
+
+
+def _compact(weights: Mapping[str, Tensor], path: Path) -> SRVGGNetCompact:
+    layers = _numbered(weights, r"body\.(\d+)\.")
+    features = _shape(weights, "body.0.weight", path)[0]
+    last = _shape(weights, f"body.{layers - 1}.weight", path)
+    scale = math.isqrt(last[0] // 3)
+    if layers < 3 or layers % 2 == 0 or scale < 1:
+        raise _unknown(path, "SRVGGNetCompact with PReLU", weights)
+    with torch.device("meta"):
+        return SRVGGNetCompact(features, (layers - 3) // 2, scale)
+
+
+def _rrdb(weights: Mapping[str, Tensor], path: Path) -> RRDBNet:
+    features, channels_in = _shape(weights, "conv_first.weight", path)[:2]
+    growth = _shape(weights, "body.0.rdb1.conv1.weight", path)[0]
+    folds = {3: 1, 12: 2, 48: 4}
+    if channels_in not in folds:
+        raise _unknown(path, "RRDBNet for RGB frames", weights)
+    with torch.device("meta"):
+        return RRDBNet(features, growth, _numbered(weights, r"body\.(\d+)\."), folds[channels_in])
+
+
+def _numbered(weights: Mapping[str, Tensor], pattern: str) -> int:
+    """How many different numbers the names have at the pattern's group: counted, as a forged one may be huge."""
+    return len({match[1] for match in map(re.compile(pattern).match, weights) if match})
+
+
+def _shape(weights: Mapping[str, Tensor], name: str, path: Path) -> torch.Size:
+    if name not in weights or weights[name].ndim != 4:
+        raise CheckpointError(f"{path}: {name} is missing or no convolution")
+    return weights[name].shape
+
+
+def _filled(net: Net, weights: Mapping[str, Tensor], path: Path, device: torch.device) -> Net:
+    """The network built on the meta device with its weights in place: fp16 on an accelerator, else float32."""
+    targets = net.state_dict()
+    wrong = sorted(targets.keys() ^ weights.keys())
+    wrong += [name for name in targets.keys() & weights.keys() if targets[name].shape != weights[name].shape]
+    if wrong:
+        more = f" and {len(wrong) - _LISTED_KEYS} more" if len(wrong) > _LISTED_KEYS else ""
+        kind = type(net).__name__
+        raise CheckpointError(
+            f"{path} looks like {kind} but does not fit it: missing, unexpected or misshapen are "
+            f"{', '.join(wrong[:_LISTED_KEYS])}{more}"
+        )
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    net.load_state_dict({name: tensor.to(device, dtype) for name, tensor in weights.items()}, assign=True)
+    return net.to(memory_format=torch.channels_last).requires_grad_(False).eval()
+
+
+def _unknown(path: Path, expected: str, weights: Mapping[str, Tensor]) -> CheckpointError:
+    names = ", ".join(list(weights)[:_LISTED_KEYS])
+    return CheckpointError(f"{path} is no {expected}: it holds {len(weights)} tensors named {names}, ...")

@@ -1,0 +1,149 @@
+"""Frames in, frames out: the stage of a session between decode and transport.
+
+Interpolation comes first: the network that looks for motion then works at the decoded size, not at a larger one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lingbot_rt.postprocess.interpolate import Interpolator
+from lingbot_rt.postprocess.loader import load_interpolator, load_upscaler
+from lingbot_rt.postprocess.plan import PostprocessPlan
+from lingbot_rt.postprocess.upscale import Upscaler
+from lingbot_rt.shapes import VAE_TEMPORAL_STRIDE, FrameSize
+
+
+class PostProcessor:
+    """One a session: remembers the last frame, so that pairs go on across calls and chunks."""
+
+    def __init__(
+        self, plan: PostprocessPlan, size: FrameSize, upscaler: Upscaler | None, interpolator: Interpolator | None
+    ) -> None:
+        """``size`` is that of the decoded frames; each network is there when the plan asks for it."""
+        assert (upscaler is not None) == plan.upscales, "an upscaler exactly when the plan upscales"
+        assert (interpolator is not None) == plan.interpolates, "an interpolator exactly when the plan interpolates"
+        self._plan = plan
+        self._size = size
+        self._upscaler = upscaler
+        self._interpolator = interpolator
+        self._last: Tensor | None = None
+        self._marks: list[tuple[str, Any, Any]] = []
+
+    @property
+    def size_out(self) -> FrameSize:
+        return self._plan.size_out(self._size)
+
+    def plan(self, num_frames_in: int) -> int:
+        """Frames that the next ``process`` of so many will return."""
+        return self._plan.frames_out(num_frames_in, first=self._last is None)
+
+    @torch.inference_mode()
+    def process(self, frames_nHWC: Tensor) -> Tensor:
+        """uint8 [n, H, W, 3] -> uint8 [plan(n), sH, sW, 3] on the same device, in order of time.
+
+        A decoded frame leaves after the frames between it and the one before it; with upscaling off it is unchanged.
+        On an accelerator this only launches work on the current stream.
+        """
+        frames = frames_nHWC
+        if self._interpolator is not None and len(frames):
+            with self._timed("interpolate_ms", frames.device):
+                frames = self._with_frames_between(frames, self._interpolator)
+        if self._upscaler is not None:
+            with self._timed("upscale_ms", frames.device):
+                frames = self._upscaler(frames, self._plan.upscaling_scale)
+        return frames
+
+    def take_timings(self) -> dict[str, float]:
+        """Milliseconds of each step in the calls since this was last asked: ``interpolate_ms``, ``upscale_ms``.
+
+        Only the steps that ran are there. On an accelerator the work must be done, that is, synchronized with.
+        """
+        spent: dict[str, float] = defaultdict(float)
+        for name, begin, end in self._marks:
+            spent[name] += 1000 * (end - begin) if isinstance(begin, float) else begin.elapsed_time(end)
+        self._marks.clear()
+        return dict(spent)
+
+    def reset(self) -> None:
+        """The next frame has no predecessor."""
+        self._last = None
+        self._marks.clear()
+
+    def warm_up(self, device: torch.device) -> None:
+        """Runs the shapes of a session once: its first frame alone, then a whole decoded group."""
+        for count in (1, VAE_TEMPORAL_STRIDE):
+            shape = (count, self._size.height, self._size.width, 3)
+            self.process(torch.zeros(shape, dtype=torch.uint8, device=device))
+        self.reset()
+
+    def memory_bytes(self) -> int:
+        """About what a call for one decoded group takes on the device at its peak, the weights left out."""
+        frames_in = VAE_TEMPORAL_STRIDE + 1
+        group = self._plan.rate * frames_in * self._size.bytes_per_frame
+        height, width = self._size.height, self._size.width
+        needed = [0]
+        if self._interpolator is not None:
+            needed.append(2 * group + self._interpolator.memory_bytes(height, width, self._plan.interpolation_scale))
+        if self._upscaler is not None:
+            out = self._plan.rate * frames_in * self.size_out.bytes_per_frame
+            needed.append(group + out + self._upscaler.memory_bytes(height, width, self._plan.upscaling_scale))
+        return max(needed)
+
+    def _with_frames_between(self, frames: Tensor, interpolator: Interpolator) -> Tensor:
+        known = frames if self._last is None else torch.cat((self._last, frames))
+        # A copy: the caller's frames may be a view of memory that is written again.
+        self._last = frames[-1:].clone()
+        rate = self._plan.rate
+        times = [i / rate for i in range(1, rate)]
+        between = interpolator(known, times, self._plan.interpolation_scale)
+        steps = torch.cat((between, known[1:, None]), dim=1).flatten(0, 1)
+        return steps if len(known) > len(frames) else torch.cat((known[:1], steps))
+
+    @contextmanager
+    def _timed(self, name: str, device: torch.device) -> Iterator[None]:
+        begin = _mark(device)
+        yield
+        self._marks.append((name, begin, _mark(device)))
+
+
+class PostprocessNetworks:
+    """The networks on one device, each file loaded once, when the first session asks for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._upscalers: dict[Path | None, Upscaler] = {}
+        self._interpolators: dict[Path | None, Interpolator] = {}
+
+    def loaded(self, plan: PostprocessPlan) -> bool:
+        """Whether a session of this plan can start without reading a file."""
+        upscaler = not plan.upscales or plan.upscaling_model in self._upscalers
+        return upscaler and (not plan.interpolates or plan.interpolation_model in self._interpolators)
+
+    def open(self, plan: PostprocessPlan, size: FrameSize) -> PostProcessor:
+        """A session's processor. Raises CheckpointError when a network's file is missing or not what it should be."""
+        upscaler, interpolator = None, None
+        if plan.upscales:
+            upscaler = self._upscalers.get(plan.upscaling_model) or load_upscaler(plan.upscaling_model, self._device)
+            self._upscalers[plan.upscaling_model] = upscaler
+        if plan.interpolates:
+            model = plan.interpolation_model
+            interpolator = self._interpolators.get(model) or load_interpolator(model, self._device)
+            self._interpolators[model] = interpolator
+        return PostProcessor(plan, size, upscaler, interpolator)
+
+
+def _mark(device: torch.device) -> Any:
+    if device.type == "cuda":
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+    return time.perf_counter()
