@@ -64,9 +64,9 @@ class ServeConfig:
         "auto", "self-attention kernel", choices=("auto", "sdpa", "cudnn", "flash", "math"), group="device"
     )
     deterministic_noise: str = _option(
-        "auto",
+        "device",
         "where a session's noise is drawn: cpu gives one world a seed on every device",
-        choices=("auto", "cpu", "device"),
+        choices=("device", "cpu"),
         group="device",
     )
     cpu_threads: int | None = _option(

@@ -12,6 +12,7 @@ slowly slows its own session and no queue can grow.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor
@@ -84,7 +85,8 @@ class ChunkStream:
         self._lead = asyncio.Semaphore(LEAD_CHUNKS)
         self._groups: asyncio.Queue[tuple[_Chunk, FrameGroup]] = asyncio.Queue(LEAD_CHUNKS * settings.latent_frames)
         self._results: asyncio.Queue[tuple[_Chunk, ChunkResult]] = asyncio.Queue(LEAD_CHUNKS)
-        self._resumed = asyncio.Event()
+        self._stirred = asyncio.Event()
+        self._hurried_at = -math.inf
         self._previous: _Chunk | None = None
         self._sent_before = 0.0  # when the chunk before was wholly sent
         self._first_group_s = 0.0
@@ -103,9 +105,11 @@ class ChunkStream:
         finally:
             self._ended = True
 
-    def resume(self) -> None:
-        """To be called whenever the session may have left its pause."""
-        self._resumed.set()
+    def stir(self) -> None:
+        """To be called after every event: a paused or a waiting generator looks again, and paced frames make way."""
+        self._stirred.set()
+        if self._pacer is not None:
+            self._outbox.hurry()
 
     # --- plan and run ---
 
@@ -115,8 +119,8 @@ class ChunkStream:
         while True:
             opens = before is None or self._session.is_paused
             while self._session.is_paused:
-                self._resumed.clear()
-                await self._resumed.wait()
+                self._stirred.clear()
+                await self._stirred.wait()
             began_at = time.monotonic()
             await self._lead.acquire()
             room_at = time.monotonic()
@@ -151,14 +155,31 @@ class ChunkStream:
             await before.reported.wait()
 
     async def _just_in_time(self) -> None:
-        """With pacing, a chunk started early would only wait to be sent: starting late samples fresher keys."""
+        """With pacing, a chunk started early would only wait to be sent: starting late samples fresher keys.
+
+        An event ends the wait, since its frames are due at once; but once a chunk's playing time at most, or a mouse
+        that never rests would make the world run as fast as the engine does.
+        """
         if self._pacer is None:
             return
+        await asyncio.sleep(0)  # groups that the engine's thread posted are taken first
         await self._groups.join()  # the pacer has counted every frame so far
-        await asyncio.sleep(max(self._pacer.worth_starting_at(self._first_group_s) - time.monotonic(), 0))
+        now = time.monotonic()
+        wait_s = self._pacer.worth_starting_at(self._first_group_s) - now
+        if wait_s <= 0:
+            return
+        chunk_s = sum(self._session.group_sizes(self._session.next_chunk)) / self._session.settings.fps
+        calm_s = min(max(self._hurried_at + chunk_s - now, 0), wait_s)
+        await asyncio.sleep(calm_s)
+        try:
+            await asyncio.wait_for(self._stirred.wait(), wait_s - calm_s)
+        except TimeoutError:
+            return
+        self._hurried_at = time.monotonic()
 
     def _plan(self, began_at: float, room_at: float, opens: bool) -> _Chunk:
         started_at = time.monotonic()
+        self._stirred.clear()
         sampled = self._session.next_plan()
         planned_at = time.monotonic()
         plan = sampled.plan
@@ -200,6 +221,8 @@ class ChunkStream:
 
     async def _send(self, chunk: _Chunk, batch: EncodedBatch) -> None:
         if chunk.batches_packed == 0:
+            if chunk.sampled.new_event:
+                self._outbox.hurry()
             # The stats of a chunk stand between its frames and the next one's.
             if self._previous is not None:
                 await self._previous.reported.wait()

@@ -227,7 +227,7 @@ class Connection:
             raise InvalidEvent("there is no session yet, send an init first")
         session.receive(event, time.monotonic())
         if self._stream is not None:
-            self._stream.resume()
+            self._stream.stir()
         if "control_ack" in session.settings.extensions:
             await self._outbox.put(Parcel((control_ack_message(event.event_id, "received", None),)))
 

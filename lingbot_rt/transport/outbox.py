@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lingbot_rt.errors import ClientTooSlow
 
@@ -112,12 +112,17 @@ class Outbox:
             self._closed = True
             self._changed.notify_all()
 
+    def hurry(self) -> None:
+        """What waits for its time leaves at once: something newer is coming behind it."""
+        self._parcels = deque(replace(parcel, due=None) for parcel in self._parcels)
+        self._hurried.set()
+
     async def discard(self) -> None:
         """Forgets what waits, for last words at a shutdown. The parcel in work goes out whole, and at once."""
         async with self._changed:
             while len(self._parcels) > 1:
                 self._bytes -= self._parcels.pop().nbytes
-            self._hurried.set()
+            self.hurry()
             self._changed.notify_all()
 
     async def pump(self, send: Send) -> None:
@@ -144,6 +149,7 @@ class Outbox:
     async def _send(self, parcel: Parcel, send: Send) -> SendTimes:
         begin = time.monotonic()
         if parcel.due is not None and parcel.due > begin:
+            self._hurried.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._hurried.wait(), parcel.due - begin)
         marks = [time.monotonic()]

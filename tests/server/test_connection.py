@@ -231,6 +231,21 @@ async def test_pacing_holds_a_fast_engine_back(serve):
     assert sum(entry["pace_wait_ms"] for entry in stats) > 100
 
 
+async def test_an_event_is_not_held_up_by_pacing(serve):
+    """A key pressed while paced frames wait is in the next frames at once: neither the generator's wait for the right
+    moment nor the older frames' due times, seconds away, stand before it."""
+    server = await serve()
+    loop = asyncio.get_running_loop()
+    async with server.client(init(fps=1, realtime_output_pacing=True)) as client:
+        await client.receive()
+        started = loop.time()
+        await client.send(event("camera_actions", [["w"]], event_id=9))
+        while (await client.receive())[0].get("event_id") != 9:
+            pass
+    # At one frame a second the rest of chunk 0 alone takes eight seconds.
+    assert loop.time() - started < 6
+
+
 # --- the end, in each state ---
 
 

@@ -200,6 +200,27 @@ async def test_waiting_for_the_outbox_to_drain():
         await outbox.put(Parcel((b"late",)))
 
 
+async def test_hurry_sends_what_waits_for_its_time():
+    """After hurry the parcels here leave at once and in order; one put later keeps its own time."""
+    outbox, sent = new_outbox(), []
+    loop = asyncio.get_running_loop()
+
+    async def send(message: bytes) -> None:
+        sent.append((message, loop.time()))
+
+    pump = asyncio.create_task(outbox.pump(send))
+    for name in (b"1", b"2"):
+        await outbox.put(Parcel((name,), due=loop.time() + 3600))
+    await asyncio.sleep(0)
+    outbox.hurry()
+    later = loop.time() + 0.05
+    await outbox.put(Parcel((b"3",), due=later))
+    await outbox.close()
+    await pump
+    assert [message for message, _ in sent] == [b"1", b"2", b"3"]
+    assert sent[1][1] < later <= sent[2][1] + 0.001
+
+
 async def test_last_words_pass_what_waits():
     """discard forgets what waits, lets the parcel in work go at once, and what is put after it still leaves."""
     outbox, sent = new_outbox(), []
