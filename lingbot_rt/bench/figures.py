@@ -53,6 +53,11 @@ def number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
+def significant(value: float | None) -> str:
+    """A cell for what may be 500 or 0.0005."""
+    return "-" if value is None else f"{value:.4g}"
+
+
 def write_json(path: str | None, report: Any) -> None:
     """A dataclass as an indented JSON object in the file ``path``, if one is asked for."""
     if path is not None:

@@ -1,0 +1,155 @@
+"""What the timed chunks of a pipeline say, and what a figure is worth nothing without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lingbot_rt.bench.ceiling import Ceiling
+from lingbot_rt.bench.figures import Spread, number, significant, table
+from lingbot_rt.bench.flops import ChunkFlops, ChunkShape, Flops, chunk_flops
+from lingbot_rt.bench.pipeline import OPENING_CHUNKS, Run
+from lingbot_rt.engine.chunk_plan import SessionPlan
+from lingbot_rt.engine.pipeline import Pipeline
+
+_TERA = 1e12
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What was measured, on what."""
+
+    model: str
+    weights: str  # "random" or "loaded"
+    device: str
+    torch: str
+    dtype: str
+    vae_dtype: str
+    attention_backend: str
+    size: str
+    latent_frames: int
+    sink_frames: int
+    window_frames: int
+    visible_frames: tuple[int, int]  # fewest and most that a measured chunk attended to
+    steps: int
+    case: str  # "steady", or "chunks 0 to 3"
+    warm_chunks: int
+    chunks: int  # measured
+
+    def __str__(self) -> str:
+        fewest, most = self.visible_frames
+        visible = f"{most}" if fewest == most else f"{fewest} to {most}"
+        return (
+            f"{self.model} ({self.weights} weights), {self.device}, torch {self.torch}\n"
+            f"{self.size}, {self.latent_frames} latent frames a chunk, window {self.window_frames} "
+            f"(sink {self.sink_frames}, visible {visible}), {self.steps} steps, DiT {self.dtype} "
+            f"(attention {self.attention_backend}), VAE {self.vae_dtype}\n"
+            f"{self.case}: {self.chunks} chunks measured after {self.warm_chunks} warm ones"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineReport:
+    setting: Setting
+    stages_ms: dict[str, Spread]
+    frames_per_s: float
+    tflop: dict[str, float]  # of a mean chunk
+    tflop_per_s: dict[str, float]
+    ceiling_tflop_per_s: Ceiling
+    floor_ms: float  # of the DiT's work at that ceiling
+    share_of_ceiling: float
+    peak_memory_gb: float | None  # in units of 1e9 bytes; None on a CPU
+
+
+def pipeline_report(pipeline: Pipeline, weights: str, run: Run, ceiling: Ceiling) -> PipelineReport:
+    stages = [chunk.stages() for chunk in run.chunks]
+    spreads = {name: Spread.of([stage[name] for stage in stages]) for name in stages[0]}
+    work = mean_work(pipeline, run.plan, run.visible_frames)
+    flops = {"camera": work.camera, "denoise": work.denoise, "context": work.context, "DiT": work.dit}
+    mean_ms = {name: spreads[name].mean for name in flops}
+    floor_ms = 1000 * ceiling.seconds(work.dit)
+    frames = sum(chunk.result.num_frames for chunk in run.chunks)
+    return PipelineReport(
+        setting=_setting(pipeline, weights, run),
+        stages_ms=spreads,
+        frames_per_s=1000 * frames / sum(stage["total"] for stage in stages),
+        tflop={name: part.total / _TERA for name, part in flops.items()},
+        tflop_per_s={name: part.total / _TERA / (mean_ms[name] / 1000) for name, part in flops.items()},
+        ceiling_tflop_per_s=ceiling,
+        floor_ms=floor_ms,
+        share_of_ceiling=floor_ms / mean_ms["DiT"],
+        peak_memory_gb=run.peak_memory_gb,
+    )
+
+
+def full_shape(plan: SessionPlan) -> ChunkShape:
+    """A chunk of this session with its window full."""
+    return ChunkShape(plan.size, plan.latent_frames, plan.window_frames, plan.num_steps)
+
+
+def mean_work(pipeline: Pipeline, plan: SessionPlan, visible_frames: Sequence[int]) -> ChunkFlops:
+    """Mean operations of chunks that attended to so many latent frames."""
+    counted = [
+        chunk_flops(pipeline.dit.config, ChunkShape(plan.size, plan.latent_frames, visible, plan.num_steps))
+        for visible in visible_frames
+    ]
+
+    def mean(parts: list[Flops]) -> Flops:
+        return sum(parts, Flops()).times(1 / len(parts))
+
+    return ChunkFlops(
+        camera=mean([chunk.camera for chunk in counted]),
+        denoise=mean([chunk.denoise for chunk in counted]),
+        context=mean([chunk.context for chunk in counted]),
+    )
+
+
+def as_text(report: PipelineReport) -> str:
+    rows = [
+        [
+            name,
+            number(ms.mean),
+            number(ms.p50),
+            number(ms.p95),
+            significant(report.tflop.get(name)),
+            significant(report.tflop_per_s.get(name)),
+        ]
+        for name, ms in report.stages_ms.items()
+    ]
+    ceiling = report.ceiling_tflop_per_s
+    memory = "" if report.peak_memory_gb is None else f", peak memory {report.peak_memory_gb:.1f} GB"
+    return "\n".join(
+        [
+            str(report.setting),
+            "",
+            table(("a chunk", "mean ms", "p50 ms", "p95 ms", "TFLOP", "TFLOP/s"), rows),
+            "",
+            f"{report.frames_per_s:.2f} frames/s{memory}",
+            f"ceiling here: linears {significant(ceiling.linears)}, attention {significant(ceiling.attention)} "
+            f"TFLOP/s; the DiT at it {report.floor_ms:.1f} ms, reached {100 * report.share_of_ceiling:.0f} %",
+        ]
+    )
+
+
+def _setting(pipeline: Pipeline, weights: str, run: Run) -> Setting:
+    plan, load = run.plan, run.load
+    return Setting(
+        model=pipeline.card.model_path,
+        weights=weights,
+        device=pipeline.card.device,
+        torch=torch.__version__,
+        dtype=pipeline.card.dtype,
+        vae_dtype=str(pipeline.vae.dtype).removeprefix("torch."),
+        attention_backend=pipeline.dit.attention_backend,
+        size=str(plan.size),
+        latent_frames=plan.latent_frames,
+        sink_frames=plan.sink_frames,
+        window_frames=plan.window_frames,
+        visible_frames=(min(run.visible_frames), max(run.visible_frames)),
+        steps=plan.num_steps,
+        case=f"chunks 0 to {OPENING_CHUNKS - 1}" if load.opening else "steady",
+        warm_chunks=load.warm_chunks(plan),
+        chunks=len(run.chunks),
+    )

@@ -1,0 +1,148 @@
+"""``lingbot-rt bench``: measure the pipeline on this device, the transports, or a server as a player meets it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from lingbot_rt.commands.progress import StageBars
+from lingbot_rt.commands.walk import parse_size
+from lingbot_rt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lingbot_rt.engine.pipeline import Pipeline
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    _add_pipeline(kinds.add_parser("pipeline", help="steady chunks on the device: DiT, VAE, frames/s, TFLOP/s"))
+
+
+def run(args: argparse.Namespace) -> int:
+    return {"pipeline": _pipeline}[args.kind](args)
+
+
+def _add_pipeline(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="lingbot-world-fast",
+        help="lingbot-world-fast (the published 14B's shapes), builtin, a diffusers folder, or a hub id "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--random-weights", action="store_true", help="the model's shapes with random weights, made on the device"
+    )
+    parser.add_argument("--size", metavar="WxH", help="of the frames (default: the model's)")
+    parser.add_argument("--window", type=_count, metavar="N", help="latent frames attended to (default: 18 in the 14B)")
+    parser.add_argument("--sink", type=_count_from_zero, metavar="N", help="of those, kept from the start (default: 9)")
+    parser.add_argument("--steps", type=_count, metavar="N", help="denoise steps a chunk (default: the model's)")
+    parser.add_argument("--chunks", type=_count, default=20, metavar="N", help="chunks measured (default: %(default)s)")
+    parser.add_argument(
+        "--warm",
+        type=_count_from_zero,
+        metavar="N",
+        help="chunks before them (default: as many as fill the window, at least 6)",
+    )
+    parser.add_argument(
+        "--case",
+        choices=("sglang-ci",),
+        help="sglang-ci: the mean of chunks 0 to 3 with window 18 and sink 9, over --chunks / 4 sessions",
+    )
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the DiT (default: bfloat16 on cuda, float32 on cpu)",
+    )
+    parser.add_argument(
+        "--attention-backend",
+        choices=("auto", "sdpa", "cudnn", "flash", "math"),
+        default="auto",
+        help="self-attention kernel (default: %(default)s)",
+    )
+    _add_json(parser)
+    parser.add_argument("--plot", metavar="FILE.png", help="a bar chart of the stages")
+    parser.add_argument(
+        "--profile", metavar="FILE.json", help="a Chrome trace of one chunk, made after the measurement"
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="every figure, with the setting it was measured in")
+
+
+def _pipeline(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from lingbot_rt.bench.ceiling import measure_ceiling
+    from lingbot_rt.bench.chart import bar_chart
+    from lingbot_rt.bench.figures import write_json
+    from lingbot_rt.bench.pipeline import Load, profile_chunk, run_chunks
+    from lingbot_rt.bench.pipeline_report import as_text, full_shape, pipeline_report
+
+    opening = args.case == "sglang-ci"
+    load = Load(
+        size=parse_size(args.size) if args.size else None,
+        sink_frames=args.sink if args.sink is not None or not opening else 9,
+        window_frames=args.window or (18 if opening else None),
+        num_steps=args.steps,
+        chunks=args.chunks,
+        warm=args.warm,
+        opening=opening,
+    )
+    pipeline = _made_pipeline(args)
+    plan = load.session_plan(pipeline)
+    total = load.warm_chunks(plan) + load.measured_chunks()
+    with tqdm(total=total, unit="chunk", disable=None) as bar:
+        measured = run_chunks(pipeline, load, bar.update)
+    ceiling = measure_ceiling(pipeline, full_shape(plan))
+    report = pipeline_report(pipeline, "random" if args.random_weights else "loaded", measured, ceiling)
+    print(as_text(report))
+    write_json(args.json, report)
+    if args.plot:
+        bar_chart(report.stages_ms, str(report.setting)).save(args.plot)
+    if args.profile:
+        profile_chunk(pipeline, load, args.profile)
+    return 0
+
+
+def _made_pipeline(args: argparse.Namespace) -> Pipeline:
+    """The networks, drawn or loaded; how long that took goes to stderr, beside the bars."""
+    from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST, Where, random_pipeline
+    from lingbot_rt.config import ServeConfig
+    from lingbot_rt.engine.pipeline import load_pipeline
+
+    if args.model == LINGBOT_WORLD_FAST and not args.random_weights:
+        raise ConfigError(
+            f"--model {args.model} names shapes without weights: add --random-weights, or name a folder or a hub id",
+            field="model",
+        )
+    begun = time.perf_counter()
+    if args.random_weights:
+        where = Where(args.device, args.dtype, args.attention_backend)
+        pipeline = random_pipeline(args.model, where)
+    else:
+        config = ServeConfig(
+            model_path=args.model, device=args.device, dtype=args.dtype, attention_backend=args.attention_backend
+        )
+        with StageBars() as bars:
+            pipeline = load_pipeline(config, bars.show)
+    print(f"{args.model} on {pipeline.card.device} in {time.perf_counter() - begun:.1f} s", file=sys.stderr)
+    return pipeline
+
+
+def _count(text: str) -> int:
+    """A whole number from 1 on."""
+    if _count_from_zero(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return int(text)
+
+
+def _count_from_zero(text: str) -> int:
+    """A whole number from 0 on."""
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number")
+    return int(text)

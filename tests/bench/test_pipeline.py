@@ -1,0 +1,138 @@
+"""``bench pipeline`` at tiny size on a CPU: the real engine, random weights, every output it promises."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from lingbot_rt.bench.ceiling import Ceiling
+from lingbot_rt.bench.flops import Flops
+from lingbot_rt.bench.pipeline import Load, profile_chunk, run_chunks
+from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST, Where, draw, random_pipeline, shapes_of
+from lingbot_rt.cli import main
+from lingbot_rt.errors import ConfigError
+from lingbot_rt.models.dit import CausalDiT
+from lingbot_rt.models.vae import AutoencoderKLWan
+from lingbot_rt.shapes import FrameSize
+
+SMALL = FrameSize(64, 64)
+CPU = Where(device="cpu", dtype="float32")
+STAGES = ["prepare", "camera", "denoise", "context", "DiT", "VAE", "first frames", "after denoise", "total"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(golden):
+    return random_pipeline(str(golden("e2e/model")), CPU)
+
+
+def test_the_published_shapes():
+    """``lingbot-world-fast`` is 18.5 B parameters of DiT and 127 M of VAE, at 832x480, window 18, sink 9, 4 steps."""
+    shapes = shapes_of(LINGBOT_WORLD_FAST)
+    with torch.device("meta"):
+        dit, vae = CausalDiT(shapes.dit), AutoencoderKLWan.from_config(shapes.vae)
+    assert sum(p.numel() for p in dit.parameters()) == pytest.approx(18.5e9, rel=0.01)
+    assert sum(p.numel() for p in vae.parameters()) == pytest.approx(127e6, rel=0.01)
+    assert (shapes.dit.window_frames, shapes.dit.sink_frames) == (18, 9)
+    assert (shapes.default_size, len(shapes.schedule.steps)) == (FrameSize(832, 480), 4)
+
+
+def test_drawn_weights_keep_the_size_of_what_passes(pipeline):
+    """Every parameter is finite and drawn in its dtype, gains are one, biases zero, and a linear's rows have norm 1."""
+    state = dict(pipeline.dit.named_parameters())
+    assert all(value.isfinite().all() for value in state.values())
+    assert state["blocks.0.self_attn.norm_q.weight"].eq(1).all()
+    assert state["blocks.0.ffn.0.bias"].eq(0).all()
+    assert state["blocks.0.ffn.2.weight"].norm(dim=1).mean().item() == pytest.approx(1, abs=0.1)
+    with torch.device("meta"):
+        empty = torch.nn.Linear(8, 8)
+    assert draw(empty, torch.bfloat16, torch.device("cpu"), torch.Generator()).weight.dtype == torch.bfloat16
+
+
+def test_steady_chunks_have_a_full_window(pipeline):
+    """Without ``warm`` as many chunks run first as fill the window, and each measured one attends to all of it."""
+    done = []
+    measured = run_chunks(
+        pipeline, Load(size=SMALL, window_frames=21, sink_frames=3, chunks=2), lambda: done.append(None)
+    )
+    assert len(done) == 7 + 2
+    assert measured.visible_frames == [21, 21]
+    assert [chunk.result.chunk_index for chunk in measured.chunks] == [7, 8]
+    assert all(chunk.result.num_frames == 12 for chunk in measured.chunks)
+    assert measured.peak_memory_gb is None
+
+
+def test_first_frames_come_before_the_context_pass(pipeline):
+    """The first frames of a chunk are there after its denoise and before its end."""
+    measured = run_chunks(pipeline, Load(size=SMALL, warm=0, chunks=2), lambda: None)
+    for chunk in measured.chunks:
+        stages = chunk.stages()
+        assert list(stages) == STAGES
+        assert 0 < stages["after denoise"] < stages["first frames"] < stages["total"]
+        assert stages["DiT"] == pytest.approx(stages["denoise"] + stages["context"])
+
+
+def test_openings_are_chunks_0_to_3(pipeline):
+    """The opening case measures the first four chunks of session after session, one session to warm up."""
+    done = []
+    load = Load(size=SMALL, window_frames=18, sink_frames=9, chunks=8, opening=True)
+    measured = run_chunks(pipeline, load, lambda: done.append(None))
+    assert len(done) == 4 + 8
+    assert [chunk.result.chunk_index for chunk in measured.chunks] == [0, 1, 2, 3] * 2
+    assert measured.visible_frames == [3, 6, 9, 12] * 2
+
+
+@pytest.mark.parametrize("load", [Load(window_frames=11, sink_frames=9), Load(size=FrameSize(70, 64))])
+def test_what_cannot_be_is_refused(pipeline, load):
+    """A window without room for a chunk, and a size of broken tokens, are named before anything runs."""
+    with pytest.raises(ConfigError):
+        run_chunks(pipeline, load, lambda: None)
+
+
+def test_time_at_the_ceiling():
+    """1 TFLOP of linears at 2 TFLOP/s and 3 of attention at 6 take half a second each."""
+    assert Ceiling(linears=2, attention=6).seconds(Flops(1e12, 2e12, 1e12)) == pytest.approx(1.0)
+
+
+def test_profile_is_a_chrome_trace(pipeline, tmp_path, capfd):
+    """The trace is JSON with the matrix products of a chunk in it."""
+    profile_chunk(pipeline, Load(size=SMALL, warm=1), str(tmp_path / "trace.json"))
+    names = {event["name"] for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
+    assert {"aten::linear", "aten::scaled_dot_product_attention"} <= names
+
+
+def test_command_line(golden, tmp_path, capsys):
+    """One command prints the table, writes the figures with their setting, and draws the chart."""
+    figures, chart = tmp_path / "bench.json", tmp_path / "bench.png"
+    line = (
+        f"bench pipeline --model {golden('e2e/model')} --random-weights --device cpu --size 64x64 --window 9 --sink 3"
+    )
+    assert main([*line.split(), "--steps", "2", "--chunks", "2", "--json", str(figures), "--plot", str(chart)]) == 0
+    told = json.loads(figures.read_text())
+    assert told["setting"]["steps"] == 2
+    assert (told["setting"]["warm_chunks"], told["setting"]["chunks"]) == (6, 2)
+    assert told["setting"]["weights"] == "random"
+    assert list(told["stages_ms"]) == STAGES
+    assert told["stages_ms"]["total"]["count"] == 2
+    assert told["tflop"]["DiT"] == pytest.approx(told["tflop"]["denoise"] + told["tflop"]["context"])
+    assert told["share_of_ceiling"] == pytest.approx(told["floor_ms"] / told["stages_ms"]["DiT"]["mean"])
+    printed = capsys.readouterr().out
+    assert all(stage in printed for stage in STAGES)
+    with Image.open(chart) as picture:
+        assert picture.size[0] == 960
+        assert len(picture.getcolors(10**6)) > 10
+
+
+def test_loaded_weights(golden, capsys):
+    """Without --random-weights the folder's own weights run, text encoder included."""
+    line = f"bench pipeline --model {golden('e2e/model')} --device cpu --size 64x64 --warm 0 --chunks 1"
+    assert main(line.split()) == 0
+    assert "loaded weights" in capsys.readouterr().out
+
+
+def test_shapes_without_weights_are_refused(capsys):
+    """``lingbot-world-fast`` has no weights to load: the line says what to add."""
+    assert main(["bench", "pipeline", "--device", "cpu"]) == 2
+    assert "--random-weights" in capsys.readouterr().err
