@@ -4,8 +4,8 @@ Huang et al., "Real-Time Intermediate Flow Estimation for Video Frame Interpolat
 the pair from coarse to fine; each refines the flow from the wanted instant to either frame, and the mask that mixes
 the two frames once warped along it.
 
-Legend: B pairs, H x W pixels, h x w a block's grid, T times. Flow is [B, 4, H, W] in pixels: x and y to the first frame,
-then x and y to the second. Parameter names are those of the published checkpoints.
+Legend: B pairs, H x W pixels, h x w a block's grid, n frames, r frames out a frame in. Flow is [B, 4, H, W] in pixels:
+x and y to the first frame, then x and y to the second. Parameter names are those of the published checkpoints.
 """
 
 from __future__ import annotations
@@ -101,8 +101,11 @@ def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _rescale(flow_B4HW: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
     """Flow in pixels of ``source`` [height, width] -> in pixels of ``target``."""
-    x, y = target[1] / source[1], target[0] / source[0]
-    return flow_B4HW * flow_B4HW.new_tensor((x, y, x, y)).view(1, 4, 1, 1)
+    # Filled where it is: a tensor made of numbers would be copied from the host.
+    factors = flow_B4HW.new_empty((1, 4, 1, 1))
+    factors[:, 0::2] = target[1] / source[1]
+    factors[:, 1::2] = target[0] / source[0]
+    return flow_B4HW * factors
 
 
 def _warp(frame_B3HW: Tensor, flow_B2HW: Tensor) -> Tensor:
@@ -121,19 +124,20 @@ class Interpolator:
         self.net = net
         self.device = next(net.parameters()).device
 
-    def __call__(self, frames_nHWC: Tensor, times: Sequence[float], scale: float) -> Tensor:
-        """uint8 [n+1, H, W, 3] -> uint8 [n, T, H, W, 3]: between each frame and the next, one at each time."""
-        n, height, width, _ = frames_nHWC[1:].shape
-        between = frames_nHWC.new_empty((n * len(times), height, width, 3))
-        pair = torch.arange(n, device=self.device).repeat_interleave(len(times))
-        time_B = torch.tensor(list(times) * n, device=self.device)
-        for i in range(0, len(between), _PAIRS_AT_ONCE):
+    def __call__(self, frames_nHWC: Tensor, rate: int, scale: float) -> Tensor:
+        """uint8 [n, H, W, 3] -> uint8 [n-1, r-1, H, W, 3]: from each frame to the next, at times 1/r ... (r-1)/r."""
+        n, height, width, _ = frames_nHWC.shape
+        each = rate - 1
+        index = torch.arange((n - 1) * each, device=self.device)
+        pair, time_B = index // each, (index % each + 1) / rate
+        between = frames_nHWC.new_empty((len(index), height, width, 3))
+        for i in range(0, len(index), _PAIRS_AT_ONCE):
             part = slice(i, i + _PAIRS_AT_ONCE)
             first = frames_nHWC[pair[part]].permute(0, 3, 1, 2).float() / 255
             second = frames_nHWC[pair[part] + 1].permute(0, 3, 1, 2).float() / 255
             picture = self.net(first, second, time_B[part], scale)
             between[part] = picture.mul(255).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-        return between.view(n, len(times), height, width, 3)
+        return between.view(n - 1, each, height, width, 3)
 
     def memory_bytes(self, height: int, width: int, scale: float) -> int:
         """About what one forward takes at its peak, the weights left out."""

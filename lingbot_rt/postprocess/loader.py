@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -30,6 +31,12 @@ _CONTAINERS = ("params_ema", "params")
 
 _RIFE_TRAINING_ONLY = ("block_tea.", "contextnet.", "unet.")
 """Parts of RIFE's file that its interpolation does not use: the training's teacher, and a refinement left out."""
+
+_DAMAGE = (
+    *(SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError),
+    *(struct.error, AssertionError, AttributeError, LookupError, TypeError),
+)
+"""What reading a damaged file raises; the second line is torch's unpickler meeting opcodes out of their order."""
 
 _LISTED_KEYS = 4
 
@@ -80,7 +87,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             found: object = load_file(path)
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except _DAMAGE as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{path} is damaged or holds more than weights: {reason}") from None
     for container in _CONTAINERS:
@@ -137,8 +144,11 @@ def _filled(net: Net, weights: Mapping[str, Tensor], path: Path, device: torch.d
             f"{', '.join(wrong[:_LISTED_KEYS])}{more}"
         )
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    net.load_state_dict({name: tensor.to(device, dtype) for name, tensor in weights.items()}, assign=True)
-    return net.to(memory_format=torch.channels_last).requires_grad_(False).eval()
+    placed = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
+    # Convolutions of half floats run channels-last on an accelerator; on a CPU it saves the frames a transposition.
+    last = {name: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for name, t in placed.items()}
+    net.load_state_dict(last, assign=True)
+    return net.requires_grad_(False).eval()
 
 
 def _unknown(path: Path, expected: str, weights: Mapping[str, Tensor]) -> CheckpointError:

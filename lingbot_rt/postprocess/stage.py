@@ -102,9 +102,7 @@ class PostProcessor:
         known = frames if self._last is None else torch.cat((self._last, frames))
         # A copy: the caller's frames may be a view of memory that is written again.
         self._last = frames[-1:].clone()
-        rate = self._plan.rate
-        times = [i / rate for i in range(1, rate)]
-        between = interpolator(known, times, self._plan.interpolation_scale)
+        between = interpolator(known, self._plan.rate, self._plan.interpolation_scale)
         steps = torch.cat((between, known[1:, None]), dim=1).flatten(0, 1)
         return steps if len(known) > len(frames) else torch.cat((known[:1], steps))
 
