@@ -20,13 +20,13 @@ const SVG = "http://www.w3.org/2000/svg";
 export function icon(name) {
   const svg = document.createElementNS(SVG, "svg");
   const use = document.createElementNS(SVG, "use");
-  use.setAttribute("href", `vendor/icons.svg#${name}`);
+  use.setAttribute("href", `#icon-${name}`);
   svg.setAttribute("aria-hidden", "true");
   svg.append(use);
   return svg;
 }
 
-export const setIcon = (button, name) => button.querySelector("use").setAttribute("href", `vendor/icons.svg#${name}`);
+export const setIcon = (button, name) => button.querySelector("use").setAttribute("href", `#icon-${name}`);
 
 /** Whether a key pressed there belongs to a field, not to the world. */
 export const isTyping = (target) =>

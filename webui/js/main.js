@@ -87,7 +87,12 @@ const player = new Player($("canvas"), {
 // --- the world ---
 
 async function begin({ saved = null } = {}) {
-  if (preparing || !server.model?.ready) return;
+  if (preparing) return;
+  if (!server.model?.ready) {
+    const advice = "Try again when it is ready: its state is shown at the top of the page.";
+    errors.show({ key: "session", title: "The server is not ready", words: server.words, advice, actions: [["Try again", () => begin({ saved })]] });
+    return;
+  }
   preparing = true;
   try {
     errors.dismiss("session");
