@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     _add_pipeline(kinds.add_parser("pipeline", help="steady chunks on the device: DiT, VAE, frames/s, TFLOP/s"))
+    _add_transport(kinds.add_parser("transport", help="what each way of sending frames costs, beside plain Pillow"))
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"pipeline": _pipeline}[args.kind](args)
+    return {"pipeline": _pipeline, "transport": _transport}[args.kind](args)
 
 
 def _add_pipeline(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +71,12 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_transport(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", default="832x480", metavar="WxH", help="of the frames (default: %(default)s)")
+    parser.add_argument("--frames", type=_count, default=96, metavar="N", help="frames measured (default: %(default)s)")
+    _add_json(parser)
+
+
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="every figure, with the setting it was measured in")
 
@@ -106,6 +113,19 @@ def _pipeline(args: argparse.Namespace) -> int:
         bar_chart(report.stages_ms, str(report.setting)).save(args.plot)
     if args.profile:
         profile_chunk(pipeline, load, args.profile)
+    return 0
+
+
+def _transport(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from lingbot_rt.bench.figures import write_json
+    from lingbot_rt.bench.transport import FORMATS, as_text, measure_transport
+
+    with tqdm(total=2 * len(FORMATS), unit="way", disable=None) as bar:
+        report = measure_transport(parse_size(args.size), args.frames, bar.update)
+    print(as_text(report))
+    write_json(args.json, report)
     return 0
 
 

@@ -1,0 +1,123 @@
+"""What each transport costs: pixels to payload as the server does it, beside Pillow's own way to the same picture."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from lingbot_rt.bench.figures import Spread, number, table
+from lingbot_rt.bench.pictures import moving_pictures
+from lingbot_rt.shapes import VAE_TEMPORAL_STRIDE, FrameSize
+from lingbot_rt.transport.encode import DEFAULT_QUALITY, FormatName, FrameEncoder, OutputFormat
+
+Pixels = npt.NDArray[np.uint8]
+
+FORMATS: tuple[FormatName, ...] = ("webp", "jpeg", "raw", "delta-gzip")
+
+_WARM_BATCHES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one frame."""
+
+    ms: Spread
+    mb_per_s: float  # of raw pixels, in units of 1e6 bytes
+    kb: float  # payload, in units of 1e3 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TransportReport:
+    size: str
+    frames: int
+    frames_a_batch: int
+    cores: int
+    quality: dict[str, int]
+    encoder: dict[str, Cost]  # of the session's FrameEncoder, by transport
+    pillow: dict[str, Cost]  # its defaults at that quality, frame by frame; raw as tobytes, delta-gzip as PNG
+
+
+def measure_transport(size: FrameSize, frames: int, done: Callable[[], object]) -> TransportReport:
+    """Both ways through every transport; ``done`` is called after each of the eight.
+
+    Batches are of 4 frames, as latent frames leave the engine, the first two not counted.
+    """
+    batch = VAE_TEMPORAL_STRIDE
+    pixels = moving_pictures(size, frames + _WARM_BATCHES * batch)
+    encoder: dict[str, Cost] = {}
+    pillow: dict[str, Cost] = {}
+    for name in FORMATS:
+        encoder[name] = _cost(_as_served(name), pixels)
+        done()
+        pillow[name] = _cost(_as_pillow(name), pixels)
+        done()
+    return TransportReport(
+        size=str(size),
+        frames=frames,
+        frames_a_batch=batch,
+        cores=os.cpu_count() or 1,
+        quality=dict(DEFAULT_QUALITY),
+        encoder=encoder,
+        pillow=pillow,
+    )
+
+
+def as_text(report: TransportReport) -> str:
+    rows = []
+    for name in FORMATS:
+        ours, plain = report.encoder[name], report.pillow[name]
+        ours_cells = [number(ours.ms.p50, 2), number(ours.ms.p95, 2), number(ours.mb_per_s, 0), number(ours.kb)]
+        rows.append([name, *ours_cells, number(plain.ms.p50, 2), number(plain.kb)])
+    quality = ", ".join(f"{name} {value}" for name, value in report.quality.items())
+    return "\n".join(
+        [
+            f"{report.frames} moving pictures of {report.size} in batches of {report.frames_a_batch}, "
+            f"{report.cores} cores; quality: {quality}",
+            "",
+            table(("a frame", "p50 ms", "p95 ms", "MB/s in", "kB out", "plain Pillow ms", "kB"), rows),
+        ]
+    )
+
+
+def _cost(payload_bytes: Callable[[Pixels], int], pixels: Pixels) -> Cost:
+    """``payload_bytes`` encodes a batch [n, H, W, 3] and tells how much that made."""
+    ms_a_frame, payload = [], 0
+    batch = VAE_TEMPORAL_STRIDE
+    for start in range(0, len(pixels), batch):
+        frames = pixels[start : start + batch]
+        begun = time.perf_counter()
+        made = payload_bytes(frames)
+        ms = 1000 * (time.perf_counter() - begun)
+        if start >= _WARM_BATCHES * batch:
+            ms_a_frame += [ms / len(frames)] * len(frames)
+            payload += made
+    spread = Spread.of(ms_a_frame)
+    return Cost(ms=spread, mb_per_s=pixels[0].nbytes / 1e6 / (spread.mean / 1000), kb=payload / len(ms_a_frame) / 1e3)
+
+
+def _as_served(name: FormatName) -> Callable[[Pixels], int]:
+    encoder = FrameEncoder(OutputFormat(name))
+    return lambda frames: len(encoder.encode(frames, event_id=None).payload)
+
+
+def _as_pillow(name: FormatName) -> Callable[[Pixels], int]:
+    """What one would write without thinking of speed."""
+    kind = {"webp": "WEBP", "jpeg": "JPEG"}.get(name, "PNG")
+    options = {"quality": DEFAULT_QUALITY[name]} if name in DEFAULT_QUALITY else {}
+
+    def encode(pixels: Pixels) -> int:
+        picture = Image.fromarray(pixels)
+        if name == "raw":
+            return len(picture.tobytes())
+        out = io.BytesIO()
+        picture.save(out, kind, **options)
+        return out.tell()
+
+    return lambda frames: sum(encode(frame) for frame in frames)
