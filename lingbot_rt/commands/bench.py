@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -19,10 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     _add_pipeline(kinds.add_parser("pipeline", help="steady chunks on the device: DiT, VAE, frames/s, TFLOP/s"))
     _add_transport(kinds.add_parser("transport", help="what each way of sending frames costs, beside plain Pillow"))
+    _add_serve(
+        kinds.add_parser("serve", help="a running server as a player meets it: rate, latency, jitter, underruns")
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"pipeline": _pipeline, "transport": _transport}[args.kind](args)
+    return {"pipeline": _pipeline, "transport": _transport, "serve": _serve}[args.kind](args)
 
 
 def _add_pipeline(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +79,41 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
 def _add_transport(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="832x480", metavar="WxH", help="of the frames (default: %(default)s)")
     parser.add_argument("--frames", type=_count, default=96, metavar="N", help="frames measured (default: %(default)s)")
+    _add_json(parser)
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default="http://127.0.0.1:30000", help="of the server (default: %(default)s)")
+    parser.add_argument(
+        "--api-key", default=os.environ.get("LINGBOT_RT_API_KEY"), metavar="TEXT", help="when it has one"
+    )
+    parser.add_argument("--size", metavar="WxH", help="of the frames (default: the model's)")
+    parser.add_argument("--first-frame", metavar="FILE", help="the picture it starts from (default: a small preset)")
+    parser.add_argument(
+        "--chunks", type=_count, default=30, metavar="N", help="chunks of the session (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("webp", "jpeg", "raw", "delta-gzip"),
+        help="transport of the frames (default: the server's)",
+    )
+    parser.add_argument("--fps", type=_positive, default=16.0, metavar="N", help="asked of the server (default: 16)")
+    parser.add_argument(
+        "--press-every",
+        type=_positive,
+        default=0.7,
+        metavar="S",
+        help="mean seconds between key changes (default: 0.7)",
+    )
+    parser.add_argument(
+        "--playback-fps", type=_positive, metavar="N", help="of the player whose underruns count (default: --fps)"
+    )
+    parser.add_argument(
+        "--playback-lead", type=_positive, default=0.5, metavar="S", help="how far behind it plays (default: 0.5)"
+    )
+    parser.add_argument(
+        "--init", action="append", default=[], metavar="FIELD=VALUE", help="any other field of the init, such as seed=7"
+    )
     _add_json(parser)
 
 
@@ -129,6 +169,40 @@ def _transport(args: argparse.Namespace) -> int:
     return 0
 
 
+def _serve(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from lingbot_rt.bench.figures import write_json
+    from lingbot_rt.bench.serve import Visit, as_text, model_facts, serve_report, visit
+    from lingbot_rt.commands.client import parse_fields, served_size
+    from lingbot_rt.commands.walk import DEFAULT_PROMPT, first_picture
+
+    size = parse_size(args.size) if args.size else served_size(args.url, args.api_key)
+    init = {
+        "prompt": DEFAULT_PROMPT,
+        "first_frame": first_picture(args.first_frame, size),
+        "size": str(size),
+        "fps": args.fps,
+        "max_chunks": args.chunks,
+        "realtime_output_format": args.format,
+    } | parse_fields(args.init)
+    plan = Visit(
+        url=args.url,
+        api_key=args.api_key,
+        init=init,
+        press_every_s=args.press_every,
+        playback_fps=args.playback_fps or args.fps,
+        playback_lead_s=args.playback_lead,
+    )
+    model = model_facts(args.url, args.api_key)
+    with tqdm(unit="frame", disable=None) as bar:
+        seen = visit(plan, bar.update)
+    report = serve_report(plan, model, seen)
+    print(as_text(report))
+    write_json(args.json, report)
+    return 0
+
+
 def _made_pipeline(args: argparse.Namespace) -> Pipeline:
     """The networks, drawn or loaded; how long that took goes to stderr, beside the bars."""
     from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST, Where, random_pipeline
@@ -166,3 +240,14 @@ def _count_from_zero(text: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number")
     return int(text)
+
+
+def _positive(text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
+    return value
