@@ -193,7 +193,7 @@ function showState() {
   if (!live) $("latency-pill").hidden = true;
   for (const id of ["pause", "mouse-look"]) $(id).disabled = !live;
   for (const id of ["screenshot", "first-continue"]) $(id).disabled = !player.hasPicture;
-  $("record").disabled = !live || !canRecord();
+  $("record").disabled = !live;
   $("stop").disabled = !player.isRunning;
   $("restart").disabled = !player.init || running;
   $("save-session").disabled = !player.journal;
@@ -463,6 +463,7 @@ function wireControls() {
   $("restart").onclick = again;
   $("stop").onclick = () => player.stop();
   $("record").onclick = toggleRecording;
+  $("record").hidden = !canRecord();
   $("screenshot").onclick = keepPicture;
   $("open-gallery").onclick = () => $("gallery-dialog").showModal();
   $("toggle-meters").onclick = toggleMeters;

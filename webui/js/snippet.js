@@ -2,7 +2,7 @@
 
 /** `init` without the first frame; values are numbers, strings, booleans. */
 export function pythonSnippet(base, init) {
-  const skipped = ["first_frame", "protocol_extensions", "pinned_events", "condition_inputs", "prompt"];
+  const skipped = ["first_frame", "protocol_extensions", "pinned_events", "condition_inputs", "prompt", "profile"];
   const fields = Object.entries(init).filter(([key, value]) => !skipped.includes(key) && value !== undefined);
   return [
     "from lingbot_rt.client import connect",
