@@ -73,6 +73,9 @@ class ServeConfig:
         None, "threads of the CPU path (default: physical cores)", low=1, high=256, group="device"
     )
     warmup: bool = _option(True, "run every shape once before /health says ready", group="device")
+    enable_upscaling_warmup: bool = _option(
+        False, "warm-up includes the upscaling and interpolation networks", group="device"
+    )
     # Server
     host: str = _option("127.0.0.1", "address to listen on", group="server")
     port: int = _option(30000, "port to listen on; 0 picks a free one", low=0, high=65535, group="server")
@@ -109,6 +112,9 @@ class ServeConfig:
     )
     first_frame_dir: str | None = _option(
         None, "folder from which an init may name its first frame by path", group="limits"
+    )
+    postprocess_model_dir: str | None = _option(
+        None, "folder of the upscaling and interpolation models that an init may name", group="limits"
     )
     record_dir: str | None = _option(None, "folder in which sessions are recorded", group="limits")
     record_sessions: str = _option("all", "which sessions are recorded", choices=("all", "asked"), group="limits")

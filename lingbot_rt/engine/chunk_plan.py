@@ -11,7 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lingbot_rt.shapes import FrameSize, pixel_frames_of_chunk
+from lingbot_rt.postprocess.plan import PostprocessPlan
+from lingbot_rt.shapes import FrameSize
+
+UNCHANGED = PostprocessPlan()
+"""Frames leave as they were decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,7 @@ class SessionPlan:
     negative_prompt: str
     sink_frames: int
     window_frames: int
+    postprocess: PostprocessPlan = UNCHANGED
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,7 @@ class FrameGroup:
     chunk_index: int
     group_index: int  # 0 .. F-1
     num_groups: int  # F
-    pixels: npt.NDArray[np.uint8]  # [n, H, W, 3], n = 1 for the very first of a session, else 4
+    pixels: npt.NDArray[np.uint8]  # [n, H, W, 3], n = 1 for the very first of a session, else 4, times 2^exp
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,7 @@ class ChunkTimings:
     vae_ms: float  # decode, until the pixels are on the host
     total_ms: float  # from taking the plan to being ready for the next
     stages: dict[str, float] = field(default_factory=dict)  # every stage by name, for `profile`
+    postprocess: dict[str, float] = field(default_factory=dict)  # upscale_ms, interpolate_ms, of what is on
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +111,3 @@ class EngineStatus:
 
     def as_dict(self) -> dict[str, Any]:
         return {"stage": self.stage, "progress": self.progress, "detail": self.detail}
-
-
-def frames_in(plan: ChunkPlan, session: SessionPlan) -> int:
-    """Pixel frames the chunk of ``plan`` will decode to."""
-    return pixel_frames_of_chunk(plan.chunk_index, session.latent_frames)

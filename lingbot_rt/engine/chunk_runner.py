@@ -24,7 +24,7 @@ def run_chunk(
     Raises ChunkCancelled when the session was closed meanwhile.
     """
     clock = StageClock(pipeline.device)
-    outlet = FrameOutlet(pipeline.device, emit)
+    outlet = FrameOutlet(pipeline.device, session.postprocessor, emit)
     start_frame = plan.chunk_index * session.plan.latent_frames
 
     with clock.stage("text"):
@@ -54,6 +54,7 @@ def run_chunk(
         outlet.finish()
 
     stages = clock.finish()
+    postprocess = session.postprocessor.take_timings()
     return ChunkResult(
         chunk_index=plan.chunk_index,
         num_frames=outlet.num_frames,
@@ -61,7 +62,8 @@ def run_chunk(
         timings=ChunkTimings(
             prepare_ms=stages["text"] + stages["camera"],
             dit_ms=stages["denoise"] + stages["context"],
-            vae_ms=stages["vae"],
+            vae_ms=stages["vae"] - sum(postprocess.values()),
+            postprocess=postprocess,
             total_ms=clock.total_ms,
             stages=stages,
         ),

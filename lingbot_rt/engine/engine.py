@@ -69,6 +69,8 @@ class Engine:
         """Encodes prompt and picture and allocates the session's window."""
 
         def build() -> None:
+            if not self._loaded.postprocess.loaded(plan.postprocess):
+                log.info("first use of upscaling or interpolation: loading its networks")
             self._sessions[plan.session_id] = SessionState(self._loaded, plan)
 
         await self._on_thread(build)
@@ -101,7 +103,11 @@ class Engine:
         self._pipeline = pipeline
         if self._config.warmup:
             self._report(EngineStatus("warming up", 0.0))
-            warm_up(pipeline, lambda done: self._report(EngineStatus("warming up", done)))
+            warm_up(
+                pipeline,
+                lambda done: self._report(EngineStatus("warming up", done)),
+                postprocess=self._config.enable_upscaling_warmup,
+            )
         self._report(EngineStatus("ready"))
 
     def _report(self, status: EngineStatus) -> None:

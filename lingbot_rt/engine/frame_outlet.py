@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lingbot_rt.engine.chunk_plan import FrameGroup
+from lingbot_rt.postprocess.stage import PostProcessor
 
 _decode_streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -29,8 +30,9 @@ class _Pending:
 class FrameOutlet:
     """One chunk's way out; ``num_frames`` counts the pixel frames pushed."""
 
-    def __init__(self, device: torch.device, emit: Callable[[FrameGroup], None]) -> None:
+    def __init__(self, device: torch.device, postprocessor: PostProcessor, emit: Callable[[FrameGroup], None]) -> None:
         self._device = device
+        self._postprocessor = postprocessor
         self._emit = emit
         self._pending: list[_Pending] = []
         self.num_frames = 0
@@ -48,8 +50,9 @@ class FrameOutlet:
             yield
 
     def push(self, pixels: Tensor, chunk_index: int, group_index: int, num_groups: int) -> None:
-        """``pixels`` [1, 3, n, H, W] in [0, 1] leave as uint8 [n, H, W, 3], truncated as the reference does."""
-        frames = to_uint8(pixels)
+        """``pixels`` [1, 3, n, H, W] in [0, 1] leave as uint8 [n, H, W, 3], truncated as the reference does, then
+        interpolated and enlarged as the session asked."""
+        frames = self._postprocessor.process(to_uint8(pixels))
         self.num_frames += frames.shape[0]
         place = (chunk_index, group_index, num_groups)
         if self._device.type != "cuda":

@@ -18,6 +18,7 @@ from lingbot_rt.models.checkpoint import load_dit, load_text_encoder, load_vae, 
 from lingbot_rt.models.dit import CausalDiT, TextKV
 from lingbot_rt.models.text_encoder import TextEncoder
 from lingbot_rt.models.vae import StreamingVAE
+from lingbot_rt.postprocess.stage import PostprocessNetworks
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Pipeline:
     vae_placement: Placement
     text_encoder: TextEncoder
     text_encoder_placement: Placement
+    postprocess: PostprocessNetworks
 
     def text_kv(self, prompt: str) -> TextKV:
         """A prompt's cross-attention K/V for every block of the DiT."""
@@ -96,6 +98,7 @@ def load_pipeline(config: ServeConfig, report: Callable[[EngineStatus], None]) -
         vae_placement=Placement(vae, device, offload=config.vae_cpu_offload),
         text_encoder=text_encoder,
         text_encoder_placement=Placement(text_encoder, device, offload=config.text_encoder_cpu_offload),
+        postprocess=PostprocessNetworks(device),
     )
 
 

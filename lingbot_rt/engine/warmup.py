@@ -10,10 +10,14 @@ from lingbot_rt.engine.chunk_plan import ChunkPlan, SessionPlan
 from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.engine.session_state import SessionState
+from lingbot_rt.postprocess.plan import PostprocessPlan
 
 
-def warm_up(pipeline: Pipeline, report: Callable[[float], None]) -> None:
-    """Runs a default session until its window has slid once, with a prompt change; ``report`` gets the share done."""
+def warm_up(pipeline: Pipeline, report: Callable[[float], None], *, postprocess: bool = False) -> None:
+    """Runs a default session until its window has slid once, with a prompt change; ``report`` gets the share done.
+
+    ``postprocess`` adds the upscaling and interpolation networks at their usual factors.
+    """
     card = pipeline.card
     plan = SessionPlan(
         session_id="warm-up",
@@ -35,3 +39,6 @@ def warm_up(pipeline: Pipeline, report: Callable[[float], None]) -> None:
         prompt = plan.prompt if index < chunks - 1 else "a quiet street at night"
         run_chunk(pipeline, session, ChunkPlan(plan.session_id, index, prompt, still, None), lambda group: None)
         report((index + 1) / chunks)
+    if postprocess:
+        usual = PostprocessPlan(upscaling_scale=4, interpolation_exp=1)
+        pipeline.postprocess.open(usual, card.default_size).warm_up(pipeline.device)

@@ -81,7 +81,8 @@ class ChunkStream:
         self._metrics = metrics
         self._recorder = recorder
         self._encoder = FrameEncoder(settings.output)
-        self._pacer = Pacer(settings.fps) if settings.pacing else None
+        self._playback_fps = settings.fps * settings.postprocess.rate
+        self._pacer = Pacer(self._playback_fps) if settings.pacing else None
         self._lead = asyncio.Semaphore(LEAD_CHUNKS)
         self._groups: asyncio.Queue[tuple[_Chunk, FrameGroup]] = asyncio.Queue(LEAD_CHUNKS * settings.latent_frames)
         self._results: asyncio.Queue[tuple[_Chunk, ChunkResult]] = asyncio.Queue(LEAD_CHUNKS)
@@ -168,7 +169,7 @@ class ChunkStream:
         wait_s = self._pacer.worth_starting_at(self._first_group_s) - now
         if wait_s <= 0:
             return
-        chunk_s = sum(self._session.group_sizes(self._session.next_chunk)) / self._session.settings.fps
+        chunk_s = sum(self._session.group_sizes(self._session.next_chunk)) / self._playback_fps
         calm_s = min(max(self._hurried_at + chunk_s - now, 0), wait_s)
         await asyncio.sleep(calm_s)
         try:
@@ -268,6 +269,7 @@ class ChunkStream:
             stats.scheduler_forward_ms = timings.total_ms
             stats.dit_ms, stats.vae_ms = timings.dit_ms, timings.vae_ms
             stats.window_frames = result.window_frames
+            stats.postprocess_ms = timings.postprocess
             # Chunks overlap (the context pass runs after a chunk's frames are out): counted from the end of the one
             # before, the times of a session add up to its wall time.
             stats.chunk_total_ms = 1000 * (chunk.sent_at - (chunk.began_at if chunk.opens else self._sent_before))

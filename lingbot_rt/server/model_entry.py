@@ -32,7 +32,7 @@ def model_entry(config: ServeConfig, card: ModelCard | None, status: EngineStatu
         "output_formats": ["webp", "jpeg", "raw", "delta-gzip"],
         "default_output_format": config.default_output_format,
         "extensions": list(EXTENSIONS),
-        "features": {"upscaling": False, "frame_interpolation": False, "guidance": True},
+        "features": {"upscaling": True, "frame_interpolation": True, "guidance": True},
         "fps": {"default": 16, "min": 1, "max": 120},
         "limits": {
             "size_multiple": SIZE_MULTIPLE,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -276,6 +276,7 @@ class ChunkStats:
     vae_ms: float = 0.0
     event_latency_ms: float | None = None  # event received -> first frame carrying it sent
     window_frames: int = 0
+    postprocess_ms: Mapping[str, float] = field(default_factory=dict)  # upscale_ms, interpolate_ms, of what is on
     stages: Mapping[str, float] | None = None  # with `profile`
 
 
@@ -308,6 +309,7 @@ def stats_fields(stats: ChunkStats) -> dict[str, Any]:
         "event_latency_ms": None if stats.event_latency_ms is None else wire_ms(stats.event_latency_ms),
         "window_frames": wire_int(stats.window_frames),
     }
+    message |= {name: wire_ms(ms) for name, ms in stats.postprocess_ms.items()}
     if stats.stages is not None:
         message["stages"] = {name: max(round(ms, 3), 0.0) for name, ms in stats.stages.items()}
     return message

@@ -99,9 +99,12 @@ class Session:
         return Sampled(plan, new_event=True, event_received_at=received_at, events=events)
 
     def group_sizes(self, chunk_index: int) -> list[int]:
-        """Pixel frames of each latent frame of a chunk, known before any is decoded."""
+        """Pixel frames that leave for each latent frame of a chunk, known before any is decoded."""
         first = chunk_index * self.settings.latent_frames
-        return [pixel_frames_of_latent(first + i) for i in range(self.settings.latent_frames)]
+        decoded = [pixel_frames_of_latent(first + i) for i in range(self.settings.latent_frames)]
+        opens = chunk_index == 0
+        post = self.settings.postprocess
+        return [post.frames_out(frames, first=opens and i == 0) for i, frames in enumerate(decoded)]
 
     def num_batches(self, chunk_index: int, max_batch: int) -> int:
         """Frame batches of a chunk: every latent frame's pixels leave on their own, at most ``max_batch`` together."""

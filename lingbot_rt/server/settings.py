@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from lingbot_rt.control.actions import Actions
 from lingbot_rt.control.events import parse_event, parse_script
 from lingbot_rt.engine.chunk_plan import ModelCard, SessionPlan
 from lingbot_rt.errors import InvalidEvent, InvalidInit
+from lingbot_rt.postprocess.plan import PostprocessPlan, client_model_path
 from lingbot_rt.server.protocol import Event, Init, shown
 from lingbot_rt.shapes import FrameSize, latent_frames_for
 from lingbot_rt.transport.encode import FormatName, OutputFormat
@@ -42,6 +44,7 @@ class SessionSettings:
     pacing: bool
     profile: bool
     extensions: frozenset[str]
+    postprocess: PostprocessPlan
     pinned: Mapping[int, tuple[Event, ...]]  # events that a chunk must sample, by its index
 
     def session_plan(self, session_id: str, first_frame: npt.NDArray[np.uint8]) -> SessionPlan:
@@ -57,6 +60,7 @@ class SessionSettings:
             negative_prompt=self.negative_prompt,
             sink_frames=self.sink_frames,
             window_frames=self.window_frames,
+            postprocess=self.postprocess,
         )
 
 
@@ -66,12 +70,6 @@ def resolve(init: Init, card: ModelCard, config: ServeConfig) -> SessionSettings
         raise InvalidInit(f"{shown(init.model)} is not served here, expected {card.model_id!r}", field="model")
     if not init.prompt.strip():
         raise InvalidInit("only white space, expected a sentence that describes the world", field="prompt")
-    for name, wanted in (
-        ("enable_upscaling", init.enable_upscaling),
-        ("enable_frame_interpolation", init.enable_frame_interpolation),
-    ):
-        if wanted:
-            raise InvalidInit("True is not available yet on this server, expected false", field=name)
     latent_frames = latent_frames_for(init.num_frames)
     sink_frames, window_frames = _window(init, card, latent_frames)
     return SessionSettings(
@@ -96,6 +94,7 @@ def resolve(init: Init, card: ModelCard, config: ServeConfig) -> SessionSettings
         profile=init.profile,
         extensions=frozenset(init.protocol_extensions),
         pinned=_pinned(init),
+        postprocess=_postprocess(init, config.postprocess_model_dir),
     )
 
 
@@ -139,6 +138,24 @@ def _script(init: Init) -> Actions | None:
         return parse_script(script, "condition_inputs.camera_actions")
     except InvalidEvent as error:
         raise InvalidInit(str(error), field=error.field) from None
+
+
+def _postprocess(init: Init, model_dir: str | None) -> PostprocessPlan:
+    """What is off stays at its default, whatever its other fields say."""
+
+    def model(given: str | None, field: str) -> Path | None:
+        return client_model_path(given, model_dir, field=field) if given else None
+
+    asked: dict[str, Any] = {}
+    if init.enable_upscaling:
+        asked["upscaling_scale"] = init.upscaling_scale
+        asked["upscaling_model"] = model(init.upscaling_model_path, "upscaling_model_path")
+    if init.enable_frame_interpolation:
+        asked["interpolation_exp"] = init.frame_interpolation_exp
+        asked["interpolation_scale"] = init.frame_interpolation_scale
+        path = init.frame_interpolation_model_path
+        asked["interpolation_model"] = model(path, "frame_interpolation_model_path")
+    return PostprocessPlan(**asked)
 
 
 def _pinned(init: Init) -> dict[int, tuple[Event, ...]]:

@@ -47,8 +47,16 @@ async def test_a_bad_init_keeps_the_socket_for_another_try(serve):
         ({"size": "32x32"}, "size", "nearest valid 64x64"),
         ({"size": "4096x4096"}, "size", "nearest valid 960x960"),
         ({"realtime_causal_kv_cache_num_frames": 5}, "realtime_causal_kv_cache_num_frames", "at least 6"),
-        ({"enable_upscaling": True}, "enable_upscaling", "not available yet"),
-        ({"enable_frame_interpolation": True}, "enable_frame_interpolation", "not available yet"),
+        (
+            {"enable_upscaling": True, "upscaling_model_path": "https://example.org/x.pth"},
+            "upscaling_model_path",
+            "not a URL",
+        ),
+        (
+            {"enable_frame_interpolation": True, "frame_interpolation_model_path": "x.pkl"},
+            "frame_interpolation_model_path",
+            "--postprocess-model-dir",
+        ),
         ({"condition_inputs": {"camera_actions": [["x"]]}}, "condition_inputs.camera_actions[0]", "w, a, s, d"),
         ({"first_frame": "/etc/hostname"}, "first_frame", "--first-frame-dir"),
         ({"first_frame": "https://example.org/a.png"}, "first_frame", "--allow-remote-first-frame"),
