@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from lingbot_rt.control.camera_path import CameraPath
 from lingbot_rt.engine.chunk_plan import ChunkPlan, ChunkResult, FrameGroup, SessionPlan
 from lingbot_rt.engine.chunk_runner import run_chunk
+from lingbot_rt.engine.memory import GB, feature_bytes_per_pixel, require_room
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.errors import ConfigError
@@ -107,7 +108,8 @@ class Run:
     load: Load
     plan: SessionPlan
     chunks: list[TimedChunk]
-    peak_memory_gb: float | None
+    planned_memory_gb: float  # what the server would count for this session, the weights left out
+    peak_memory_gb: float | None  # what was taken in all; None on a CPU
 
     @property
     def visible_frames(self) -> list[int]:
@@ -142,8 +144,12 @@ class Walk:
 
 
 def run_chunks(pipeline: Pipeline, load: Load, done: Callable[[], object]) -> Run:
-    """Warms up, then measures; ``done`` is called after every chunk, warm ones too."""
+    """Warms up, then measures; ``done`` is called after every chunk, warm ones too.
+
+    Raises ConfigError for a load that cannot be, CapacityError when its session would not fit.
+    """
     plan = load.session_plan(pipeline)
+    planned = require_room(pipeline, plan, feature_bytes_per_pixel(pipeline))
     warm, measured = load.warm_chunks(plan), load.measured_chunks()
     session_length = OPENING_CHUNKS if load.opening else warm + measured
     chunks = _chunks(pipeline, plan, session_length)
@@ -156,12 +162,12 @@ def run_chunks(pipeline: Pipeline, load: Load, done: Callable[[], object]) -> Ru
     for _ in range(measured):
         timed.append(next(chunks))
         done()
-    return Run(load, plan, timed, peak_memory_gb(pipeline.device))
+    return Run(load, plan, timed, planned.total_bytes / GB, peak_memory_gb(pipeline.device))
 
 
 def peak_memory_gb(device: torch.device) -> float | None:
     """The most that tensors took since the measured chunks began, in units of 1e9 bytes; None on a CPU."""
-    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    return torch.cuda.max_memory_allocated(device) / GB if device.type == "cuda" else None
 
 
 def profile_chunk(pipeline: Pipeline, load: Load, path: str) -> None:

@@ -60,7 +60,8 @@ class PipelineReport:
     ceiling_tflop_per_s: Ceiling
     floor_ms: float  # of the DiT's work at that ceiling
     share_of_ceiling: float
-    peak_memory_gb: float | None  # in units of 1e9 bytes; None on a CPU
+    planned_memory_gb: float  # for the session, the weights left out, in units of 1e9 bytes
+    peak_memory_gb: float | None  # of everything; None on a CPU
 
 
 def pipeline_report(pipeline: Pipeline, weights: str, run: Run, ceiling: Ceiling) -> PipelineReport:
@@ -80,6 +81,7 @@ def pipeline_report(pipeline: Pipeline, weights: str, run: Run, ceiling: Ceiling
         ceiling_tflop_per_s=ceiling,
         floor_ms=floor_ms,
         share_of_ceiling=floor_ms / mean_ms["DiT"],
+        planned_memory_gb=run.planned_memory_gb,
         peak_memory_gb=run.peak_memory_gb,
     )
 
@@ -126,7 +128,7 @@ def as_text(report: PipelineReport) -> str:
             "",
             table(("a chunk", "mean ms", "p50 ms", "p95 ms", "TFLOP", "TFLOP/s"), rows),
             "",
-            f"{report.frames_per_s:.2f} frames/s{memory}",
+            f"{report.frames_per_s:.2f} frames/s; session planned at {report.planned_memory_gb:.2f} GB{memory}",
             f"ceiling here: linears {significant(ceiling.linears)}, attention {significant(ceiling.attention)} "
             f"TFLOP/s; the DiT at it {report.floor_ms:.1f} ms, reached {100 * report.share_of_ceiling:.0f} %",
         ]

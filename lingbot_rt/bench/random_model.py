@@ -23,6 +23,7 @@ from lingbot_rt.models.checkpoint import DISTILLED_SHIFT, DISTILLED_STEPS, TRAIN
 from lingbot_rt.models.dit import CausalDiT, DiTConfig
 from lingbot_rt.models.text_encoder import TextEncoder
 from lingbot_rt.models.vae import StreamingVAE
+from lingbot_rt.postprocess.stage import PostprocessNetworks
 from lingbot_rt.shapes import FrameSize
 
 LINGBOT_WORLD_FAST = "lingbot-world-fast"
@@ -107,6 +108,7 @@ def random_pipeline(model: str, where: Where) -> Pipeline:
         vae_placement=Placement(vae, device, offload=False),
         text_encoder=text_encoder,
         text_encoder_placement=Placement(text_encoder, device, offload=False),
+        postprocess=PostprocessNetworks(device),
     )
 
 

@@ -41,8 +41,15 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
         "--random-weights", action="store_true", help="the model's shapes with random weights, made on the device"
     )
     parser.add_argument("--size", metavar="WxH", help="of the frames (default: the model's)")
-    parser.add_argument("--window", type=_count, metavar="N", help="latent frames attended to (default: 18 in the 14B)")
-    parser.add_argument("--sink", type=_count_from_zero, metavar="N", help="of those, kept from the start (default: 9)")
+    parser.add_argument(
+        "--window", type=_count, metavar="N", help="latent frames attended to (default: the model's; 14B: 18)"
+    )
+    parser.add_argument(
+        "--sink",
+        type=_count_from_zero,
+        metavar="N",
+        help="of those, kept from the start (default: the model's; 14B: 9)",
+    )
     parser.add_argument("--steps", type=_count, metavar="N", help="denoise steps a chunk (default: the model's)")
     parser.add_argument("--chunks", type=_count, default=20, metavar="N", help="chunks measured (default: %(default)s)")
     parser.add_argument(
@@ -54,18 +61,27 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--case",
         choices=("sglang-ci",),
+        metavar="sglang-ci",
         help="sglang-ci: the mean of chunks 0 to 3 with window 18 and sink 9, over --chunks / 4 sessions",
     )
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        metavar="auto|cuda|cpu",
+        default="auto",
+        help="default: %(default)s",
+    )
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
+        metavar="auto|float32|bfloat16",
         default="auto",
         help="of the DiT (default: bfloat16 on cuda, float32 on cpu)",
     )
     parser.add_argument(
         "--attention-backend",
         choices=("auto", "sdpa", "cudnn", "flash", "math"),
+        metavar="auto|sdpa|cudnn|flash|math",
         default="auto",
         help="self-attention kernel (default: %(default)s)",
     )
@@ -95,6 +111,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=("webp", "jpeg", "raw", "delta-gzip"),
+        metavar="webp|jpeg|raw|delta-gzip",
         help="transport of the frames (default: the server's)",
     )
     parser.add_argument("--fps", type=_positive, default=16.0, metavar="N", help="asked of the server (default: 16)")
@@ -131,6 +148,8 @@ def _pipeline(args: argparse.Namespace) -> int:
     from lingbot_rt.bench.pipeline_report import as_text, full_shape, pipeline_report
 
     opening = args.case == "sglang-ci"
+    if opening and args.warm is not None:
+        raise ConfigError("--warm: the case sglang-ci begins at chunk 0 and warms up by itself", field="warm")
     load = Load(
         size=parse_size(args.size) if args.size else None,
         sink_frames=args.sink if args.sink is not None or not opening else 9,

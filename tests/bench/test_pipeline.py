@@ -13,7 +13,7 @@ from lingbot_rt.bench.flops import Flops
 from lingbot_rt.bench.pipeline import Load, profile_chunk, run_chunks
 from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST, Where, draw, random_pipeline, shapes_of
 from lingbot_rt.cli import main
-from lingbot_rt.errors import ConfigError
+from lingbot_rt.errors import CapacityError, ConfigError
 from lingbot_rt.models.dit import CausalDiT
 from lingbot_rt.models.vae import AutoencoderKLWan
 from lingbot_rt.shapes import FrameSize
@@ -123,6 +123,23 @@ def test_command_line(golden, tmp_path, capsys):
     with Image.open(chart) as picture:
         assert picture.size[0] == 960
         assert len(picture.getcolors(10**6)) > 10
+
+
+def test_the_ci_case(golden, tmp_path, capsys):
+    """One word sets window 18 and sink 9 and measures openings; a number of warm chunks beside it is refused."""
+    figures = tmp_path / "ci.json"
+    line = f"bench pipeline --model {golden('e2e/model')} --random-weights --device cpu --size 64x64 --case sglang-ci"
+    assert main([*line.split(), "--chunks", "4", "--json", str(figures)]) == 0
+    setting = json.loads(figures.read_text())["setting"]
+    assert (setting["window_frames"], setting["sink_frames"]) == (18, 9)
+    assert (setting["case"], setting["visible_frames"]) == ("chunks 0 to 3", [3, 12])
+    assert main([*line.split(), "--warm", "2"]) == 2
+
+
+def test_a_session_that_cannot_fit_is_refused(pipeline):
+    """A window beyond what is free is refused with the numbers before anything is allocated."""
+    with pytest.raises(CapacityError, match="GB is free"):
+        run_chunks(pipeline, Load(size=SMALL, window_frames=10**9), lambda: None)
 
 
 def test_loaded_weights(golden, capsys):
