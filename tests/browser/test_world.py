@@ -21,6 +21,13 @@ WEBUI = Path(__file__).parents[2] / "webui"
 PAGE_LIMIT_BYTES = 400_000
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
 
+DROP = """(bytes) => {
+    const transfer = new DataTransfer();
+    transfer.items.add(new File([new Uint8Array(bytes)], "coast.webp", { type: "image/webp" }));
+    dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, cancelable: true }));
+}"""
+"""Drops a picture on the page, as a hand would."""
+
 
 def test_one_click_starts_a_world_and_keys_steer_it(visitor, server):
     """The picture moves after one click, a key is answered and shown, and the world goes on when it is let go."""
@@ -182,7 +189,7 @@ def test_one_that_comes_second_sees_its_place_and_then_why(make_visitor, server)
 
 
 def test_a_refused_beginning_says_which_words_to_change(visitor, server):
-    """No words and no picture are told before anything is sent; a file that is no picture is told when chosen."""
+    """No words and no picture are told before anything is sent; a file that is no picture too; a drop is taken."""
     page = visitor.page
     visitor.open(server.http)
     page.fill("#prompt", "  ")
@@ -192,6 +199,10 @@ def test_a_refused_beginning_says_which_words_to_change(visitor, server):
     assert page.locator(".card").count() == 0
     page.set_input_files("#first-file", {"name": "note.png", "mimeType": "image/png", "buffer": b"not a picture"})
     page.wait_for_selector("[data-key=picture]")
+    page.click("[data-key=picture] .close")
+    page.evaluate(DROP, list((WEBUI / "presets" / "coast.webp").read_bytes()))
+    page.wait_for_selector("[data-preset][aria-pressed=true]", state="detached")
+    assert page.locator(".card").count() == 0
 
 
 def test_a_preset_chosen_inside_asks_first(visitor, server):

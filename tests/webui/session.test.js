@@ -3,6 +3,7 @@ import { beforeEach, test } from "node:test";
 
 import { decode, encode } from "../../webui/js/msgpack.js";
 import { WorldSession } from "../../webui/js/session.js";
+import { explainEnd, stateWords } from "../../webui/js/words.js";
 import { FakeClock } from "./helpers.js";
 
 let clock, socket, worker, seen, session;
@@ -196,4 +197,11 @@ test("a payload that is part of its message is not handed over with the buffer i
   socket.says({ ...batch(), type: "frame_batch_header", payload: undefined });
   socket.onmessage({ data: new Uint8Array(4).buffer });
   assert.equal(handed.length, 1);
+});
+
+test("a place in line and every end read as a sentence with something to do", () => {
+  assert.deepEqual([1, 2, 3, 4, 11, 21].map((place) => stateWords("waiting", place)), ["You are next", "2nd in line", "3rd in line", "4th in line", "11th in line", "21st in line"]);
+  const titles = [1001, 1006, 1008, 1011].map((code) => explainEnd({ code, words: "", errorCode: null, wasLive: true }));
+  for (const { title, advice } of titles) assert.ok(title && advice);
+  assert.match(explainEnd({ code: 1008, words: "another realtime session is already active", errorCode: "session_busy", wasLive: false }).title, /Someone else/);
 });

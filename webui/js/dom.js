@@ -32,6 +32,13 @@ export const setIcon = (button, name) => button.querySelector("use").setAttribut
 export const isTyping = (target) =>
   target instanceof HTMLElement && (target.isContentEditable || /^(INPUT|TEXTAREA|SELECT)$/.test(target.tagName));
 
+/** Opens a dialog -> the value of the button that closed it. */
+export function ask(dialog) {
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise((resolve) => dialog.addEventListener("close", () => resolve(dialog.returnValue), { once: true }));
+}
+
 export function download(blob, name) {
   const url = URL.createObjectURL(blob);
   h("a", { href: url, download: name }).click();

@@ -1,8 +1,8 @@
 // The page: what is on it, and what happens when it is used.
 
 import { ACTIONS, LOOK, MOVE, defaultBindings } from "./bindings.js";
-import { $, clockText, download, h, isTyping, setIcon, stamp } from "./dom.js";
-import { ErrorCards, explainEnd } from "./errors_view.js";
+import { $, ask, download, h, isTyping, setIcon, stamp } from "./dom.js";
+import { ErrorCards } from "./errors_view.js";
 import { FirstPicture } from "./first_picture.js";
 import { Gallery } from "./gallery.js";
 import { HeldKeys } from "./held_keys.js";
@@ -10,10 +10,12 @@ import { HelpView } from "./help_view.js";
 import { Gamepads, MouseLook, listenToKeyboard, padButton, releaseWhenInattentive, touchStick } from "./inputs.js";
 import { JournalError, parseJournal } from "./journal.js";
 import { MetersView, latencyWords } from "./meters_view.js";
-import { canvasBytes, imageFile } from "./picture.js";
+import { canvasBytes } from "./picture.js";
+import { listenForPictures, takeFromCamera } from "./picture_sources.js";
 import { Player } from "./player.js";
 import { loadCatalog, markPreset, presetButtons, presetsFor } from "./presets.js";
-import { canRecord, recordingLimitMs, startRecording } from "./recorder.js";
+import { canRecord } from "./recorder.js";
+import { RecordingControl } from "./recording_control.js";
 import { parseSize } from "./server_info.js";
 import { ServerLink } from "./server_link.js";
 import { Remembered, pageStorage, wireValues } from "./settings.js";
@@ -21,6 +23,7 @@ import { SettingsForm } from "./settings_form.js";
 import { pythonSnippet } from "./snippet.js";
 import { PromptTimeline } from "./timeline_view.js";
 import { socketUrl } from "./wire.js";
+import { explainEnd, stateWords } from "./words.js";
 
 const METER_MS = 400;
 const MAX_SEED = 2 ** 32;
@@ -44,6 +47,10 @@ const gallery = new Gallery($("gallery"), (count) => {
   $("clip-count").hidden = !count;
   $("open-gallery").disabled = !count;
 });
+const recording = new RecordingControl($("canvas"), {
+  onClip: (blob, extension, durationMs) => gallery.addClip(blob, extension, durationMs),
+  onFailed: (title, words) => errors.show({ key: "record", title, words, advice: "Pictures can still be kept." }),
+});
 const form = new SettingsForm($("settings"), store, (values) => {
   setShape(values.size);
   player.playbackMode = values.playback;
@@ -55,7 +62,6 @@ let preset = null;
 let state = "idle";
 let place = null;
 let spokenPrompt = "";
-let recording = null; // {recorder, began}
 let lastMeter = 0;
 let preparing = false;
 
@@ -68,7 +74,7 @@ const player = new Player($("canvas"), {
   drawn: (frame, now) => {
     if (now === player.firstPictureAt) showState();
     timeline.drawn(frame.eventId, now - player.firstPictureAt);
-    recording?.recorder.frame(now);
+    recording.drawn(now);
   },
   latency: (samples) => {
     const { totalMs, parts } = samples.at(-1);
@@ -106,7 +112,7 @@ async function begin({ saved = null } = {}) {
       $("prompt").focus();
       return;
     }
-    await stopRecording();
+    await recording.stop();
     meters.clear();
     spokenPrompt = init.prompt;
     timeline.begin(init.prompt);
@@ -153,7 +159,7 @@ function enter(next) {
 function over(end) {
   held.releaseAll();
   if (document.pointerLockElement) document.exitPointerLock();
-  void stopRecording();
+  void recording.stop();
   $("stall").hidden = true;
   server.askNow();
   if (end.normal) return;
@@ -167,26 +173,15 @@ function tick(now, stalledMs) {
   gamepads.poll();
   $("stall").hidden = !stalledMs;
   if (stalledMs) $("stall").textContent = `Waiting for the server, ${Math.round(stalledMs / 1000)} s`;
-  if (recording) {
-    $("rec-text").textContent = clockText(now - recording.began);
-    if (now - recording.began > recordingLimitMs) void stopRecording();
-  }
   if (now - lastMeter < METER_MS) return;
   lastMeter = now;
   meters.update(player.meters(now));
 }
 
-const ordinal = (n) => `${n}${n % 10 === 1 && n !== 11 ? "st" : n % 10 === 2 && n !== 12 ? "nd" : n % 10 === 3 && n !== 13 ? "rd" : "th"}`;
-
-function stateWords() {
-  if (state === "waiting") return place === 1 ? "You are next" : `${ordinal(place)} in line`;
-  return { connecting: "Connecting", opening: "Building the world", live: "Live", paused: "Paused", ended: "Ended", lost: "Interrupted" }[state] ?? "";
-}
-
 function showState() {
   const running = ["connecting", "waiting", "opening"].includes(state);
   const live = state === "live" || state === "paused";
-  const words = stateWords();
+  const words = stateWords(state, place);
   $("state-pill").hidden = !live && state !== "lost" && state !== "ended";
   $("state-text").textContent = words;
   $("status").textContent = words;
@@ -329,40 +324,6 @@ async function openServer() {
 
 // --- keep ---
 
-async function toggleRecording() {
-  if (recording) return stopRecording();
-  const began = performance.now();
-  const recorder = await startRecording($("canvas"), began);
-  if (!recorder) {
-    errors.show({ key: "record", title: "This browser cannot record", advice: "Pictures can still be kept." });
-    return;
-  }
-  recording = { recorder, began };
-  showRecording();
-}
-
-async function stopRecording() {
-  if (!recording) return;
-  const { recorder, began } = recording;
-  recording = null;
-  showRecording();
-  const now = performance.now();
-  try {
-    gallery.addClip(await recorder.stop(now), recorder.extension, now - began);
-  } catch (error) {
-    errors.show({ key: "record", title: "The clip could not be kept", words: error.message, advice: "Record again." });
-  }
-}
-
-function showRecording() {
-  const button = $("record");
-  button.setAttribute("aria-pressed", String(Boolean(recording)));
-  button.querySelector("span").textContent = recording ? "Finish" : "Record";
-  setIcon(button, recording ? "circle-stop" : "circle-dot");
-  $("rec-pill").hidden = !recording;
-  $("rec-text").textContent = "0:00";
-}
-
 async function keepPicture() {
   gallery.addPicture(new Blob([await canvasBytes($("canvas"))], { type: "image/png" }));
 }
@@ -392,32 +353,7 @@ async function openSnippet() {
   $("snippet-dialog").showModal();
 }
 
-// --- camera ---
-
-async function takeFromCamera() {
-  let stream;
-  try {
-    stream = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 1280 } } });
-  } catch (error) {
-    errors.show({ key: "camera", title: "The camera cannot be used", words: error.message, advice: "Allow it for this page, or choose a file." });
-    return;
-  }
-  const video = $("camera-video");
-  video.srcObject = stream;
-  await video.play();
-  if ((await ask($("camera-dialog"))) === "take") await usePicture(video);
-  for (const track of stream.getTracks()) track.stop();
-  video.srcObject = null;
-}
-
 // --- the page around it ---
-
-/** Opens a dialog -> the value of the button that closed it. */
-function ask(dialog) {
-  dialog.returnValue = "";
-  dialog.showModal();
-  return new Promise((resolve) => dialog.addEventListener("close", () => resolve(dialog.returnValue), { once: true }));
-}
 
 const padsMode = () => store.get("pads", matchMedia("(pointer: coarse)").matches ? "sticks" : "keys");
 
@@ -462,7 +398,7 @@ function wireControls() {
   $("pause").onclick = () => player.pause(state !== "paused");
   $("restart").onclick = again;
   $("stop").onclick = () => player.stop();
-  $("record").onclick = toggleRecording;
+  $("record").onclick = () => recording.toggle();
   $("record").hidden = !canRecord();
   $("screenshot").onclick = keepPicture;
   $("open-gallery").onclick = () => $("gallery-dialog").showModal();
@@ -483,7 +419,10 @@ function wireControls() {
     if (target.files[0]) void usePicture(target.files[0]);
     target.value = "";
   };
-  $("first-camera").onclick = takeFromCamera;
+  $("first-camera").onclick = () => takeFromCamera({
+    onPicture: usePicture,
+    onRefused: (words) => errors.show({ key: "camera", title: "The camera cannot be used", words, advice: "Allow it for this page, or choose a file." }),
+  });
   $("first-camera").hidden = !navigator.mediaDevices?.getUserMedia;
   $("first-continue").onclick = continueHere;
   $("seed").value = store.get("seed", 42);
@@ -549,30 +488,11 @@ function wireInputs() {
   });
 }
 
-function wireDrops() {
-  let depth = 0;
-  const show = (change) => document.body.classList.toggle("dropping", (depth = Math.max(depth + change, 0)) > 0);
-  addEventListener("dragenter", (event) => event.dataTransfer?.types.includes("Files") && show(1));
-  addEventListener("dragleave", (event) => event.dataTransfer?.types.includes("Files") && show(-1));
-  addEventListener("dragover", (event) => event.preventDefault());
-  addEventListener("drop", (event) => {
-    event.preventDefault();
-    show(-Infinity);
-    const file = imageFile(event.dataTransfer);
-    if (file) void usePicture(file);
-  });
-  addEventListener("paste", (event) => {
-    const file = imageFile(event.clipboardData);
-    if (file) void usePicture(file);
-  });
-}
-
 async function boot() {
   wireControls();
   wireInputs();
-  wireDrops();
+  listenForPictures(usePicture);
   setPads(padsMode());
-  showRecording();
   if (store.get("meters", false)) await toggleMeters();
   catalog = await loadCatalog();
   server.begin();

@@ -24,8 +24,3 @@ export async function canvasBytes(canvas, type = "image/png") {
   const blob = await new Promise((resolve) => canvas.toBlob(resolve, type));
   return new Uint8Array(await blob.arrayBuffer());
 }
-
-/** The first image of a drop or a paste, or null. */
-export function imageFile(transfer) {
-  return [...(transfer?.files ?? [])].find((file) => file.type.startsWith("image/")) ?? null;
-}
