@@ -37,9 +37,17 @@ def attend(q_BNHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, backend: str = "auto"
 class WindowAttention:
     """Self-attention of a chunk over its session's window.
 
-    The whole of what sequence parallelism changes inside a block: an object with these two methods, which exchanges
-    tokens for heads around the kernel, takes this one's place as ``CausalDiT.window_attention``.
+    The whole of what sequence parallelism changes: an object with these methods, which holds a share of the tokens and
+    exchanges them for heads around the kernel, takes this one's place as ``CausalDiT.window_attention``.
     """
+
+    def own_tokens(self, x: Tensor, dim: int) -> Tensor:
+        """The part of ``x``, whose ``dim`` counts the chunk's tokens, that this process works on: all of it."""
+        return x
+
+    def all_tokens(self, own_BNK: Tensor, count: int) -> Tensor:
+        """``own_tokens`` undone, for [B, N, K]: the chunk's ``count`` tokens."""
+        return own_BNK
 
     def store(self, k_BNHD: Tensor, v_BNHD: Tensor, cache: KVCache, layer: int) -> None:
         """Puts the chunk's keys and values into the window: all that the context pass asks of the last layer."""

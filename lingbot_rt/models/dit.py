@@ -240,8 +240,8 @@ class CausalDiT(nn.Module):
         return [block.cross_attn.text_kv(text) for block in self.blocks]
 
     def camera_modulation(self, ray_map: Tensor) -> CameraModulation:
-        """Ray map [B, 384, F, h, w] -> scale and shift of every block. Once a chunk."""
-        embedded = self.patch_embedding_wancamctrl(patchify(ray_map))
+        """Ray map [B, 384, F, h, w] -> scale and shift of every block, for this process's tokens. Once a chunk."""
+        embedded = self.patch_embedding_wancamctrl(self.window_attention.own_tokens(patchify(ray_map), dim=1))
         hidden = self.c2ws_hidden_states_layer1(embedded)
         camera = embedded + self.c2ws_hidden_states_layer2(F.silu(hidden))
         return [block.camera_modulation(camera) for block in self.blocks]
@@ -264,11 +264,13 @@ class CausalDiT(nn.Module):
         """
         frames, height, width = x_BCFhw.shape[2], x_BCFhw.shape[3] // PATCH_SIZE, x_BCFhw.shape[4] // PATCH_SIZE
         cache.begin(start_frame, frames)
-        rope = rope_tables(self.config.attention_head_dim, start_frame, frames, height, width, x_BCFhw.device)
+        own_tokens = self.window_attention.own_tokens
+        tables = rope_tables(self.config.attention_head_dim, start_frame, frames, height, width, x_BCFhw.device)
+        rope = tuple(own_tokens(table, dim=0) for table in tables)
         time_BD, time_B6D = self._time(timestep, x_BCFhw)
 
         # 1. Latent cells to tokens
-        x_BND = self.patch_embedding(x_BCFhw)
+        x_BND = own_tokens(self.patch_embedding(x_BCFhw), dim=1)
 
         # 2. Blocks
         for i, block in enumerate(self.blocks):
@@ -281,7 +283,8 @@ class CausalDiT(nn.Module):
             x_BND = block.after_attention(x_BND, attended, time_B6D, modulation, text_kv[i], self.attention_backend)
 
         # 3. Tokens back to latent cells
-        return unpatchify(self.head(x_BND, time_BD), frames, height, width)
+        tokens = self.window_attention.all_tokens(self.head(x_BND, time_BD), frames * height * width)
+        return unpatchify(tokens, frames, height, width)
 
     def _time(self, timestep: float | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Time embedding [1, D] in the model's dtype, and its projection [1, 6, D] in float32.

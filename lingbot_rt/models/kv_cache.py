@@ -47,6 +47,11 @@ class KVCache:
         """The absolute latent frame each slot holds."""
         return tuple(self._frames)
 
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of the chunk that ``begin`` named."""
+        return sum(count for _, _, count in self._spans)
+
     def reset(self) -> None:
         self._frames = [None] * self.window_frames
         self._spans = []

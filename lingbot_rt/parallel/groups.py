@@ -1,0 +1,165 @@
+"""This process among those that share a session: its rank, and everything that ranks say to each other.
+
+NCCL carries what is on a GPU, gloo what is on a CPU. Legend: P ranks, N tokens of the chunk, n_r those of rank r.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lingbot_rt.errors import EngineFailed
+from lingbot_rt.parallel.watch import Pulse, first_line
+
+_COMMAND_BYTES = 8192
+"""A ChunkPlan fits, so it takes one broadcast; the picture of a SessionPlan follows in a second one."""
+
+_LENGTH_BYTES = 8
+
+_UNLIMITED = timedelta(days=365)
+"""Of a collective: followers wait for the next command as long as nobody plays, and the watch judges the rest."""
+
+
+class PeerLost(EngineFailed):
+    """A collective broke: some other rank went away. Which one, the watch knows."""
+
+
+class Ranks:
+    """One process alone: it has nobody to ask and shares nothing."""
+
+    def __init__(self, rank: int = 0, world: int = 1) -> None:
+        self.rank = rank
+        self.world = world
+        self.pulse = Pulse()
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0 decodes and speaks to clients; the others only help to denoise."""
+        return self.rank == 0
+
+    def tick(self) -> None:
+        """Something went on: the watch shall not take this rank for a stalled one."""
+        self.pulse.ticks += 1
+
+    def agree(self, flag: bool) -> bool:
+        """Rank 0's ``flag``, on every rank."""
+        return flag
+
+    def note_chunk(self, total_ms: float) -> None:
+        """A chunk took ``total_ms``, its device is done: what was not spent waiting for other ranks is this one's."""
+        self.pulse.compute_ms = total_ms
+
+    def share(self, count: int) -> list[int]:
+        """``count`` tokens split over the ranks as evenly as whole tokens allow; earlier ranks get one more."""
+        whole, rest = divmod(count, self.world)
+        return [whole + (rank < rest) for rank in range(self.world)]
+
+
+class RankGroup(Ranks):
+    """All processes of a service. Raises PeerLost wherever another rank is gone."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        super().__init__(rank, world)
+        self._waited_ms = 0.0  # on the host, since the last chunk
+        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # on the device, since the last chunk
+
+    def join(self, store: dist.Store, device: torch.device) -> None:
+        """Waits for all ranks to come. ``device`` is this rank's own."""
+        on_gpu = device.type == "cuda"
+        with self._exchange():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                store=dist.PrefixStore("group", store),
+                rank=rank,
+                world_size=world,
+                timeout=_UNLIMITED,
+                device_id=device if on_gpu else None,
+            )
+
+    def leave(self) -> None:
+        dist.destroy_process_group()
+
+    def note_chunk(self, total_ms: float) -> None:
+        on_device = sum(begin.elapsed_time(end) for begin, end in self._waits)
+        self.pulse.compute_ms = max(0.0, total_ms - self._waited_ms - on_device)
+        self._waited_ms = 0.0
+        self._waits.clear()
+
+    def agree(self, flag: bool) -> bool:
+        # A byte on the host: the device's queue is not waited for.
+        word = torch.tensor([flag], dtype=torch.uint8)
+        with self._exchange():
+            dist.broadcast(word, src=0)
+        return bool(word.item())
+
+    def send(self, command: Any) -> None:
+        """Rank 0: gives ``command`` to every follower's ``receive``."""
+        body = pickle.dumps(command)
+        packed = len(body).to_bytes(_LENGTH_BYTES, "little") + body
+        first = torch.zeros(_COMMAND_BYTES, dtype=torch.uint8)
+        head = packed[:_COMMAND_BYTES]
+        first[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+        with self._exchange():
+            dist.broadcast(first, src=0)
+            if len(packed) > _COMMAND_BYTES:
+                dist.broadcast(torch.frombuffer(bytearray(packed[_COMMAND_BYTES:]), dtype=torch.uint8), src=0)
+
+    def receive(self) -> Any:
+        """A follower: waits for the next command, as long as it takes."""
+        first = torch.empty(_COMMAND_BYTES, dtype=torch.uint8)
+        with self._exchange():
+            dist.broadcast(first, src=0)
+            packed = first.numpy().tobytes()
+            length = int.from_bytes(packed[:_LENGTH_BYTES], "little")
+            rest = length - (_COMMAND_BYTES - _LENGTH_BYTES)
+            if rest > 0:
+                second = torch.empty(rest, dtype=torch.uint8)
+                dist.broadcast(second, src=0)
+                packed += second.numpy().tobytes()
+        return pickle.loads(packed[_LENGTH_BYTES : _LENGTH_BYTES + length])
+
+    def all_to_all(self, sent: Tensor, received: Tensor, sent_rows: Sequence[int], received_rows: Sequence[int]) -> None:
+        """Rows of the contiguous ``sent``, ``sent_rows[r]`` of them for rank r, into ``received``, by rank likewise."""
+        with self._exchange(sent.is_cuda):
+            dist.all_to_all_single(received, sent, list(received_rows), list(sent_rows))
+
+    def gather(self, own: Tensor, rows: Sequence[int]) -> Tensor:
+        """Every rank's ``own`` [n_r, K], joined in the order of ranks -> [N, K] on every rank."""
+        # One size for all, the largest: gloo gathers no uneven ones. Less than a row of tokens is wasted.
+        largest = max(rows)
+        padded = own.new_zeros(largest, own.shape[1])
+        padded[: len(own)] = own
+        parts = own.new_empty(self.world * largest, own.shape[1])
+        with self._exchange(own.is_cuda):
+            dist.all_gather_into_tensor(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts.split(largest), rows, strict=True)])
+
+    @contextmanager
+    def _exchange(self, on_gpu: bool = False) -> Iterator[None]:
+        """Counts the exchange, times the wait, and names what breaks."""
+        self.pulse.exchanges += 1
+        begun = time.perf_counter()
+        begin = self._mark() if on_gpu else None
+        try:
+            yield
+        except RuntimeError as error:
+            raise PeerLost(first_line(error)) from error
+        if begin is not None:
+            # The host runs on while the device waits.
+            self._waits.append((begin, self._mark()))
+        else:
+            self._waited_ms += 1000 * (time.perf_counter() - begun)
+
+    @staticmethod
+    def _mark() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

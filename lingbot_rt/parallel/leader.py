@@ -1,0 +1,152 @@
+"""Rank 0's side: starts the others, hands every command on, and says which rank was lost."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from lingbot_rt.config import ServeConfig
+from lingbot_rt.errors import CheckpointError, ChunkCancelled, ConfigError, EngineFailed
+from lingbot_rt.parallel.groups import PeerLost, RankGroup, Ranks
+from lingbot_rt.parallel.launch import (
+    END_GRACE_S,
+    Place,
+    end_followers,
+    open_place,
+    require_ranks,
+    start_followers,
+    uses_cuda,
+)
+from lingbot_rt.parallel.watch import Watch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Command: free what the session held."""
+
+    session_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Command: end."""
+
+
+class Leader:
+    """One process alone: no one to lead. ``command`` and ``starting`` are where the several differ."""
+
+    def __init__(self) -> None:
+        self.ranks: Ranks = Ranks()
+
+    @property
+    def compute_ms(self) -> list[float]:
+        """Milliseconds of each rank's newest chunk, waits for the others left out: a slow rank stands out."""
+        return [self.ranks.pulse.compute_ms]
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Around loading and warming up, which every rank does by itself."""
+        yield
+
+    @contextmanager
+    def command(self, command: Any) -> Iterator[None]:
+        """Around rank 0's own share of a command that every rank follows."""
+        yield
+
+    def stop(self) -> None:
+        """Ends the followers; none is left after."""
+
+
+class GroupLeader(Leader):
+    """Rank 0 of several. ``on_loss`` gets the verdict once, on any thread, when a rank is lost: nothing can be
+    computed after that, and the followers have ended."""
+
+    def __init__(self, config: ServeConfig, on_loss: Callable[[str], None]) -> None:
+        self._config = config
+        self._on_loss = on_loss
+        self._group = RankGroup(0, config.num_gpus)
+        self.ranks = self._group
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._watch: Watch | None = None
+        self._has_joined = False
+
+    @property
+    def compute_ms(self) -> list[float]:
+        return [] if self._watch is None else [pulse.compute_ms for pulse in self._watch.pulses]
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Raises ConfigError for ranks that cannot be, EngineFailed when one does not come up."""
+        require_ranks(self._config)
+        timeout_s = self._config.rank_timeout_s
+        place = Place.from_environment()
+        store = None
+        if place is None:
+            place, store = open_place(self._config.num_gpus, timeout_s)
+        else:
+            store = place.connect(timeout_s)
+        device = place.device("cuda" if uses_cuda(self._config) else "cpu")
+        watch = Watch(place.connect(timeout_s), place.world, self._group.pulse, timeout_s, self._lose)
+        self._watch = watch
+        # Followers that torchrun started need no starting; those of other hosts cannot be started from here.
+        if Place.from_environment() is None:
+            self._processes = start_followers(self._config, place)
+        watch.start(self._processes)
+        with self._judged(watch):
+            watch.await_all()
+            self._group.join(store, device)
+            self._has_joined = True
+            yield
+            # Ready is said when all are.
+            self._group.agree(True)
+
+    @contextmanager
+    def command(self, command: Any) -> Iterator[None]:
+        """Raises EngineFailed with the verdict when a rank, this one too, broke: they are out of step for good."""
+        assert self._watch is not None
+        with self._judged(self._watch):
+            self._group.send(command)
+            yield
+
+    def stop(self) -> None:
+        if self._watch is None:
+            return
+        is_lost = bool(self._watch.verdict)
+        self._watch.stop()
+        if self._has_joined and not is_lost:
+            # A follower that is gone already needs no telling.
+            with suppress(PeerLost):
+                self._group.send(Stop())
+        end_followers(self._processes, grace_s=0 if is_lost or not self._has_joined else END_GRACE_S)
+        if self._has_joined:
+            self._group.leave()
+        self._watch = None
+
+    def _lose(self, verdict: str) -> None:
+        end_followers(self._processes, grace_s=0)
+        self._on_loss(verdict)
+
+    @contextmanager
+    def _judged(self, watch: Watch) -> Iterator[None]:
+        """The edge of rank 0's share: a cancelled chunk is agreed, anything else that breaks ends the service."""
+        with watch.at_work():
+            try:
+                yield
+            except (ChunkCancelled, ConfigError, CheckpointError):
+                raise
+            except Exception as error:
+                is_consequence = isinstance(error, PeerLost)
+                if not is_consequence:
+                    log.exception("rank 0 failed")
+                raise EngineFailed(watch.explain(error, is_consequence=is_consequence)) from error
+
+
+def lead(config: ServeConfig, on_loss: Callable[[str], None]) -> Leader:
+    """The leader of as many ranks as ``config`` asks for."""
+    return Leader() if config.num_gpus == 1 else GroupLeader(config, on_loss)

@@ -1,0 +1,58 @@
+"""Ulysses: ranks hold tokens everywhere but inside self-attention, where each holds all tokens of its share of heads.
+
+Shapes: B = 1 batch, N tokens of the chunk, n those of this rank, P ranks, H heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lingbot_rt.models.attention import WindowAttention
+from lingbot_rt.models.kv_cache import KVCache
+from lingbot_rt.parallel.groups import RankGroup
+
+
+class UlyssesAttention(WindowAttention):
+    """Two all-to-alls a layer: q, k and v together on the way in, the attended values on the way out.
+
+    The window of a rank holds its own heads only. Cross-attention needs no exchange: every rank has the whole text.
+    """
+
+    def __init__(self, ranks: RankGroup) -> None:
+        self._ranks = ranks
+
+    def own_tokens(self, x: Tensor, dim: int) -> Tensor:
+        rows = self._ranks.share(x.shape[dim])
+        return x.narrow(dim, sum(rows[: self._ranks.rank]), rows[self._ranks.rank])
+
+    def all_tokens(self, own_BnK: Tensor, count: int) -> Tensor:
+        return self._ranks.gather(own_BnK[0], self._ranks.share(count))[None]
+
+    def store(self, k_BnHD: Tensor, v_BnHD: Tensor, cache: KVCache, layer: int) -> None:
+        cache.write(layer, *self._to_heads(cache.chunk_tokens, k_BnHD, v_BnHD))
+
+    def __call__(
+        self, q_BnHD: Tensor, k_BnHD: Tensor, v_BnHD: Tensor, cache: KVCache, layer: int, backend: str
+    ) -> Tensor:
+        q, k, v = self._to_heads(cache.chunk_tokens, q_BnHD, k_BnHD, v_BnHD)
+        return self._to_tokens(super().__call__(q, k, v, cache, layer, backend))
+
+    def _to_heads(self, count: int, *own_BnHD: Tensor) -> tuple[Tensor, ...]:
+        """Each [1, n, H, D] of this rank's tokens -> [1, N, H / P, D] of its heads, all in one exchange."""
+        world, own = self._ranks.world, own_BnHD[0].shape[1]
+        rows = self._ranks.share(count)
+        # [P, n, 3, H / P, D]: rank by rank what it gets. What comes in then lies in the order of tokens by itself.
+        sent = torch.stack([x[0].unflatten(1, (world, -1)).transpose(0, 1) for x in own_BnHD], dim=2).flatten(0, 1)
+        received = sent.new_empty(count, *sent.shape[1:])
+        self._ranks.all_to_all(sent, received, [own] * world, rows)
+        return tuple(x[None] for x in received.unbind(1))
+
+    def _to_tokens(self, attended_BNHD: Tensor) -> Tensor:
+        """[1, N, H / P, D] of this rank's heads -> [1, n, H, D] of its tokens."""
+        world, rows = self._ranks.world, self._ranks.share(attended_BNHD.shape[1])
+        own = rows[self._ranks.rank]
+        sent = attended_BNHD[0].contiguous()
+        received = sent.new_empty(world * own, *sent.shape[1:])
+        self._ranks.all_to_all(sent, received, rows, [own] * world)
+        return received.unflatten(0, (world, own)).transpose(0, 1).flatten(1, 2)[None]

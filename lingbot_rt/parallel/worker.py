@@ -1,0 +1,100 @@
+"""A follower's life: join, load, then do what rank 0 says until it says stop.
+
+Run as ``python -m lingbot_rt.parallel.worker CONFIG`` by rank 0; under torchrun ``lingbot-rt serve`` comes here itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from contextlib import suppress
+
+import torch
+
+from lingbot_rt.config import ServeConfig
+from lingbot_rt.engine.chunk_plan import ChunkPlan, SessionPlan
+from lingbot_rt.engine.chunk_runner import run_chunk
+from lingbot_rt.engine.memory import describe_plan
+from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
+from lingbot_rt.engine.session_state import SessionState
+from lingbot_rt.engine.warmup import warm_up
+from lingbot_rt.errors import ChunkCancelled
+from lingbot_rt.parallel.groups import PeerLost, RankGroup
+from lingbot_rt.parallel.launch import Place, uses_cuda
+from lingbot_rt.parallel.leader import Close, Stop
+from lingbot_rt.parallel.watch import PulseSender, first_line
+
+log = logging.getLogger(__name__)
+
+
+def follow(config: ServeConfig, place: Place) -> int:
+    """The whole process of a follower; the exit code. Rank 0 hears of a failure before this returns."""
+    # Ctrl-C reaches every process of a terminal; rank 0 tells the others when to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    group = RankGroup(place.rank, place.world)
+    sender = PulseSender(place.connect(config.rank_timeout_s), place.rank, group.pulse)
+    sender.start()
+    try:
+        with torch.inference_mode():
+            _work(config, place, group)
+    except Exception as error:
+        group.pulse.is_consequence = isinstance(error, PeerLost)
+        group.pulse.failure = first_line(error)
+        if not group.pulse.is_consequence:
+            log.exception("rank %d failed", place.rank)
+        with suppress(RuntimeError):
+            sender.tell()
+        logging.shutdown()
+        # At once: tearing down a broken group may wait for ranks that are gone.
+        os._exit(1)
+    sender.stop()
+    group.leave()
+    return 0
+
+
+def _work(config: ServeConfig, place: Place, group: RankGroup) -> None:
+    device = place.device("cuda" if uses_cuda(config) else "cpu")
+    group.join(place.connect(config.rank_timeout_s), device)
+    pipeline = load_pipeline(config, lambda status: group.tick(), group)
+    log.info("%s", describe_plan(pipeline))
+    if config.warmup:
+        warm_up(pipeline, lambda done: group.tick())
+    group.agree(True)
+    _obey(pipeline, group)
+
+
+def _obey(pipeline: Pipeline, group: RankGroup) -> None:
+    sessions: dict[str, SessionState] = {}
+    while True:
+        match group.receive():
+            case SessionPlan() as plan:
+                sessions[plan.session_id] = SessionState(pipeline, plan)
+            case ChunkPlan() as plan:
+                # Agreed by all: rank 0 said so before one of the forwards.
+                with suppress(ChunkCancelled):
+                    run_chunk(pipeline, sessions[plan.session_id], plan, lambda group: None)
+            case Close(session_id):
+                sessions.pop(session_id, None)
+                if pipeline.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            case Stop():
+                return
+
+
+def main() -> int:
+    config = ServeConfig(**json.loads(sys.argv[1]))
+    place = Place.from_environment()
+    assert place is not None, "started by rank 0, which says where"
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        format=f"%(asctime)s %(levelname)-7s [rank {place.rank}] %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    return follow(config, place)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
