@@ -48,6 +48,13 @@ class ServeConfig:
     ulysses_degree: int | None = _option(
         None, "GPUs that share a session (default: all of them)", low=1, high=64, group="device"
     )
+    rank_timeout_s: float = _option(
+        30.0,
+        "seconds within which the service ends after one of its processes has died, failed or stalled",
+        low=5,
+        high=3600,
+        group="device",
+    )
     device: str = _option("auto", "where the networks run", choices=("auto", "cuda", "cpu"), group="device")
     dtype: str = _option(
         "auto",

@@ -83,6 +83,7 @@ class ChunkTimings:
     total_ms: float  # from taking the plan to being ready for the next
     stages: dict[str, float] = field(default_factory=dict)  # every stage by name, for `profile`
     postprocess: dict[str, float] = field(default_factory=dict)  # upscale_ms, interpolate_ms, of what is on
+    ranks_ms: tuple[float, ...] = ()  # newest chunk known of each rank, waits for the others left out
 
 
 @dataclass(frozen=True, slots=True)

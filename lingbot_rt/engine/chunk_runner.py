@@ -43,8 +43,11 @@ def run_chunk(
 
         # The frames leave before the context pass: on an accelerator decode runs beside it, on a stream of its own.
         with pipeline.vae_placement.at_work(), outlet.decoding(latents), clock.stage("vae"):
-            for i in range(session.plan.latent_frames):
-                session.raise_if_cancelled()
+            for i in range(session.plan.latent_frames if pipeline.ranks.is_first else 0):
+                # Not raised here, where the other ranks are not: the context pass agrees on it at once.
+                if session.is_cancelled:
+                    break
+                pipeline.ranks.tick()
                 pixels = pipeline.vae.decode_latent_frame(latents[:, :, i : i + 1], session.features)
                 outlet.push(pixels, plan.chunk_index, i, session.plan.latent_frames)
 
@@ -55,6 +58,7 @@ def run_chunk(
 
     stages = clock.finish()
     postprocess = session.postprocessor.take_timings()
+    pipeline.ranks.note_chunk(clock.total_ms)
     return ChunkResult(
         chunk_index=plan.chunk_index,
         num_frames=outlet.num_frames,

@@ -6,22 +6,26 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.chunk_plan import ChunkPlan, ChunkResult, EngineStatus, FrameGroup, ModelCard, SessionPlan
 from lingbot_rt.engine.chunk_runner import run_chunk
-from lingbot_rt.engine.memory import feature_bytes_per_pixel, require_room
+from lingbot_rt.engine.memory import describe_share, feature_bytes_per_pixel, require_room
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import warm_up
 from lingbot_rt.errors import EngineFailed, LingbotError
+from lingbot_rt.parallel.leader import Close, lead
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+_LOST_GRACE_S = 1.0
 
 
 class Engine:
@@ -37,10 +41,17 @@ class Engine:
         self._pipeline: Pipeline | None = None
         self._features_per_pixel = 0.0
         self._sessions: dict[str, SessionState] = {}
+        self._leader = lead(config, self._lose)
+        self._loss: asyncio.Future[str] | None = None  # which rank was lost and why; None with one rank
 
     @property
     def status(self) -> EngineStatus:
         return self._status
+
+    @property
+    def is_lost(self) -> bool:
+        """One of several ranks is gone: nothing can be computed any more, the process has to end."""
+        return self._loss is not None and self._loss.done()
 
     @property
     def card(self) -> ModelCard:
@@ -55,6 +66,8 @@ class Engine:
 
     async def start(self) -> None:
         """Loads and warms up; returns when ready. Raises what loading raised, with the status saying so."""
+        if self._config.num_gpus > 1:
+            self._loss = asyncio.get_running_loop().create_future()
         try:
             await self._on_thread(self._load)
         except LingbotError as error:
@@ -71,7 +84,10 @@ class Engine:
         def build() -> None:
             if not self._loaded.postprocess.loaded(plan.postprocess):
                 log.info("first use of upscaling or interpolation: loading its networks")
-            self._sessions[plan.session_id] = SessionState(self._loaded, plan)
+                # Before the other ranks are told: a model that does not load is this client's mistake alone.
+                self._loaded.open_postprocessor(plan)
+            with self._leader.command(plan):
+                self._sessions[plan.session_id] = SessionState(self._loaded, plan)
 
         await self._on_thread(build)
 
@@ -80,10 +96,20 @@ class Engine:
         session = self._sessions.get(plan.session_id)
         if session is None:
             raise EngineFailed(f"session {plan.session_id} is not open")
-        return await self._on_thread(lambda: run_chunk(self._loaded, session, plan, emit))
+
+        def chunk() -> ChunkResult:
+            with self._leader.command(plan):
+                result = run_chunk(self._loaded, session, plan, emit)
+            timings = replace(result.timings, ranks_ms=self._leader.compute_ms)
+            return replace(result, timings=timings)
+
+        return await self._on_thread(chunk)
 
     async def close(self, session_id: str) -> None:
         """Interrupts the session's chunk, if one is in work, and frees what it held. Idempotent."""
+        if self.is_lost:
+            self._sessions.pop(session_id, None)
+            return
         session = self._sessions.get(session_id)
         if session is not None:
             session.cancel()
@@ -95,31 +121,63 @@ class Engine:
         for session_id in list(self._sessions):
             await self.close(session_id)
         self._status = EngineStatus("stopped")
-        await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
+        stopping = asyncio.get_running_loop().run_in_executor(self._thread, self._leader.stop)
+        if self.is_lost:
+            # The thread may wait for ever for a rank that is gone; its process will not.
+            await asyncio.wait({stopping}, timeout=_LOST_GRACE_S)
+        else:
+            await stopping
+        await asyncio.to_thread(self._thread.shutdown, wait=not self.is_lost, cancel_futures=True)
 
     def _load(self) -> None:
-        pipeline = load_pipeline(self._config, self._report)
-        self._features_per_pixel = feature_bytes_per_pixel(pipeline)
-        self._pipeline = pipeline
-        if self._config.warmup:
-            self._report(EngineStatus("warming up", 0.0))
-            warm_up(
-                pipeline,
-                lambda done: self._report(EngineStatus("warming up", done)),
-                postprocess=self._config.enable_upscaling_warmup,
-            )
+        with self._leader.starting():
+            pipeline = load_pipeline(self._config, self._report, self._leader.ranks)
+            if pipeline.ranks.world > 1:
+                log.info("%s", describe_share(pipeline))
+            self._features_per_pixel = feature_bytes_per_pixel(pipeline)
+            self._pipeline = pipeline
+            if self._config.warmup:
+                self._report(EngineStatus("warming up", 0.0))
+                warm_up(
+                    pipeline,
+                    lambda done: self._report(EngineStatus("warming up", done)),
+                    postprocess=self._config.enable_upscaling_warmup,
+                )
         self._report(EngineStatus("ready"))
 
     def _report(self, status: EngineStatus) -> None:
+        self._leader.ranks.tick()
         self._status = status
 
     def _release(self, session_id: str) -> None:
-        released = self._sessions.pop(session_id, None)
-        if released is not None and self._loaded.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if session_id not in self._sessions:
+            return
+        with self._leader.command(Close(session_id)):
+            del self._sessions[session_id]
+            if self._loaded.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _lose(self, verdict: str) -> None:
+        """A rank is lost, says the leader, on any thread."""
+        assert self._loss is not None
+        self._status = EngineStatus("failed", detail=verdict)
+        self._loss.get_loop().call_soon_threadsafe(self._loss.set_result, verdict)
 
     async def _on_thread(self, job: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._guarded, job)
+        """``job``'s result. Raises EngineFailed as soon as a rank is lost: the thread may then be stuck for good."""
+        work = asyncio.get_running_loop().run_in_executor(self._thread, self._guarded, job)
+        if self._loss is None:
+            return await work
+        waited: set[asyncio.Future[Any]] = {work, self._loss}
+        try:
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            work.cancel()
+            raise
+        if self._loss.done():
+            work.add_done_callback(lambda late: late.cancelled() or late.exception())
+            raise EngineFailed(self._loss.result())
+        return work.result()
 
     def _guarded(self, job: Callable[[], Result]) -> Result:
         """The edge of the engine thread: named errors pass, anything else is logged with its traceback and named."""

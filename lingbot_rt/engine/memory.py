@@ -49,15 +49,17 @@ def feature_bytes_per_pixel(pipeline: Pipeline) -> float:
 
 
 def plan_memory(pipeline: Pipeline, plan: SessionPlan, features_per_pixel: float) -> MemoryPlan:
+    """Of rank 0, which decodes; the other ranks take as much less."""
     config = pipeline.dit.config
     branches = 2 if plan.guidance_scale > 1 else 1
-    tokens = plan.latent_frames * plan.size.tokens_per_frame
+    world = pipeline.ranks.world
+    tokens = -(-plan.latent_frames * plan.size.tokens_per_frame // world)
     width = config.num_attention_heads * config.attention_head_dim
     camera = 2 * config.num_layers * tokens * width * pipeline.dtype.itemsize
     forward = tokens * (2 * config.ffn_dim + 8 * width) * 4
     features = int(features_per_pixel * plan.size.pixels)
     return MemoryPlan(
-        window_bytes=branches * window_bytes(config, plan.size, plan.window_frames, pipeline.dtype),
+        window_bytes=branches * window_bytes(config, plan.size, plan.window_frames, pipeline.dtype) // world,
         features_bytes=features,
         # A decode's largest activations are of the order of the features it leaves behind.
         activations_bytes=camera + forward + features,
@@ -68,6 +70,9 @@ def require_room(pipeline: Pipeline, plan: SessionPlan, features_per_pixel: floa
     """Raises CapacityError with the numbers, and the window that would fit, when the session is too large."""
     needed = plan_memory(pipeline, plan, features_per_pixel)
     free = free_bytes(pipeline.device)
+    if pipeline.device.type == "cpu":
+        # Every rank takes its share of the same memory.
+        free //= pipeline.ranks.world
     if needed.total_bytes <= free:
         return needed
     per_frame = needed.window_bytes // plan.window_frames
@@ -78,6 +83,17 @@ def require_room(pipeline: Pipeline, plan: SessionPlan, features_per_pixel: floa
         f"window {plan.window_frames} at {plan.size} needs {needed.total_bytes / GB:.1f} GB, "
         f"{free / GB:.1f} GB is free: {fix}",
         field="realtime_causal_kv_cache_num_frames",
+    )
+
+
+def describe_share(pipeline: Pipeline) -> str:
+    """One line for the log: where this rank runs, and what its weights and a default session's window take there."""
+    card, ranks = pipeline.card, pipeline.ranks
+    weights = sum(parameter.nbytes for parameter in pipeline.dit.parameters())
+    window = window_bytes(pipeline.dit.config, card.default_size, card.window_frames, pipeline.dtype) // ranks.world
+    return (
+        f"rank {ranks.rank} of {ranks.world} on {pipeline.device}: DiT {weights / GB:.2f} GB, "
+        f"window {card.window_frames} at {card.default_size} {window / GB:.2f} GB, {free_bytes(pipeline.device) / GB:.2f} GB free"
     )
 
 

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 import torch
 
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.engine.chunk_plan import EngineStatus, ModelCard
+from lingbot_rt.engine.chunk_plan import EngineStatus, ModelCard, SessionPlan
 from lingbot_rt.engine.flow_match import FlowSchedule
 from lingbot_rt.engine.placement import Placement
-from lingbot_rt.errors import ConfigError
+from lingbot_rt.errors import CheckpointError, ConfigError, InvalidInit
 from lingbot_rt.models.attention import require_backend
 from lingbot_rt.models.checkpoint import load_dit, load_text_encoder, load_vae, open_checkpoint
 from lingbot_rt.models.dit import CausalDiT, TextKV
 from lingbot_rt.models.text_encoder import TextEncoder
 from lingbot_rt.models.vae import StreamingVAE
-from lingbot_rt.postprocess.stage import PostprocessNetworks
+from lingbot_rt.parallel.groups import RankGroup, Ranks
+from lingbot_rt.parallel.ulysses import UlyssesAttention
+from lingbot_rt.postprocess.stage import PostprocessNetworks, PostProcessor
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,21 @@ class Pipeline:
     text_encoder: TextEncoder
     text_encoder_placement: Placement
     postprocess: PostprocessNetworks
+    ranks: Ranks
+
+    @property
+    def own_heads(self) -> int:
+        """Heads of self-attention whose window this process keeps."""
+        return self.dit.config.num_attention_heads // self.ranks.world
+
+    def open_postprocessor(self, plan: SessionPlan) -> PostProcessor:
+        """What the session's frames go through after decode. Raises InvalidInit when its model does not load."""
+        try:
+            return self.postprocess.open(plan.postprocess, plan.size)
+        except CheckpointError as error:
+            upscales = plan.postprocess.upscaling_model is not None
+            field = "upscaling_model_path" if upscales else "frame_interpolation_model_path"
+            raise InvalidInit(str(error), field=field) from None
 
     def text_kv(self, prompt: str) -> TextKV:
         """A prompt's cross-attention K/V for every block of the DiT."""
@@ -50,8 +67,8 @@ class Pipeline:
             return self.dit.text_kv(text_BLD.to(self.device, self.dtype))
 
 
-def load_pipeline(config: ServeConfig, report: Callable[[EngineStatus], None]) -> Pipeline:
-    """Loads the model that ``config`` names, telling ``report`` how far it is.
+def load_pipeline(config: ServeConfig, report: Callable[[EngineStatus], None], ranks: Ranks | None = None) -> Pipeline:
+    """Loads the model that ``config`` names, telling ``report`` how far it is; ``ranks`` share its sessions.
 
     Raises CheckpointError when the folder is incomplete, ConfigError when the device is not there.
     """
@@ -60,6 +77,8 @@ def load_pipeline(config: ServeConfig, report: Callable[[EngineStatus], None]) -
     require_backend(config.attention_backend, device)
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
+    elif config.num_gpus > 1 and device.type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.num_gpus))
 
     folder = open_checkpoint(config.model_path)
 
@@ -69,6 +88,9 @@ def load_pipeline(config: ServeConfig, report: Callable[[EngineStatus], None]) -
     rest = torch.device("cpu")
     dit = load_dit(folder, dtype, rest if config.dit_cpu_offload else device, part("transformer"))
     dit.attention_backend = config.attention_backend
+    ranks = ranks or Ranks()
+    if isinstance(ranks, RankGroup):
+        dit.window_attention = UlyssesAttention(ranks)
     vae = load_vae(folder, torch.float32, rest if config.vae_cpu_offload else device, part("vae"))
     text_encoder = load_text_encoder(
         folder, dtype, rest if config.text_encoder_cpu_offload else device, part("text encoder")
@@ -99,6 +121,7 @@ def load_pipeline(config: ServeConfig, report: Callable[[EngineStatus], None]) -
         text_encoder=text_encoder,
         text_encoder_placement=Placement(text_encoder, device, offload=config.text_encoder_cpu_offload),
         postprocess=PostprocessNetworks(device),
+        ranks=ranks,
     )
 
 

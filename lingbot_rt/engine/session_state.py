@@ -10,12 +10,11 @@ from torch import Tensor
 
 from lingbot_rt.engine.chunk_plan import SessionPlan
 from lingbot_rt.engine.pipeline import Pipeline
-from lingbot_rt.errors import CheckpointError, ChunkCancelled, InvalidInit
+from lingbot_rt.errors import ChunkCancelled
 from lingbot_rt.models.dit import TextKV
 from lingbot_rt.models.feature_cache import FeatureCache
 from lingbot_rt.models.i2v_condition import preprocess_image
 from lingbot_rt.models.kv_cache import KVCache
-from lingbot_rt.postprocess.stage import PostProcessor
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ class SessionState:
             self._condition_first, self._condition_later = pipeline.vae.encode_condition(image, plan.latent_frames)
         self.features: FeatureCache = pipeline.vae.new_features()
         self.text_kv(plan.prompt)
-        self.postprocessor = self._open_postprocessor()
+        self.postprocessor = pipeline.open_postprocessor(plan)
 
     def text_kv(self, prompt: str) -> TextKV:
         """Cross-attention K/V of ``prompt``; computed when it differs from the last one, the world's K/V is kept."""
@@ -71,23 +70,21 @@ class SessionState:
         """The chunk in work stops before its next forward or decode. Thread-safe."""
         self._cancelled.set()
 
-    def raise_if_cancelled(self) -> None:
-        if self._cancelled.is_set():
-            raise ChunkCancelled(f"session {self.plan.session_id} was closed")
+    @property
+    def is_cancelled(self) -> bool:
+        """On rank 0, where sessions are cancelled."""
+        return self._cancelled.is_set()
 
-    def _open_postprocessor(self) -> PostProcessor:
-        try:
-            return self._pipeline.postprocess.open(self.plan.postprocess, self.plan.size)
-        except CheckpointError as error:
-            upscales = self.plan.postprocess.upscaling_model is not None
-            field = "upscaling_model_path" if upscales else "frame_interpolation_model_path"
-            raise InvalidInit(str(error), field=field) from None
+    def raise_if_cancelled(self) -> None:
+        """All ranks come here at the same places of a chunk and go the same way."""
+        if self._pipeline.ranks.agree(self.is_cancelled):
+            raise ChunkCancelled(f"session {self.plan.session_id} was closed")
 
     def _new_cache(self) -> KVCache:
         config = self._pipeline.dit.config
         return KVCache(
             num_layers=config.num_layers,
-            num_heads=config.num_attention_heads,
+            num_heads=self._pipeline.own_heads,
             head_dim=config.attention_head_dim,
             tokens_per_frame=self.plan.size.tokens_per_frame,
             sink_frames=self.plan.sink_frames,

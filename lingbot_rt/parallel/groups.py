@@ -78,8 +78,8 @@ class RankGroup(Ranks):
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                 store=dist.PrefixStore("group", store),
-                rank=rank,
-                world_size=world,
+                rank=self.rank,
+                world_size=self.world,
                 timeout=_UNLIMITED,
                 device_id=device if on_gpu else None,
             )
@@ -126,7 +126,9 @@ class RankGroup(Ranks):
                 packed += second.numpy().tobytes()
         return pickle.loads(packed[_LENGTH_BYTES : _LENGTH_BYTES + length])
 
-    def all_to_all(self, sent: Tensor, received: Tensor, sent_rows: Sequence[int], received_rows: Sequence[int]) -> None:
+    def all_to_all(
+        self, sent: Tensor, received: Tensor, sent_rows: Sequence[int], received_rows: Sequence[int]
+    ) -> None:
         """Rows of the contiguous ``sent``, ``sent_rows[r]`` of them for rank r, into ``received``, by rank likewise."""
         with self._exchange(sent.is_cuda):
             dist.all_to_all_single(received, sent, list(received_rows), list(sent_rows))
@@ -137,10 +139,10 @@ class RankGroup(Ranks):
         largest = max(rows)
         padded = own.new_zeros(largest, own.shape[1])
         padded[: len(own)] = own
-        parts = own.new_empty(self.world * largest, own.shape[1])
+        parts = [torch.empty_like(padded) for _ in rows]
         with self._exchange(own.is_cuda):
-            dist.all_gather_into_tensor(parts, padded)
-        return torch.cat([part[:count] for part, count in zip(parts.split(largest), rows, strict=True)])
+            dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
 
     @contextmanager
     def _exchange(self, on_gpu: bool = False) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""How the ranks come to be: rank 0 starts the others on its host, or torchrun starts all of them on any number of hosts.
+"""How the ranks come to be: rank 0 starts the others on its host, or torchrun starts all, on any number of hosts.
 
 Either way a process finds its place in torchrun's environment variables: RANK, WORLD_SIZE, LOCAL_RANK,
 LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from lingbot_rt.parallel.launch import (
     start_followers,
     uses_cuda,
 )
-from lingbot_rt.parallel.watch import Watch
+from lingbot_rt.parallel.watch import JUDGED_AT, Watch
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +47,9 @@ class Leader:
         self.ranks: Ranks = Ranks()
 
     @property
-    def compute_ms(self) -> list[float]:
+    def compute_ms(self) -> tuple[float, ...]:
         """Milliseconds of each rank's newest chunk, waits for the others left out: a slow rank stands out."""
-        return [self.ranks.pulse.compute_ms]
+        return (self.ranks.pulse.compute_ms,)
 
     @contextmanager
     def starting(self) -> Iterator[None]:
@@ -75,10 +77,11 @@ class GroupLeader(Leader):
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._watch: Watch | None = None
         self._has_joined = False
+        self._last_resort: threading.Timer | None = None
 
     @property
-    def compute_ms(self) -> list[float]:
-        return [] if self._watch is None else [pulse.compute_ms for pulse in self._watch.pulses]
+    def compute_ms(self) -> tuple[float, ...]:
+        return () if self._watch is None else tuple(pulse.compute_ms for pulse in self._watch.pulses)
 
     @contextmanager
     def starting(self) -> Iterator[None]:
@@ -99,7 +102,8 @@ class GroupLeader(Leader):
             self._processes = start_followers(self._config, place)
         watch.start(self._processes)
         with self._judged(watch):
-            watch.await_all()
+            if not watch.await_all():
+                raise PeerLost(watch.verdict)
             self._group.join(store, device)
             self._has_joined = True
             yield
@@ -127,8 +131,14 @@ class GroupLeader(Leader):
         if self._has_joined:
             self._group.leave()
         self._watch = None
+        if self._last_resort is not None:
+            self._last_resort.cancel()
 
     def _lose(self, verdict: str) -> None:
+        # A thread that waits on a GPU for a rank that is gone cannot be ended; an orderly end would wait for it.
+        self._last_resort = threading.Timer((1 - JUDGED_AT) * self._config.rank_timeout_s, _end_now)
+        self._last_resort.daemon = True
+        self._last_resort.start()
         end_followers(self._processes, grace_s=0)
         self._on_loss(verdict)
 
@@ -145,6 +155,11 @@ class GroupLeader(Leader):
                 if not is_consequence:
                     log.exception("rank 0 failed")
                 raise EngineFailed(watch.explain(error, is_consequence=is_consequence)) from error
+
+
+def _end_now() -> None:
+    log.error("still busy, ended")
+    os._exit(1)
 
 
 def lead(config: ServeConfig, on_loss: Callable[[str], None]) -> Leader:

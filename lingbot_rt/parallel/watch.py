@@ -145,12 +145,11 @@ class Watch:
         finally:
             self._is_busy = False
 
-    def await_all(self) -> None:
-        """Returns when every follower has come up, or when one is lost: that is said by ``verdict``."""
+    def await_all(self) -> bool:
+        """Waits until every follower has come up: True. False when one is lost first."""
         while not self._verdict and not all(pulse.beats for pulse in self.pulses[1:]):
             time.sleep(PERIOD_S / 4)
-        if self._verdict:
-            raise RuntimeError(self._verdict)
+        return not self._verdict
 
     def explain(self, error: Exception, *, is_consequence: bool) -> str:
         """Why the work on rank 0 broke: the verdict on another rank when ``error`` only followed from that."""

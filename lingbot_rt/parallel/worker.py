@@ -17,7 +17,7 @@ import torch
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.chunk_plan import ChunkPlan, SessionPlan
 from lingbot_rt.engine.chunk_runner import run_chunk
-from lingbot_rt.engine.memory import describe_plan
+from lingbot_rt.engine.memory import describe_share
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import warm_up
@@ -59,7 +59,7 @@ def _work(config: ServeConfig, place: Place, group: RankGroup) -> None:
     device = place.device("cuda" if uses_cuda(config) else "cpu")
     group.join(place.connect(config.rank_timeout_s), device)
     pipeline = load_pipeline(config, lambda status: group.tick(), group)
-    log.info("%s", describe_plan(pipeline))
+    log.info("%s", describe_share(pipeline))
     if config.warmup:
         warm_up(pipeline, lambda done: group.tick())
     group.agree(True)

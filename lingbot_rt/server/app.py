@@ -22,7 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 import lingbot_rt
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.chunk_plan import ModelCard
-from lingbot_rt.errors import LingbotError
+from lingbot_rt.errors import EngineFailed, LingbotError
 from lingbot_rt.server.access import Unauthorized, has_key, may_connect
 from lingbot_rt.server.admission import Admission
 from lingbot_rt.server.connection import Connection, Service
@@ -54,7 +54,7 @@ _MIME_TYPES = {
 def create_app(config: ServeConfig, engine: EnginePort, page: Path | None = None) -> FastAPI:
     """The whole server. ``page`` is the folder of the web page, by default the one that belongs to the package.
 
-    ``app.state.service.failure`` holds the error when the engine could not start.
+    ``app.state.service.failure`` holds the error when the engine could not start or has lost one of its ranks.
     """
     encoders = ThreadPoolExecutor(_ENCODE_THREADS, thread_name_prefix="batches")
     service = Service(config, engine, Admission(config.session_wait_s), Metrics(), encoders)
@@ -191,7 +191,7 @@ class _Page(StaticFiles):
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with sessions told before their sockets are closed, and an end when the engine cannot start."""
+    """uvicorn, with sessions told before their sockets are closed, and an end when the engine is lost."""
 
     def __init__(self, app: FastAPI, config: ServeConfig) -> None:
         self._service: Service = app.state.service
@@ -221,6 +221,9 @@ class Server(uvicorn.Server):
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
 
     async def on_tick(self, counter: int) -> bool:
+        status = self._service.engine.status
+        if status.stage == "failed" and self._service.failure is None:
+            self._service.failure = EngineFailed(status.detail)
         return await super().on_tick(counter) or self._service.failure is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -98,7 +98,7 @@ class Service:
     metrics: Metrics
     encoders: Executor
     connections: set[Connection] = field(default_factory=set)
-    failure: LingbotError | None = None  # why the engine did not start
+    failure: LingbotError | None = None  # why there is no engine
 
     async def tell_all_and_close(self, limit_s: float) -> None:
         """Every session gets its error and its close; returns when they are gone, after ``limit_s`` at the latest."""
