@@ -55,6 +55,12 @@ class Metrics:
         self.stage_ms = Histogram(
             "lingbot_rt_stage_ms", "time of a chunk's stage", ["stage"], buckets=_MS_BUCKETS, registry=self.registry
         )
+        self.rank_ms = Gauge(
+            "lingbot_rt_rank_ms",
+            "newest chunk of a rank, waits for other ranks left out",
+            ["rank"],
+            registry=self.registry,
+        )
         self.event_latency_ms = Histogram(
             "lingbot_rt_event_latency_ms",
             "event received to first frame carrying it sent",

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from lingbot_rt import __version__
-from lingbot_rt.commands.devices import require_devices
+from lingbot_rt.commands.devices import is_follower, require_devices
 from lingbot_rt.commands.exit_code import exit_code
 from lingbot_rt.commands.options import add_config_options, config_from
 from lingbot_rt.config import ServeConfig
@@ -31,6 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = config_from(args)
+    if is_follower():
+        from lingbot_rt.parallel.worker import follow_launcher
+
+        return follow_launcher(config)
     # Told to end is told to end: by Ctrl-C or by a service manager.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -91,9 +91,10 @@ def describe_share(pipeline: Pipeline) -> str:
     card, ranks = pipeline.card, pipeline.ranks
     weights = sum(parameter.nbytes for parameter in pipeline.dit.parameters())
     window = window_bytes(pipeline.dit.config, card.default_size, card.window_frames, pipeline.dtype) // ranks.world
+    free = free_bytes(pipeline.device)
     return (
         f"rank {ranks.rank} of {ranks.world} on {pipeline.device}: DiT {weights / GB:.2f} GB, "
-        f"window {card.window_frames} at {card.default_size} {window / GB:.2f} GB, {free_bytes(pipeline.device) / GB:.2f} GB free"
+        f"window {card.window_frames} at {card.default_size} {window / GB:.2f} GB, {free / GB:.2f} GB free"
     )
 
 

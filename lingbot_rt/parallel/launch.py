@@ -26,6 +26,8 @@ from lingbot_rt.models.checkpoint import open_checkpoint
 
 LOOPBACK = "127.0.0.1"
 
+_WORKER = (sys.executable, "-m", "lingbot_rt.parallel.worker")
+
 END_GRACE_S = 2.0
 
 
@@ -143,7 +145,7 @@ def start_followers(config: ServeConfig, place: Place) -> dict[int, subprocess.P
     for rank in range(1, place.world):
         own = dataclasses.replace(place, rank=rank, local_rank=rank)
         processes[rank] = subprocess.Popen(
-            [sys.executable, "-m", "lingbot_rt.parallel.worker", handed_on],
+            [*_WORKER, handed_on],
             env=os.environ | own.environment(),
             stdin=subprocess.DEVNULL,
         )

@@ -103,7 +103,7 @@ class Watch:
         self._store = store
         self._world = world
         self._own = own
-        self._limit_s = JUDGED_AT * timeout_s
+        self.limit_s = JUDGED_AT * timeout_s  # of silence, or of standing still while there is work
         self._on_loss = on_loss
         self._processes: Mapping[int, subprocess.Popen[bytes]] = {}
         self._is_busy = False
@@ -222,7 +222,7 @@ class Watch:
         now = time.monotonic()
         for rank in range(1, self._world):
             silence_s = now - self._heard_at[rank]
-            if silence_s > self._limit_s:
+            if silence_s > self.limit_s:
                 if not self.pulses[rank].beats:
                     return f"rank {rank} did not start within {silence_s:.0f} s"
                 return f"rank {rank} gave no sign of life for {silence_s:.0f} s"
@@ -230,7 +230,7 @@ class Watch:
 
     def _stalled(self) -> str:
         stalled_s = time.monotonic() - self._moved_at
-        if not self._is_busy or stalled_s <= self._limit_s:
+        if not self._is_busy or stalled_s <= self.limit_s:
             return ""
         entered = [pulse.exchanges for pulse in self.pulses]
         if min(entered) == max(entered):

@@ -23,7 +23,7 @@ from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import warm_up
 from lingbot_rt.errors import ChunkCancelled
 from lingbot_rt.parallel.groups import PeerLost, RankGroup
-from lingbot_rt.parallel.launch import Place, uses_cuda
+from lingbot_rt.parallel.launch import Place, require_ranks, uses_cuda
 from lingbot_rt.parallel.leader import Close, Stop
 from lingbot_rt.parallel.watch import PulseSender, first_line
 
@@ -84,10 +84,11 @@ def _obey(pipeline: Pipeline, group: RankGroup) -> None:
                 return
 
 
-def main() -> int:
-    config = ServeConfig(**json.loads(sys.argv[1]))
+def follow_launcher(config: ServeConfig) -> int:
+    """A follower that torchrun started, or rank 0. Raises ConfigError for ranks that cannot be."""
+    require_ranks(config)
     place = Place.from_environment()
-    assert place is not None, "started by rank 0, which says where"
+    assert place is not None, "the launcher says where"
     logging.basicConfig(
         level=config.log_level.upper(),
         format=f"%(asctime)s %(levelname)-7s [rank {place.rank}] %(message)s",
@@ -97,4 +98,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(follow_launcher(ServeConfig(**json.loads(sys.argv[1]))))

@@ -276,6 +276,8 @@ class ChunkStream:
             self._sent_before = chunk.sent_at
             if self._session.settings.profile:
                 stats.stages = {"prepare": timings.prepare_ms, **timings.stages}
+            for rank, ms in enumerate(timings.ranks_ms):
+                self._metrics.rank_ms.labels(str(rank)).set(ms)
             self._record(chunk)
             is_sent = asyncio.Event()
 

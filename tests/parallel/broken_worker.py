@@ -1,0 +1,39 @@
+"""A follower with a fault: ``python broken_worker.py FAULT RANK CONFIG``. Every rank but RANK is sound."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+from lingbot_rt.config import ServeConfig
+from lingbot_rt.errors import CheckpointError
+from lingbot_rt.parallel import worker
+
+
+def raise_in_chunk(*args):
+    raise ValueError("the kernel said no\nsecond line")
+
+
+def stall_in_chunk(*args):
+    time.sleep(600)
+
+
+def fail_to_load(*args):
+    raise CheckpointError("a shard is damaged")
+
+
+if __name__ == "__main__":
+    fault, rank, config = sys.argv[1:]
+    if os.environ["RANK"] == rank:
+        match fault:
+            case "raise":
+                worker.run_chunk = raise_in_chunk
+            case "stall":
+                worker.run_chunk = stall_in_chunk
+            case "load":
+                worker.load_pipeline = fail_to_load
+            case "exit":
+                sys.exit(3)
+    sys.exit(worker.follow_launcher(ServeConfig(**json.loads(config))))

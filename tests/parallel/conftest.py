@@ -1,0 +1,83 @@
+"""The built-in model, whose DiT has four heads, over real processes that talk through gloo."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lingbot_rt.config import ServeConfig
+from lingbot_rt.engine.chunk_plan import ChunkPlan, SessionPlan
+from lingbot_rt.engine.engine import Engine
+from lingbot_rt.parallel import launch
+from lingbot_rt.shapes import FrameSize
+
+SIZE = FrameSize(80, 48)
+"""15 tokens a latent frame: 45 a chunk, which neither 2 nor 4 ranks can share evenly."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """The built-in weights are drawn once, where the followers find them too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LINGBOT_RT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        # The checkout, also for processes that start elsewhere.
+        patch.syspath_prepend(str(Path(launch.__file__).parents[2]))
+        patch.setenv("PYTHONPATH", str(Path(launch.__file__).parents[2]))
+        yield
+
+
+def config(world: int, **changes) -> ServeConfig:
+    values = {"device": "cpu", "num_gpus": world, "warmup": False, "rank_timeout_s": 60.0, "log_level": "warning"}
+    return ServeConfig(**values | changes)
+
+
+@asynccontextmanager
+async def engine_of(world: int, **changes) -> AsyncIterator[Engine]:
+    """A started engine of ``world`` processes, this one among them."""
+    engine = Engine(config(world, **changes))
+    try:
+        await engine.start()
+        yield engine
+    finally:
+        await engine.stop()
+
+
+def session_plan(session_id: str = "s", **changes) -> SessionPlan:
+    values = {
+        "session_id": session_id,
+        "prompt": "a quiet street",
+        "first_frame": np.random.default_rng(3).integers(0, 256, (SIZE.height, SIZE.width, 3), np.uint8),
+        "size": SIZE,
+        "latent_frames": 3,
+        "seed": 11,
+        "num_steps": 2,
+        "guidance_scale": 1.0,
+        "negative_prompt": "blurry",
+        "sink_frames": 3,
+        "window_frames": 9,
+    }
+    return SessionPlan(**values | changes)
+
+
+def chunk(index: int, prompt: str = "a quiet street", *, camera: bool = False) -> ChunkPlan:
+    poses = None
+    if camera:
+        poses = np.broadcast_to(np.eye(4), (3, 4, 4)).copy()
+        poses[:, 2, 3] = 0.05 * (index + 1)
+    return ChunkPlan("s", index, prompt, poses, None)
+
+
+@pytest.fixture
+def broken(monkeypatch) -> Callable[[str, int], None]:
+    """``broken("stall", 1)``: followers started from now on have that fault on that rank."""
+
+    def choose(fault: str, rank: int) -> None:
+        script = Path(__file__).parent / "broken_worker.py"
+        monkeypatch.setattr(launch, "_WORKER", (sys.executable, str(script), fault, str(rank)))
+
+    return choose

@@ -1,0 +1,105 @@
+"""A rank that dies, fails or stalls: the error says which and why, and no process is left. Real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from lingbot_rt.engine.engine import Engine
+from lingbot_rt.errors import EngineFailed
+from tests.parallel.conftest import chunk, config, engine_of, session_plan
+
+
+def assert_none_left(engine: Engine) -> None:
+    processes = engine._leader._processes
+    assert processes
+    assert all(process.poll() is not None for process in processes.values())
+
+
+async def lost_in_chunk(engine: Engine) -> str:
+    """The error of the chunk in which a rank is lost."""
+    with pytest.raises(EngineFailed) as failure:
+        await engine.run(chunk(0), lambda group: None)
+    assert engine.is_lost
+    assert engine.status.stage == "failed"
+    assert engine.status.detail == str(failure.value)
+    with pytest.raises(EngineFailed, match=r"^rank 1 "):
+        await engine.open(session_plan("another"))
+    return str(failure.value)
+
+
+async def test_a_killed_rank():
+    """SIGKILL in mid-chunk fails the chunk at once, naming rank and signal."""
+    async with engine_of(2) as engine:
+        await engine.open(session_plan())
+        victim = engine._leader._processes[1]
+        running = asyncio.create_task(engine.run(chunk(0), lambda group: None))
+        await asyncio.sleep(0.01)
+        victim.kill()
+        with pytest.raises(EngineFailed, match=r"^rank 1 was killed by SIGKILL$"):
+            await running
+        assert engine.is_lost
+    assert_none_left(engine)
+
+
+async def test_a_rank_that_raises(broken):
+    """An exception in one rank's chunk fails the chunk with that rank and the exception's first line."""
+    broken("raise", 1)
+    async with engine_of(2) as engine:
+        await engine.open(session_plan())
+        assert await lost_in_chunk(engine) == "rank 1 failed: ValueError: the kernel said no"
+    assert_none_left(engine)
+
+
+async def test_a_rank_that_stalls(broken):
+    """A rank that stands still while others wait for it is named once the limit is over."""
+    broken("stall", 1)
+    async with engine_of(2) as engine:
+        await engine.open(session_plan())
+        engine._leader._watch.limit_s = 1.0
+        assert "rank 1 stalled: for 1 s it has not come to exchange" in await lost_in_chunk(engine)
+    assert_none_left(engine)
+
+
+async def test_a_rank_that_is_frozen_between_commands():
+    """A stopped process is missed although nobody has asked it for anything."""
+    async with engine_of(2) as engine:
+        engine._leader._watch.limit_s = 1.0
+        os.kill(engine._leader._processes[1].pid, signal.SIGSTOP)
+        verdict = await asyncio.wait_for(asyncio.shield(engine._loss), 30)
+        assert verdict == engine.status.detail == "rank 1 gave no sign of life for 1 s"
+    assert_none_left(engine)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("load", "rank 1 failed: CheckpointError: a shard is damaged"),
+        ("exit", "rank 1 ended by itself with exit code 3"),
+    ],
+)
+async def test_a_rank_that_does_not_come_up(broken, fault, said):
+    """A failure while starting fails the start, naming the rank; the other ranks end too."""
+    broken(fault, 1)
+    engine = Engine(config(2))
+    with pytest.raises(EngineFailed) as failure:
+        await engine.start()
+    assert str(failure.value) == said
+    await engine.stop()
+    assert_none_left(engine)
+
+
+async def test_an_emit_that_raises_on_rank_0_ends_the_service():
+    """Ranks that left a chunk at different places cannot go on: rank 0's own failure is final too."""
+
+    def broken_emit(group):
+        raise ValueError("nobody takes frames")
+
+    async with engine_of(2) as engine:
+        await engine.open(session_plan())
+        with pytest.raises(EngineFailed, match=r"^rank 0 failed: ValueError: nobody takes frames$"):
+            await engine.run(chunk(0), broken_emit)
+    assert_none_left(engine)

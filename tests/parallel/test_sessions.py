@@ -1,0 +1,83 @@
+"""Several processes compute what one computes, and go the same way at every turn."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+
+from lingbot_rt.engine import chunk_runner
+from lingbot_rt.errors import ChunkCancelled
+from tests.parallel.conftest import chunk, engine_of, session_plan
+
+CHUNKS = 8
+TOLERANCE = 2e-5
+
+
+@pytest.fixture
+def latents(monkeypatch) -> list[torch.Tensor]:
+    """Every chunk's latents on rank 0, as they are denoised."""
+    seen = []
+
+    def recorded(*args):
+        seen.append(denoise(*args))
+        return seen[-1]
+
+    denoise = chunk_runner.denoise
+    monkeypatch.setattr(chunk_runner, "denoise", recorded)
+    return seen
+
+
+async def play(world: int) -> list[int]:
+    """Eight chunks with guidance, camera, a prompt change and a window that slides; frames of each chunk."""
+    frames = []
+    async with engine_of(world) as engine:
+        await engine.open(session_plan(guidance_scale=2.0, num_steps=4))
+        for index in range(CHUNKS):
+            prompt = "a quiet street" if index < 5 else "a storm at sea"
+            result = await engine.run(chunk(index, prompt, camera=index != 2), lambda group: None)
+            frames.append(result.num_frames)
+        assert len(result.timings.ranks_ms) == world
+        await engine.close("s")
+    return frames
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple[list[torch.Tensor], list[int]]:
+    """What one process computes."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        denoise = chunk_runner.denoise
+        patch.setattr(chunk_runner, "denoise", lambda *args: (seen.append(denoise(*args)), seen[-1])[1])
+        return seen, asyncio.run(play(1))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+async def test_ranks_compute_what_one_process_computes(world, alone, latents):
+    """Eight chunks of 45 tokens with guidance, camera, prompt change and a sliding window: equal to 2e-5."""
+    expected, expected_frames = alone
+    assert await play(world) == expected_frames
+    differences = [(a - b).abs().max().item() for a, b in zip(latents, expected, strict=True)]
+    assert len(differences) == CHUNKS
+    assert max(differences) <= TOLERANCE, differences
+
+
+async def test_a_cancelled_chunk_ends_on_every_rank_and_the_next_session_runs():
+    """close during the denoise and during the decode cancels the chunk; all ranks are in step for the next session."""
+    async with engine_of(2) as engine:
+        loop = asyncio.get_running_loop()
+        for moment in ("denoise", "decode"):
+            await engine.open(session_plan())
+            await engine.run(chunk(0), lambda group: None)
+            decoding = asyncio.Event()
+            running = asyncio.create_task(
+                engine.run(chunk(1), lambda group, seen=decoding: loop.call_soon_threadsafe(seen.set))
+            )
+            await (decoding.wait() if moment == "decode" else asyncio.sleep(0))
+            await engine.close("s")
+            with pytest.raises(ChunkCancelled):
+                await running
+        await engine.open(session_plan())
+        assert (await engine.run(chunk(0), lambda group: None)).num_frames == 9
+        assert not engine.is_lost
