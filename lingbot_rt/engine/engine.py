@@ -107,14 +107,16 @@ class Engine:
 
     async def close(self, session_id: str) -> None:
         """Interrupts the session's chunk, if one is in work, and frees what it held. Idempotent."""
-        if self.is_lost:
-            self._sessions.pop(session_id, None)
-            return
         session = self._sessions.get(session_id)
         if session is not None:
             session.cancel()
         # On the thread, in order: after the interrupted chunk, and after an `open` that is still on its way.
-        await self._on_thread(lambda: self._release(session_id))
+        try:
+            await self._on_thread(lambda: self._release(session_id))
+        except EngineFailed:
+            # With a rank lost the process ends, and its memory with it.
+            if not self.is_lost:
+                raise
 
     async def stop(self) -> None:
         """Closes every session and ends the engine thread."""

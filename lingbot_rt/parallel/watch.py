@@ -176,10 +176,11 @@ class Watch:
         with self._declaring:
             if self._verdict:
                 return
+            log.error("%s: the service ends", verdict)
+            self._store.set(_END, verdict)
+            self._on_loss(verdict)
+            # Last: whoever sees it finds everything that follows from it done.
             self._verdict = verdict
-        log.error("%s: the service ends", verdict)
-        self._store.set(_END, verdict)
-        self._on_loss(verdict)
 
     def _read_pulses(self) -> None:
         now = time.monotonic()
