@@ -101,9 +101,10 @@ def require_ranks(config: ServeConfig) -> None:
     if config.num_gpus == 1:
         return
     local = config.num_gpus if place is None else int(os.environ.get("LOCAL_WORLD_SIZE", place.world))
-    if uses_cuda(config) and torch.cuda.device_count() < local:
+    found = torch.cuda.device_count()
+    if uses_cuda(config) and found < local:
         raise ConfigError(
-            f"--num-gpus {config.num_gpus}: this machine has {torch.cuda.device_count()}", field="num_gpus"
+            f"--num-gpus {config.num_gpus}: this machine has {found} CUDA device{'s' * (found != 1)}", field="num_gpus"
         )
     heads = open_checkpoint(config.model_path).dit_config.num_attention_heads
     if heads % config.num_gpus:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import subprocess
 import threading
@@ -54,12 +53,16 @@ class Pulse:
 
 
 class PulseSender:
-    """A follower's thread: tells the pulse, and ends the process when rank 0 has ended or is gone."""
+    """A follower's thread: tells the pulse, and calls ``on_end`` once when the service has ended or rank 0 is gone.
 
-    def __init__(self, store: dist.Store, rank: int, pulse: Pulse) -> None:
+    The working thread may then wait in a collective for ever: only the process can end.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, pulse: Pulse, on_end: Callable[[], None]) -> None:
         self._store = store
         self._key = _key(rank)
         self._pulse = pulse
+        self._on_end = on_end
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
@@ -84,9 +87,10 @@ class PulseSender:
                 ended = self._store.check([_END])
             except RuntimeError:
                 ended = True
-            if ended and not self._stopping.is_set():
-                # The working thread may wait in a collective for ever: only the process can end.
-                os._exit(1)
+            if ended:
+                if not self._stopping.is_set():
+                    self._on_end()
+                return
 
 
 class Watch:

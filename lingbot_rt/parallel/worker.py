@@ -35,7 +35,7 @@ def follow(config: ServeConfig, place: Place) -> int:
     # Ctrl-C reaches every process of a terminal; rank 0 tells the others when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     group = RankGroup(place.rank, place.world)
-    sender = PulseSender(place.connect(config.rank_timeout_s), place.rank, group.pulse)
+    sender = PulseSender(place.connect(config.rank_timeout_s), place.rank, group.pulse, lambda: os._exit(1))
     sender.start()
     try:
         with torch.inference_mode():

@@ -185,6 +185,8 @@ class Connection:
 
     async def _end_when_stopped(self) -> None:
         await self._stop.wait()
+        if self._service.failure is not None:
+            raise self._service.failure
         # Told now: interrupting the chunk in work may take a while.
         await self._say(ShuttingDown("the server is shutting down"))
         raise _End(1001, "server shutdown")

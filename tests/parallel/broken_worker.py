@@ -34,6 +34,4 @@ if __name__ == "__main__":
                 worker.run_chunk = stall_in_chunk
             case "load":
                 worker.load_pipeline = fail_to_load
-            case "exit":
-                sys.exit(3)
     sys.exit(worker.follow_launcher(ServeConfig(**json.loads(config))))

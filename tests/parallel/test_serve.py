@@ -1,0 +1,61 @@
+"""``lingbot-rt serve --num-gpus 2`` as a user meets it, and what a client sees when a rank dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.e2e.served import running, wire
+
+FAREWELL_LIMIT_S = 15
+
+
+def children(process: int) -> list[int]:
+    """Of all its threads."""
+    listed = [path.read_text().split() for path in Path(f"/proc/{process}/task").glob("*/children")]
+    return [int(pid) for pids in listed for pid in pids]
+
+
+def is_alive(process: int) -> bool:
+    """Whether it runs; one that has ended and was not asked for yet does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def init(golden) -> dict:
+    picture = golden("e2e/first_frame.png").read_bytes()
+    return {
+        "type": "init",
+        "prompt": "a quiet street",
+        "size": "96x64",
+        "first_frame": picture,
+        "realtime_output_format": "raw",
+    }
+
+
+def test_a_rank_killed_in_a_session(golden, tmp_path):
+    """The client gets chunks, then an error that names the rank; the service exits 1 and leaves no process."""
+    flags = ("--num-gpus", "2", "--ulysses-degree", "2", "--device", "cpu", "--warmup", "false")
+    with running(tmp_path, *flags) as server, wire(server, init(golden)) as client:
+        (follower,) = children(server.process.pid)
+        assert len(client.chunk().frames) == 9
+        os.kill(follower, signal.SIGKILL)
+        message: dict = {}
+        while message.get("type") != "error":
+            message, _ = client.receive()
+        assert message["content"] == "error during generate loop: rank 1 was killed by SIGKILL"
+        assert server.process.wait(FAREWELL_LIMIT_S) == 1
+        assert not is_alive(follower)
+
+
+def test_ranks_that_cannot_be_are_one_line():
+    """Heads that ranks do not divide: exit code 2 and one line before anything is loaded."""
+    command = [sys.executable, "-m", "lingbot_rt", "serve", "--port", "0", "--num-gpus", "3", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "lingbot-rt: --num-gpus 3 does not divide the 4 heads of builtin; use 1, 2\n"
