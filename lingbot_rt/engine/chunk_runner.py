@@ -24,6 +24,7 @@ def run_chunk(
     Raises ChunkCancelled when the session was closed meanwhile.
     """
     clock = StageClock(pipeline.device)
+    pipeline.ranks.begin_chunk()
     outlet = FrameOutlet(pipeline.device, session.postprocessor, emit)
     start_frame = plan.chunk_index * session.plan.latent_frames
 
@@ -58,7 +59,7 @@ def run_chunk(
 
     stages = clock.finish()
     postprocess = session.postprocessor.take_timings()
-    pipeline.ranks.note_chunk(clock.total_ms)
+    pipeline.ranks.end_chunk(clock.total_ms)
     return ChunkResult(
         chunk_index=plan.chunk_index,
         num_frames=outlet.num_frames,

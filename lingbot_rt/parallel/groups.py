@@ -5,6 +5,7 @@ NCCL carries what is on a GPU, gloo what is on a CPU. Legend: P ranks, N tokens 
 
 from __future__ import annotations
 
+import os
 import pickle
 import time
 from collections.abc import Iterator, Sequence
@@ -53,8 +54,11 @@ class Ranks:
         """Rank 0's ``flag``, on every rank."""
         return flag
 
-    def note_chunk(self, total_ms: float) -> None:
-        """A chunk took ``total_ms``, its device is done: what was not spent waiting for other ranks is this one's."""
+    def begin_chunk(self) -> None:
+        """Waits for other ranks are counted from here on."""
+
+    def end_chunk(self, total_ms: float) -> None:
+        """The chunk took ``total_ms``, its device is done: what was not spent waiting for other ranks is this one's."""
         self.pulse.compute_ms = total_ms
 
     def share(self, count: int) -> list[int]:
@@ -68,12 +72,14 @@ class RankGroup(Ranks):
 
     def __init__(self, rank: int, world: int) -> None:
         super().__init__(rank, world)
-        self._waited_ms = 0.0  # on the host, since the last chunk
-        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # on the device, since the last chunk
+        self._waited_ms = 0.0  # on the host, in this chunk
+        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # on the device
 
     def join(self, store: dist.Store, device: torch.device) -> None:
         """Waits for all ranks to come. ``device`` is this rank's own."""
         on_gpu = device.type == "cuda"
+        # NCCL's own watchdog would end the process before the client has been told.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         with self._exchange():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -87,11 +93,13 @@ class RankGroup(Ranks):
     def leave(self) -> None:
         dist.destroy_process_group()
 
-    def note_chunk(self, total_ms: float) -> None:
-        on_device = sum(begin.elapsed_time(end) for begin, end in self._waits)
-        self.pulse.compute_ms = max(0.0, total_ms - self._waited_ms - on_device)
+    def begin_chunk(self) -> None:
         self._waited_ms = 0.0
         self._waits.clear()
+
+    def end_chunk(self, total_ms: float) -> None:
+        on_device = sum(begin.elapsed_time(end) for begin, end in self._waits)
+        self.pulse.compute_ms = max(0.0, total_ms - self._waited_ms - on_device)
 
     def agree(self, flag: bool) -> bool:
         # A byte on the host: the device's queue is not waited for.

@@ -23,7 +23,7 @@ from lingbot_rt.parallel.launch import (
     start_followers,
     uses_cuda,
 )
-from lingbot_rt.parallel.watch import JUDGED_AT, Watch
+from lingbot_rt.parallel.watch import JUDGED_AT, START_PATIENCE, Watch
 
 log = logging.getLogger(__name__)
 
@@ -88,20 +88,18 @@ class GroupLeader(Leader):
         """Raises ConfigError for ranks that cannot be, EngineFailed when one does not come up."""
         require_ranks(self._config)
         timeout_s = self._config.rank_timeout_s
-        place = Place.from_environment()
-        store = None
-        if place is None:
+        launched = Place.from_environment()
+        if launched is None:
             place, store = open_place(self._config.num_gpus, timeout_s)
         else:
-            store = place.connect(timeout_s)
+            place, store = launched, launched.connect(timeout_s)
         device = place.device("cuda" if uses_cuda(self._config) else "cpu")
         watch = Watch(place.connect(timeout_s), place.world, self._group.pulse, timeout_s, self._lose)
         self._watch = watch
-        # Followers that torchrun started need no starting; those of other hosts cannot be started from here.
-        if Place.from_environment() is None:
+        if launched is None:
             self._processes = start_followers(self._config, place)
-        watch.start(self._processes)
-        with self._judged(watch):
+        with self._judged(watch, START_PATIENCE):
+            watch.start(self._processes)
             if not watch.await_all():
                 raise PeerLost(watch.verdict)
             self._group.join(store, device)
@@ -143,9 +141,9 @@ class GroupLeader(Leader):
         self._on_loss(verdict)
 
     @contextmanager
-    def _judged(self, watch: Watch) -> Iterator[None]:
+    def _judged(self, watch: Watch, patience: int = 1) -> Iterator[None]:
         """The edge of rank 0's share: a cancelled chunk is agreed, anything else that breaks ends the service."""
-        with watch.at_work():
+        with watch.at_work(patience):
             try:
                 yield
             except (ChunkCancelled, ConfigError, CheckpointError):

@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 
 import torch.distributed as dist
@@ -24,6 +24,10 @@ PERIOD_S = 0.2
 
 JUDGED_AT = 0.8
 """Share of the time limit after which a silent or stalled rank is lost; the rest is for telling and ending."""
+
+START_PATIENCE = 10
+"""Times the limit that a start may stand still: imports, compilation and first contact with a GPU tell no progress. A
+process that fails or ends meanwhile is noticed at once all the same."""
 
 CAUSE_GRACE_S = 2.0
 """A rank whose peer vanished may be heard before the cause is known: that long the cause is waited for."""
@@ -111,6 +115,7 @@ class Watch:
         self._on_loss = on_loss
         self._processes: Mapping[int, subprocess.Popen[bytes]] = {}
         self._is_busy = False
+        self._patience = 1
         self._progress: list[tuple[int, int]] = []
         self._moved_at = time.monotonic()
         self._orphaned_at: float | None = None
@@ -140,9 +145,10 @@ class Watch:
             self._thread.join()
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Progress is expected inside; between commands every rank may rest as long as it likes."""
+    def at_work(self, patience: int = 1) -> Iterator[None]:
+        """Progress is expected inside, within ``patience`` times the limit; between commands a rank may rest."""
         self._moved_at = time.monotonic()
+        self._patience = patience
         self._is_busy = True
         try:
             yield
@@ -169,8 +175,13 @@ class Watch:
         while not self._stopping.wait(PERIOD_S):
             # Processes before pulses: one that says why and then ends has said so before it is seen to have ended.
             ended = {rank: code for rank, process in self._processes.items() if (code := process.poll()) is not None}
-            self._read_pulses()
-            verdict = self._failed() or self._ended(ended) or self._silent() or self._stalled()
+            try:
+                self._read_pulses()
+            except RuntimeError as error:
+                # Under torchrun the store is its agent's, which may go before this process does.
+                verdict = f"the ranks' store is gone: {first_line(error)}"
+            else:
+                verdict = self._failed() or self._ended(ended) or self._silent() or self._stalled()
             if verdict and not self._stopping.is_set():
                 self._declare(verdict)
             if self._verdict:
@@ -181,7 +192,8 @@ class Watch:
             if self._verdict:
                 return
             log.error("%s: the service ends", verdict)
-            self._store.set(_END, verdict)
+            with suppress(RuntimeError):
+                self._store.set(_END, verdict)
             self._on_loss(verdict)
             # Last: whoever sees it finds everything that follows from it done.
             self._verdict = verdict
@@ -227,15 +239,16 @@ class Watch:
         now = time.monotonic()
         for rank in range(1, self._world):
             silence_s = now - self._heard_at[rank]
-            if silence_s > self.limit_s:
-                if not self.pulses[rank].beats:
-                    return f"rank {rank} did not start within {silence_s:.0f} s"
+            has_started = self.pulses[rank].beats > 0
+            if not has_started and silence_s > self._patience * self.limit_s:
+                return f"rank {rank} did not start within {silence_s:.0f} s"
+            if has_started and silence_s > self.limit_s:
                 return f"rank {rank} gave no sign of life for {silence_s:.0f} s"
         return ""
 
     def _stalled(self) -> str:
         stalled_s = time.monotonic() - self._moved_at
-        if not self._is_busy or stalled_s <= self.limit_s:
+        if not self._is_busy or stalled_s <= self._patience * self.limit_s:
             return ""
         entered = [pulse.exchanges for pulse in self.pulses]
         if min(entered) == max(entered):
