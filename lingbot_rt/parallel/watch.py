@@ -168,7 +168,9 @@ class Watch:
             while not self._verdict and time.monotonic() < deadline:
                 time.sleep(PERIOD_S / 4)
         if not self._verdict:
-            self._declare(f"rank 0 failed: {first_line(error)}")
+            self._declare(
+                self._gone_from(0, first_line(error)) if is_consequence else f"rank 0 failed: {first_line(error)}"
+            )
         return self._verdict
 
     def _run(self) -> None:
@@ -224,7 +226,16 @@ class Watch:
         if time.monotonic() - self._orphaned_at < CAUSE_GRACE_S:
             return ""
         rank, pulse = failures[0]
-        return f"rank {rank} lost its connection to the others: {pulse.failure}"
+        return self._gone_from(rank, pulse.failure)
+
+    def _gone_from(self, rank: int, failure: str) -> str:
+        """What to say when ``rank`` lost a connection and nobody has said why: on other hosts processes are not seen
+        to end, but their pulse stops."""
+        now = time.monotonic()
+        for other in range(1, self._world):
+            if not self.pulses[other].failure and now - self._heard_at[other] > CAUSE_GRACE_S / 2:
+                return f"rank {other} is gone"
+        return f"rank {rank} lost its connection to the others: {failure}"
 
     def _ended(self, ended: Mapping[int, int]) -> str:
         for rank, code in ended.items():

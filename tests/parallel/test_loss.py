@@ -55,16 +55,3 @@ async def test_a_rank_that_does_not_come_up(broken):
     assert str(failure.value) == "rank 1 failed: CheckpointError: a shard is damaged"
     await engine.stop()
     assert_none_left(engine)
-
-
-async def test_an_emit_that_raises_on_rank_0_ends_the_service():
-    """Ranks that left a chunk at different places cannot go on: rank 0's own failure is final too."""
-
-    def broken_emit(group):
-        raise ValueError("nobody takes frames")
-
-    async with engine_of(2) as engine:
-        await engine.open(session_plan())
-        with pytest.raises(EngineFailed, match=r"^rank 0 failed: ValueError: nobody takes frames$"):
-            await engine.run(chunk(0), broken_emit)
-    assert_none_left(engine)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+from lingbot_rt.cli import main
 from tests.e2e.served import running, wire
 
 FAREWELL_LIMIT_S = 15
@@ -53,9 +52,12 @@ def test_a_rank_killed_in_a_session(golden, tmp_path):
         assert not is_alive(follower)
 
 
-def test_ranks_that_cannot_be_are_one_line():
+def test_ranks_that_cannot_be_are_one_line(capsys):
     """Heads that ranks do not divide: exit code 2 and one line before anything is loaded."""
-    command = [sys.executable, "-m", "lingbot_rt", "serve", "--port", "0", "--num-gpus", "3", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr == "lingbot-rt: --num-gpus 3 does not divide the 4 heads of builtin; use 1, 2\n"
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["serve", "--port", "0", "--num-gpus", "3", "--device", "cpu"]) == 2
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    line = "lingbot-rt: --num-gpus 3 does not divide the 4 heads of builtin; use 1, 2\n"
+    assert capsys.readouterr().err == line

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lingbot_rt.engine import chunk_runner
-from lingbot_rt.errors import ChunkCancelled
+from lingbot_rt.errors import ChunkCancelled, EngineFailed
 from tests.parallel.conftest import chunk, engine_of, session_plan
 
 CHUNKS = 8
@@ -63,8 +63,13 @@ async def test_ranks_compute_what_one_process_computes(world, alone, latents):
     assert max(differences) <= TOLERANCE, differences
 
 
-async def test_a_cancelled_chunk_ends_on_every_rank_and_the_next_session_runs():
-    """close during the denoise and during the decode cancels the chunk; all ranks are in step for the next session."""
+async def test_ranks_leave_a_chunk_together_or_not_at_all():
+    """close during the denoise and during the decode cancels the chunk on every rank, and the next session runs; an
+    exception on rank 0 alone leaves the ranks at different places and ends the service."""
+
+    def broken_emit(group):
+        raise ValueError("nobody takes frames")
+
     async with engine_of(2) as engine:
         loop = asyncio.get_running_loop()
         for moment in ("denoise", "decode"):
@@ -80,4 +85,6 @@ async def test_a_cancelled_chunk_ends_on_every_rank_and_the_next_session_runs():
                 await running
         await engine.open(session_plan())
         assert (await engine.run(chunk(0), lambda group: None)).num_frames == 9
-        assert not engine.is_lost
+        with pytest.raises(EngineFailed, match=r"^rank 0 failed: ValueError: nobody takes frames$"):
+            await engine.run(chunk(1), broken_emit)
+        assert engine.is_lost

@@ -130,6 +130,14 @@ def test_a_consequence_without_a_cause_is_told_as_it_is(followers, monkeypatch):
     assert followers.verdict() == "rank 1 lost its connection to the others: connection closed"
 
 
+def test_a_rank_that_went_away_unseen(followers):
+    """A process of another host ends without a word: its neighbours lose it, and its pulse has stopped."""
+    followers.watch.limit_s = 60
+    followers.come_up(1)
+    followers.watch.start({})
+    assert followers.watch.explain(RuntimeError("closed"), is_consequence=True) == "rank 1 is gone"
+
+
 @pytest.mark.parametrize(
     ("code", "said"),
     [
