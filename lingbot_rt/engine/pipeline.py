@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -43,7 +43,7 @@ class Pipeline:
     text_encoder: TextEncoder
     text_encoder_placement: Placement
     postprocess: PostprocessNetworks
-    ranks: Ranks
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def own_heads(self) -> int:
