@@ -109,7 +109,6 @@ def random_pipeline(model: str, where: Where) -> Pipeline:
         text_encoder=text_encoder,
         text_encoder_placement=Placement(text_encoder, device, offload=False),
         postprocess=PostprocessNetworks(device),
-        postprocess=PostprocessNetworks(device),
     )
 
 

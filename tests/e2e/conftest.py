@@ -1,4 +1,4 @@
-"""The golden checkpoint, served once a module."""
+"""The golden checkpoint, served once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.e2e.served import Server, running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def golden_server(golden, tmp_path_factory) -> Iterator[Server]:
     """The golden checkpoint, served as a user would serve it."""
     model = str(golden("e2e/model"))

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 from websockets.sync.client import ClientConnection, connect
 
-START_LIMIT_S = 60
+START_LIMIT_S = 240
 
 
 @dataclass
