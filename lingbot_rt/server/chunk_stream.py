@@ -173,7 +173,9 @@ class ChunkStream:
         calm_s = min(max(self._hurried_at + chunk_s - now, 0), wait_s)
         await asyncio.sleep(calm_s)
         try:
-            await asyncio.wait_for(self._stirred.wait(), wait_s - calm_s)
+            # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the event.
+            async with asyncio.timeout(wait_s - calm_s):
+                await self._stirred.wait()
         except TimeoutError:
             return
         self._hurried_at = time.monotonic()

@@ -150,8 +150,10 @@ class Outbox:
         begin = time.monotonic()
         if parcel.due is not None and parcel.due > begin:
             self._hurried.clear()
+            # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the event.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._hurried.wait(), parcel.due - begin)
+                async with asyncio.timeout(parcel.due - begin):
+                    await self._hurried.wait()
         marks = [time.monotonic()]
         for message in parcel.messages:
             try:

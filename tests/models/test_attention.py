@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lingbot_rt.errors import ConfigError
-from lingbot_rt.models.attention import BACKENDS, attend, available_backends, require_backend
+from lingbot_rt.models.attention import BACKENDS, WindowAttention, attend, available_backends, require_backend
 from lingbot_rt.models.kv_cache import KVCache
 
 from .conftest import CPU, Rollout, new_cache
@@ -40,7 +40,7 @@ def test_window_attention_can_be_replaced(dit, arrays):
     """Sequence parallelism's seam: an object in its place sees every layer's q, k, v and the context pass's store."""
     calls = []
 
-    class HeadsInTwoHalves:
+    class HeadsInTwoHalves(WindowAttention):
         """What two ranks would do: each half of the heads with a window of its own."""
 
         def __init__(self) -> None:
