@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 
 WS_PATH = "/v1/realtime_video/generate"
 SHUTDOWN_LIMIT_S = 3.0
+
+CLOSE_HANDSHAKE_S = 0.3
+"""How long clients have to answer the close at a shutdown."""
 _ENCODE_THREADS = 2
 
 _MIME_TYPES = {
@@ -229,5 +232,9 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
             server.close()
+        had_clients = bool(self._service.connections)
         await self._service.tell_all_and_close(SHUTDOWN_LIMIT_S)
+        if had_clients:
+            # A client whose answer to the close finds the line gone may throw away what it has not read: last words.
+            await asyncio.sleep(CLOSE_HANDSHAKE_S)
         await super().shutdown(sockets)

@@ -30,9 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.browser)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator:
-    """One browser for all tests; a test has a context of its own, as a fresh visitor has."""
+    """One browser for a module; a test has a context of its own, as a fresh visitor has.
+
+    Playwright keeps an event loop running in this thread: the asyncio tests of other modules must not meet it.
+    """
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
     playwright = pytest.importorskip("playwright.sync_api", reason="the playwright package is not installed")

@@ -243,14 +243,18 @@ async function choosePreset(chosen) {
 }
 
 async function usePreset(chosen) {
+  $("prompt").value = chosen.prompt;
+  store.set("prompt", chosen.prompt);
+  showApply();
+  await usePresetPicture(chosen);
+}
+
+async function usePresetPicture(chosen) {
   const picture = await fetch(`presets/${chosen.picture}`);
   await first.use(await picture.blob());
   preset = chosen;
-  $("prompt").value = chosen.prompt;
-  store.set("prompt", chosen.prompt);
   store.set("preset", chosen.id);
   markPreset($("presets"), chosen.id);
-  showApply();
 }
 
 async function usePicture(source) {
@@ -280,9 +284,9 @@ async function useModel(model) {
   $("presets").replaceChildren(...presetButtons(presets, choosePreset));
   if (first.exists) return markPreset($("presets"), preset?.id ?? null);
   const remembered = presets.find(({ id }) => id === store.get("preset")) ?? presets[0];
-  const words = store.get("prompt", remembered.prompt);
-  await usePreset(remembered);
-  $("prompt").value = words;
+  // The words first: while the picture loads, somebody may be typing already.
+  $("prompt").value = store.get("prompt", remembered.prompt);
+  await usePresetPicture(remembered);
 }
 
 function setShape(size) {
