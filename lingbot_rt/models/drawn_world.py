@@ -142,7 +142,7 @@ def draw_dit(dit: Network) -> None:
             entry.weight[:, [plus, minus]] = 0
         # Every token asks the text the same: a prompt tints the picture as a whole.
         block.cross_attn.q.weight.zero_()
-        for output, strength in ((block.self_attn.o, 0.1), (block.cross_attn.o, 0.25), (block.ffn[2], 0.1)):
+        for output, strength in ((block.self_attn.o, 0.1), (block.cross_attn.o, 0.1), (block.ffn[2], 0.1)):
             output.bias.zero_()
             kept = output.weight[found] * strength
             output.weight.zero_()
