@@ -121,9 +121,9 @@ def test_a_consequence_waits_for_its_cause(followers):
     assert followers.verdict() == "rank 2 failed: ValueError: the cause"
 
 
-def test_a_consequence_without_a_cause_is_told_as_it_is(followers, monkeypatch):
+def test_a_consequence_without_a_cause_is_told_as_it_is(followers):
     """When nobody else has failed, the broken connection is the news."""
-    monkeypatch.setattr(watch_module, "CAUSE_GRACE_S", 0.3)
+    followers.watch.limit_s = 60
     followers.beat()
     followers.watch.start({})
     followers.pulses[1].is_consequence, followers.pulses[1].failure = True, "connection closed"
