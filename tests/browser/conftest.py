@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -21,7 +22,10 @@ FLAGS = [
 ]
 
 DESKTOP = {"width": 1440, "height": 900}
-BUILTIN = ("--model-path", "builtin", "--device", "cpu", "--session-wait-s", "2", "--warmup", "false")
+BUILTIN = ("--model-path", "builtin", "--device", "cpu", "--session-wait-s", "5", "--warmup", "false")
+
+LIMIT_MS = 60_000
+"""How long anything may take: a busy machine makes these pages slow, and a test that passes never waits so long."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -56,7 +60,7 @@ class Visitor:
 
     def __init__(self, browser, **context) -> None:
         self.context = browser.new_context(**{"viewport": DESKTOP, "reduced_motion": "reduce", **context})
-        self.context.set_default_timeout(15000)
+        self.context.set_default_timeout(LIMIT_MS)
         self.page = self.context.new_page()
         self.problems: list[str] = []
         self.expected: str | None = None  # what a problem may contain without being one
@@ -71,7 +75,7 @@ class Visitor:
             self.problems.append(f"{message.type}: {message.text} ({message.location.get('url')})")
 
     def open(self, url: str) -> None:
-        self.page.goto(url)
+        self.page.goto(url, wait_until="commit")
         self.page.wait_for_selector("#start:enabled")
 
     def step_inside(self) -> None:
@@ -83,8 +87,16 @@ class Visitor:
         try:
             self.page.wait_for_selector(f"body[data-state={state}]")
         except Exception as error:
-            error.add_note(self.page.evaluate("() => document.body.dataset.state + ': ' + document.body.innerText"))
+            shown = self.page.evaluate("() => document.body.dataset.state + ': ' + document.body.innerText")
+            error.add_note("\n".join([shown, *self.problems]))
             raise
+
+    def begins_anew(self, begin: Callable[[], object]) -> None:
+        """Does ``begin`` and waits until the world that it starts is live. The one before may be live at first too."""
+        self.page.evaluate("() => document.querySelectorAll('#timeline li').forEach((entry) => (entry.id = 'before'))")
+        begin()
+        self.page.wait_for_selector("#timeline li:not(#before)", state="attached")
+        self.wait_for_state("live")
 
     def pixels(self) -> list[int]:
         """The picture on the page, shrunk to 20x20 RGBA."""
@@ -98,12 +110,26 @@ class Visitor:
         )
 
     def wait_for_change(self, before: list[int]) -> list[int]:
-        for _ in range(60):
+        return self._wait_for_pixels(lambda now: now != before, "the picture stands still")
+
+    def wait_for_stillness(self, calm_ms: int = 500) -> list[int]:
+        """Until the picture is the same twice, ``calm_ms`` apart."""
+        seen: list[list[int]] = []
+
+        def is_still(now: list[int]) -> bool:
+            seen.append(now)
+            return seen[-2:-1] == [now]
+
+        return self._wait_for_pixels(is_still, "the picture moves on", calm_ms)
+
+    def _wait_for_pixels(self, accept: Callable[[list[int]], bool], failure: str, every_ms: int = 50) -> list[int]:
+        limit = time.monotonic() + LIMIT_MS / 1000
+        while time.monotonic() < limit:
             now = self.pixels()
-            if now != before:
+            if accept(now):
                 return now
-            self.page.wait_for_timeout(50)
-        raise AssertionError("the picture stands still")
+            self.page.wait_for_timeout(every_ms)
+        raise AssertionError(failure)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from websockets.sync.client import connect
 
-from tests.browser.conftest import BUILTIN
+from tests.browser.conftest import BUILTIN, LIMIT_MS
 
 WEBUI = Path(__file__).parents[2] / "webui"
 PAGE_LIMIT_BYTES = 400_000
@@ -45,6 +45,21 @@ def test_one_click_starts_a_world_and_keys_steer_it(visitor, server):
     page.keyboard.up("w")
     assert page.locator(".pad.held").count() == 0
     visitor.wait_for_change(visitor.pixels())
+
+
+def test_who_starts_before_the_picture_is_there_waits_for_it(visitor, server):
+    """Start is there as soon as the model is; a first picture that is still loading is no reason to refuse."""
+    page = visitor.page
+    held_back, gate_is_open = [], threading.Event()
+    page.route("**/presets/*.webp", lambda it: it.continue_() if gate_is_open.is_set() else held_back.append(it))
+    visitor.open(server.http)
+    page.click("#start")
+    page.wait_for_selector("#start:disabled:has-text('One moment')")
+    gate_is_open.set()
+    for request in held_back:
+        request.continue_()
+    visitor.wait_for_state("live")
+    assert page.locator(".card").count() == 0
 
 
 def test_nothing_stays_held_when_the_page_loses_attention(visitor, server):
@@ -108,16 +123,12 @@ def test_a_pause_holds_the_world_and_a_restart_begins_it_again(visitor, server):
     visitor.step_inside()
     page.keyboard.press("Space")
     visitor.wait_for_state("paused")
-    page.wait_for_timeout(1500)
-    still = visitor.pixels()
-    page.wait_for_timeout(400)
-    assert visitor.pixels() == still
+    still = visitor.wait_for_stillness()
     assert page.locator("#stall").is_hidden()
     page.click("#start")
     visitor.wait_for_state("live")
     visitor.wait_for_change(still)
-    page.click("#restart")
-    visitor.wait_for_state("live")
+    visitor.begins_anew(lambda: page.click("#restart"))
     assert page.locator("#timeline li").count() == 1
 
 
@@ -155,9 +166,7 @@ def test_record_screenshot_and_session_are_kept(visitor, server, tmp_path):
     assert length > 1
     page.keyboard.press("Escape")
 
-    page.set_input_files("#load-session", session)
-    visitor.wait_for_state("connecting")
-    visitor.wait_for_state("live")
+    visitor.begins_anew(lambda: page.set_input_files("#load-session", session))
     assert page.locator(".card").count() == 0
 
 
@@ -214,10 +223,9 @@ def test_a_preset_chosen_inside_asks_first(visitor, server):
     page.click("#preset-dialog button[value=prompt]")
     page.wait_for_selector("#timeline li:nth-child(2):not(.waiting)")
     page.click("[data-preset=coast]")
-    page.click("#preset-dialog button[value=restart]")
-    page.wait_for_selector("[data-preset=coast][aria-pressed=true]")
-    page.wait_for_function("() => document.querySelectorAll('#timeline li').length === 1")
-    visitor.wait_for_state("live")
+    visitor.begins_anew(lambda: page.click("#preset-dialog button[value=restart]"))
+    assert page.get_attribute("[data-preset=coast]", "aria-pressed") == "true"
+    assert page.locator("#timeline li").count() == 1
     assert "lighthouse" in page.inner_text("#timeline")
 
 
@@ -299,7 +307,7 @@ def test_the_page_survives_a_server_restart(visitor, server):
     flags = [sys.executable, "-m", "lingbot_rt", "serve", "--port", str(server.port), *BUILTIN]
     with server.log.open("ab") as output, subprocess.Popen(flags, stdout=output, stderr=output) as again:
         try:
-            page.wait_for_selector("#server-chip[data-tone=good]", timeout=40000)
+            page.wait_for_selector("#server-chip[data-tone=good]", timeout=4 * LIMIT_MS)
             assert page.input_value("#prompt") == "A harbour in the fog."
             page.click("[data-key=session] button:has-text('Try again')")
             visitor.wait_for_state("live")

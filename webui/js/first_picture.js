@@ -4,6 +4,8 @@ import { canvasBytes, cropFor, drawCropped } from "./picture.js";
 
 export class FirstPicture {
   #bitmap = null;
+  #newest = 0;
+  #arrivals = null; // settles when every picture on its way has come or failed
   #focus = { x: 0.5, y: 0.5 };
   #target = { width: 160, height: 96 };
   #preview;
@@ -22,6 +24,11 @@ export class FirstPicture {
     return this.#bitmap !== null;
   }
 
+  /** Whether one has been chosen; it may still be on its way. */
+  get isChosen() {
+    return this.#newest > 0;
+  }
+
   get target() {
     return this.#target;
   }
@@ -32,13 +39,19 @@ export class FirstPicture {
     this.#draw();
   }
 
-  /** Any image a browser reads: a File, a Blob, a canvas, a video. Throws where it is none. */
-  async use(source) {
-    const bitmap = await createImageBitmap(source);
-    this.#bitmap?.close();
-    this.#bitmap = bitmap;
-    this.#focus = { x: 0.5, y: 0.5 };
-    this.#draw();
+  /**
+   * Any image a browser reads (a File, a Blob, a canvas, a video), or a promise of one. Of several on their way the
+   * newest wins: -> whether this one did. Throws where it is no picture.
+   */
+  use(source) {
+    const arrival = this.#read(source, ++this.#newest);
+    this.#arrivals = Promise.allSettled([this.#arrivals, arrival]);
+    return arrival;
+  }
+
+  /** Until no picture is on its way. */
+  async settled() {
+    for (let seen; seen !== this.#arrivals; ) await (seen = this.#arrivals);
   }
 
   /** The bytes for the wire, cropped, at the world's size. */
@@ -46,6 +59,19 @@ export class FirstPicture {
     const canvas = document.createElement("canvas");
     drawCropped(canvas, this.#bitmap, this.#target, this.#focus);
     return canvasBytes(canvas);
+  }
+
+  async #read(source, turn) {
+    const bitmap = await createImageBitmap(await source);
+    if (turn !== this.#newest) {
+      bitmap.close();
+      return false;
+    }
+    this.#bitmap?.close();
+    this.#bitmap = bitmap;
+    this.#focus = { x: 0.5, y: 0.5 };
+    this.#draw();
+    return true;
   }
 
   #draw() {

@@ -13,7 +13,7 @@ import { MetersView, latencyWords } from "./meters_view.js";
 import { canvasBytes } from "./picture.js";
 import { listenForPictures, takeFromCamera } from "./picture_sources.js";
 import { Player } from "./player.js";
-import { loadCatalog, markPreset, presetButtons, presetsFor } from "./presets.js";
+import { loadCatalog, markPreset, presetButtons, presetPicture, presetsFor } from "./presets.js";
 import { canRecord } from "./recorder.js";
 import { RecordingControl } from "./recording_control.js";
 import { parseSize } from "./server_info.js";
@@ -100,8 +100,11 @@ async function begin({ saved = null } = {}) {
     return;
   }
   preparing = true;
+  showState();
   try {
     errors.dismiss("session");
+    // Start is there before the first picture is: whoever is quicker than it has chosen it all the same.
+    if (!saved) await first.settled();
     if (!saved && !first.exists) {
       errors.show({ key: "session", title: "A picture is needed to begin", advice: "Choose a place, or bring a picture of your own." });
       return;
@@ -129,6 +132,7 @@ async function begin({ saved = null } = {}) {
     $("stage").focus({ preventScroll: true });
   } finally {
     preparing = false;
+    showState();
   }
 }
 
@@ -203,8 +207,8 @@ function showStart(running, words) {
   const model = server.model;
   const button = $("start");
   const text = { paused: "Go on", ended: "Step inside again", lost: "Step inside again" }[state] ?? "Step inside";
-  button.disabled = running || (state !== "paused" && !model?.ready);
-  $("start-text").textContent = running ? words : state === "paused" || model?.ready ? text : server.shortWords;
+  button.disabled = running || preparing || (state !== "paused" && !model?.ready);
+  $("start-text").textContent = running ? words : preparing ? "One moment" : state === "paused" || model?.ready ? text : server.shortWords;
   $("start-note").textContent = !running && model?.ready && model.busy && !player.isRunning ? "Someone is inside now. You will wait in line." : "";
 }
 
@@ -250,8 +254,14 @@ async function usePreset(chosen) {
 }
 
 async function usePresetPicture(chosen) {
-  const picture = await fetch(`presets/${chosen.picture}`);
-  await first.use(await picture.blob());
+  try {
+    if (!(await first.use(presetPicture(chosen)))) return;
+  } catch (error) {
+    const advice = "Choose it again, or bring a picture of your own.";
+    errors.show({ key: "picture", title: `The picture of “${chosen.name}” could not be loaded`, words: error.message, advice });
+    return;
+  }
+  errors.dismiss("picture");
   preset = chosen;
   store.set("preset", chosen.id);
   markPreset($("presets"), chosen.id);
@@ -259,7 +269,7 @@ async function usePresetPicture(chosen) {
 
 async function usePicture(source) {
   try {
-    await first.use(source);
+    if (!(await first.use(source))) return;
   } catch (error) {
     if (error.name !== "InvalidStateError") throw error;
     errors.show({ key: "picture", title: "This file is not a picture the browser can read", advice: "Choose a JPEG, PNG or WebP file." });
@@ -282,7 +292,7 @@ async function useModel(model) {
   setShape(form.values.size);
   const presets = presetsFor(catalog, model.id);
   $("presets").replaceChildren(...presetButtons(presets, choosePreset));
-  if (first.exists) return markPreset($("presets"), preset?.id ?? null);
+  if (first.isChosen) return markPreset($("presets"), preset?.id ?? null);
   const remembered = presets.find(({ id }) => id === store.get("preset")) ?? presets[0];
   // The words first: while the picture loads, somebody may be typing already.
   $("prompt").value = store.get("prompt", remembered.prompt);

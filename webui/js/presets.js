@@ -2,6 +2,8 @@
 
 import { h } from "./dom.js";
 
+const PICTURE_TIMEOUT_MS = 20_000;
+
 /** The presets for a model: those that name it, else those for any. */
 export function presetsFor(catalog, modelId) {
   const own = catalog.filter(({ models }) => models?.some((pattern) => modelId.includes(pattern)));
@@ -11,6 +13,13 @@ export function presetsFor(catalog, modelId) {
 export async function loadCatalog() {
   const answer = await fetch("presets/presets.json");
   return answer.json();
+}
+
+/** The bytes of a preset's picture. Throws where they cannot be had. */
+export async function presetPicture(preset) {
+  const answer = await fetch(`presets/${preset.picture}`, { signal: AbortSignal.timeout(PICTURE_TIMEOUT_MS) });
+  if (!answer.ok) throw new Error(`${answer.status} ${answer.statusText}`);
+  return answer.blob();
 }
 
 export function presetButtons(presets, onChoose) {
