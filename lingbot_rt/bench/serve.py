@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import random
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
-from urllib.parse import urlsplit
 
 from lingbot_rt.bench.figures import Spread, number, spread_of, table
 from lingbot_rt.bench.playback import Arrival, Playback, event_latencies_ms, jitter_ms, play
-from lingbot_rt.client import ChunkStats, Session, SessionLost, connect
-from lingbot_rt.client.session import websocket_url
+from lingbot_rt.client import ChunkStats, ConnectFailed, Session, SessionLost, connect
+from lingbot_rt.client.served import served_model
 
 _FACTS = ("id", "device", "dtype", "num_ranks")
-_ASK_LIMIT_S = 5
 _HELD = (("w",), ("w", "l"), ("w",), ("w", "j"))
 _IRREGULAR = (0.6, 1.4)  # times the interval: presses that keep step with the chunks would all wait equally long
 
@@ -85,17 +81,11 @@ def visit(plan: Visit, done: Callable[[], object]) -> Seen:
 
 def model_facts(url: str, api_key: str | None) -> dict[str, Any]:
     """What the server's /v1/models says of its model and device; nothing where it does not say."""
-    parts = urlsplit(websocket_url(url))
-    scheme = "https" if parts.scheme == "wss" else "http"
-    request = urllib.request.Request(f"{scheme}://{parts.netloc}/v1/models")
-    if api_key:
-        request.add_header("Authorization", f"Bearer {api_key}")
     try:
-        with urllib.request.urlopen(request, timeout=_ASK_LIMIT_S) as answer:
-            entry = json.load(answer)["data"][0]
-            return {name: entry[name] for name in _FACTS if name in entry}
-    except (OSError, KeyError, IndexError, TypeError, ValueError):
+        entry = served_model(url, api_key)
+    except ConnectFailed:
         return {}
+    return {name: entry[name] for name in _FACTS if name in entry}
 
 
 def serve_report(plan: Visit, model: Mapping[str, Any], seen: Seen) -> ServeReport:

@@ -7,11 +7,8 @@ import json
 import os
 import statistics
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -22,7 +19,6 @@ from lingbot_rt.errors import ConfigError
 from lingbot_rt.shapes import FrameSize, latent_frames_for, pixel_frames_of_chunk
 
 _FALLBACK_SIZE = FrameSize(832, 480)
-_ASK_LIMIT_S = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     actions = parse_keys(args.keys)
     latent_frames = latent_frames_for(args.num_frames)
     chunks = chunks_for(actions, latent_frames, args.chunks)
+    further = parse_fields(args.init)
     size = parse_size(args.size) if args.size else served_size(args.url, args.api_key)
     init = {
         "prompt": args.prompt,
@@ -67,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         "max_chunks": chunks,
         "realtime_output_format": args.format,
         "output_compression": args.quality,
-    } | parse_fields(args.init)
+    } | further
     total = sum(pixel_frames_of_chunk(i, latent_frames) for i in range(chunks))
 
     with (
@@ -114,19 +111,11 @@ def parse_fields(assignments: Sequence[str]) -> dict[str, Any]:
 
 def served_size(url: str, api_key: str | None) -> FrameSize:
     """The served model's own size; 832x480 where the server does not tell."""
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    scheme = "https" if parts.scheme in ("https", "wss") else "http"
-    request = urllib.request.Request(f"{scheme}://{parts.netloc}/v1/models")
-    if api_key:
-        request.add_header("Authorization", f"Bearer {api_key}")
+    from lingbot_rt.client.served import served_model
+
     try:
-        with urllib.request.urlopen(request, timeout=_ASK_LIMIT_S) as answer:
-            return FrameSize.parse(json.load(answer)["data"][0]["default_size"])
-    except urllib.error.HTTPError:
-        return _FALLBACK_SIZE
-    except OSError as error:
-        raise ConfigError(f"--url {url}: no server answers there ({error})", field="url") from None
-    except (KeyError, IndexError, TypeError, ValueError):
+        return FrameSize.parse(served_model(url, api_key)["default_size"])
+    except (KeyError, ValueError):
         return _FALLBACK_SIZE
 
 
