@@ -35,7 +35,6 @@ async def play(
     """
     session = Session(session_id, resolve(init, engine.card, config))
     plan = session.settings.session_plan(session_id, decode_picture(init.first_frame, session.settings.size))
-    engine.check(plan)
     await engine.open(plan)
     try:
         while not session.is_complete:

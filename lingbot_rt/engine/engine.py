@@ -74,18 +74,18 @@ class Engine:
             self._status = EngineStatus("failed", detail=str(error))
             raise
 
-    def check(self, plan: SessionPlan) -> None:
-        """Raises CapacityError when the session would not fit in what is free now. Allocates nothing."""
-        require_room(self._loaded, plan, self._features_per_pixel)
-
     async def open(self, plan: SessionPlan) -> None:
-        """Encodes prompt and picture and allocates the session's window."""
+        """Encodes prompt and picture and allocates the session's window.
+
+        Raises CapacityError, with nothing allocated, when the session would not fit in what is free now, and
+        InvalidInit when an upscaling or interpolation model does not load.
+        """
 
         def build() -> None:
             if not self._loaded.postprocess.loaded(plan.postprocess):
                 log.info("first use of upscaling or interpolation: loading its networks")
-                # Before the other ranks are told: a model that does not load is this client's mistake alone.
-                self._loaded.open_postprocessor(plan)
+            # Before the other ranks are told: what does not load or fit is this client's mistake alone.
+            require_room(self._loaded, plan, self._features_per_pixel)
             with self._leader.command(plan):
                 self._sessions[plan.session_id] = SessionState(self._loaded, plan)
 

@@ -24,10 +24,11 @@ class MemoryPlan:
     window_bytes: int  # K/V of the whole window, twice with guidance
     features_bytes: int  # the VAE decoder's feature cache
     activations_bytes: int  # the largest of a forward and a decode, and what lives through a chunk
+    postprocess_bytes: int  # of upscaling and interpolation, which run beside the forward
 
     @property
     def total_bytes(self) -> int:
-        return self.window_bytes + self.features_bytes + self.activations_bytes
+        return self.window_bytes + self.features_bytes + self.activations_bytes + self.postprocess_bytes
 
 
 def window_bytes(config: DiTConfig, size: FrameSize, window_frames: int, dtype: torch.dtype) -> int:
@@ -49,7 +50,9 @@ def feature_bytes_per_pixel(pipeline: Pipeline) -> float:
 
 
 def plan_memory(pipeline: Pipeline, plan: SessionPlan, features_per_pixel: float) -> MemoryPlan:
-    """Of rank 0, which decodes; the other ranks take as much less."""
+    """Of rank 0, which decodes; the other ranks take as much less. Loads the upscaling and interpolation networks that
+    ``plan`` asks for; raises InvalidInit when they do not load.
+    """
     config = pipeline.dit.config
     branches = 2 if plan.guidance_scale > 1 else 1
     world = pipeline.ranks.world
@@ -63,6 +66,7 @@ def plan_memory(pipeline: Pipeline, plan: SessionPlan, features_per_pixel: float
         features_bytes=features,
         # A decode's largest activations are of the order of the features it leaves behind.
         activations_bytes=camera + forward + features,
+        postprocess_bytes=pipeline.open_postprocessor(plan).memory_bytes(),
     )
 
 
@@ -76,9 +80,11 @@ def require_room(pipeline: Pipeline, plan: SessionPlan, features_per_pixel: floa
     if needed.total_bytes <= free:
         return needed
     per_frame = needed.window_bytes // plan.window_frames
-    fitting = (free - needed.features_bytes - needed.activations_bytes) // per_frame
+    fitting = (free - needed.total_bytes + needed.window_bytes) // per_frame
     smallest = plan.sink_frames + plan.latent_frames
     fix = f"use window <= {fitting}" if fitting >= smallest else "use a smaller size"
+    if needed.postprocess_bytes:
+        fix += f", or do without upscaling and interpolation ({needed.postprocess_bytes / GB:.1f} GB)"
     raise CapacityError(
         f"window {plan.window_frames} at {plan.size} needs {needed.total_bytes / GB:.1f} GB, "
         f"{free / GB:.1f} GB is free: {fix}",

@@ -55,9 +55,7 @@ class Pipeline:
         try:
             return self.postprocess.open(plan.postprocess, plan.size)
         except CheckpointError as error:
-            upscales = plan.postprocess.upscaling_model is not None
-            field = "upscaling_model_path" if upscales else "frame_interpolation_model_path"
-            raise InvalidInit(str(error), field=field) from None
+            raise InvalidInit(str(error), field=error.field) from None
 
     def text_kv(self, prompt: str) -> TextKV:
         """A prompt's cross-attention K/V for every block of the DiT."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lingbot_rt.errors import CheckpointError
 from lingbot_rt.postprocess.interpolate import Interpolator
 from lingbot_rt.postprocess.loader import load_interpolator, load_upscaler
 from lingbot_rt.postprocess.plan import PostprocessPlan
@@ -127,16 +128,31 @@ class PostprocessNetworks:
         return upscaler and (not plan.interpolates or plan.interpolation_model in self._interpolators)
 
     def open(self, plan: PostprocessPlan, size: FrameSize) -> PostProcessor:
-        """A session's processor. Raises CheckpointError when a network's file is missing or not what it should be."""
+        """A session's processor.
+
+        Raises CheckpointError, with the field of the init, when a network's file is missing or not what it should be.
+        """
         upscaler, interpolator = None, None
         if plan.upscales:
-            upscaler = self._upscalers.get(plan.upscaling_model) or load_upscaler(plan.upscaling_model, self._device)
-            self._upscalers[plan.upscaling_model] = upscaler
+            model = plan.upscaling_model
+            with _blaming("upscaling_model_path" if model else "enable_upscaling"):
+                upscaler = self._upscalers.get(model) or load_upscaler(model, self._device)
+            self._upscalers[model] = upscaler
         if plan.interpolates:
             model = plan.interpolation_model
-            interpolator = self._interpolators.get(model) or load_interpolator(model, self._device)
+            with _blaming("frame_interpolation_model_path" if model else "enable_frame_interpolation"):
+                interpolator = self._interpolators.get(model) or load_interpolator(model, self._device)
             self._interpolators[model] = interpolator
         return PostProcessor(plan, size, upscaler, interpolator)
+
+
+@contextmanager
+def _blaming(field: str) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        error.field = field
+        raise
 
 
 def _mark(device: torch.device) -> Any:

@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from fastapi import WebSocket, WebSocketDisconnect
@@ -266,11 +266,11 @@ class Connection:
         )
         async with service.admission.slot(self._moved) as slot:
             plan = settings.session_plan(session.id, picture)
-            service.engine.check(plan)
-            async with self._recorded(init, plan) as recorder:
+            async with AsyncExitStack() as at_last:
                 service.metrics.active.inc()
                 try:
                     await service.engine.open(plan)
+                    recorder = await at_last.enter_async_context(self._recorded(init, plan))
                     service.metrics.sessions.inc()
                     log.info("session %s: %s, %d latent frames", session.id, settings.size, settings.latent_frames)
                     await self._stream_session(session, recorder)
@@ -284,11 +284,10 @@ class Connection:
     @asynccontextmanager
     async def _recorded(self, init: Init, plan: SessionPlan) -> AsyncIterator[SessionRecorder | None]:
         """The session's recorder, closed with the reason of its end; None when it is not to be recorded."""
-        config = self._service.config
-        if config.record_dir is None or not (config.record_sessions == "all" or init.record):
+        recorder = await asyncio.to_thread(start_record, self._service.config, init, plan, self._service.engine.card)
+        if recorder is None:
             yield None
             return
-        recorder = await asyncio.to_thread(start_record, config, init, plan, self._service.engine.card)
         reason = "complete"
         try:
             yield recorder

@@ -24,10 +24,8 @@ class EnginePort(Protocol):
 
     async def stop(self) -> None: ...
 
-    def check(self, plan: SessionPlan) -> None:
-        """Raises CapacityError or InvalidInit when the session cannot be opened. Allocates nothing."""
-
-    async def open(self, plan: SessionPlan) -> None: ...
+    async def open(self, plan: SessionPlan) -> None:
+        """Raises CapacityError or InvalidInit when the session cannot be opened."""
 
     async def run(self, plan: ChunkPlan, emit: Emit) -> ChunkResult:
         """Runs one chunk. Raises ChunkCancelled after ``close`` and EngineFailed when the engine broke."""

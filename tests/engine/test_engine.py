@@ -131,14 +131,13 @@ async def test_a_broken_chunk_is_named_and_the_engine_lives(engine, session_plan
 async def test_a_session_that_cannot_fit_is_refused_with_numbers(engine, session_plan, monkeypatch):
     """Too little memory names what is needed, what is free and a window that fits, before anything is allocated."""
     plan = session_plan({})
-    engine.check(plan)
     needed = plan_memory(engine._pipeline, plan, engine._features_per_pixel)
     monkeypatch.setattr("lingbot_rt.engine.memory.available_host_bytes", lambda: needed.total_bytes - 1)
     with pytest.raises(CapacityError, match=r"window 9 at 64x64 needs .* GB, .* GB is free: use window <= 8"):
-        engine.check(plan)
+        await engine.open(plan)
     monkeypatch.setattr("lingbot_rt.engine.memory.available_host_bytes", lambda: 0)
     with pytest.raises(CapacityError, match="use a smaller size"):
-        engine.check(plan)
+        await engine.open(plan)
 
 
 def test_planned_bytes_are_the_bytes_taken(pipeline, session_plan):

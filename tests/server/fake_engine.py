@@ -92,11 +92,9 @@ class FakeEngine:
             await self.close(session_id)
         self._thread.shutdown(wait=True)
 
-    def check(self, plan: SessionPlan) -> None:
+    async def open(self, plan: SessionPlan) -> None:
         if plan.size.pixels > self.max_open_pixels:
             raise CapacityError(f"{plan.size} needs 9.0 GB, 1.0 GB is free: use a smaller size")
-
-    async def open(self, plan: SessionPlan) -> None:
         self._cancelled[plan.session_id] = threading.Event()
         await self._on_thread(self._open, plan)
 
