@@ -126,6 +126,9 @@ class ServeConfig:
     record_dir: str | None = _option(None, "folder in which sessions are recorded", group="limits")
     record_sessions: str = _option("all", "which sessions are recorded", choices=("all", "asked"), group="limits")
     record_max_mb: int = _option(1024, "largest record of one session, MiB", low=1, high=10**6, group="limits")
+    record_total_mb: int = _option(
+        16384, "largest size of --record-dir, MiB; the oldest records make room", low=1, high=10**8, group="limits"
+    )
     allow_remote_first_frame: bool = _option(False, "an init may name its first frame by http(s) URL", group="limits")
 
     def __post_init__(self) -> None:
@@ -135,6 +138,12 @@ class ServeConfig:
             raise ConfigError(
                 f"--ulysses-degree {self.ulysses_degree} must equal --num-gpus {self.num_gpus}: all share one session",
                 field="ulysses_degree",
+            )
+
+        if self.record_total_mb < self.record_max_mb:
+            raise ConfigError(
+                f"--record-total-mb {self.record_total_mb} must be at least --record-max-mb {self.record_max_mb}",
+                field="record_total_mb",
             )
 
     @property

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-from lingbot_rt.config import ServeConfig
+from lingbot_rt.config import ServeConfig, flag
+from lingbot_rt.errors import ConfigError
 
 
 def is_follower() -> bool:
@@ -19,3 +21,19 @@ def require_devices(config: ServeConfig) -> None:
     from lingbot_rt.parallel.launch import require_ranks
 
     require_ranks(config)
+
+
+def require_folders(config: ServeConfig) -> None:
+    """Raises ConfigError when a folder that was named cannot be used; the one for records is made."""
+    for name in ("first_frame_dir", "postprocess_model_dir"):
+        folder = getattr(config, name)
+        if folder is not None and not Path(folder).is_dir():
+            raise ConfigError(f"{flag(name)} {folder}: there is no such folder", field=name)
+    if config.record_dir is None:
+        return
+    try:
+        Path(config.record_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--record-dir {config.record_dir}: {error.strerror}", field="record_dir") from None
+    if not os.access(config.record_dir, os.W_OK):
+        raise ConfigError(f"--record-dir {config.record_dir} cannot be written", field="record_dir")

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from lingbot_rt import __version__
-from lingbot_rt.commands.devices import is_follower, require_devices
+from lingbot_rt.commands.devices import is_follower, require_devices, require_folders
 from lingbot_rt.commands.exit_code import exit_code
 from lingbot_rt.commands.options import add_config_options, config_from
 from lingbot_rt.config import ServeConfig
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         with listening_socket(config) as listener:
             require_devices(config)
+            require_folders(config)
             return _serve(config, listener)
     except KeyboardInterrupt:
         return 0

@@ -1,4 +1,5 @@
-"""The format of a session record: a folder with ``record.jsonl``, the first frame, and each chunk's last frame as PNG.
+"""The format of a session record: a folder with ``record.jsonl``, the first frame as PNG, and each chunk's last frame
+as lossless WebP, which costs a third of a PNG's time.
 
 Line 1 is a ``SessionLine``, then a ``ChunkLine`` for each finished chunk, last an ``EndLine`` when the session ended in
 order. Lines are appended and flushed chunk by chunk: a crash loses at most the chunk in work, and a last line that was
@@ -8,6 +9,7 @@ cut off in the middle is left out when reading.
 from __future__ import annotations
 
 import hashlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from lingbot_rt.errors import LingbotError
 
@@ -38,9 +41,10 @@ class SessionLine(msgspec.Struct, tag="session", tag_field="line", frozen=True):
     first_frame: str  # name of the file beside the record, after the SHA-256 of its bytes
     seed: int
     model: str
+    model_path: str  # what the model was loaded from; of a hub's model the folder names the revision
     device: str
     dtype: str
-    versions: dict[str, str]
+    versions: dict[str, str]  # of the packages that make the frames
 
 
 class RecordedEvent(msgspec.Struct, frozen=True):
@@ -75,11 +79,22 @@ class SessionRecord:
     folder: Path
     session: SessionLine
     chunks: list[ChunkLine]
-    end: EndLine | None  # None: the process died during the session
+    end: EndLine | None  # None: the process died during the session, or the record reached its limit
 
     @property
     def first_frame(self) -> bytes:
-        return (self.folder / self.session.first_frame).read_bytes()
+        """The picture's file. Raises RecordError when it is gone."""
+        try:
+            return (self.folder / self.session.first_frame).read_bytes()
+        except OSError as error:
+            raise RecordError(f"{self.folder / self.session.first_frame}: {error.strerror}") from None
+
+    @property
+    def playback_fps(self) -> float:
+        """Frames a second that the session was played at."""
+        init = self.session.init
+        rate = 2 ** init["frame_interpolation_exp"] if init["enable_frame_interpolation"] else 1
+        return float(init["fps"] * rate)
 
 
 def frame_hash(frame: npt.NDArray[np.uint8]) -> str:
@@ -87,9 +102,26 @@ def frame_hash(frame: npt.NDArray[np.uint8]) -> str:
     return hashlib.sha256(np.ascontiguousarray(frame).data).hexdigest()[:16]
 
 
-def key_frame_path(folder: Path, chunk: int) -> Path:
+def encode_last_frame(frame: npt.NDArray[np.uint8]) -> bytes:
+    """A raw frame [H, W, 3] as lossless WebP."""
+    encoded = io.BytesIO()
+    Image.fromarray(frame).save(encoded, "WEBP", lossless=True, quality=0, method=0)
+    return encoded.getvalue()
+
+
+def read_last_frame(folder: Path, chunk: int) -> npt.NDArray[np.uint8]:
+    """uint8 [H, W, 3]. Raises RecordError when it is gone or damaged."""
+    path = last_frame_path(folder, chunk)
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except OSError as error:
+        raise RecordError(f"{path}: {error}") from None
+
+
+def last_frame_path(folder: Path, chunk: int) -> Path:
     """Where the last raw frame of a chunk is kept."""
-    return folder / f"chunk{chunk:05d}.png"
+    return folder / f"chunk{chunk:05d}.webp"
 
 
 def encode_line(line: RecordLine) -> bytes:

@@ -8,8 +8,10 @@ import io
 import logging
 import platform
 import queue
+import shutil
 import threading
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,40 +29,60 @@ from lingbot_rt.recording.record_file import (
     ChunkLine,
     EndLine,
     RecordedEvent,
-    RecordError,
     RecordLine,
     SessionLine,
+    encode_last_frame,
     encode_line,
     frame_hash,
-    key_frame_path,
+    last_frame_path,
 )
 from lingbot_rt.server.protocol import Init
 
 log = logging.getLogger(__name__)
 
+_VERSIONS = {
+    "lingbot_rt": __version__,
+    "python": platform.python_version(),
+    **{name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
+}
 _WAITING_CHUNKS = 4
 _CLOSE_LIMIT_S = 10.0
 
 Frames = list[npt.NDArray[np.uint8]]
 
 
-def start_record(config: ServeConfig, init: Init, plan: SessionPlan, card: ModelCard) -> SessionRecorder:
-    """A recorder of the session that ``init`` asked for, under ``config.record_dir``.
+def start_record(config: ServeConfig, init: Init, plan: SessionPlan, card: ModelCard) -> SessionRecorder | None:
+    """A recorder of the session that ``init`` asked for, under ``config.record_dir``; None when that is not to be.
 
-    The first frame is kept as it was after decoding and resizing, so that a replay needs neither. Raises RecordError
-    when the folder cannot be written.
+    The first frame is kept as it was after decoding and resizing, so that a replay needs neither. A folder that cannot
+    be written costs the record, with an error in the log, never the session.
     """
+    if config.record_dir is None or not (config.record_sessions == "all" or init.record):
+        return None
     fields = {name: getattr(init, name) for name in init.__struct_fields__ if name not in ("first_frame", "record")}
     asked = {name: value for name, value in fields.items() if value is not None}
     picture = io.BytesIO()
     Image.fromarray(plan.first_frame).save(picture, "PNG")
-    root = Path(str(config.record_dir))
+    root, max_bytes = Path(config.record_dir), config.record_max_mb * 2**20
     try:
-        return SessionRecorder(
-            root, plan.session_id, msgspec.to_builtins(asked), picture.getvalue(), card, config.record_max_mb * 2**20
-        )
+        make_room(root, config.record_total_mb * 2**20 - max_bytes)
+        return SessionRecorder(root, plan.session_id, msgspec.to_builtins(asked), picture.getvalue(), card, max_bytes)
     except OSError as error:
-        raise RecordError(f"--record-dir {root}: {error}", field="record_dir") from None
+        log.error("session %s is not recorded: --record-dir %s: %s", plan.session_id, root, error)
+        return None
+
+
+def make_room(root: Path, max_bytes: int) -> None:
+    """Removes the oldest records under ``root`` until the others take no more than ``max_bytes``."""
+    records = sorted(path.parent for path in root.glob(f"*/{RECORD_NAME}"))  # by name, which begins with the time
+    sizes = [sum(file.stat().st_size for file in record.iterdir()) for record in records]
+    total = sum(sizes)
+    for record, size in zip(records, sizes, strict=True):
+        if total <= max_bytes:
+            return
+        log.info("the record %s is removed to make room (--record-total-mb)", record)
+        shutil.rmtree(record)
+        total -= size
 
 
 class SessionRecorder:
@@ -79,7 +101,7 @@ class SessionRecorder:
         started = datetime.now(UTC)
         self.folder = root / f"{started:%Y%m%dT%H%M%S}-{session_id}"
         self.folder.mkdir(parents=True)
-        picture = f"first_frame-{hashlib.sha256(first_frame).hexdigest()[:16]}.bin"
+        picture = f"first_frame-{hashlib.sha256(first_frame).hexdigest()[:16]}.png"
         (self.folder / picture).write_bytes(first_frame)
         self._file = (self.folder / RECORD_NAME).open("ab")
         self._bytes_left = max_bytes - len(first_frame)
@@ -92,9 +114,10 @@ class SessionRecorder:
                 first_frame=picture,
                 seed=init["seed"],
                 model=card.model_id,
+                model_path=card.model_path,
                 device=card.device,
                 dtype=card.dtype,
-                versions={"lingbot_rt": __version__, "python": platform.python_version()},
+                versions=_VERSIONS,
             )
         )
         self._ended_by: str | None = None  # why nothing more is taken
@@ -106,12 +129,17 @@ class SessionRecorder:
         self, index: int, events: list[RecordedEvent], event_id: int | None, frames: Frames, stats: dict[str, Any]
     ) -> None:
         """Hands over a finished chunk with the raw frames it sent, [n, H, W, 3] groups in order."""
-        if self._ended_by is not None:
+        if not self.is_recording:
             return
         try:
             self._queue.put_nowait((ChunkLine(index, events, event_id, [], stats), frames))
         except queue.Full:
             self._end("the disk does not keep up")
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether chunks are still taken."""
+        return self._ended_by is None
 
     @property
     def waiting(self) -> int:
@@ -139,19 +167,15 @@ class SessionRecorder:
                         return
                     line, groups = item
                     hashes = [frame_hash(frame) for group in groups for frame in group]
-                    self._keep_picture(line.index, groups[-1][-1])
+                    picture = encode_last_frame(groups[-1][-1])
+                    self._take_room(len(picture))
+                    last_frame_path(self.folder, line.index).write_bytes(picture)
                     self._write(ChunkLine(line.index, line.events, line.event_id, hashes, line.stats))
                 except OSError as error:
                     self._end(str(error))
                     return
                 finally:
                     self._queue.task_done()
-
-    def _keep_picture(self, index: int, frame: npt.NDArray[np.uint8]) -> None:
-        png = io.BytesIO()
-        Image.fromarray(frame).save(png, "PNG", compress_level=1)
-        self._take_room(len(png.getbuffer()))
-        key_frame_path(self.folder, index).write_bytes(png.getbuffer())
 
     def _write(self, line: RecordLine) -> None:
         data = encode_line(line)

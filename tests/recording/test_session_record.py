@@ -7,7 +7,6 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from lingbot_rt.engine.chunk_plan import ModelCard
 from lingbot_rt.recording import session_record
@@ -17,10 +16,10 @@ from lingbot_rt.recording.record_file import (
     RecordedEvent,
     RecordError,
     frame_hash,
-    key_frame_path,
+    read_last_frame,
     read_record,
 )
-from lingbot_rt.recording.session_record import SessionRecorder
+from lingbot_rt.recording.session_record import SessionRecorder, make_room
 from lingbot_rt.shapes import FrameSize
 
 CARD = ModelCard("m", "builtin", FrameSize(64, 64), 3, 3, 9, 4, "cpu", "float32")
@@ -52,8 +51,8 @@ def test_what_is_written_is_read_back(recorder):
     assert record.chunks[0].hashes == [frame_hash(frame) for frame in [frames(0)[0], *frames(1)]]
     assert record.chunks[1].stats == {"dit_ms": 6}
     assert record.end == EndLine("the client left")
-    with Image.open(key_frame_path(recorder.folder, 1)) as picture:
-        assert np.array_equal(np.asarray(picture), frames(2)[-1])
+    assert np.array_equal(read_last_frame(recorder.folder, 1), frames(2)[-1])
+    assert {"lingbot_rt", "python", "torch"} <= record.session.versions.keys()
 
 
 def test_a_crash_loses_the_line_in_work_only(recorder):
@@ -79,15 +78,27 @@ def test_a_record_that_is_not_there_is_named(tmp_path):
 
 
 def test_the_size_limit_ends_the_record_not_the_session(tmp_path, caplog):
-    """Past --record-max-mb nothing more is written and nothing is raised."""
-    recorder = SessionRecorder(tmp_path, "s1", INIT, b"picture", CARD, 2000)
+    """Past --record-max-mb nothing more is written and nothing is raised: the folder stays within the limit."""
+    recorder = SessionRecorder(tmp_path, "s1", INIT, b"picture", CARD, 3000)
     for index in range(20):
         recorder.chunk(index, [], None, [frames(index)], {})
-        time.sleep(0.01)
+        while recorder.waiting and recorder.is_recording:
+            time.sleep(0.001)
     recorder.close("")
-    assert (recorder.folder / RECORD_NAME).stat().st_size <= 2000
+    assert sum(file.stat().st_size for file in recorder.folder.iterdir()) <= 3000
     assert "--record-max-mb" in caplog.text
-    assert read_record(recorder.folder).chunks
+    assert 0 < len(read_record(recorder.folder).chunks) < 20
+
+
+def test_the_oldest_records_make_room(tmp_path):
+    """The folder of all records stays within --record-total-mb; what is no record is left alone."""
+    for day in range(4):
+        (tmp_path / f"2026010{day}T000000-s").mkdir()
+        (tmp_path / f"2026010{day}T000000-s" / RECORD_NAME).write_bytes(bytes(100))
+    (tmp_path / "20250101T000000-notes").mkdir()
+    make_room(tmp_path, 250)
+    assert sorted(path.name[:8] for path in tmp_path.iterdir()) == ["20250101", "20260102", "20260103"]
+    make_room(tmp_path / "not there yet", 250)
 
 
 def test_a_slow_disk_never_holds_a_chunk(tmp_path, monkeypatch, caplog):
