@@ -50,7 +50,7 @@ class Mp4(Clip):
             import av
         except ImportError:
             raise ConfigError(
-                f"--out {path} needs PyAV: pip install 'lingbot-rt[video]', or name a folder to get PNGs", field="out"
+                f"{path} needs PyAV: pip install 'lingbot-rt[video]', or name a folder to get PNGs", field="out"
             ) from None
         path.parent.mkdir(parents=True, exist_ok=True)
         self._av = av

@@ -7,10 +7,10 @@ import asyncio
 
 from tqdm import tqdm
 
-from lingbot_rt.commands.check import started_engine
 from lingbot_rt.commands.clip import Clip, open_clip
 from lingbot_rt.commands.devices import require_devices
 from lingbot_rt.commands.options import add_config_options, config_from
+from lingbot_rt.commands.player import started_engine
 from lingbot_rt.commands.walk import add_walk_options, chunks_for, first_picture, parse_keys, parse_size
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.shapes import latent_frames_for, pixel_frames_of_chunk

@@ -12,12 +12,14 @@ from lingbot_rt.config import ServeConfig, flag, load_config, parse_value, value
 GROUPS = ("model", "device", "server", "limits")
 
 
-def add_config_options(parser: argparse.ArgumentParser, groups: Collection[str] = GROUPS) -> None:
-    """Adds the flags of the fields in ``groups`` and --config."""
+def add_config_options(
+    parser: argparse.ArgumentParser, groups: Collection[str] = GROUPS, also: Collection[str] = ()
+) -> None:
+    """Adds the flags of the fields in ``groups``, those of the fields named in ``also``, and --config."""
     parser.add_argument("--config", metavar="FILE", help="TOML file with the same names: model_path = ...")
-    sections = {name: parser.add_argument_group(name) for name in groups}
+    sections: dict[str, argparse._ActionsContainer] = {name: parser.add_argument_group(name) for name in groups}
     for field in dataclasses.fields(ServeConfig):
-        section = sections.get(field.metadata["group"])
+        section = sections.get(field.metadata["group"], parser if field.name in also else None)
         if section is None:
             continue
         optional_value = {"nargs": "?", "const": "true"} if value_type(field) is bool else {}

@@ -1,21 +1,24 @@
 """Case files: what the guard plays and how far a build may differ.
 
 A TOML file holds ``[defaults]`` and a ``[[case]]`` each. A case is an init, events pinned to chunks, a number of
-chunks, and thresholds; ``defaults`` holds the init fields, thresholds and guards that the cases share.
+chunks, and thresholds; ``defaults`` holds what the cases share.
 """
 
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from lingbot_rt.errors import ConfigError
+import msgspec
+from msgspec import Meta
+
+from lingbot_rt.control.events import parse_event
+from lingbot_rt.errors import ConfigError, RequestError
+from lingbot_rt.server.protocol import Init, decode
 
 
-@dataclass(frozen=True, slots=True)
-class Thresholds:
+class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The least (PSNR, SSIM) and the most (difference, growth) that still passes."""
 
     min_psnr: float = 45.0  # dB, of the worst key frame
@@ -23,31 +26,26 @@ class Thresholds:
     max_mean_abs_diff: float = 1.0  # grey levels, of the worst key frame
     exact: bool = False  # every frame's hash must be the recorded one
     max_latency_growth: float = 1.5  # p50 and p95 of chunk_total_ms and dit_ms, against the recorded ones
-    max_payload_growth: float = 1.1  # bytes a chunk, against the recorded ones
+    max_payload_growth: float = 1.1  # the same of ws_payload_mb
 
 
-@dataclass(frozen=True, slots=True)
-class CaseEvent:
+class CaseEvent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An event that chunk ``chunk`` samples."""
 
-    chunk: int
+    chunk: Annotated[int, Meta(ge=0)]
     kind: str
     payload: Any
     event_id: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    name: str
-    chunks: int
-    init: dict[str, Any]  # as on the wire, the first frame as bytes
+class Case(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]+$")]  # also the folder of its ground truth
+    chunks: Annotated[int, Meta(ge=1)]
+    init: dict[str, Any]  # as on the wire; the first frame is a picture's path in the file, its bytes once read
     events: tuple[CaseEvent, ...] = ()
-    thresholds: Thresholds = field(default_factory=Thresholds)
-    keep_every: int = 1  # key frames are kept of every k-th chunk
-    warm_chunks: int = 2  # left out of the latency figures
-
-
-_CASE_KEYS = {"name", "chunks", "init", "events", "thresholds", "keep_every", "warm_chunks"}
+    thresholds: Thresholds = Thresholds()
+    keep_every: Annotated[int, Meta(ge=1)] = 1  # key frames are kept of every k-th chunk
+    ignore_initial_chunks: Annotated[int, Meta(ge=0)] = 1  # left out of the figures that are guarded
 
 
 def load_cases(path: Path) -> list[Case]:
@@ -58,11 +56,10 @@ def load_cases(path: Path) -> list[Case]:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
-    defaults = table.get("defaults", {})
     entries = table.get("case", [])
     if not entries:
         raise ConfigError(f"{path} has no [[case]]")
-    cases = [_case(path, defaults, entry) for entry in entries]
+    cases = [_case(path, table.get("defaults", {}), entry) for entry in entries]
     names = [case.name for case in cases]
     if len(set(names)) != len(names):
         raise ConfigError(f"{path}: case names must differ, got {', '.join(names)}", field="name")
@@ -70,50 +67,37 @@ def load_cases(path: Path) -> list[Case]:
 
 
 def _case(path: Path, defaults: dict[str, Any], entry: dict[str, Any]) -> Case:
-    name = entry.get("name")
-    if not isinstance(name, str) or not name.replace("-", "").replace("_", "").isalnum():
-        raise ConfigError(f"{path}: case name {name!r} must be letters, digits, - and _", field="name")
-    values = {key: value for key, value in defaults.items() if key not in ("init", "thresholds")} | entry
-    unknown = set(values) - _CASE_KEYS
-    if unknown:
-        raise ConfigError(f"{path}: case {name}: unknown {', '.join(sorted(unknown))}", field=min(unknown))
-    if not isinstance(values.get("chunks"), int) or values["chunks"] < 1:
-        raise ConfigError(f"{path}: case {name}: chunks must be a whole number >= 1", field="chunks")
-    init = defaults.get("init", {}) | entry.get("init", {})
-    events = tuple(_event(path, name, values["chunks"], event) for event in values.get("events", []))
-    return Case(
-        name=name,
-        chunks=values["chunks"],
-        init={"type": "init", **init, "first_frame": _picture(path, name, init)},
-        events=events,
-        thresholds=_thresholds(path, name, defaults.get("thresholds", {}) | entry.get("thresholds", {})),
-        keep_every=values.get("keep_every", 1),
-        warm_chunks=values.get("warm_chunks", 2),
-    )
+    values = defaults | entry
+    for shared in ("init", "thresholds"):
+        values[shared] = defaults.get(shared, {}) | entry.get(shared, {})
+    try:
+        values["init"] = {"type": "init", **values["init"], "first_frame": _picture(path, values["init"])}
+        case = msgspec.convert(values, Case)
+        _check(case)
+    except (ConfigError, RequestError, msgspec.ValidationError) as error:
+        raise ConfigError(f"{path}: case {entry.get('name')!r}: {error}", field="case") from None
+    return case
 
 
-def _picture(path: Path, name: str, init: dict[str, Any]) -> bytes:
+def _picture(path: Path, init: dict[str, Any]) -> bytes:
     picture = init.get("first_frame")
     if not isinstance(picture, str):
-        raise ConfigError(f"{path}: case {name}: init.first_frame must be a file's path", field="first_frame")
+        raise ConfigError("init.first_frame must be a file's path")
     try:
         return (path.parent / picture).read_bytes()
     except OSError as error:
-        raise ConfigError(f"{path}: case {name}: {picture}: {error.strerror}", field="first_frame") from None
+        raise ConfigError(f"{picture}: {error.strerror}") from None
 
 
-def _event(path: Path, name: str, chunks: int, entry: dict[str, Any]) -> CaseEvent:
-    try:
-        event = CaseEvent(**entry)
-    except TypeError as error:
-        raise ConfigError(f"{path}: case {name}: event {entry}: {error}", field="events") from None
-    if not 0 <= event.chunk < chunks:
-        raise ConfigError(f"{path}: case {name}: event at chunk {event.chunk} of {chunks}", field="events")
-    return event
-
-
-def _thresholds(path: Path, name: str, values: dict[str, Any]) -> Thresholds:
-    unknown = set(values) - {known.name for known in fields(Thresholds)}
+def _check(case: Case) -> None:
+    """What a server would refuse or, worse, ignore."""
+    unknown = case.init.keys() - {"type", *Init.__struct_fields__}
     if unknown:
-        raise ConfigError(f"{path}: case {name}: unknown threshold {', '.join(sorted(unknown))}", field="thresholds")
-    return Thresholds(**values)
+        raise ConfigError(f"init has no {', '.join(sorted(unknown))}")
+    decode(msgspec.msgpack.encode(case.init))
+    for event in case.events:
+        if event.chunk >= case.chunks:
+            raise ConfigError(f"event at chunk {event.chunk} of {case.chunks}")
+        parse_event(event.kind, event.payload)
+    if case.ignore_initial_chunks >= case.chunks:
+        raise ConfigError(f"ignore_initial_chunks {case.ignore_initial_chunks} leaves none of {case.chunks} chunks")

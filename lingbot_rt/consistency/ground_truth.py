@@ -1,119 +1,116 @@
-"""What is kept of a played case: hashes of all frames, key frames as PNG, the usual latency."""
+"""What is kept of a played case: hashes of all frames, key frames as PNG, the usual times and sizes."""
 
 from __future__ import annotations
 
-import json
-import math
 import platform
 import statistics
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from lingbot_rt import __version__
 from lingbot_rt.consistency.cases import Case
+from lingbot_rt.consistency.play import Origin, PlayedChunk
 from lingbot_rt.errors import ConfigError
 from lingbot_rt.recording.record_file import frame_hash
 
-GUARDED = ("chunk_total_ms", "dit_ms", "ws_payload_bytes")
-"""The figures of chunk_stats that are kept and guarded."""
 
-
-@dataclass(slots=True)
-class PlayedChunk:
-    frames: npt.NDArray[np.uint8]  # [n, H, W, 3]
-    stats: dict[str, Any]  # the chunk's chunk_stats
-    event_id: int | None = None
-
-
-@dataclass(slots=True)
-class PlayedCase:
-    chunks: list[PlayedChunk] = field(default_factory=list)
-    model: str = ""
-    device: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """A figure's median and 95th percentile over the chunks after the warm ones."""
-
-    p50: float
-    p95: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> Spread:
-        ordered = sorted(values)
-        return cls(statistics.median(ordered), ordered[math.ceil(0.95 * len(ordered)) - 1])
-
-
-@dataclass(frozen=True, slots=True)
-class Truth:
+class Truth(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The ground truth of one case, as its truth.json says."""
 
-    chunks: int
     hashes: list[list[str]]  # of every frame, a list a chunk
-    figures: dict[str, Spread]
-    model: str
-    device: str
+    event_ids: list[int | None]  # in force in each chunk
+    figures: dict[str, float]  # see ``Figures``
+    origin: Origin
     made_with: dict[str, str]
 
 
-def key_indices(count: int) -> list[int]:
-    """First, middle and last of ``count`` frames."""
-    return sorted({0, count // 2, count - 1})
+class Figures:
+    """Times and sizes of a case's chunks, the first ones left out, under the names that existing clients use.
+
+    ``p50_chunk_total_ms``, ``p95_chunk_total_ms``, and so on for ``dit_ms`` and ``ws_payload_mb`` (MiB), as far as the
+    statistics have them.
+    """
+
+    def __init__(self, ignore_initial_chunks: int) -> None:
+        self._ignore = ignore_initial_chunks
+        self._values: defaultdict[str, list[float]] = defaultdict(list)
+
+    def add(self, stats: Mapping[str, Any]) -> None:
+        if self._ignore > 0:
+            self._ignore -= 1
+            return
+        for name in ("chunk_total_ms", "dit_ms"):
+            self._values[name].append(float(stats[name]))
+        if "ws_payload_bytes" in stats:
+            self._values["ws_payload_mb"].append(stats["ws_payload_bytes"] / 2**20)
+
+    def summary(self) -> dict[str, float]:
+        found = {}
+        for name, values in self._values.items():
+            found[f"p50_{name}"] = statistics.median(values)
+            found[f"p95_{name}"] = sorted(values)[min(len(values) - 1, int(0.95 * len(values)))]
+        return found
 
 
-def figures(case: Case, played: PlayedCase) -> dict[str, Spread]:
-    """The guarded figures after the warm chunks (of all chunks when there are no more)."""
-    chunks = played.chunks[case.warm_chunks :] or played.chunks
-    return {
-        name: Spread.of([float(chunk.stats[name]) for chunk in chunks])
-        for name in GUARDED
-        if all(name in chunk.stats for chunk in chunks)
-    }
+class TruthWriter:
+    """Keeps a case in ``folder``/NAME, chunk by chunk; ``finish`` makes it the truth."""
 
+    def __init__(self, folder: Path, case: Case) -> None:
+        self._case = case
+        self._folder = folder / case.name
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for stale in (*self._folder.glob("*.png"), *self._folder.glob("truth.json")):
+            stale.unlink()
+        self._hashes: list[list[str]] = []
+        self._event_ids: list[int | None] = []
+        self._figures = Figures(case.ignore_initial_chunks)
 
-def write_truth(folder: Path, case: Case, played: PlayedCase) -> None:
-    """Keeps ``played`` as the truth of ``case`` in ``folder``/NAME."""
-    target = folder / case.name
-    target.mkdir(parents=True, exist_ok=True)
-    for stale in target.glob("*.png"):
-        stale.unlink()
-    for number, chunk in enumerate(played.chunks):
-        if number % case.keep_every == 0:
-            for index in key_indices(len(chunk.frames)):
-                Image.fromarray(chunk.frames[index]).save(key_path(target, number, index))
-    truth = Truth(
-        chunks=len(played.chunks),
-        hashes=[[frame_hash(frame) for frame in chunk.frames] for chunk in played.chunks],
-        figures=figures(case, played),
-        model=played.model,
-        device=played.device,
-        made_with={"lingbot_rt": __version__, "python": platform.python_version(), "machine": platform.machine()},
-    )
-    (target / "truth.json").write_text(json.dumps(asdict(truth), indent=1) + "\n", encoding="utf-8")
+    def add(self, chunk: PlayedChunk) -> None:
+        number = len(self._hashes)
+        for index in key_indices(self._case, number, len(chunk.frames)):
+            Image.fromarray(chunk.frames[index]).save(key_path(self._folder, number, index))
+        self._hashes.append([frame_hash(frame) for frame in chunk.frames])
+        self._event_ids.append(chunk.event_id)
+        self._figures.add(chunk.stats)
+
+    def finish(self, origin: Origin) -> None:
+        made_with = {"lingbot_rt": __version__, "torch": version("torch"), "python": platform.python_version()}
+        truth = Truth(self._hashes, self._event_ids, self._figures.summary(), origin, made_with)
+        (self._folder / "truth.json").write_bytes(msgspec.json.format(msgspec.json.encode(truth), indent=1) + b"\n")
 
 
 def read_truth(folder: Path, case: Case) -> Truth:
     """Raises ConfigError when ``folder`` has no truth of ``case``."""
     path = folder / case.name / "truth.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        values["figures"] = {name: Spread(**spread) for name, spread in values["figures"].items()}
-        return Truth(**values)
+        return msgspec.json.decode(path.read_bytes(), type=Truth)
     except OSError:
         raise ConfigError(f"{path} is not there: make it with `lingbot-rt check record`", field="gt") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is damaged: {error}", field="gt") from None
 
 
+def key_indices(case: Case, chunk: int, num_frames: int) -> list[int]:
+    """Which frames of a chunk are kept: first, middle and last of every k-th chunk."""
+    return [] if chunk % case.keep_every else sorted({0, num_frames // 2, num_frames - 1})
+
+
 def read_key_frame(folder: Path, case: Case, chunk: int, index: int) -> npt.NDArray[np.uint8]:
-    with Image.open(key_path(folder / case.name, chunk, index)) as picture:
-        return np.asarray(picture.convert("RGB"))
+    """Raises ConfigError when it was not kept: the case file has changed since."""
+    path = key_path(folder / case.name, chunk, index)
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error}; make it again with `lingbot-rt check record`", field="gt") from None
 
 
 def key_path(folder: Path, chunk: int, index: int) -> Path:

@@ -9,30 +9,32 @@ import numpy as np
 import numpy.typing as npt
 
 from lingbot_rt.consistency.cases import Case
-from lingbot_rt.consistency.ground_truth import (
-    PlayedCase,
-    Spread,
-    Truth,
-    figures,
-    frame_hash,
-    key_indices,
-    read_key_frame,
-    read_truth,
-)
+from lingbot_rt.consistency.ground_truth import Figures, frame_hash, key_indices, read_key_frame, read_truth
 from lingbot_rt.consistency.metrics import mean_abs_diff, psnr, ssim
+from lingbot_rt.consistency.play import Origin, PlayedChunk
+
+SHOWN = 6
+"""Pictures a case whose difference a report shows: the worst ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeyFrame:
-    """One key frame that was compared, with both pictures for the report."""
+    """One key frame that was compared."""
 
     chunk: int
     index: int
     psnr: float
     ssim: float
     mean_abs_diff: float
-    got: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A key frame that is not the recorded one, with both pictures."""
+
+    key: KeyFrame
     true: npt.NDArray[np.uint8]
+    got: npt.NDArray[np.uint8]
 
 
 @dataclass(slots=True)
@@ -40,11 +42,15 @@ class CaseReport:
     """The verdict on one case; it passes when ``problems`` is empty."""
 
     name: str
+    recorded_origin: Origin
     problems: list[str] = field(default_factory=list)
     key_frames: list[KeyFrame] = field(default_factory=list)
+    shown: list[Difference] = field(default_factory=list)  # the ``SHOWN`` worst, worst first
+    chunks: int = 0
     frames: int = 0
     different_frames: int = 0
-    figures: dict[str, tuple[Spread, Spread]] = field(default_factory=dict)  # (now, recorded)
+    origin: Origin | None = None  # once the case is finished
+    figures: dict[str, tuple[float, float]] = field(default_factory=dict)  # (now, recorded), those that were compared
 
     @property
     def passed(self) -> bool:
@@ -55,66 +61,72 @@ class CaseReport:
         return min(self.key_frames, key=lambda frame: frame.psnr, default=None)
 
 
-def compare(case: Case, played: PlayedCase, gt: Path, *, guard_latency: bool = True) -> CaseReport:
-    """``played`` against the truth in ``gt``. ``guard_latency`` is for the machine that recorded it.
+class Comparison:
+    """Takes a case's chunks in order. ``guard_latency``: compare times and sizes too, where the origins are equal.
 
-    Raises ConfigError when there is no truth of the case.
+    Raises ConfigError when ``folder`` has no truth of the case.
     """
-    truth = read_truth(gt, case)
-    report = CaseReport(case.name)
-    lengths = [len(chunk.frames) for chunk in played.chunks]
-    expected = [len(hashes) for hashes in truth.hashes]
-    if lengths != expected:
-        report.problems.append(f"frames a chunk {lengths}, recorded {expected}")
-        return report
-    _compare_hashes(case, played, truth, report)
-    _compare_key_frames(case, played, gt, report)
-    if guard_latency:
-        _compare_figures(case, played, truth, report)
-    return report
 
+    def __init__(self, case: Case, folder: Path, *, guard_latency: bool = True) -> None:
+        self._case = case
+        self._folder = folder
+        self._truth = read_truth(folder, case)
+        self._figures = Figures(case.ignore_initial_chunks)
+        self._guards_latency = guard_latency
+        self._report = CaseReport(case.name, self._truth.origin)
 
-def _compare_hashes(case: Case, played: PlayedCase, truth: Truth, report: CaseReport) -> None:
-    for number, (chunk, hashes) in enumerate(zip(played.chunks, truth.hashes, strict=True)):
+    def add(self, chunk: PlayedChunk) -> None:
+        report, number = self._report, self._report.chunks
+        report.chunks += 1
+        self._figures.add(chunk.stats)
+        if number >= len(self._truth.hashes):
+            return
+        hashes, event_id = self._truth.hashes[number], self._truth.event_ids[number]
+        if chunk.event_id != event_id:
+            report.problems.append(f"chunk {number}: event id {chunk.event_id}, recorded {event_id}")
+        if len(chunk.frames) != len(hashes):
+            report.problems.append(f"chunk {number}: {len(chunk.frames)} frames, recorded {len(hashes)}")
+            return
         different = sum(frame_hash(frame) != known for frame, known in zip(chunk.frames, hashes, strict=True))
         report.frames += len(hashes)
         report.different_frames += different
-        if different and case.thresholds.exact:
+        if different and self._case.thresholds.exact:
             report.problems.append(f"chunk {number}: {different} of {len(hashes)} frames are not the recorded bytes")
+        for index in key_indices(self._case, number, len(hashes)):
+            self._compare_key_frame(number, index, chunk.frames[index])
 
+    def finish(self, origin: Origin) -> CaseReport:
+        report, recorded = self._report, len(self._truth.hashes)
+        report.origin = origin
+        if report.chunks != recorded:
+            report.problems.append(f"{report.chunks} chunks, recorded {recorded}")
+        if self._guards_latency and origin == self._truth.origin:
+            self._compare_figures()
+        return report
 
-def _compare_key_frames(case: Case, played: PlayedCase, gt: Path, report: CaseReport) -> None:
-    limits = case.thresholds
-    for number, chunk in enumerate(played.chunks):
-        if number % case.keep_every:
-            continue
-        for index in key_indices(len(chunk.frames)):
-            got, true = chunk.frames[index], read_key_frame(gt, case, number, index)
-            if got.shape != true.shape:
-                report.problems.append(f"chunk {number} frame {index}: {got.shape}, recorded {true.shape}")
-                continue
-            frame = KeyFrame(number, index, psnr(got, true), ssim(got, true), mean_abs_diff(got, true), got, true)
-            report.key_frames.append(frame)
-            where = f"chunk {number} frame {index}"
-            if frame.psnr < limits.min_psnr:
-                report.problems.append(f"{where}: PSNR {frame.psnr:.1f} dB < {limits.min_psnr}")
-            if frame.ssim < limits.min_ssim:
-                report.problems.append(f"{where}: SSIM {frame.ssim:.4f} < {limits.min_ssim}")
-            if frame.mean_abs_diff > limits.max_mean_abs_diff:
-                report.problems.append(
-                    f"{where}: mean difference {frame.mean_abs_diff:.2f} > {limits.max_mean_abs_diff}"
-                )
+    def _compare_key_frame(self, number: int, index: int, got: npt.NDArray[np.uint8]) -> None:
+        limits, report = self._case.thresholds, self._report
+        where = f"chunk {number} frame {index}"
+        true = read_key_frame(self._folder, self._case, number, index)
+        if got.shape != true.shape:
+            report.problems.append(f"{where}: {got.shape}, recorded {true.shape}")
+            return
+        key = KeyFrame(number, index, psnr(got, true), ssim(got, true), mean_abs_diff(got, true))
+        report.key_frames.append(key)
+        if key.psnr < limits.min_psnr:
+            report.problems.append(f"{where}: PSNR {key.psnr:.1f} dB < {limits.min_psnr}")
+        if key.ssim < limits.min_ssim:
+            report.problems.append(f"{where}: SSIM {key.ssim:.4f} < {limits.min_ssim}")
+        if key.mean_abs_diff > limits.max_mean_abs_diff:
+            report.problems.append(f"{where}: mean difference {key.mean_abs_diff:.2f} > {limits.max_mean_abs_diff}")
+        if key.mean_abs_diff > 0:
+            report.shown = sorted([*report.shown, Difference(key, true, got)], key=lambda d: d.key.psnr)[:SHOWN]
 
-
-def _compare_figures(case: Case, played: PlayedCase, truth: Truth, report: CaseReport) -> None:
-    for name, now in figures(case, played).items():
-        recorded = truth.figures.get(name)
-        if recorded is None:
-            continue
-        report.figures[name] = (now, recorded)
-        is_bytes = name == "ws_payload_bytes"
-        limit = case.thresholds.max_payload_growth if is_bytes else case.thresholds.max_latency_growth
-        for part in ("p50", "p95"):
-            got, before = getattr(now, part), getattr(recorded, part)
-            if got > before * limit:
-                report.problems.append(f"{part} of {name} {got:.0f}, recorded {before:.0f}, at most x{limit}")
+    def _compare_figures(self) -> None:
+        limits, report = self._case.thresholds, self._report
+        for name, now in self._figures.summary().items():
+            before = self._truth.figures[name]
+            report.figures[name] = (now, before)
+            limit = limits.max_payload_growth if name.endswith("payload_mb") else limits.max_latency_growth
+            if now > before * limit:
+                report.problems.append(f"{name} {now:.3g}, recorded {before:.3g}, at most x{limit:g}")

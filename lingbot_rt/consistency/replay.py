@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from lingbot_rt.consistency.cases import CaseEvent
-from lingbot_rt.consistency.ground_truth import PlayedCase
 from lingbot_rt.consistency.metrics import psnr
-from lingbot_rt.consistency.play import scripted_init
-from lingbot_rt.recording.record_file import SessionRecord, frame_hash, key_frame_path
+from lingbot_rt.consistency.play import PlayedChunk, scripted_init
+from lingbot_rt.recording.record_file import ChunkLine, RecordError, SessionRecord, frame_hash, read_last_frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +23,16 @@ class ChunkVerdict:
     index: int
     frames: int
     different: int  # frames whose hash is not the recorded one
-    psnr: float  # of the last frame, dB; infinite when equal
+    psnr: float  # of the last frame, dB; infinite when it is equal
 
     def passes(self, min_psnr: float) -> bool:
         return self.different == 0 or self.psnr >= min_psnr
 
 
 def replay_init(record: SessionRecord) -> dict[str, Any]:
-    """The init that plays the recorded chunks again."""
+    """The init that plays the recorded chunks again. Raises RecordError when there are none."""
+    if not record.chunks:
+        raise RecordError(f"{record.folder}: no chunk was finished, there is nothing to replay")
     events = [
         CaseEvent(chunk.index, event.kind, event.payload, event.event_id)
         for chunk in record.chunks
@@ -41,44 +41,33 @@ def replay_init(record: SessionRecord) -> dict[str, Any]:
     init = record.session.init | {"first_frame": record.first_frame, "seed": record.session.seed}
     # The name the model had then does not matter; that it is the same model shows in the frames.
     init.pop("model", None)
-    return scripted_init(init, events, max(len(record.chunks), 1))
+    return scripted_init(init, events, len(record.chunks))
 
 
-def compare_with_record(record: SessionRecord, played: PlayedCase) -> list[ChunkVerdict]:
-    """A verdict for each recorded chunk."""
-    verdicts = []
-    for chunk, again in zip(record.chunks, played.chunks, strict=True):
-        hashes = [frame_hash(frame) for frame in again.frames]
-        shared = sum(a == b for a, b in zip(chunk.hashes, hashes, strict=False))
-        different = max(len(chunk.hashes), len(hashes)) - shared
-        quality = math.inf if different == 0 else _psnr_of_last(record, chunk.index, again.frames[-1])
-        verdicts.append(ChunkVerdict(chunk.index, len(hashes), different, quality))
-    return verdicts
+def compare_chunk(record: SessionRecord, recorded: ChunkLine, played: PlayedChunk) -> ChunkVerdict:
+    """``played`` against the same chunk of the record; only its last frame is there to be measured."""
+    hashes = [frame_hash(frame) for frame in played.frames]
+    shared = sum(a == b for a, b in zip(recorded.hashes, hashes, strict=False))
+    different = max(len(recorded.hashes), len(hashes)) - shared
+    quality = math.inf
+    if different:
+        true, got = read_last_frame(record.folder, recorded.index), played.frames[-1]
+        quality = psnr(got, true) if got.shape == true.shape else 0.0
+    return ChunkVerdict(recorded.index, len(hashes), different, quality)
 
 
-def _psnr_of_last(record: SessionRecord, index: int, frame: npt.NDArray[np.uint8]) -> float:
-    recorded = recorded_last_frame(record, index)
-    return psnr(frame, recorded) if recorded.shape == frame.shape else 0.0
-
-
-def recorded_last_frame(record: SessionRecord, index: int) -> npt.NDArray[np.uint8]:
-    with Image.open(key_frame_path(record.folder, index)) as picture:
-        return np.asarray(picture.convert("RGB"))
-
-
-def side_by_side(record: SessionRecord, played: PlayedCase) -> Iterator[npt.NDArray[np.uint8]]:
+def side_by_side(record: SessionRecord, recorded: ChunkLine, played: PlayedChunk) -> Iterator[npt.NDArray[np.uint8]]:
     """Every replayed frame [H, W, 3] to the right of the recorded last frame of its chunk: [H, 2 W, 3]."""
-    for chunk, again in zip(record.chunks, played.chunks, strict=True):
-        recorded = recorded_last_frame(record, chunk.index)
-        for frame in again.frames:
-            yield np.concatenate([recorded, frame], axis=1)
+    true = read_last_frame(record.folder, recorded.index)
+    for frame in played.frames:
+        yield np.concatenate([true, frame], axis=1)
 
 
 def table(record: SessionRecord, verdicts: list[ChunkVerdict]) -> str:
     """One line a chunk and a last line for the whole."""
     lines = [f"{'chunk':>5} {'frames':>7} {'differ':>7} {'PSNR of the last':>17}"]
     for verdict in verdicts:
-        quality = "exact" if math.isinf(verdict.psnr) else f"{verdict.psnr:.1f} dB"
+        quality = f"{verdict.psnr:.1f} dB" if verdict.different else "exact"
         lines.append(f"{verdict.index:>5} {verdict.frames:>7} {verdict.different:>7} {quality:>17}")
     frames = sum(verdict.frames for verdict in verdicts)
     different = sum(verdict.different for verdict in verdicts)

@@ -6,6 +6,7 @@ import pytest
 
 from lingbot_rt.consistency.cases import CaseEvent, load_cases
 from lingbot_rt.errors import ConfigError
+from tests.consistency.conftest import CASES
 
 GOOD = """
 [defaults]
@@ -55,13 +56,21 @@ def test_defaults_and_case_are_joined(cases_file):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (("chunks = 4", "chunks = 0"), "chunks must be a whole number >= 1"),
+        (("chunks = 4", "chunks = 0"), "`int` >= 1 - at `$.chunks`"),
+        (("chunks = 4", "chunks = 2.5"), "at `$.chunks`"),
+        (("keep_every = 2", "keep_every = 0"), "at `$.keep_every`"),
+        (("keep_every = 2", "ignore_initial_chunks = 4"), "ignore_initial_chunks 4 leaves none"),
+        (("min_psnr = 60.0", 'min_psnr = "high"'), "at `$.thresholds.min_psnr`"),
+        (("seed = 7", "sed = 7"), "init has no sed"),
+        (("seed = 7", "seed = -7"), "-7, expected a whole number from 0"),
+        (('["w"]', '["x"]'), "'x'"),
+        (('"camera_actions"', '"camera"'), "unsupported event kind"),
         (("chunk = 1\n", "chunk = 4\n"), "event at chunk 4 of 4"),
-        (('kind = "camera_actions"', 'knd = "x"'), "unexpected keyword argument 'knd'"),
-        (("min_psnr", "min_pnsr"), "unknown threshold min_pnsr"),
-        (("keep_every", "keep_evry"), "unknown keep_evry"),
+        (('kind = "camera_actions"', 'knd = "x"'), "unknown field `knd` - at `$.events[0]`"),
+        (("min_psnr", "min_pnsr"), "unknown field `min_pnsr` - at `$.thresholds`"),
+        (("keep_every", "keep_evry"), "unknown field `keep_evry`"),
         (('"picture.png"', '"gone.png"'), "gone.png: No such file"),
-        (('name = "held-keys"', 'name = "../x"'), "must be letters, digits"),
+        (('name = "held-keys"', 'name = "../x"'), "matching regex"),
         (("case", "cases"), "has no"),
         (("chunks = 4", "chunks = "), "is not TOML"),
     ],
@@ -78,3 +87,9 @@ def test_names_must_differ(cases_file):
     entry = GOOD[GOOD.index("[[case]]") :]
     with pytest.raises(ConfigError, match="names must differ"):
         load_cases(cases_file(GOOD + entry))
+
+
+@pytest.mark.parametrize("path", sorted(CASES.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_files_are_whole(path):
+    """Every case file that ships is read, the one for the 14B and the long one too."""
+    assert load_cases(path)
