@@ -24,7 +24,7 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     min_psnr: float = 45.0  # dB, of the worst key frame
     min_ssim: float = 0.98  # of the worst key frame
     max_mean_abs_diff: float = 1.0  # grey levels, of the worst key frame
-    exact: bool = False  # every frame's hash must be the recorded one
+    exact: bool = False  # every frame's hash must be the recorded one, where the same device made the truth
     max_latency_growth: float = 1.5  # p50 and p95 of chunk_total_ms and dit_ms, against the recorded ones
     max_payload_growth: float = 1.1  # the same of ws_payload_mb
 

@@ -28,12 +28,16 @@ class PlayFailed(LingbotError):
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Who made the frames: times are compared only where all of it is the same."""
+    """Who made the frames: times are compared only where all of it is the same, bytes where ``makes_the_bytes_of``."""
 
     how: str  # "in process" or "over the wire"
     model: str
     device: str
     dtype: str
+
+    def makes_the_bytes_of(self, other: Origin) -> bool:
+        """Whether equal bytes can be expected: the way to them does not matter."""
+        return (self.model, self.device, self.dtype) == (other.model, other.device, other.dtype)
 
     def __str__(self) -> str:
         return f"{self.model} on {self.device}, {self.dtype}, {self.how}"

@@ -15,7 +15,6 @@ from PIL import Image
 
 from lingbot_rt.consistency.guard import CaseReport, Difference, KeyFrame
 
-_AMPLIFY = 8
 _PAGE = (
     "<!doctype html><meta charset=utf-8><title>Consistency</title>"
     "<style>body{font:14px system-ui;margin:2em}img{max-width:100%}</style>"
@@ -73,13 +72,13 @@ def as_json(reports: list[CaseReport]) -> dict[str, Any]:
 
 
 def write_report(folder: Path, reports: list[CaseReport]) -> Path:
-    """report.json, index.html and a picture (true, got, difference x8) for the worst key frames of each case."""
+    """report.json, index.html and a picture (true, got, difference) for the worst key frames of each case."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(as_json(reports), indent=1) + "\n", encoding="utf-8")
     parts = [f"<pre>{html.escape(table(reports))}</pre>"]
     for report in reports:
         if report.shown:
-            parts.append(f"<h2>{html.escape(report.name)}</h2><p>true, got, difference x{_AMPLIFY}</p>")
+            parts.append(f"<h2>{html.escape(report.name)}</h2><p>true, got, difference (brightened)</p>")
         for difference in report.shown:
             key = difference.key
             name = f"{report.name}_chunk{key.chunk:04d}_frame{key.index:02d}.png"
@@ -92,6 +91,7 @@ def write_report(folder: Path, reports: list[CaseReport]) -> Path:
 
 
 def triptych(difference: Difference) -> npt.NDArray[np.uint8]:
-    """uint8 [H, 3 W, 3]: the recorded frame, the frame got, and their amplified difference."""
-    apart = np.abs(difference.got.astype(np.int16) - difference.true) * _AMPLIFY
-    return np.concatenate([difference.true, difference.got, apart.clip(0, 255).astype(np.uint8)], axis=1)
+    """uint8 [H, 3 W, 3]: the recorded frame, the frame got, their difference brightened until its largest is 255."""
+    apart = np.abs(difference.got.astype(np.int16) - difference.true)
+    bright = (apart * (255 / max(apart.max(), 1))).astype(np.uint8)
+    return np.concatenate([difference.true, difference.got, bright], axis=1)

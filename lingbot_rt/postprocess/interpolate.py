@@ -62,6 +62,8 @@ class IFNet(nn.Module):
         in less time, 2 finds smaller things. Frames of any size: each block resizes to its own whole grid, so nothing
         is padded and the picture is only ever sampled at its own resolution. Convolutions run in the weights' type,
         coordinates in float32: half a mantissa places a pixel of a wide frame no better than to a quarter.
+        The original looks again at half the resolution when it finds motion above 32 pixels; here the caller says so
+        with ``scale``: the answer would have to be waited for on the host.
         """
         size = (first_B3HW.shape[-2], first_B3HW.shape[-1])
         warped = torch.cat((first_B3HW, second_B3HW), dim=1)

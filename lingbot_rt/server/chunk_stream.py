@@ -81,8 +81,7 @@ class ChunkStream:
         self._metrics = metrics
         self._recorder = recorder
         self._encoder = FrameEncoder(settings.output)
-        self._playback_fps = settings.fps * settings.postprocess.rate
-        self._pacer = Pacer(self._playback_fps) if settings.pacing else None
+        self._pacer = Pacer(settings.playback_fps) if settings.pacing else None
         self._lead = asyncio.Semaphore(LEAD_CHUNKS)
         self._groups: asyncio.Queue[tuple[_Chunk, FrameGroup]] = asyncio.Queue(LEAD_CHUNKS * settings.latent_frames)
         self._results: asyncio.Queue[tuple[_Chunk, ChunkResult]] = asyncio.Queue(LEAD_CHUNKS)
@@ -169,7 +168,7 @@ class ChunkStream:
         wait_s = self._pacer.worth_starting_at(self._first_group_s) - now
         if wait_s <= 0:
             return
-        chunk_s = sum(self._session.group_sizes(self._session.next_chunk)) / self._playback_fps
+        chunk_s = sum(self._session.group_sizes(self._session.next_chunk)) / self._session.settings.playback_fps
         calm_s = min(max(self._hurried_at + chunk_s - now, 0), wait_s)
         await asyncio.sleep(calm_s)
         try:

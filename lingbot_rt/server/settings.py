@@ -47,6 +47,11 @@ class SessionSettings:
     postprocess: PostprocessPlan
     pinned: Mapping[int, tuple[Event, ...]]  # events that a chunk must sample, by its index
 
+    @property
+    def playback_fps(self) -> float:
+        """Frames a second that leave when paced, those in between included."""
+        return self.fps * self.postprocess.rate
+
     def session_plan(self, session_id: str, first_frame: npt.NDArray[np.uint8]) -> SessionPlan:
         return SessionPlan(
             session_id=session_id,

@@ -80,6 +80,10 @@ def test_one_changed_byte_fails_only_an_exact_case(case, gt):
     assert compare(case, played, gt).passed
     exact = replace(case, thresholds=Thresholds(exact=True))
     assert compare(exact, played, gt).problems == ["chunk 3: 1 of 12 frames are not the recorded bytes"]
+    in_process = Origin("in process", "noise", "cpu", "float32")
+    assert not compare(exact, played, gt, origin=in_process).passed
+    another_device = Origin("over the wire", "noise", "cuda", "float32")
+    assert compare(exact, played, gt, origin=another_device).passed
 
 
 def test_an_event_that_comes_into_force_elsewhere_fails(case, gt):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from lingbot_rt.cli import main
+from lingbot_rt.client import connect
 from lingbot_rt.recording.record_file import read_record
 from tests.e2e.served import running, wire
 
@@ -33,6 +34,7 @@ def server(golden, model_flags, tmp_path_factory):
 def record_folder(server, golden):
     """One live session with events at whatever moment they arrive."""
     served, records = server
+    before = set(records.iterdir())
     init = {
         "type": "init",
         "prompt": "A quiet street.",
@@ -51,7 +53,7 @@ def record_folder(server, golden):
                 client.send({"type": "event", "event_id": index, **EVENTS[index]})
         with pytest.raises(Exception, match="1000"):
             client.receive()
-    (folder,) = records.iterdir()
+    (folder,) = set(records.iterdir()) - before
     return folder
 
 
@@ -74,6 +76,37 @@ def test_it_replays_bit_for_bit_in_process_and_on_the_server(record_folder, serv
     served, _ = server
     assert main(["replay", str(record_folder), "--url", served.http]) == 0
     assert "69 of 69 frames bit for bit" in capsys.readouterr().out
+
+
+def test_a_larger_and_smoother_session_is_replayed_too(server, golden, model_flags, capsys, tmp_path):
+    """The frames that left are the record: interpolated and enlarged ones come again bit for bit, at their own rate."""
+    served, records = server
+    before = set(records.iterdir())
+    fields = {"prompt": "A quiet street.", "first_frame": golden("e2e/first_frame.png"), "size": "64x64", "fps": 10}
+    options = {"enable_upscaling": True, "upscaling_scale": 2, "enable_frame_interpolation": True, "max_chunks": 2}
+    with connect(served.http, **fields, **options) as session:
+        assert len(list(session)) == 17 + 24
+    (folder,) = set(records.iterdir()) - before
+    assert read_record(folder).playback_fps == 20
+    video = tmp_path / "side_by_side"
+    assert main(["replay", str(folder), *model_flags, "--video", str(video)]) == 0
+    assert "41 of 41 frames bit for bit" in capsys.readouterr().out
+    assert len(list(video.iterdir())) == 41
+
+
+def test_a_folder_that_cannot_be_written_costs_the_record_only(server, golden):
+    """A session whose record cannot begin is played all the same."""
+    served, records = server
+    kept = records.rename(records.with_name("kept"))
+    records.write_text("in the way")
+    try:
+        fields = {"prompt": "A quiet street.", "first_frame": golden("e2e/first_frame.png"), "size": "64x64"}
+        with connect(served.http, **fields, max_chunks=1) as session:
+            assert len(list(session)) == 9
+    finally:
+        records.unlink()
+        kept.rename(records)
+    assert "is not recorded" in served.log.read_text()
 
 
 def test_another_world_is_told_from_the_recorded_one(record_folder, model_flags, tmp_path, capsys):

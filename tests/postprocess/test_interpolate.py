@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,15 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 def border(frame: torch.Tensor) -> torch.Tensor:
     """The bottom and right 16 pixels, where padding would show."""
     return torch.cat((frame[-16:].flatten(), frame[:, -16:].flatten()))
+
+
+@pytest.mark.parametrize(("time", "scale"), [(0.5, 1.0), (0.25, 1.0), (0.5, 0.5)])
+def test_the_network_is_the_original(interpolator, data, time, scale):
+    """At its own sizes our IFNet gives what the original gives with the published file, at any time and scale."""
+    golden = data("rife_v4")
+    first, second = torch.from_numpy(golden["input"]).permute(0, 3, 1, 2).float().div(255).split(1)
+    picture = interpolator.net(first, second, torch.tensor([time]), scale)[0] * 255
+    np.testing.assert_allclose(picture.clamp(0, 255), golden[f"t{time}_scale{scale}"], atol=0.51)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +72,27 @@ def test_a_crash_loses_the_line_in_work_only(recorder):
     path.write_bytes(whole.replace(b'"line":"chunk"', b'"line":"junk"', 1))
     with pytest.raises(RecordError, match="line 2"):
         read_record(path)
+
+
+def test_a_killed_process_leaves_every_chunk_it_had_handed_over(tmp_path):
+    """SIGKILL in mid-session: what was on its way to disk before is there, and the record says it has no end."""
+    script = f"""
+import os, sys, time
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from tests.recording.test_session_record import CARD, INIT, SessionRecorder, frames
+from pathlib import Path
+recorder = SessionRecorder(Path({str(tmp_path)!r}), "s1", INIT, b"picture", CARD, 10**6)
+for index in range(5):
+    recorder.chunk(index, [], None, [frames(index)], {{}})
+    while recorder.waiting:
+        time.sleep(0.001)
+os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
+    (folder,) = tmp_path.iterdir()
+    record = read_record(folder)
+    assert [chunk.index for chunk in record.chunks] == [0, 1, 2, 3, 4]
+    assert record.end is None
 
 
 def test_a_record_that_is_not_there_is_named(tmp_path):

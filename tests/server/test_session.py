@@ -86,6 +86,14 @@ def test_every_size_of_the_table_of_sizes():
         assert nearest is None or str(named) == nearest
 
 
+def test_interpolated_frames_play_faster():
+    """exp 2 gives four frames for one, so that the stream is paced at four times fps; off, exp has no say."""
+    asked = Init(prompt="A street.", first_frame=b"x", fps=20, frame_interpolation_exp=2)
+    assert resolve(asked, CARD, ServeConfig()).playback_fps == 20
+    on = msgspec.structs.replace(asked, enable_frame_interpolation=True)
+    assert resolve(on, CARD, ServeConfig()).playback_fps == 80
+
+
 def test_events_wait_for_the_next_plan_and_no_longer():
     """Events are sampled when a chunk is planned: one that comes a moment later is in the next chunk."""
     it = session()
