@@ -1,21 +1,48 @@
-"""What recording costs: the time that handing a chunk over takes, and the writer thread's time a chunk.
+"""What recording costs a chunk: handing it over, and what the engine's thread loses while the writer's thread works.
 
 python scripts/bench_record.py [--size 832x480] [--chunks 40]
+
+The stand-in for the engine is a thread that launches small torch operations one after the other, long enough to last
+as long as the writer: that time is taken in turn alone, with a chunk to record, and beside a thread that only hashes
+the same bytes and needs the interpreter for nothing. Where cores are short the last two lose alike.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from lingbot_rt.engine.chunk_plan import ModelCard
 from lingbot_rt.recording.session_record import SessionRecorder
 from lingbot_rt.shapes import FrameSize
+
+_LAUNCHES = 20_000
+
+
+def pictures(size: FrameSize, count: int) -> npt.NDArray[np.uint8]:
+    """[count, H, W, 3]: blurred noise with grain, about as hard to compress as a film."""
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (size.height // 16 + 1, size.width // 16 + 1, 3))
+    smooth = coarse.repeat(16, 0).repeat(16, 1)[: size.height, : size.width]
+    grain = random.integers(-3, 4, (count, size.height, size.width, 3))
+    return np.clip(smooth + grain, 0, 255).astype(np.uint8)
+
+
+def launches_ms() -> float:
+    x = torch.zeros(1024)
+    begin = time.perf_counter()
+    for _ in range(_LAUNCHES):
+        x.add_(1)
+    return 1000 * (time.perf_counter() - begin)
 
 
 def main() -> None:
@@ -23,30 +50,38 @@ def main() -> None:
     parser.add_argument("--size", type=FrameSize.parse, default=FrameSize(832, 480))
     parser.add_argument("--chunks", type=int, default=40)
     args = parser.parse_args()
-    size = args.size
-    y, x = np.mgrid[: size.height, : size.width]
-    frames = [
-        np.stack([(x + y + 7 * i) % 256, x % 256, y % 256], axis=-1).astype(np.uint8)[None].repeat(4, axis=0)
-        for i in range(3)
-    ]
-    card = ModelCard("bench", "bench", size, 3, 3, 9, 4, "cpu", "float32")
-    handed, finished = [], []
+    torch.set_num_threads(1)
+    frames = list(pictures(args.size, 12).reshape(3, 4, args.size.height, args.size.width, 3))
+    card = ModelCard("bench", "bench", args.size, 3, 3, 9, 4, "cpu", "float32")
+    handed, written, alone, beside, control = [], [], [], [], []
+    raw = b"".join(group.tobytes() for group in frames)
     with tempfile.TemporaryDirectory() as folder:
         recorder = SessionRecorder(Path(folder), "bench", {"seed": 1}, b"", card, 2**33)
         for index in range(args.chunks):
+            alone.append(launches_ms())
             begin = time.perf_counter()
             recorder.chunk(index, [], None, frames, {"chunk_total_ms": 750})
             handed.append(1000 * (time.perf_counter() - begin))
+            beside.append(launches_ms())
             while recorder.waiting:
                 time.sleep(0.001)
-            finished.append(1000 * (time.perf_counter() - begin))
+            hashing = threading.Thread(target=hashlib.sha256, args=(raw,))
+            hashing.start()
+            control.append(launches_ms())
+            hashing.join()
+            begin = time.perf_counter()
+            recorder.chunk(args.chunks + index, [], None, frames, {"chunk_total_ms": 750})
+            while recorder.waiting:
+                time.sleep(0.0002)
+            written.append(1000 * (time.perf_counter() - begin))
         recorder.close("bench over")
-    ordered = sorted(handed)
-    print(f"{size}, {args.chunks} chunks of 12 frames")
+    print(f"{args.size}, {args.chunks} chunks of 12 frames")
     print(
-        f"handing over: p50 {statistics.median(handed):.3f} ms, p95 {ordered[int(0.95 * len(ordered))]:.3f} ms a chunk"
+        f"handing over   p50 {statistics.median(handed):.3f} ms, p95 {sorted(handed)[int(0.95 * len(handed))]:.3f} ms"
     )
-    print(f"writer thread: p50 {statistics.median(finished):.1f} ms a chunk")
+    print(f"writer thread  p50 {statistics.median(written):.1f} ms a chunk")
+    lost, lost_to_hashing = (statistics.median(times) - statistics.median(alone) for times in (beside, control))
+    print(f"engine thread  p50 {lost:+.2f} ms a chunk; {lost_to_hashing:+.2f} ms beside a thread that only hashes")
 
 
 if __name__ == "__main__":

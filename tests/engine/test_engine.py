@@ -20,9 +20,13 @@ from lingbot_rt.engine.memory import plan_memory, window_bytes
 from lingbot_rt.engine.pipeline import resolve_device
 from lingbot_rt.engine.placement import Placement
 from lingbot_rt.engine.session_state import SessionState
-from lingbot_rt.errors import CapacityError, CheckpointError, ChunkCancelled, ConfigError, EngineFailed
+from lingbot_rt.engine.warmup import warm_up
+from lingbot_rt.errors import CapacityError, CheckpointError, ChunkCancelled, ConfigError, EngineFailed, InvalidInit
 from lingbot_rt.models.dit import DiTConfig
 from lingbot_rt.models.kv_cache import KVCache
+from lingbot_rt.postprocess import loader
+from lingbot_rt.postprocess.plan import PostprocessPlan
+from lingbot_rt.postprocess.stage import PostprocessNetworks
 from lingbot_rt.shapes import FrameSize
 
 
@@ -138,6 +142,47 @@ async def test_a_session_that_cannot_fit_is_refused_with_numbers(engine, session
     monkeypatch.setattr("lingbot_rt.engine.memory.available_host_bytes", lambda: 0)
     with pytest.raises(CapacityError, match="use a smaller size"):
         await engine.open(plan)
+
+
+async def test_upscaling_and_interpolation_count_in_what_a_session_needs(engine, session_plan, monkeypatch):
+    """What fits alone may not fit with larger frames; the refusal says what they take."""
+    both = PostprocessPlan(upscaling_scale=4, interpolation_exp=1)
+    alone, larger = session_plan({}), session_plan({}, postprocess=both)
+    needed = [plan_memory(engine._pipeline, plan, engine._features_per_pixel) for plan in (alone, larger)]
+    processor = engine._pipeline.open_postprocessor(larger)
+    assert needed[1].total_bytes - needed[0].total_bytes == processor.memory_bytes() > 0
+    monkeypatch.setattr("lingbot_rt.engine.memory.available_host_bytes", lambda: needed[0].total_bytes)
+    with pytest.raises(CapacityError, match="or do without upscaling and interpolation"):
+        await engine.open(larger)
+    await engine.open(alone)
+
+
+def test_warm_up_includes_the_networks_when_asked(pipeline):
+    """--enable-upscaling-warmup loads and runs upscaling and interpolation: the first session that asks finds them."""
+    networks = PostprocessNetworks(pipeline.device)
+    small = dataclasses.replace(pipeline.card, default_size=FrameSize(64, 64))
+    pipeline = dataclasses.replace(pipeline, card=small, postprocess=networks)
+    both = PostprocessPlan(upscaling_scale=2, interpolation_exp=2)
+    warm_up(pipeline, lambda done: None)
+    assert not networks.loaded(both)
+    warm_up(pipeline, lambda done: None, postprocess=True)
+    assert networks.loaded(both)
+
+
+async def test_a_network_that_is_missing_is_named_with_the_command(engine, session_plan, monkeypatch, tmp_path):
+    """Without the shipped weights a session that asks for them hears which command fetches them, and others go on."""
+    monkeypatch.setattr(loader, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(loader, "SHIPPED_UPSCALER", tmp_path / "upscaler.safetensors")
+    with pytest.raises(InvalidInit, match="run scripts/fetch_models") as refused:
+        await engine.open(session_plan({}, postprocess=PostprocessPlan(upscaling_scale=2)))
+    assert refused.value.field == "enable_upscaling"
+    (tmp_path / "broken.pth").write_bytes(b"nothing")
+    broken = PostprocessPlan(upscaling_scale=2, interpolation_exp=1, interpolation_model=tmp_path / "broken.pth")
+    monkeypatch.undo()
+    with pytest.raises(InvalidInit, match="damaged") as refused:
+        await engine.open(session_plan({}, postprocess=broken))
+    assert refused.value.field == "frame_interpolation_model_path"
+    await engine.open(session_plan({}))
 
 
 def test_planned_bytes_are_the_bytes_taken(pipeline, session_plan):
