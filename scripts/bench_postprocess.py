@@ -52,7 +52,7 @@ def main() -> None:
     for case in args.only.split(","):
         stage = networks.open(CASES[case], args.size)
         if cuda:
-            stage.warm_up(device)
+            networks.warm_up(CASES[case], args.size)
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if cuda else 0

@@ -65,10 +65,12 @@ def run(args: argparse.Namespace) -> int:
         "realtime_output_format": args.format,
         "output_compression": args.quality,
     } | further
-    total = sum(pixel_frames_of_chunk(i, latent_frames) for i in range(chunks))
+    rate = 2 ** init.get("frame_interpolation_exp", 1) if init.get("enable_frame_interpolation") else 1
+    fps = init["fps"] * rate
+    total = rate * sum(pixel_frames_of_chunk(i, latent_frames) for i in range(chunks)) - (rate - 1)
 
     with (
-        open_clip(args.out, args.fps) as clip,
+        open_clip(args.out, fps) as clip,
         connect(args.url, api_key=args.api_key, **init) as world,
         tqdm(total=total, unit="frame", disable=None) as bar,
     ):
@@ -84,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
                     held = wanted
                     measure.sent(world.hold(*held))
         if args.out:
-            print(f"{args.out}: {measure.frames} frames at {args.fps:g} frames/s")
+            print(f"{args.out}: {measure.frames} frames at {fps:g} frames/s")
         print(measure.summary(world.stats))
     return 0
 

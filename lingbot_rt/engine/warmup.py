@@ -41,4 +41,4 @@ def warm_up(pipeline: Pipeline, report: Callable[[float], None], *, postprocess:
         report((index + 1) / chunks)
     if postprocess:
         usual = PostprocessPlan(upscaling_scale=4, interpolation_exp=1)
-        pipeline.postprocess.open(usual, card.default_size).warm_up(pipeline.device)
+        pipeline.postprocess.warm_up(usual, card.default_size)

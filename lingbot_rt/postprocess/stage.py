@@ -43,13 +43,9 @@ class PostProcessor:
     def size_out(self) -> FrameSize:
         return self._plan.size_out(self._size)
 
-    def plan(self, num_frames_in: int) -> int:
-        """Frames that the next ``process`` of so many will return."""
-        return self._plan.frames_out(num_frames_in, first=self._last is None)
-
     @torch.inference_mode()
     def process(self, frames_nHWC: Tensor) -> Tensor:
-        """uint8 [n, H, W, 3] -> uint8 [plan(n), sH, sW, 3] on the same device, in order of time.
+        """uint8 [n, H, W, 3] -> uint8 [plan.frames_out(n), sH, sW, 3] on the same device, in order of time.
 
         A decoded frame leaves after the frames between it and the one before it; with upscaling off it is unchanged.
         On an accelerator this only launches work on the current stream.
@@ -73,18 +69,6 @@ class PostProcessor:
             spent[name] += 1000 * (end - begin) if isinstance(begin, float) else begin.elapsed_time(end)
         self._marks.clear()
         return dict(spent)
-
-    def reset(self) -> None:
-        """The next frame has no predecessor."""
-        self._last = None
-        self._marks.clear()
-
-    def warm_up(self, device: torch.device) -> None:
-        """Runs the shapes of a session once: its first frame alone, then a whole decoded group."""
-        for count in (1, VAE_TEMPORAL_STRIDE):
-            shape = (count, self._size.height, self._size.width, 3)
-            self.process(torch.zeros(shape, dtype=torch.uint8, device=device))
-        self.reset()
 
     def memory_bytes(self) -> int:
         """About what a call for one decoded group takes on the device at its peak, the weights left out."""
@@ -144,6 +128,12 @@ class PostprocessNetworks:
                 interpolator = self._interpolators.get(model) or load_interpolator(model, self._device)
             self._interpolators[model] = interpolator
         return PostProcessor(plan, size, upscaler, interpolator)
+
+    def warm_up(self, plan: PostprocessPlan, size: FrameSize) -> None:
+        """Loads the plan's networks and runs the shapes of a session: its first frame alone, then decoded groups."""
+        processor = self.open(plan, size)
+        for count in (1, VAE_TEMPORAL_STRIDE):
+            processor.process(torch.zeros((count, size.height, size.width, 3), dtype=torch.uint8, device=self._device))
 
 
 @contextmanager
