@@ -130,7 +130,7 @@ def encode_line(line: RecordLine) -> bytes:
 
 def read_record(path: Path) -> SessionRecord:
     """Reads a record's folder (or its record.jsonl). Raises RecordError naming the line that is wrong."""
-    folder = path if path.is_dir() else path.parent
+    folder = path.parent if path.name == RECORD_NAME else path
     try:
         raw = (folder / RECORD_NAME).read_bytes()
     except OSError as error:

@@ -291,8 +291,11 @@ class Connection:
         reason = "complete"
         try:
             yield recorder
-        except BaseException as error:
-            reason = type(error).__name__
+        except asyncio.CancelledError:
+            reason = "interrupted"
+            raise
+        except ExceptionGroup as group:
+            reason = "; ".join(str(error) for error in _leaves(group))
             raise
         finally:
             await asyncio.to_thread(recorder.close, reason)

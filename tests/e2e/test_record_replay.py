@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 
 import pytest
 
@@ -92,6 +93,22 @@ def test_a_larger_and_smoother_session_is_replayed_too(server, golden, model_fla
     assert main(["replay", str(folder), *model_flags, "--video", str(video)]) == 0
     assert "41 of 41 frames bit for bit" in capsys.readouterr().out
     assert len(list(video.iterdir())) == 41
+
+
+def test_a_client_that_leaves_ends_its_record(server, golden):
+    """What was sent before it left is kept, with an end that says it was cut short."""
+    served, records = server
+    before = set(records.iterdir())
+    fields = {"prompt": "A quiet street.", "first_frame": golden("e2e/first_frame.png"), "size": "64x64"}
+    with connect(served.http, **fields) as session:
+        next(frame for frame in session if frame.chunk_index == 2)
+    (folder,) = set(records.iterdir()) - before
+    deadline = time.monotonic() + 60
+    while (record := read_record(folder)).end is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert record.end.reason == "interrupted"
+    assert len(record.chunks) >= 2
 
 
 def test_a_folder_that_cannot_be_written_costs_the_record_only(server, golden):
