@@ -52,18 +52,16 @@ Frames = list[npt.NDArray[np.uint8]]
 
 
 def start_record(config: ServeConfig, init: Init, plan: SessionPlan, card: ModelCard) -> SessionRecorder | None:
-    """A recorder of the session that ``init`` asked for, under ``config.record_dir``; None when that is not to be.
+    """A recorder of the session that ``init`` asked for, under ``config.record_dir``.
 
     The first frame is kept as it was after decoding and resizing, so that a replay needs neither. A folder that cannot
-    be written costs the record, with an error in the log, never the session.
+    be written costs the record, with an error in the log, never the session: None.
     """
-    if config.record_dir is None or not (config.record_sessions == "all" or init.record):
-        return None
     fields = {name: getattr(init, name) for name in init.__struct_fields__ if name not in ("first_frame", "record")}
     asked = {name: value for name, value in fields.items() if value is not None}
     picture = io.BytesIO()
     Image.fromarray(plan.first_frame).save(picture, "PNG")
-    root, max_bytes = Path(config.record_dir), config.record_max_mb * 2**20
+    root, max_bytes = Path(str(config.record_dir)), config.record_max_mb * 2**20
     try:
         make_room(root, config.record_total_mb * 2**20 - max_bytes)
         return SessionRecorder(root, plan.session_id, msgspec.to_builtins(asked), picture.getvalue(), card, max_bytes)

@@ -284,7 +284,10 @@ class Connection:
     @asynccontextmanager
     async def _recorded(self, init: Init, plan: SessionPlan) -> AsyncIterator[SessionRecorder | None]:
         """The session's recorder, closed with the reason of its end; None when it is not to be recorded."""
-        recorder = await asyncio.to_thread(start_record, self._service.config, init, plan, self._service.engine.card)
+        config = self._service.config
+        recorder = None
+        if config.record_dir is not None and (config.record_sessions == "all" or init.record):
+            recorder = await asyncio.to_thread(start_record, config, init, plan, self._service.engine.card)
         if recorder is None:
             yield None
             return
