@@ -12,7 +12,6 @@ slowly slows its own session and no queue can grow.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor
@@ -36,10 +35,13 @@ from lingbot_rt.server.protocol import (
 from lingbot_rt.server.session import Sampled, Session
 from lingbot_rt.telemetry import Metrics
 from lingbot_rt.transport.encode import EncodedBatch, FrameEncoder
-from lingbot_rt.transport.outbox import Outbox, Pacer, Parcel, SendTimes
+from lingbot_rt.transport.outbox import HeadStart, Outbox, Pacer, Parcel, SendTimes
 
 LEAD_CHUNKS = 2
 """Chunks planned and not wholly sent: the one in work and one on its way out."""
+
+HEAD_START_CHUNKS = 2
+"""How far keys may take a paced world ahead of its pace, in chunks: pressing and letting go are answered at once."""
 
 
 @dataclass(eq=False)
@@ -86,7 +88,7 @@ class ChunkStream:
         self._groups: asyncio.Queue[tuple[_Chunk, FrameGroup]] = asyncio.Queue(LEAD_CHUNKS * settings.latent_frames)
         self._results: asyncio.Queue[tuple[_Chunk, ChunkResult]] = asyncio.Queue(LEAD_CHUNKS)
         self._stirred = asyncio.Event()
-        self._hurried_at = -math.inf
+        self._head_start = HeadStart(HEAD_START_CHUNKS * sum(session.group_sizes(1)) / settings.playback_fps)
         self._previous: _Chunk | None = None
         self._sent_before = 0.0  # when the chunk before was wholly sent
         self._first_group_s = 0.0
@@ -157,27 +159,21 @@ class ChunkStream:
     async def _just_in_time(self) -> None:
         """With pacing, a chunk started early would only wait to be sent: starting late samples fresher keys.
 
-        An event ends the wait, since its frames are due at once; but once a chunk's playing time at most, or a mouse
-        that never rests would make the world run as fast as the engine does.
+        An event ends the wait, since its frames are due at once, as far as the head start of the session goes.
         """
         if self._pacer is None:
             return
         await asyncio.sleep(0)  # groups that the engine's thread posted are taken first
         await self._groups.join()  # the pacer has counted every frame so far
-        now = time.monotonic()
-        wait_s = self._pacer.worth_starting_at(self._first_group_s) - now
-        if wait_s <= 0:
-            return
-        chunk_s = sum(self._session.group_sizes(self._session.next_chunk)) / self._session.settings.playback_fps
-        calm_s = min(max(self._hurried_at + chunk_s - now, 0), wait_s)
-        await asyncio.sleep(calm_s)
+        worth_starting_at = self._pacer.worth_starting_at(self._first_group_s)
         try:
             # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the event.
-            async with asyncio.timeout(wait_s - calm_s):
+            async with asyncio.timeout(worth_starting_at - time.monotonic()):
                 await self._stirred.wait()
         except TimeoutError:
             return
-        self._hurried_at = time.monotonic()
+        await asyncio.sleep(self._head_start.wait_s(worth_starting_at - time.monotonic()))
+        self._head_start.spend(worth_starting_at - time.monotonic())
 
     def _plan(self, began_at: float, room_at: float, opens: bool) -> _Chunk:
         started_at = time.monotonic()

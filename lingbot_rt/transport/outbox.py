@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -48,6 +49,28 @@ class Pacer:
         ``expected_s`` is the time from a chunk's start to its first frames. Starting later samples fresher keys.
         """
         return self._next - expected_s
+
+
+class HeadStart:
+    """How far events may take a paced stream ahead of its pace: a credit of playing time, in seconds.
+
+    A chunk started for an event, before it is worth starting, spends what it is early. The credit grows back as fast
+    as time goes by, up to ``most_s``: a few keys are answered at once, and a mouse that never rests makes the world
+    run at twice its pace at most.
+    """
+
+    def __init__(self, most_s: float, clock: Clock = time.monotonic) -> None:
+        self._most_s = most_s
+        self._clock = clock
+        self._full_at = -math.inf  # when the credit is whole again
+
+    def wait_s(self, early_s: float) -> float:
+        """How long a start that is now ``early_s`` early has to wait until the credit covers it."""
+        missing_s = early_s - (self._most_s - max(self._full_at - self._clock(), 0.0))
+        return max(missing_s, 0.0) / 2  # meanwhile the credit grows, and the start is less and less early
+
+    def spend(self, early_s: float) -> None:
+        self._full_at = max(self._full_at, self._clock()) + max(early_s, 0.0)
 
 
 @dataclass(frozen=True, slots=True)

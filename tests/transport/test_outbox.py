@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lingbot_rt.errors import ClientTooSlow
-from lingbot_rt.transport.outbox import Outbox, Pacer, Parcel
+from lingbot_rt.transport.outbox import HeadStart, Outbox, Pacer, Parcel
 
 
 class Clock:
@@ -266,6 +266,35 @@ def test_a_new_event_is_shown_at_once():
     pacer.due(40, None)
     assert pacer.due(4, 7) == 100.0
     assert pacer.due(4, 7) == 100.4
+
+
+def test_a_head_start_is_spent_and_grows_back():
+    """Early starts are free while the credit lasts; then each waits until its earliness and the credit meet."""
+    clock = Clock()
+    head_start = HeadStart(1.0, clock)
+    for _ in range(2):
+        assert head_start.wait_s(0.5) == 0
+        head_start.spend(0.5)
+    assert head_start.wait_s(0.5) == 0.25
+    clock.now += 0.25
+    assert head_start.wait_s(0.25) == 0
+    head_start.spend(0.25)
+    clock.now += 60
+    assert head_start.wait_s(1.0) == 0
+    assert head_start.wait_s(1.5) == 0.25
+
+
+def test_events_without_end_run_a_stream_at_twice_its_pace():
+    """A chunk plays for a second and an event always waits: in the long run chunks start half a second apart."""
+    clock = Clock()
+    head_start, due, starts = HeadStart(2.0, clock), clock.now, []
+    for _ in range(40):
+        clock.now += head_start.wait_s(due - clock.now)
+        head_start.spend(due - clock.now)
+        starts.append(clock.now)
+        due = clock.now + 1.0
+        clock.now += 0.1  # the engine is quick
+    assert starts[-1] - starts[-11] == pytest.approx(5.0)
 
 
 @given(
