@@ -19,6 +19,12 @@ export class FakeClock {
   };
   clearTimeout = (id) => this.#timers.delete(id);
 
+  /** Time goes by and no timer runs until it is over. */
+  sleep(ms) {
+    this.time += ms;
+    this.advance(0);
+  }
+
   advance(ms) {
     const end = this.time + ms;
     for (;;) {
@@ -26,7 +32,7 @@ export class FakeClock {
       if (!due) break;
       const [id, { at, run }] = due;
       this.#timers.delete(id);
-      this.time = at;
+      this.time = Math.max(this.time, at);
       run();
     }
     this.time = end;

@@ -188,6 +188,34 @@ test("pause and resume are events of their own; leaving is a normal end, told on
   assert.equal(worker.jobs.length, 0);
 });
 
+test("a line that died without a close is noticed by the silence of a server whose heart beats", () => {
+  socket.onopen();
+  socket.says({ type: "session", session_id: "x", capabilities: { extensions: ["heartbeat"] } });
+  socket.says(batch());
+  worker.done();
+  for (let i = 0; i < 20; i++) {
+    clock.advance(5000);
+    socket.says({ type: "heartbeat", uptime_ms: 1, state: "running", chunk_index: i });
+  }
+  assert.deepEqual(seen.over, []);
+  clock.advance(29_000);
+  assert.deepEqual(seen.over, []);
+  clock.advance(2000);
+  assert.equal(seen.over.length, 1);
+  assert.equal(seen.over[0].normal, false);
+  assert.match(seen.over[0].words, /Nothing was heard/);
+  assert.equal(socket.closedWith.code, 1000);
+});
+
+test("a computer that slept reads what came meanwhile before it gives the server up", () => {
+  socket.onopen();
+  socket.says({ type: "session", session_id: "x", capabilities: { extensions: ["heartbeat"] } });
+  clock.sleep(3_600_000);
+  socket.says({ type: "heartbeat", uptime_ms: 1, state: "running", chunk_index: 0 });
+  clock.advance(29_000);
+  assert.deepEqual(seen.over, []);
+});
+
 test("a payload that is part of its message is not handed over with the buffer it lies in", () => {
   socket.onopen();
   let handed = null;

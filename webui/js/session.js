@@ -4,6 +4,8 @@ import { LatencyMeter } from "./latency.js";
 import { EXTENSIONS, MessageReader, eventMessage, initMessage, promptPayload, statePayload } from "./wire.js";
 
 const NORMAL_CLOSE = 1000;
+const SILENCE_MS = 30_000; // six heartbeats
+const SLEPT_MS = 5_000; // a timer this late means that the computer slept: what came meanwhile is not read yet
 
 /**
  * States: connecting -> (waiting) -> opening -> live <-> paused -> ended | lost.
@@ -22,6 +24,8 @@ export class WorldSession {
   #lastError = null;
   #state = "connecting";
   #nextEventId;
+  #heardAt = 0;
+  #watch = null;
 
   latency = new LatencyMeter();
   capabilities = {};
@@ -81,8 +85,7 @@ export class WorldSession {
   /** Ends the session from this side; `over` is told at once, as a normal end. */
   stop() {
     if (this.isOver) return;
-    this.#socket.onclose = null;
-    this.#socket.close(NORMAL_CLOSE, "stopped");
+    this.#hangUp("stopped");
     this.#finish({ normal: true, code: NORMAL_CLOSE, words: "", errorCode: null });
   }
 
@@ -94,6 +97,7 @@ export class WorldSession {
 
   #receive(data) {
     if (this.isOver) return;
+    this.#heardAt = this.#clock.now();
     let arrived;
     try {
       arrived = this.#reader.read(data);
@@ -140,6 +144,7 @@ export class WorldSession {
       case "session":
         this.capabilities = message.capabilities ?? {};
         if (this.#state === "waiting") this.#enter("opening");
+        if (this.capabilities.extensions?.includes("heartbeat")) this.#listen();
         break;
       case "queue":
         if (message.position > 0) this.#enter("waiting");
@@ -171,9 +176,25 @@ export class WorldSession {
   }
 
   #abandon() {
-    this.#socket.onclose = null;
-    this.#socket.close(NORMAL_CLOSE, "init refused");
+    this.#hangUp("init refused");
     this.#closed(1008, "");
+  }
+
+  /** A server whose heart beats is never silent for long: a line that died without a close is noticed here. */
+  #listen() {
+    const planned = this.#heardAt + SILENCE_MS;
+    this.#watch = this.#clock.setTimeout(() => {
+      const now = this.#clock.now();
+      if (now - planned > SLEPT_MS) this.#heardAt = now;
+      if (now - this.#heardAt < SILENCE_MS) return this.#listen();
+      this.#hangUp("nothing heard");
+      this.#closed(1006, `Nothing was heard from the server for ${SILENCE_MS / 1000} s.`);
+    }, planned - this.#clock.now());
+  }
+
+  #hangUp(reason) {
+    this.#socket.onclose = null;
+    this.#socket.close(NORMAL_CLOSE, reason);
   }
 
   #closed(code, reason) {
@@ -185,6 +206,7 @@ export class WorldSession {
   #finish(end) {
     const wasLive = this.isLive;
     this.latency.forget();
+    if (this.#watch !== null) this.#clock.clearTimeout(this.#watch);
     this.#enter(end.normal ? "ended" : "lost");
     this.#worker.terminate();
     this.#on.over({ ...end, wasLive });
