@@ -173,7 +173,7 @@ export class MetersView {
       cursor: { show: false },
       padding: [6, 4, 4, 0],
       scales: { y: { range: (_, __, max) => [0, Math.max(max || 0, 200) * 1.1] } },
-      axes: [{ show: false }, { ...axis, size: 46, splits: (_, __, low, high) => [0, roundHalf(high / 2)].filter((v) => v >= low), values: (_, all) => all.map((v) => `${v} ms`) }],
+      axes: [{ show: false }, { ...axis, size: 54, splits: (_, __, low, high) => [0, roundHalf(high / 2)].filter((v) => v >= low), values: (_, all) => all.map((v) => `${v} ms`) }],
       series: [{}, line("key to picture", color("--accent"), 2), line("in hand", color("--soft"), 1)],
     };
     this.#chart = new globalThis.uPlot(options, [this.#times, this.#latencies, this.#buffers], this.#chartBox);
