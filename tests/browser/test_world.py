@@ -28,6 +28,12 @@ DROP = """(bytes) => {
 }"""
 """Drops a picture on the page, as a hand would."""
 
+GAMEPAD = """(axes) => {
+    navigator.getGamepads = () => [{ index: 0, axes }];
+    dispatchEvent(new Event("gamepadconnected"));
+}"""
+"""A gamepad with its sticks at ``axes``: left x and y, right x and y."""
+
 
 def test_one_click_starts_a_world_and_keys_steer_it(visitor, server):
     """The picture moves after one click, a key is answered and shown, and the world goes on when it is let go."""
@@ -93,6 +99,29 @@ def test_new_words_take_effect_and_the_timeline_says_when(visitor, server):
     assert page.locator("#apply-prompt").is_hidden()
 
 
+def test_keys_can_be_changed_and_sticks_of_a_gamepad_walk(visitor, server):
+    """A key chosen in the help walks, and is remembered; a gamepad's sticks hold what they point at."""
+    page = visitor.page
+    visitor.open(server.http)
+    page.keyboard.press("?")
+    page.click("[aria-label='Walk forward: add a key']")
+    page.keyboard.press("z")
+    page.wait_for_selector("[aria-label='Walk forward: Z, change']")
+    page.keyboard.press("Escape")
+    page.reload()
+    page.wait_for_selector("#start:enabled")
+    visitor.step_inside()
+    page.keyboard.down("z")
+    page.wait_for_selector(".pad.held[data-token=w]")
+    page.keyboard.up("z")
+    assert page.locator(".pad.held").count() == 0
+    page.evaluate(GAMEPAD, [0, -1, 1, 0])
+    page.wait_for_selector(".pad.held[data-token=w]")
+    page.wait_for_selector(".pad.held[data-token=l]")
+    page.evaluate(GAMEPAD, [0, 0, 0, 0])
+    page.wait_for_selector(".pad.held", state="detached")
+
+
 def test_all_four_transports_show_the_world(visitor, server):
     """WebP, JPEG, uncompressed and lossless each bring moving pictures, and what was chosen is remembered."""
     page = visitor.page
@@ -117,7 +146,7 @@ def test_all_four_transports_show_the_world(visitor, server):
 
 
 def test_a_pause_holds_the_world_and_a_restart_begins_it_again(visitor, server):
-    """Nothing is drawn while paused, and that is no stall; restart keeps the words and the seed."""
+    """Nothing is drawn while paused, and that is no stall; a restart begins with what the page shows, the seed too."""
     page = visitor.page
     visitor.open(server.http)
     visitor.step_inside()
@@ -128,8 +157,15 @@ def test_a_pause_holds_the_world_and_a_restart_begins_it_again(visitor, server):
     page.click("#start")
     visitor.wait_for_state("live")
     visitor.wait_for_change(still)
+    page.fill("#seed", "7")
     visitor.begins_anew(lambda: page.click("#restart"))
     assert page.locator("#timeline li").count() == 1
+    page.click("#keep summary")
+    with page.expect_download() as saved:
+        page.click("#save-session")
+    init = json.loads(Path(saved.value.path()).read_text())["init"]
+    assert init["seed"] == 7
+    assert init["prompt"] == page.input_value("#prompt")
 
 
 def test_record_screenshot_and_session_are_kept(visitor, server, tmp_path):

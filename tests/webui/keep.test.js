@@ -76,11 +76,12 @@ test("the crop is the largest part of the target's shape, inside the picture, wh
 });
 
 test("the Python program names every setting in Python's words", () => {
-  const program = pythonSnippet("http://127.0.0.1:30000", init);
+  const program = pythonSnippet({ base: "http://127.0.0.1:30000", hasKey: false }, { ...init, enable_upscaling: false });
   assert.match(program, /prompt="A \\"lake\\"\."/);
   assert.match(program, /realtime_output_pacing=True,/);
   assert.match(program, /seed=7,/);
-  assert.doesNotMatch(program, /first_frame=\[|protocol_extensions/);
+  assert.doesNotMatch(program, /first_frame=\[|protocol_extensions|api_key|upscaling/);
+  assert.match(pythonSnippet({ base: "http://127.0.0.1:30000", hasKey: true }, init), /api_key="/);
 });
 
 function boxes(file, start, end) {

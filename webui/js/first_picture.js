@@ -2,6 +2,8 @@
 
 import { canvasBytes, cropFor, drawCropped } from "./picture.js";
 
+const KEY_STEPS = { ArrowLeft: [-0.05, 0], ArrowRight: [0.05, 0], ArrowUp: [0, -0.05], ArrowDown: [0, 0.05] };
+
 export class FirstPicture {
   #bitmap = null;
   #newest = 0;
@@ -83,6 +85,7 @@ export class FirstPicture {
     const small = 320 / Math.max(width, height);
     drawCropped(this.#preview, this.#bitmap, { width: Math.round(width * small), height: Math.round(height * small) }, this.#focus);
     this.#preview.classList.toggle("fits", this.#fits());
+    this.#preview.tabIndex = this.#fits() ? -1 : 0;
     this.#onChange({ cropped: !this.#fits() });
   }
 
@@ -106,6 +109,14 @@ export class FirstPicture {
         x: moved(from.x, event.clientX, box.width, from.focus.x),
         y: moved(from.y, event.clientY, box.height, from.focus.y),
       };
+      this.#draw();
+    });
+    this.#preview.addEventListener("keydown", (event) => {
+      const step = KEY_STEPS[event.key];
+      if (!step || !this.#bitmap || this.#fits()) return;
+      event.preventDefault();
+      const moved = (focus, by) => Math.min(Math.max(focus + by, 0), 1);
+      this.#focus = { x: moved(this.#focus.x, step[0]), y: moved(this.#focus.y, step[1]) };
       this.#draw();
     });
     for (const name of ["pointerup", "pointercancel"]) this.#preview.addEventListener(name, () => (from = null));

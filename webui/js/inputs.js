@@ -10,6 +10,7 @@ const MOUSE_HOLD_MS = 110;
 export function listenToKeyboard(held, { bindings, isActive }) {
   const source = (code) => `key:${code}`;
   addEventListener("keydown", (event) => {
+    if (event.defaultPrevented) return;
     const token = tokenFor(bindings(), event.code);
     if (!token || event.repeat || event.ctrlKey || event.metaKey || event.altKey) {
       if (token && event.repeat && isActive() && !isTyping(event.target)) event.preventDefault();

@@ -1,26 +1,20 @@
 // The page: what is on it, and what happens when it is used.
 
-import { ACTIONS, LOOK, MOVE, defaultBindings } from "./bindings.js";
-import { $, ask, download, h, isTyping, setIcon, stamp } from "./dom.js";
+import { Beginnings } from "./beginnings.js";
+import { $, ask, h, setIcon } from "./dom.js";
 import { ErrorCards } from "./errors_view.js";
-import { FirstPicture } from "./first_picture.js";
 import { Gallery } from "./gallery.js";
 import { HeldKeys } from "./held_keys.js";
-import { HelpView } from "./help_view.js";
-import { Gamepads, MouseLook, listenToKeyboard, padButton, releaseWhenInattentive, touchStick } from "./inputs.js";
-import { JournalError, parseJournal } from "./journal.js";
+import { Gamepads } from "./inputs.js";
+import { Keeping } from "./keeping.js";
 import { MetersView, latencyWords } from "./meters_view.js";
-import { canvasBytes } from "./picture.js";
-import { listenForPictures, takeFromCamera } from "./picture_sources.js";
 import { Player } from "./player.js";
-import { loadCatalog, markPreset, presetButtons, presetPicture, presetsFor } from "./presets.js";
 import { canRecord } from "./recorder.js";
 import { RecordingControl } from "./recording_control.js";
-import { parseSize } from "./server_info.js";
 import { ServerLink } from "./server_link.js";
 import { Remembered, pageStorage, wireValues } from "./settings.js";
 import { SettingsForm } from "./settings_form.js";
-import { pythonSnippet } from "./snippet.js";
+import { Surroundings } from "./surroundings.js";
 import { PromptTimeline } from "./timeline_view.js";
 import { socketUrl } from "./wire.js";
 import { explainEnd, stateWords } from "./words.js";
@@ -37,11 +31,8 @@ const errors = new ErrorCards($("errors"));
 const timeline = new PromptTimeline($("timeline"));
 const meters = new MetersView($("meters"), store);
 const gamepads = new Gamepads(held);
-const first = new FirstPicture({
-  preview: $("first-preview"),
-  poster: $("poster"),
-  onChange: ({ cropped }) => ($("first-hint").textContent = cropped ? "Drag the picture to choose its part." : "Drop or paste a picture anywhere."),
-});
+const beginnings = new Beginnings({ store, errors, onChosen: choosePreset, onPicture: pictureTaken });
+const { first } = beginnings;
 const gallery = new Gallery($("gallery"), (count) => {
   $("clip-count").textContent = count;
   $("clip-count").hidden = !count;
@@ -52,13 +43,21 @@ const recording = new RecordingControl($("canvas"), {
   onFailed: (title, words) => errors.show({ key: "record", title, words, advice: "Pictures can still be kept." }),
 });
 const form = new SettingsForm($("settings"), store, (values) => {
-  setShape(values.size);
+  beginnings.size = values.size;
   player.playbackMode = values.playback;
 });
-const server = new ServerLink({ store, onChange: showServer, onModel: useModel });
+const server = new ServerLink({ store, onChange: showServer, onModel: useModel, isInside: () => player.isRunning });
 
-let catalog = [];
-let preset = null;
+const surroundings = new Surroundings({ store, held, isLive: () => player.isLive, onChange: showState });
+new Keeping({
+  gallery,
+  errors,
+  canvas: $("canvas"),
+  getJournal: () => player.journal,
+  getBeginning: async () => ({ base: server.base, hasKey: server.apiKey !== "", init: player.isRunning ? player.init : await initNow() }),
+  onReplay: replay,
+});
+
 let state = "idle";
 let place = null;
 let spokenPrompt = "";
@@ -119,7 +118,7 @@ async function begin({ saved = null } = {}) {
     meters.clear();
     spokenPrompt = init.prompt;
     timeline.begin(init.prompt);
-    setShape(init.size);
+    beginnings.size = init.size;
     player.start({
       url: socketUrl(server.base, server.apiKey),
       init,
@@ -128,7 +127,7 @@ async function begin({ saved = null } = {}) {
       mode: form.values.playback,
       events: saved?.events,
     });
-    closeSheet();
+    surroundings.openSheet(false);
     $("stage").focus({ preventScroll: true });
   } finally {
     preparing = false;
@@ -148,11 +147,6 @@ async function initNow() {
   };
 }
 
-/** The same beginning again: words, picture and seed of the session that was. */
-function again() {
-  void begin({ saved: { init: player.init, firstFrameType: "image/png" } });
-}
-
 function enter(next) {
   state = next;
   if (next === "connecting") place = null;
@@ -165,9 +159,9 @@ function over(end) {
   if (document.pointerLockElement) document.exitPointerLock();
   void recording.stop();
   $("stall").hidden = true;
-  server.askNow();
+  server.left();
   if (end.normal) return;
-  const actions = [["Try again", player.init ? again : begin]];
+  const actions = [["Try again", () => begin()]];
   if (end.wasLive) actions.push(["Go on from the last picture", continueHere]);
   if (!end.wasLive) actions.push(["Server", openServer]);
   errors.show({ key: "session", ...explainEnd(end), actions });
@@ -198,7 +192,7 @@ function showState() {
   $("save-session").disabled = !player.journal;
   $("pause").querySelector("span").textContent = state === "paused" ? "Go on" : "Pause";
   setIcon($("pause"), state === "paused" ? "play" : "pause");
-  $("sticks").hidden = !(live && padsMode() === "sticks");
+  $("sticks").hidden = !(live && surroundings.pads === "sticks");
   showStart(running, words);
   showApply();
 }
@@ -214,6 +208,12 @@ function showStart(running, words) {
 
 // --- words ---
 
+function setWords(words) {
+  $("prompt").value = words;
+  store.set("prompt", words);
+  showApply();
+}
+
 function showApply() {
   const words = $("prompt").value.trim();
   $("apply-prompt").hidden = !player.isLive || !words || words === spokenPrompt;
@@ -227,7 +227,7 @@ function applyPrompt() {
   spokenPrompt = words;
   timeline.said(words, eventId);
   showApply();
-  closeSheet();
+  surroundings.openSheet(false);
 }
 
 // --- beginnings ---
@@ -237,77 +237,44 @@ async function choosePreset(chosen) {
     $("preset-words").textContent = `“${chosen.name}” can begin as a new world with its picture, or only its words can change this one.`;
     const answer = await ask($("preset-dialog"));
     if (answer !== "restart" && answer !== "prompt") return;
-    $("prompt").value = chosen.prompt;
+    setWords(chosen.prompt);
     if (answer === "prompt") return applyPrompt();
-    await usePreset(chosen);
+    await beginnings.usePreset(chosen);
     return begin();
   }
-  await usePreset(chosen);
+  setWords(chosen.prompt);
+  await beginnings.usePreset(chosen);
   if (state === "ended" || state === "lost") enter("idle");
 }
 
-async function usePreset(chosen) {
-  $("prompt").value = chosen.prompt;
-  store.set("prompt", chosen.prompt);
-  showApply();
-  await usePresetPicture(chosen);
-}
-
-async function usePresetPicture(chosen) {
-  try {
-    if (!(await first.use(presetPicture(chosen)))) return;
-  } catch (error) {
-    const advice = "Choose it again, or bring a picture of your own.";
-    errors.show({ key: "picture", title: `The picture of “${chosen.name}” could not be loaded`, words: error.message, advice });
-    return;
-  }
-  errors.dismiss("picture");
-  preset = chosen;
-  store.set("preset", chosen.id);
-  markPreset($("presets"), chosen.id);
-}
-
-async function usePicture(source) {
-  try {
-    if (!(await first.use(source))) return;
-  } catch (error) {
-    if (error.name !== "InvalidStateError") throw error;
-    errors.show({ key: "picture", title: "This file is not a picture the browser can read", advice: "Choose a JPEG, PNG or WebP file." });
-    return;
-  }
-  errors.dismiss("picture");
-  preset = null;
-  markPreset($("presets"), null);
-  if (player.isRunning) $("first-hint").textContent = "It is used when you restart.";
+function pictureTaken() {
+  if (player.isRunning) beginnings.hint("It is used when you restart.");
   else if (state !== "idle") enter("idle");
 }
 
 async function continueHere() {
-  await usePicture($("canvas"));
+  await beginnings.usePicture($("canvas"));
   await begin();
 }
 
 async function useModel(model) {
   form.build(model);
-  setShape(form.values.size);
-  const presets = presetsFor(catalog, model.id);
-  $("presets").replaceChildren(...presetButtons(presets, choosePreset));
-  if (first.isChosen) return markPreset($("presets"), preset?.id ?? null);
-  const remembered = presets.find(({ id }) => id === store.get("preset")) ?? presets[0];
+  beginnings.size = form.values.size;
+  const preset = beginnings.offer(model);
+  if (!preset) return;
   // The words first: while the picture loads, somebody may be typing already.
-  $("prompt").value = store.get("prompt", remembered.prompt);
-  await usePresetPicture(remembered);
-}
-
-function setShape(size) {
-  const { width, height } = parseSize(size);
-  document.documentElement.style.setProperty("--aspect", String(width / height));
-  first.target = { width, height };
+  $("prompt").value = store.get("prompt", preset.prompt);
+  await beginnings.usePreset(preset);
 }
 
 function seedValue() {
   const seed = Math.floor(Number($("seed").value));
   return Number.isSafeInteger(seed) && seed >= 0 ? seed : 42;
+}
+
+function setSeed(seed) {
+  $("seed").value = seed;
+  store.set("seed", seed);
 }
 
 // --- server ---
@@ -338,59 +305,17 @@ async function openServer() {
 
 // --- keep ---
 
-async function keepPicture() {
-  gallery.addPicture(new Blob([await canvasBytes($("canvas"))], { type: "image/png" }));
-}
-
-function saveSession() {
-  download(new Blob([JSON.stringify(player.journal, null, 1)], { type: "application/json" }), `world-${stamp()}.json`);
-}
-
-async function replayFile(file) {
-  try {
-    const saved = parseJournal(await file.text());
-    if (saved.model !== server.model?.id)
-      errors.show({ key: "replay", mild: true, title: "Another model made this session", words: saved.model, advice: "It plays here, but the world will look different." });
-    await first.use(new Blob([saved.init.first_frame], { type: saved.firstFrameType }));
-    $("prompt").value = saved.init.prompt;
-    await begin({ saved });
-  } catch (error) {
-    if (!(error instanceof JournalError) && error.name !== "InvalidStateError") throw error;
-    errors.show({ key: "replay", title: "This session cannot be replayed", words: error.message, advice: "Choose a file that was saved here." });
-  }
-}
-
-async function openSnippet() {
-  const init = player.init ?? (await initNow());
-  $("snippet").textContent = pythonSnippet(server.base, init);
-  $("snippet-picture").onclick = () => download(new Blob([init.first_frame], { type: "image/png" }), "first_frame.png");
-  $("snippet-dialog").showModal();
+async function replay(saved) {
+  if (saved.model !== server.model?.id)
+    errors.show({ key: "replay", mild: true, title: "Another model made this session", words: saved.model, advice: "It plays here, but the world will look different." });
+  await first.use(new Blob([saved.init.first_frame], { type: saved.firstFrameType }));
+  setWords(saved.init.prompt);
+  setSeed(saved.init.seed);
+  form.set(saved.init);
+  await begin({ saved });
 }
 
 // --- the page around it ---
-
-const padsMode = () => store.get("pads", matchMedia("(pointer: coarse)").matches ? "sticks" : "keys");
-
-function setPads(mode) {
-  store.set("pads", mode);
-  document.body.dataset.pads = mode;
-  showState();
-}
-
-function closeSheet() {
-  delete document.body.dataset.sheet;
-  $("open-sheet").setAttribute("aria-expanded", "false");
-}
-
-function toggleTheatre() {
-  const wanted = document.body.toggleAttribute("data-theatre");
-  $("theatre").setAttribute("aria-pressed", String(wanted));
-}
-
-function toggleFullscreen() {
-  if (document.fullscreenElement) void document.exitFullscreen();
-  else void document.querySelector(".world").requestFullscreen();
-}
 
 async function toggleMeters() {
   const wanted = !meters.isOpen;
@@ -399,28 +324,15 @@ async function toggleMeters() {
   await meters.open(wanted);
 }
 
-const SHORTCUTS = {
-  Space: () => $("pause").click(),
-  KeyF: () => $("fullscreen").click(),
-  KeyT: toggleTheatre,
-  KeyR: () => $("record").click(),
-  KeyP: () => $("screenshot").click(),
-};
-
 function wireControls() {
   $("start").onclick = () => (state === "paused" ? player.pause(false) : begin());
   $("pause").onclick = () => player.pause(state !== "paused");
-  $("restart").onclick = again;
+  $("restart").onclick = () => begin();
   $("stop").onclick = () => player.stop();
   $("record").onclick = () => recording.toggle();
   $("record").hidden = !canRecord();
-  $("screenshot").onclick = keepPicture;
-  $("open-gallery").onclick = () => $("gallery-dialog").showModal();
   $("toggle-meters").onclick = toggleMeters;
   $("latency-pill").onclick = toggleMeters;
-  $("theatre").onclick = toggleTheatre;
-  $("fullscreen").onclick = toggleFullscreen;
-  $("fullscreen").hidden = !document.fullscreenEnabled;
   $("prompt").oninput = () => {
     store.set("prompt", $("prompt").value);
     showApply();
@@ -429,86 +341,18 @@ function wireControls() {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) (player.isLive ? applyPrompt : begin)();
   };
   $("apply-prompt").onclick = applyPrompt;
-  $("first-file").onchange = ({ target }) => {
-    if (target.files[0]) void usePicture(target.files[0]);
-    target.value = "";
-  };
-  $("first-camera").onclick = () => takeFromCamera({
-    onPicture: usePicture,
-    onRefused: (words) => errors.show({ key: "camera", title: "The camera cannot be used", words, advice: "Allow it for this page, or choose a file." }),
-  });
-  $("first-camera").hidden = !navigator.mediaDevices?.getUserMedia;
   $("first-continue").onclick = continueHere;
-  $("seed").value = store.get("seed", 42);
-  $("seed").onchange = () => store.set("seed", ($("seed").value = seedValue()));
-  $("dice").onclick = () => store.set("seed", ($("seed").value = Math.floor(Math.random() * MAX_SEED)));
+  setSeed(store.get("seed", 42));
+  $("seed").onchange = () => setSeed(seedValue());
+  $("dice").onclick = () => setSeed(Math.floor(Math.random() * MAX_SEED));
   $("reset-settings").onclick = () => form.reset();
-  $("save-session").onclick = saveSession;
-  $("load-session").onchange = ({ target }) => {
-    if (target.files[0]) void replayFile(target.files[0]);
-    target.value = "";
-  };
-  $("open-snippet").onclick = openSnippet;
-  $("snippet-copy").onclick = async () => {
-    await navigator.clipboard.writeText($("snippet").textContent);
-    $("snippet-copy").querySelector("span").textContent = "Copied";
-    setTimeout(() => ($("snippet-copy").querySelector("span").textContent = "Copy"), 2000);
-  };
-  $("snippet-copy").hidden = !navigator.clipboard;
   $("server-chip").onclick = openServer;
-  $("open-sheet").onclick = () => {
-    document.body.dataset.sheet = "";
-    $("open-sheet").setAttribute("aria-expanded", "true");
-  };
-  $("close-sheet").onclick = closeSheet;
-}
-
-function wireInputs() {
-  const bindings = () => store.get("bindings", null) ?? defaultBindings();
-  listenToKeyboard(held, { bindings, isActive: () => player.isLive });
-  releaseWhenInattentive(held);
-  for (const [root, tokens] of [["pads-move", "wasd"], ["pads-look", "ijkl"]])
-    for (const token of tokens) {
-      const { label, icon } = ACTIONS.find((action) => action.token === token);
-      const button = h("button", { className: "pad", "data-token": token, "aria-label": label, title: label, textContent: icon });
-      padButton(button, held, token);
-      $(root).append(button);
-    }
-  touchStick($("stick-move"), held, MOVE);
-  touchStick($("stick-look"), held, LOOK);
-  const mouse = new MouseLook(held, $("stage"), (on) => $("mouse-look").setAttribute("aria-pressed", String(on)));
-  $("mouse-look").onclick = () => mouse.toggle();
-  $("mouse-look").hidden = !MouseLook.exists;
-  const help = new HelpView($("help-body"), {
-    getBindings: bindings,
-    setBindings: (next) => store.set("bindings", next),
-    pads: { value: padsMode, options: [["keys", "Keys"], ["sticks", "Sticks"], ["none", "Nothing"]], choose: setPads },
-  });
-  const openHelp = () => {
-    help.draw();
-    if (!$("help-dialog").open) $("help-dialog").showModal();
-  };
-  $("open-help").onclick = openHelp;
-  addEventListener("keydown", (event) => {
-    if (event.defaultPrevented || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
-    if (isTyping(event.target) || document.querySelector("dialog[open]")) return;
-    if (event.key === "?") return openHelp();
-    if (event.code === "Escape") return closeSheet();
-    if (event.code === "Space" && event.target.closest("button, summary, label")) return;
-    const run = SHORTCUTS[event.code];
-    if (!run) return;
-    event.preventDefault();
-    run();
-  });
 }
 
 async function boot() {
   wireControls();
-  wireInputs();
-  listenForPictures(usePicture);
-  setPads(padsMode());
   if (store.get("meters", false)) await toggleMeters();
-  catalog = await loadCatalog();
+  await beginnings.load();
   server.begin();
 }
 

@@ -8,6 +8,7 @@ export class RecordingControl {
   #onClip;
   #onFailed;
   #current = null; // {recorder, began}
+  #isStarting = false;
 
   /** `onClip(blob, extension, durationMs)`, `onFailed(title, words)`. */
   constructor(canvas, { onClip, onFailed }) {
@@ -18,10 +19,16 @@ export class RecordingControl {
 
   async toggle() {
     if (this.#current) return this.stop();
-    const began = performance.now();
-    const recorder = await startRecording(this.#canvas, began);
-    if (!recorder) return this.#onFailed("This browser cannot record", "");
-    this.#current = { recorder, began };
+    if (this.#isStarting) return;
+    this.#isStarting = true;
+    try {
+      const began = performance.now();
+      const recorder = await startRecording(this.#canvas, began);
+      if (!recorder) return this.#onFailed("This browser cannot record", "");
+      this.#current = { recorder, began };
+    } finally {
+      this.#isStarting = false;
+    }
     this.#show();
   }
 

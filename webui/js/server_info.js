@@ -1,6 +1,7 @@
 // What a server says of itself: /v1/models as the page uses it, and a watcher that asks again with growing patience.
 
 const POLL_READY_MS = 5000;
+const POLL_BUSY_MS = 1500; // who waits outside wants to know when it is free
 const POLL_LOADING_MS = 600;
 const BACKOFF_MS = [500, 1000, 2000, 4000];
 const TIMEOUT_MS = 4000;
@@ -73,13 +74,19 @@ export class ServerWatcher {
     void this.#ask(this.#generation);
   }
 
+  askIn(ms) {
+    this.#generation++;
+    this.#timers.clearTimeout(this.#timer);
+    this.#timer = this.#timers.setTimeout(() => this.askNow(), ms);
+  }
+
   async #ask(generation) {
     const found = await this.#look();
     if (generation !== this.#generation) return;
     this.#failures = found.reachable ? 0 : this.#failures + 1;
     this.#onChange(found);
     let wait = BACKOFF_MS[Math.min(this.#failures, BACKOFF_MS.length) - 1];
-    if (found.reachable) wait = found.model.ready ? POLL_READY_MS : POLL_LOADING_MS;
+    if (found.reachable) wait = !found.model.ready ? POLL_LOADING_MS : found.model.busy ? POLL_BUSY_MS : POLL_READY_MS;
     this.#timer = this.#timers.setTimeout(() => this.#ask(generation), wait);
   }
 

@@ -4,11 +4,13 @@ import { ServerWatcher } from "./server_info.js";
 import { serverBase } from "./wire.js";
 
 const PARAMETER = "server";
+const LEAVING_MS = 1000;
 
 export class ServerLink {
   #store;
   #onChange;
   #onModel;
+  #isInside;
   #watcher;
   #shape = "";
 
@@ -16,11 +18,15 @@ export class ServerLink {
   reachable = null;
   words = "Looking for the server";
 
-  /** `onChange()` after every answer; `onModel(model)` when another model, or one that has loaded, is there. */
-  constructor({ store, onChange, onModel }) {
+  /**
+   * `onChange()` after every answer; `onModel(model)` when another model is there; `isInside()` tells the visitor's own
+   * session from somebody else's.
+   */
+  constructor({ store, onChange, onModel, isInside }) {
     this.#store = store;
     this.#onChange = onChange;
     this.#onModel = onModel;
+    this.#isInside = isInside;
     this.#watcher = new ServerWatcher({
       fetch: (url, options) => fetch(url, options),
       timers: { setTimeout: (run, ms) => setTimeout(run, ms), clearTimeout: (timer) => clearTimeout(timer) },
@@ -55,8 +61,10 @@ export class ServerLink {
     this.#watcher.point(this.base, apiKey);
   }
 
-  askNow() {
-    this.#watcher.askNow();
+  /** The visitor's own session is over: a server that is still putting it away is not in use by somebody else. */
+  left() {
+    if (this.model) this.#found({ reachable: this.reachable, model: { ...this.model, busy: false }, words: this.words });
+    this.#watcher.askIn(LEAVING_MS);
   }
 
   get tone() {
@@ -86,7 +94,7 @@ export class ServerLink {
   #wordsFor(model) {
     if (!model.ready) return this.#warmUpWords();
     const device = model.device.replace(/^cuda:\s*/, "").replace(/^cpu.*/, "CPU");
-    return [model.busy ? "In use" : "Ready", device].filter(Boolean).join(" · ");
+    return [model.busy && !this.#isInside() ? "In use" : "Ready", device].filter(Boolean).join(" · ");
   }
 
   #warmUpWords() {

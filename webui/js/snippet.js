@@ -1,9 +1,11 @@
 // The session as a Python program that uses the package's client.
 
-/** `init` without the first frame; values are numbers, strings, booleans. */
-export function pythonSnippet(base, init) {
+const UNSAID = [undefined, false, ""]; // the server's own defaults
+
+/** A server {base, hasKey} and an init -> Python. The key itself stays on the page. */
+export function pythonSnippet({ base, hasKey }, init) {
   const skipped = ["first_frame", "protocol_extensions", "pinned_events", "condition_inputs", "prompt", "profile"];
-  const fields = Object.entries(init).filter(([key, value]) => !skipped.includes(key) && value !== undefined);
+  const fields = Object.entries(init).filter(([key, value]) => !skipped.includes(key) && !UNSAID.includes(value));
   return [
     "from lingbot_rt.client import connect",
     "",
@@ -11,6 +13,7 @@ export function pythonSnippet(base, init) {
     `    ${literal(base)},`,
     `    prompt=${literal(init.prompt)},`,
     `    first_frame="first_frame.png",`,
+    ...(hasKey ? [`    api_key="the server's key",`] : []),
     ...fields.map(([key, value]) => `    ${key}=${literal(value)},`),
     ") as world:",
     `    world.press("w")`,
