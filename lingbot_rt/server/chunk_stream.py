@@ -131,9 +131,11 @@ class ChunkStream:
                 self._lead.release()
                 continue
             chunk = self._plan(began_at, room_at, opens)
-            if chunk.sampled.new_event and "control_ack" in self._session.settings.extensions:
-                plan = chunk.sampled.plan
-                await self._outbox.put(Parcel((control_ack_message(plan.event_id, "applied", plan.chunk_index),)))
+            if chunk.sampled.new_event:
+                self._outbox.hurry()  # older frames, all of them there by now, make way for the ones that carry it
+                if "control_ack" in self._session.settings.extensions:
+                    plan = chunk.sampled.plan
+                    await self._outbox.put(Parcel((control_ack_message(plan.event_id, "applied", plan.chunk_index),)))
             loop = asyncio.get_running_loop()
 
             def emit(group: FrameGroup, chunk: _Chunk = chunk, loop: asyncio.AbstractEventLoop = loop) -> None:
@@ -219,8 +221,6 @@ class ChunkStream:
 
     async def _send(self, chunk: _Chunk, batch: EncodedBatch) -> None:
         if chunk.batches_packed == 0:
-            if chunk.sampled.new_event:
-                self._outbox.hurry()
             # The stats of a chunk stand between its frames and the next one's.
             if self._previous is not None:
                 await self._previous.reported.wait()
