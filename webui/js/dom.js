@@ -28,6 +28,11 @@ export function icon(name) {
 
 export const setIcon = (button, name) => button.querySelector("use").setAttribute("href", `#icon-${name}`);
 
+/** Writes only what is new: a live region that is written again is read aloud again. */
+export function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
 /** Whether a key pressed there belongs to a field, not to the world. */
 export const isTyping = (target) =>
   target instanceof HTMLElement && (target.isContentEditable || /^(INPUT|TEXTAREA|SELECT)$/.test(target.tagName));

@@ -1,7 +1,7 @@
 // The page: what is on it, and what happens when it is used.
 
 import { Beginnings } from "./beginnings.js";
-import { $, ask, h, setIcon } from "./dom.js";
+import { $, ask, h, setIcon, setText } from "./dom.js";
 import { ErrorCards } from "./errors_view.js";
 import { Gallery } from "./gallery.js";
 import { HeldKeys } from "./held_keys.js";
@@ -170,7 +170,8 @@ function over(end) {
 function tick(now, stalledMs) {
   gamepads.poll();
   $("stall").hidden = !stalledMs;
-  if (stalledMs) $("stall").textContent = `Waiting for the server, ${Math.round(stalledMs / 1000)} s`;
+  if (stalledMs) setText($("stall"), `Waiting for the server, ${Math.round(stalledMs / 1000)} s`);
+  setText($("status"), stalledMs ? "Waiting for the server" : stateWords(state, place));
   if (now - lastMeter < METER_MS) return;
   lastMeter = now;
   meters.update(player.meters(now));
@@ -182,7 +183,7 @@ function showState() {
   const words = stateWords(state, place);
   $("state-pill").hidden = !live && state !== "lost" && state !== "ended";
   $("state-text").textContent = words;
-  $("status").textContent = words;
+  setText($("status"), words);
   if (!live) $("latency-pill").hidden = true;
   for (const id of ["pause", "mouse-look"]) $(id).disabled = !live;
   for (const id of ["screenshot", "first-continue"]) $(id).disabled = !player.hasPicture;
@@ -203,7 +204,7 @@ function showStart(running, words) {
   const text = { paused: "Go on", ended: "Step inside again", lost: "Step inside again" }[state] ?? "Step inside";
   button.disabled = running || preparing || (state !== "paused" && !model?.ready);
   $("start-text").textContent = running ? words : preparing ? "One moment" : state === "paused" || model?.ready ? text : server.shortWords;
-  $("start-note").textContent = !running && model?.ready && model.busy && !player.isRunning ? "Someone is inside now. You will wait in line." : "";
+  setText($("start-note"), !running && model?.ready && model.busy && !player.isRunning ? "Someone is inside now. You will wait in line." : "");
 }
 
 // --- words ---

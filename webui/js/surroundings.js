@@ -97,7 +97,10 @@ export class Surroundings {
       if (event.defaultPrevented || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
       if (isTyping(event.target) || document.querySelector("dialog[open]")) return;
       if (event.key === "?") return openHelp();
-      if (event.code === "Escape") return this.openSheet(false);
+      if (event.code === "Escape") {
+        if (document.body.hasAttribute("data-theatre")) $("theatre").click();
+        return this.openSheet(false);
+      }
       if (event.code === "Space" && event.target.closest("button, summary, label")) return;
       const run = SHORTCUTS[event.code];
       if (!run) return;
