@@ -156,12 +156,10 @@ class Connection:
                 tasks.create_task(self._outbox.pump(self._send), name="pump")
                 end = await self._talk()
                 stopped = self._stop.is_set()
-                if stopped:
-                    await self._outbox.discard()
                 limit_s = SHUTDOWN_FAREWELL_S if stopped else self._service.config.send_timeout_s
                 limit.reschedule(asyncio.get_running_loop().time() + limit_s)
                 if end.error is not None:
-                    await self._say(end.error)
+                    await self._say(end.error, last=stopped)
                 await self._outbox.close()
             with _closed_is_gone():
                 await self._socket.close(end.code, end.reason)
@@ -188,7 +186,7 @@ class Connection:
         if self._service.failure is not None:
             raise self._service.failure
         # Told now: interrupting the chunk in work may take a while.
-        await self._say(ShuttingDown("the server is shutting down"))
+        await self._say(ShuttingDown("the server is shutting down"), last=True)
         raise _End(1001, "server shutdown")
 
     # --- read ---
@@ -233,9 +231,11 @@ class Connection:
         if "control_ack" in session.settings.extensions:
             await self._outbox.put(Parcel((control_ack_message(event.event_id, "received", None),)))
 
-    async def _say(self, error: LingbotError) -> None:
+    async def _say(self, error: LingbotError, *, last: bool = False) -> None:
+        """``last``: it passes what waits, and nothing follows it."""
         self._service.metrics.errors.labels(error.code).inc()
-        await self._outbox.put(Parcel((error_message(error),)))
+        tell = self._outbox.last_words if last else self._outbox.put
+        await tell(Parcel((error_message(error),)))
 
     # --- serve ---
 

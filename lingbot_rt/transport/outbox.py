@@ -106,6 +106,7 @@ class Outbox:
         self._parcels: deque[Parcel] = deque()
         self._bytes = 0
         self._closed = False
+        self._is_sealed = False
         self._hurried = asyncio.Event()
         self._changed = asyncio.Condition()
 
@@ -115,9 +116,11 @@ class Outbox:
         return len(self._parcels)
 
     async def put(self, parcel: Parcel) -> None:
-        """Waits for room. Raises RuntimeError after ``close``."""
+        """Waits for room. After ``last_words`` it is forgotten, after ``close`` alone it raises RuntimeError."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._closed or self._has_room(parcel))
+            await self._changed.wait_for(lambda: self._is_sealed or self._closed or self._has_room(parcel))
+            if self._is_sealed:
+                return
             if self._closed:
                 raise RuntimeError("the outbox is closed")
             self._parcels.append(parcel)
@@ -140,11 +143,17 @@ class Outbox:
         self._parcels = deque(replace(parcel, due=None) for parcel in self._parcels)
         self._hurried.set()
 
-    async def discard(self) -> None:
-        """Forgets what waits, for last words at a shutdown. The parcel in work goes out whole, and at once."""
+    async def last_words(self, parcel: Parcel) -> None:
+        """``parcel`` follows the one in work, which goes out whole and at once; all that waits or is put later is
+        forgotten, other last words too."""
         async with self._changed:
+            if self._is_sealed:
+                return
+            self._is_sealed = True
             while len(self._parcels) > 1:
                 self._bytes -= self._parcels.pop().nbytes
+            self._parcels.append(parcel)
+            self._bytes += parcel.nbytes
             self.hurry()
             self._changed.notify_all()
 

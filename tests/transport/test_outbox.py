@@ -222,7 +222,7 @@ async def test_hurry_sends_what_waits_for_its_time():
 
 
 async def test_last_words_pass_what_waits():
-    """discard forgets what waits, lets the parcel in work go at once, and what is put after it still leaves."""
+    """The parcel in work goes at once, what waits and what comes later is forgotten, other last words too."""
     outbox, sent = new_outbox(), []
     far = asyncio.get_running_loop().time() + 3600
 
@@ -233,9 +233,11 @@ async def test_last_words_pass_what_waits():
     for name in (b"in work", b"waits", b"waits too"):
         await outbox.put(Parcel((name,), due=far))
     await asyncio.sleep(0)
-    await outbox.discard()
-    await outbox.put(Parcel((b"last words",)))
+    await outbox.last_words(Parcel((b"last words",)))
+    await outbox.put(Parcel((b"late",)))
+    await outbox.last_words(Parcel((b"more last words",)))
     await outbox.close()
+    await outbox.put(Parcel((b"later",)))
     await pump
     assert sent == [b"in work", b"last words"]
     assert outbox._bytes == 0
