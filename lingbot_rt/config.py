@@ -62,13 +62,38 @@ class ServeConfig:
         choices=("auto", "float32", "bfloat16"),
         group="device",
     )
-    dit_cpu_offload: bool = _option(False, "the DiT rests on the CPU and visits the device when used", group="device")
+    quantization: str = _option(
+        "none",
+        "fp8: the blocks' linears in float8, for GPUs of compute capability 8.9 on; not exact",
+        choices=("none", "fp8"),
+        group="device",
+    )
+    vae_dtype: str = _option(
+        "float32",
+        "of the VAE; bfloat16 is quicker on a GPU and not exact",
+        choices=("float32", "bfloat16"),
+        group="device",
+    )
+    compile: str = _option(
+        "auto", "run compiled code; auto: on cuda", choices=("auto", "true", "false"), group="device"
+    )
+    compile_cache: str | None = _option(
+        None,
+        "folder that keeps compiled code between starts (default: torch's, in the temporary folder)",
+        group="device",
+    )
+    dit_cpu_offload: bool = _option(
+        False, "the DiT's blocks rest on the CPU; two at a time visit the device, in every forward", group="device"
+    )
     text_encoder_cpu_offload: bool = _option(
         False, "the text encoder rests on the CPU and visits the device when used", group="device"
     )
     vae_cpu_offload: bool = _option(False, "the VAE rests on the CPU and visits the device when used", group="device")
     attention_backend: str = _option(
-        "auto", "self-attention kernel", choices=("auto", "sdpa", "cudnn", "flash", "math"), group="device"
+        "auto",
+        "self-attention kernel: torch's own, or a FlashAttention package of that generation",
+        choices=("auto", "sdpa", "cudnn", "flash", "math", "flash-attn2", "flash-attn3", "flash-attn4"),
+        group="device",
     )
     deterministic_noise: str = _option(
         "device",

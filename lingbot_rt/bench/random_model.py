@@ -14,16 +14,14 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
 
-from lingbot_rt.engine.chunk_plan import ModelCard
+from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.flow_match import FlowSchedule
-from lingbot_rt.engine.pipeline import Pipeline, describe_device, resolve_device, resolve_dtype
-from lingbot_rt.engine.placement import Placement
+from lingbot_rt.engine.pipeline import DTYPES, Networks, Pipeline, assemble, resolve_device, resolve_dtype
 from lingbot_rt.models.attention import require_backend
 from lingbot_rt.models.checkpoint import DISTILLED_SHIFT, DISTILLED_STEPS, TRAINED_SIZE, open_checkpoint
 from lingbot_rt.models.dit import CausalDiT, DiTConfig
 from lingbot_rt.models.text_encoder import TextEncoder
 from lingbot_rt.models.vae import StreamingVAE
-from lingbot_rt.postprocess.stage import PostprocessNetworks
 from lingbot_rt.shapes import FrameSize
 
 LINGBOT_WORLD_FAST = "lingbot-world-fast"
@@ -40,15 +38,6 @@ class Shapes:
     vae: dict[str, Any]  # of diffusers' AutoencoderKLWan, whose defaults are Wan 2.1
     schedule: FlowSchedule
     default_size: FrameSize
-
-
-@dataclass(frozen=True, slots=True)
-class Where:
-    """The device and how the DiT computes on it, in the words of ServeConfig."""
-
-    device: str = "auto"
-    dtype: str = "auto"
-    attention_backend: str = "auto"
 
 
 def shapes_of(model: str) -> Shapes:
@@ -69,47 +58,25 @@ def shapes_of(model: str) -> Shapes:
     )
 
 
-def random_pipeline(model: str, where: Where) -> Pipeline:
-    """The pipeline that ``load_pipeline`` makes of a model's folder, with other numbers in it and no text encoder.
+def random_pipeline(config: ServeConfig) -> Pipeline:
+    """The pipeline that ``load_pipeline`` makes of ``config``, with other numbers in it and no text encoder.
 
-    Raises CheckpointError for a model that is not there, ConfigError for a device or kernel that is not.
+    Raises CheckpointError for a model that is not there, ConfigError for what the device cannot do.
     """
-    shapes = shapes_of(model)
-    device = resolve_device(where.device)
-    dtype = resolve_dtype(where.dtype, device)
-    require_backend(where.attention_backend, device)
+    shapes = shapes_of(config.model_path)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    require_backend(config.attention_backend, device)
     generator = torch.Generator(device).manual_seed(_SEED)
     with torch.device("meta"):
         empty_dit = CausalDiT(shapes.dit)
         empty_vae = AutoencoderKLWan.from_config(shapes.vae)
-    dit = draw(empty_dit, dtype, device, generator)
-    dit.attention_backend = where.attention_backend
-    vae = StreamingVAE(draw(empty_vae, torch.float32, device, generator))
-    text_encoder = RandomText(shapes.dit, device, generator)
-    return Pipeline(
-        card=ModelCard(
-            model_id=model,
-            model_path=model,
-            default_size=shapes.default_size,
-            latent_frames=shapes.dit.latent_frames,
-            sink_frames=shapes.dit.sink_frames,
-            window_frames=shapes.dit.window_frames,
-            num_steps=len(shapes.schedule.steps),
-            device=describe_device(device),
-            dtype=str(dtype).removeprefix("torch."),
-        ),
-        schedule=shapes.schedule,
-        device=device,
-        dtype=dtype,
-        noise_device=device,
-        dit=dit,
-        dit_placement=Placement(dit, device, offload=False),
-        vae=vae,
-        vae_placement=Placement(vae, device, offload=False),
-        text_encoder=text_encoder,
-        text_encoder_placement=Placement(text_encoder, device, offload=False),
-        postprocess=PostprocessNetworks(device),
+    networks = Networks(
+        dit=draw(empty_dit, dtype, device, generator),
+        vae=StreamingVAE(draw(empty_vae, DTYPES[config.vae_dtype], device, generator)),
+        text_encoder=RandomText(shapes.dit, device, generator),
     )
+    return assemble(config, networks, shapes.schedule, shapes.default_size)
 
 
 def draw(module: Any, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Any:

@@ -9,12 +9,25 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from lingbot_rt.commands.options import add_options_named, given_options
 from lingbot_rt.commands.progress import StageBars
 from lingbot_rt.commands.walk import parse_size
 from lingbot_rt.errors import ConfigError
 
 if TYPE_CHECKING:
     from lingbot_rt.engine.pipeline import Pipeline
+
+DEVICE_OPTIONS = (
+    "device",
+    "dtype",
+    "quantization",
+    "vae_dtype",
+    "compile",
+    "compile_cache",
+    "dit_cpu_offload",
+    "attention_backend",
+)
+"""Of ``serve``, those that change how fast the pipeline is."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,27 +77,7 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
         metavar="sglang-ci",
         help="sglang-ci: the mean of chunks 0 to 3 with window 18 and sink 9, over --chunks / 4 sessions",
     )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cuda", "cpu"),
-        metavar="auto|cuda|cpu",
-        default="auto",
-        help="default: %(default)s",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        metavar="auto|float32|bfloat16",
-        default="auto",
-        help="of the DiT (default: bfloat16 on cuda, float32 on cpu)",
-    )
-    parser.add_argument(
-        "--attention-backend",
-        choices=("auto", "sdpa", "cudnn", "flash", "math"),
-        metavar="auto|sdpa|cudnn|flash|math",
-        default="auto",
-        help="self-attention kernel (default: %(default)s)",
-    )
+    add_options_named(parser, DEVICE_OPTIONS)
     _add_json(parser)
     parser.add_argument("--plot", metavar="FILE.png", help="a bar chart of the stages")
     parser.add_argument(
@@ -224,7 +217,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _made_pipeline(args: argparse.Namespace) -> Pipeline:
     """The networks, drawn or loaded; how long that took goes to stderr, beside the bars."""
-    from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST, Where, random_pipeline
+    from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST, random_pipeline
     from lingbot_rt.config import ServeConfig
     from lingbot_rt.engine.pipeline import load_pipeline
 
@@ -234,13 +227,10 @@ def _made_pipeline(args: argparse.Namespace) -> Pipeline:
             field="model",
         )
     begun = time.perf_counter()
+    config = ServeConfig(model_path=args.model, **given_options(args))
     if args.random_weights:
-        where = Where(args.device, args.dtype, args.attention_backend)
-        pipeline = random_pipeline(args.model, where)
+        pipeline = random_pipeline(config)
     else:
-        config = ServeConfig(
-            model_path=args.model, device=args.device, dtype=args.dtype, attention_backend=args.attention_backend
-        )
         with StageBars() as bars:
             pipeline = load_pipeline(config, bars.show)
     print(f"{args.model} on {pipeline.card.device} in {time.perf_counter() - begun:.1f} s", file=sys.stderr)

@@ -20,26 +20,40 @@ def add_config_options(
     sections: dict[str, argparse._ActionsContainer] = {name: parser.add_argument_group(name) for name in groups}
     for field in dataclasses.fields(ServeConfig):
         section = sections.get(field.metadata["group"], parser if field.name in also else None)
-        if section is None:
-            continue
-        optional_value = {"nargs": "?", "const": "true"} if value_type(field) is bool else {}
-        section.add_argument(
-            flag(field.name),
-            metavar=value_form(field),
-            default=argparse.SUPPRESS,
-            help=describe(field).replace("%", "%%"),
-            **optional_value,  # type: ignore[arg-type]
-        )
+        if section is not None:
+            _add_option(section, field)
 
 
-def config_from(args: argparse.Namespace) -> ServeConfig:
-    """The configuration that the flags, the environment and the file give. Raises ConfigError."""
-    given = {
+def add_options_named(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
+    """Adds the flags of the fields ``names`` alone."""
+    for field in dataclasses.fields(ServeConfig):
+        if field.name in names:
+            _add_option(parser, field)
+
+
+def _add_option(section: argparse._ActionsContainer, field: dataclasses.Field[Any]) -> None:
+    optional_value = {"nargs": "?", "const": "true"} if value_type(field) is bool else {}
+    section.add_argument(
+        flag(field.name),
+        metavar=value_form(field),
+        default=argparse.SUPPRESS,
+        help=describe(field).replace("%", "%%"),
+        **optional_value,  # type: ignore[arg-type]
+    )
+
+
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields whose flags were given. Raises ConfigError for a value of another type."""
+    return {
         field.name: parse_value(field, getattr(args, field.name), source=flag(field.name))
         for field in dataclasses.fields(ServeConfig)
         if field.name in args
     }
-    return load_config(given, file=args.config)
+
+
+def config_from(args: argparse.Namespace) -> ServeConfig:
+    """The configuration that the flags, the environment and the file give. Raises ConfigError."""
+    return load_config(given_options(args), file=args.config)
 
 
 def value_form(field: dataclasses.Field[Any]) -> str:

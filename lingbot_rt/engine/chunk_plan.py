@@ -32,6 +32,10 @@ class ModelCard:
     device: str  # "cuda: NVIDIA H100", "cpu"
     dtype: str
     num_ranks: int = 1
+    attention_backend: str = "sdpa"  # the self-attention kernel in use
+    quantization: str = "none"
+    vae_dtype: str = "float32"
+    compiled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

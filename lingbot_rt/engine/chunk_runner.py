@@ -25,23 +25,22 @@ def run_chunk(
     """
     clock = StageClock(pipeline.device)
     pipeline.ranks.begin_chunk()
-    outlet = FrameOutlet(pipeline.device, session.postprocessor, emit)
     start_frame = plan.chunk_index * session.plan.latent_frames
 
     with clock.stage("text"):
         text_kv = session.text_kv(plan.prompt)
 
-    with pipeline.dit_placement.at_work():
-        with clock.stage("camera"):
-            camera = None
-            if plan.relative_poses is not None:
-                rays = ray_map(plan.relative_poses, session.plan.size, pipeline.device)
-                camera = pipeline.dit.camera_modulation(rays.to(pipeline.dtype))
+    with clock.stage("camera"):
+        camera = None
+        if plan.relative_poses is not None:
+            rays = ray_map(plan.relative_poses, session.plan.size, pipeline.device)
+            camera = pipeline.dit.camera_modulation(rays.to(pipeline.dtype))
 
-        forward = ChunkForward(pipeline.dit, session, text_kv, camera, session.condition(plan.chunk_index), start_frame)
-        with clock.stage("denoise"):
-            latents = denoise(forward, pipeline.schedule, session.plan.num_steps, session.draw)
+    forward = ChunkForward(pipeline.dit, session, text_kv, camera, session.condition(plan.chunk_index), start_frame)
+    with clock.stage("denoise"):
+        latents = denoise(forward, pipeline.schedule, session.plan.num_steps, session.draw)
 
+    with FrameOutlet(pipeline.device, session.postprocessor, emit) as outlet:
         # The frames leave before the context pass: on an accelerator decode runs beside it, on a stream of its own.
         with pipeline.vae_placement.at_work(), outlet.decoding(latents), clock.stage("vae"):
             for i in range(session.plan.latent_frames if pipeline.ranks.is_first else 0):
@@ -54,8 +53,6 @@ def run_chunk(
 
         with clock.stage("context"):
             forward.commit(latents)
-
-        outlet.finish()
 
     stages = clock.finish()
     postprocess = session.postprocessor.take_timings()

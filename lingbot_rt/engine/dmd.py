@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lingbot_rt.engine.flow_match import FlowSchedule, predict_x0, renoise
+from lingbot_rt.engine.flow_match import CLEAN, FlowSchedule, predict_x0, renoise
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.models.dit import CameraModulation, CausalDiT, TextKV
 from lingbot_rt.models.kv_cache import KVCache
@@ -38,15 +38,16 @@ class ChunkForward:
 
     def commit(self, latents_BCFHW: Tensor) -> None:
         """The context pass: a forward of the clean latents at t = 0 leaves their K/V in the window."""
-        self._forward(latents_BCFHW, 0.0, self.text_kv, self.session.cache, commit=True)
+        self._forward(latents_BCFHW, CLEAN, self.text_kv, self.session.cache, commit=True)
         if self.session.negative is not None:
             negative = self.session.negative
-            self._forward(latents_BCFHW, 0.0, negative.text_kv, negative.cache, commit=True)
+            self._forward(latents_BCFHW, CLEAN, negative.text_kv, negative.cache, commit=True)
 
     def _forward(self, x: Tensor, timestep: float, text_kv: TextKV, cache: KVCache, commit: bool = False) -> Tensor:
         self.session.raise_if_cancelled()
         channels = torch.cat([x, self.condition], dim=1).to(self.session.dtype)
-        return self.dit(channels, timestep, text_kv, self.camera, cache, self.start_frame, commit=commit)
+        time = self.session.time_modulation[timestep]
+        return self.dit(channels, time, text_kv, self.camera, cache, self.start_frame, commit=commit)
 
 
 def denoise(

@@ -31,7 +31,7 @@ _LOST_GRACE_S = 1.0
 class Engine:
     """Owns the pipeline and the sessions' device state.
 
-    All methods are called from one event loop. ``emit`` callbacks run on the engine thread and must not block.
+    All methods are called from one event loop. ``emit`` callbacks run on a thread of the engine and must not block.
     """
 
     def __init__(self, config: ServeConfig) -> None:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 TRAIN_TIMESTEPS = 1000
 
+CLEAN = 0.0
+"""The timestep of clean latents."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:

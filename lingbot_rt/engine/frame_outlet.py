@@ -1,15 +1,17 @@
 """Pixels of a decoded latent frame -> uint8 on the host, in order, without holding up the device.
 
 On a CPU a group is handed out inside ``push``. On an accelerator ``push`` only starts the copy to pinned memory on the
-decode stream; ``finish``, called once the context pass is launched, waits for each copy in turn and hands it out while
-the device works on.
+decode stream; a thread of the outlet's own waits for each copy in turn and hands it out, while the engine thread is
+still launching the context pass: the launch queue holds about a forward, and a full one would hold up the frames.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cache
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -17,25 +19,33 @@ from torch import Tensor
 from lingbot_rt.engine.chunk_plan import FrameGroup
 from lingbot_rt.postprocess.stage import PostProcessor
 
-_decode_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-@dataclass(slots=True)
-class _Pending:
-    host: Tensor  # pinned uint8 [n, H, W, 3]
-    copied: torch.cuda.Event
-    place: tuple[int, int, int]
-
 
 class FrameOutlet:
-    """One chunk's way out; ``num_frames`` counts the pixel frames pushed."""
+    """One chunk's way out; ``num_frames`` counts the pixel frames pushed.
+
+    On an accelerator ``emit`` is called on the outlet's thread. Leaving the outlet waits for all that was pushed, and
+    raises what ``emit`` raised.
+    """
 
     def __init__(self, device: torch.device, postprocessor: PostProcessor, emit: Callable[[FrameGroup], None]) -> None:
         self._device = device
         self._postprocessor = postprocessor
         self._emit = emit
-        self._pending: list[_Pending] = []
+        self._waiter: ThreadPoolExecutor | None = None
+        self._on_their_way: list[Future[None]] = []
         self.num_frames = 0
+
+    def __enter__(self) -> FrameOutlet:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._waiter is not None:
+            self._waiter.shutdown(cancel_futures=error is not None)
+        if error is None:
+            for handed_out in self._on_their_way:
+                handed_out.result()
 
     @contextmanager
     def decoding(self, latents: Tensor) -> Iterator[None]:
@@ -43,7 +53,7 @@ class FrameOutlet:
         if self._device.type != "cuda":
             yield
             return
-        stream = _decode_streams.setdefault(self._device, torch.cuda.Stream(self._device))
+        stream = _decode_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         latents.record_stream(stream)
         with torch.cuda.stream(stream):
@@ -58,18 +68,28 @@ class FrameOutlet:
         if self._device.type != "cuda":
             self._emit(FrameGroup(*place, pixels=frames.numpy()))
             return
-        host = torch.empty(frames.shape, dtype=torch.uint8, pin_memory=True)
-        host.copy_(frames, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        self._pending.append(_Pending(host, copied, place))
+        host, copied = start_copy(frames)
+        if self._waiter is None:
+            self._waiter = ThreadPoolExecutor(1, thread_name_prefix="frames")
+        self._on_their_way.append(self._waiter.submit(self._hand_out, host, copied, place))
 
-    def finish(self) -> None:
-        """Hands out what is still on its way, in order."""
-        for pending in self._pending:
-            pending.copied.synchronize()
-            self._emit(FrameGroup(*pending.place, pixels=pending.host.numpy()))
-        self._pending.clear()
+    def _hand_out(self, host: Tensor, copied: torch.cuda.Event, place: tuple[int, int, int]) -> None:
+        copied.synchronize()
+        self._emit(FrameGroup(*place, pixels=host.numpy()))
+
+
+@cache
+def _decode_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def start_copy(frames: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """``frames`` on their way to pinned host memory, behind the current stream's work, and the event of arrival."""
+    host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
+    host.copy_(frames, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return host, copied
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

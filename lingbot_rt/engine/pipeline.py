@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.chunk_plan import EngineStatus, ModelCard, SessionPlan
+from lingbot_rt.engine.compilation import keep_compiled_code, resolve_compile
 from lingbot_rt.engine.flow_match import FlowSchedule
-from lingbot_rt.engine.placement import Placement
+from lingbot_rt.engine.placement import Placement, StreamedBlocks
 from lingbot_rt.errors import CheckpointError, ConfigError, InvalidInit
-from lingbot_rt.models.attention import require_backend
+from lingbot_rt.models.attention import require_backend, resolve_backend
 from lingbot_rt.models.checkpoint import load_dit, load_text_encoder, load_vae, open_checkpoint
-from lingbot_rt.models.dit import CausalDiT, TextKV
+from lingbot_rt.models.dit import Block, CausalDiT, TextKV
+from lingbot_rt.models.quantize import quantize_linears, require_fp8
 from lingbot_rt.models.text_encoder import TextEncoder
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.parallel.groups import RankGroup, Ranks
 from lingbot_rt.parallel.ulysses import UlyssesAttention
 from lingbot_rt.postprocess.stage import PostprocessNetworks, PostProcessor
+from lingbot_rt.shapes import FrameSize
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Networks:
+    """A model's three, with their weights."""
+
+    dit: CausalDiT
+    vae: StreamingVAE
+    text_encoder: TextEncoder
 
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """One causal-DMD pipeline on one device. The VAE runs in float32, as the reference's does."""
+    """One causal-DMD pipeline on one device."""
 
     card: ModelCard
     schedule: FlowSchedule
@@ -37,7 +50,6 @@ class Pipeline:
     dtype: torch.dtype
     noise_device: torch.device
     dit: CausalDiT
-    dit_placement: Placement
     vae: StreamingVAE
     vae_placement: Placement
     text_encoder: TextEncoder
@@ -61,8 +73,7 @@ class Pipeline:
         """A prompt's cross-attention K/V for every block of the DiT."""
         with self.text_encoder_placement.at_work():
             text_BLD = self.text_encoder.encode(prompt)
-        with self.dit_placement.at_work():
-            return self.dit.text_kv(text_BLD.to(self.device, self.dtype))
+        return self.dit.text_kv(text_BLD.to(self.device, self.dtype))
 
 
 def load_pipeline(config: ServeConfig, report: Callable[[EngineStatus], None], ranks: Ranks | None = None) -> Pipeline:
@@ -85,41 +96,77 @@ def load_pipeline(config: ServeConfig, report: Callable[[EngineStatus], None], r
 
     rest = torch.device("cpu")
     dit = load_dit(folder, dtype, rest if config.dit_cpu_offload else device, part("transformer"))
-    dit.attention_backend = config.attention_backend
-    ranks = ranks or Ranks()
-    if isinstance(ranks, RankGroup):
-        dit.window_attention = UlyssesAttention(ranks)
-    vae = load_vae(folder, torch.float32, rest if config.vae_cpu_offload else device, part("vae"))
+    vae = load_vae(folder, DTYPES[config.vae_dtype], rest if config.vae_cpu_offload else device, part("vae"))
     text_encoder = load_text_encoder(
         folder, dtype, rest if config.text_encoder_cpu_offload else device, part("text encoder")
     )
-    dit_config = dit.config
+    schedule = FlowSchedule(folder.shift, folder.denoise_steps)
+    return assemble(config, Networks(dit, vae, text_encoder), schedule, folder.default_size, ranks)
+
+
+def assemble(
+    config: ServeConfig, networks: Networks, schedule: FlowSchedule, default_size: FrameSize, ranks: Ranks | None = None
+) -> Pipeline:
+    """Networks as loaded -> a pipeline that runs them as ``config`` says: quantized, offloaded, compiled.
+
+    Raises ConfigError for what the device cannot do.
+    """
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    compiled = resolve_compile(config.compile, device)
+    dit, vae, text_encoder = networks.dit, networks.vae, networks.text_encoder
+    if config.quantization == "fp8":
+        require_fp8(device, dtype)
+        for block in dit.blocks:
+            quantize_linears(block)
+    if config.dit_cpu_offload and device.type != "cpu":
+        blocks = StreamedBlocks(dit.blocks, device)
+        dit.blocks = cast("Sequence[Block]", blocks)
+        log.info("DiT offloaded: %.1f GB cross the bus in each forward", blocks.bytes_a_pass / 1e9)
+    dit.to(device)
+    dit.attention_backend = config.attention_backend
+    if isinstance(ranks, RankGroup):
+        dit.window_attention = UlyssesAttention(ranks)
+    if compiled:
+        keep_compiled_code(config.compile_cache)
+        dit.compile_blocks()
+        vae.compile()
     card = ModelCard(
         model_id=config.model_id,
         model_path=config.model_path,
-        default_size=folder.default_size,
-        latent_frames=dit_config.latent_frames,
-        sink_frames=dit_config.sink_frames,
-        window_frames=dit_config.window_frames,
-        num_steps=len(folder.denoise_steps),
+        default_size=default_size,
+        latent_frames=dit.config.latent_frames,
+        sink_frames=dit.config.sink_frames,
+        window_frames=dit.config.window_frames,
+        num_steps=len(schedule.steps),
         device=describe_device(device),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=_name(dtype),
         num_ranks=config.num_gpus,
+        attention_backend=resolve_backend(config.attention_backend, device, dtype),
+        quantization=config.quantization,
+        vae_dtype=_name(vae.dtype),
+        compiled=compiled,
+    )
+    log.info(
+        "self-attention %s, linears %s, VAE %s, %s",
+        card.attention_backend,
+        card.dtype if card.quantization == "none" else card.quantization,
+        card.vae_dtype,
+        "compiled" if compiled else "not compiled",
     )
     return Pipeline(
         card=card,
-        schedule=FlowSchedule(folder.shift, folder.denoise_steps),
+        schedule=schedule,
         device=device,
         dtype=dtype,
         noise_device=torch.device("cpu") if config.deterministic_noise == "cpu" else device,
         dit=dit,
-        dit_placement=Placement(dit, device, offload=config.dit_cpu_offload),
         vae=vae,
         vae_placement=Placement(vae, device, offload=config.vae_cpu_offload),
         text_encoder=text_encoder,
         text_encoder_placement=Placement(text_encoder, device, offload=config.text_encoder_cpu_offload),
         postprocess=PostprocessNetworks(device),
-        ranks=ranks,
+        ranks=ranks or Ranks(),
     )
 
 
@@ -136,7 +183,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """``auto`` is bfloat16 on an accelerator and float32 on a CPU."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
-    return _DTYPES[name]
+    return DTYPES[name]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def describe_device(device: torch.device) -> str:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from lingbot_rt.engine.chunk_plan import SessionPlan
+from lingbot_rt.engine.flow_match import CLEAN
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.errors import ChunkCancelled
-from lingbot_rt.models.dit import TextKV
+from lingbot_rt.models.dit import TextKV, TimeModulation
 from lingbot_rt.models.feature_cache import FeatureCache
 from lingbot_rt.models.i2v_condition import preprocess_image
 from lingbot_rt.models.kv_cache import KVCache
+from lingbot_rt.models.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,10 @@ class SessionState:
         self.negative: NegativeBranch | None = None
         if plan.guidance_scale > 1:
             self.negative = NegativeBranch(pipeline.text_kv(plan.negative_prompt), self._new_cache())
+        timesteps = [step.timestep for step in pipeline.schedule.steps_for(plan.num_steps)]
+        self.time_modulation: dict[float, TimeModulation] = {
+            timestep: pipeline.dit.time_modulation(timestep) for timestep in (*timesteps, CLEAN)
+        }
         image = preprocess_image(plan.first_frame).to(pipeline.device)
         with pipeline.vae_placement.at_work():
             self._condition_first, self._condition_later = pipeline.vae.encode_condition(image, plan.latent_frames)
@@ -64,7 +70,8 @@ class SessionState:
 
     def draw(self, shape: tuple[int, ...]) -> Tensor:
         """Standard normal noise, float32, of the session's one generator."""
-        return torch.randn(shape, generator=self._generator, device=self._noise_device).to(self._pipeline.device)
+        noise = torch.randn(shape, generator=self._generator, device=self._noise_device)
+        return to_device(noise, self._pipeline.device)
 
     def cancel(self) -> None:
         """The chunk in work stops before its next forward or decode. Thread-safe."""

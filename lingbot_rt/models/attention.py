@@ -5,6 +5,9 @@ Shapes: B batch, N query tokens, M key tokens, H heads, D head_dim. No mask anyw
 
 from __future__ import annotations
 
+import importlib
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,18 +17,24 @@ from lingbot_rt.errors import ConfigError
 from lingbot_rt.models.kv_cache import KVCache
 
 _SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
-BACKENDS = ("auto", "sdpa", *_SDPA)
+_PACKAGES = {"flash-attn2": "flash_attn", "flash-attn3": "flash_attn_interface", "flash-attn4": "flash_attn.cute"}
+"""FlashAttention by generation: the module in which each keeps ``flash_attn_func``."""
+
+BACKENDS = ("auto", "sdpa", *_SDPA, *_PACKAGES)
 
 
 def attend(q_BNHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, backend: str = "auto") -> Tensor:
     """softmax(q k^T / sqrt(D)) v -> [B, N, H, D].
 
-    ``auto`` is cuDNN in half precision on Hopper and later (no copy: it reads B N H D storage), else torch's own
-    preference, which ``sdpa`` always takes.
+    ``sdpa`` is torch's own preference; ``cudnn``, ``flash`` and ``math`` are torch's kernels of that name;
+    ``flash-attn2`` to ``4`` are the FlashAttention packages, which are never chosen unasked.
     """
+    if backend == "auto":
+        backend = resolve_backend(backend, q_BNHD.device, q_BNHD.dtype)
+    if backend in _PACKAGES:
+        out = importlib.import_module(_PACKAGES[backend]).flash_attn_func(q_BNHD, k_BMHD, v_BMHD)
+        return out[0] if isinstance(out, tuple) else out  # some versions give the softmax's sums beside it
     q, k, v = (x.transpose(1, 2) for x in (q_BNHD, k_BMHD, v_BMHD))
-    if backend == "auto" and prefers_cudnn(q_BNHD):
-        backend = "cudnn"
     if backend in _SDPA:
         with sdpa_kernel(_SDPA[backend]):
             out = F.scaled_dot_product_attention(q, k, v)
@@ -61,9 +70,22 @@ class WindowAttention:
         return attend(q_BNHD, *cache.view(layer), backend)
 
 
-def prefers_cudnn(x: Tensor) -> bool:
-    """cuDNN's kernels are about 1.8 times as fast as flash ones on Hopper at these shapes; half precision only."""
-    return x.is_cuda and x.dtype != torch.float32 and torch.cuda.get_device_capability(x.device) >= (9, 0)
+@lru_cache
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """``auto``: cuDNN in half precision on Hopper and later, else torch's preference; any other name is itself.
+
+    cuDNN's kernels are about 1.8 times as fast as torch's flash ones there, and read B N H D storage without a copy.
+    """
+    if backend != "auto":
+        return backend
+    half = dtype in (torch.bfloat16, torch.float16)
+    on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return "cudnn" if half and on_hopper else "sdpa"
+
+
+def text_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The kernel for attention to the text: torch's own, which can be compiled into what surrounds it."""
+    return resolve_backend("auto" if backend in _PACKAGES else backend, device, dtype)
 
 
 def available_backends(device: torch.device) -> dict[str, str]:
@@ -75,7 +97,7 @@ def available_backends(device: torch.device) -> dict[str, str]:
         try:
             attend(x, x, x, backend)
             found[backend] = "ok"
-        except RuntimeError as error:
+        except (ImportError, RuntimeError, AttributeError) as error:
             found[backend] = str(error).strip().split("\n")[0]
     return found
 

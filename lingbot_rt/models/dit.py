@@ -7,15 +7,15 @@ original checkpoint, except that q, k and v of self-attention are one linear.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lingbot_rt.models.attention import WindowAttention, attend
+from lingbot_rt.models.attention import WindowAttention, attend, resolve_backend, text_backend
 from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.models.rope import rope_tables, rotate
 from lingbot_rt.shapes import PATCH_SIZE, VAE_SPATIAL_STRIDE
@@ -28,6 +28,16 @@ CameraModulation = list[tuple[Tensor, Tensor]]
 
 RAY_CHANNELS = 6 * VAE_SPATIAL_STRIDE**2
 """Channels of the ray map: origin and direction of 8x8 pixels, folded."""
+
+COMPILED_SHAPES = 64
+"""Shapes that compiled code is kept for; after so many sizes of frames and chunks, further ones run uncompiled."""
+
+
+class TimeModulation(NamedTuple):
+    """What a timestep is to the network."""
+
+    embedding_BD: Tensor  # for the head, in the model's dtype
+    projection_B6D: Tensor  # for the blocks, float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +233,9 @@ class CausalDiT(nn.Module):
         self.config = config
         self.attention_backend = "auto"
         self.window_attention = WindowAttention()
+        self._camera_modulation = Block.camera_modulation
+        self._before_attention = Block.before_attention
+        self._after_attention = Block.after_attention
         self.patch_embedding = PatchEmbedding(config.in_channels, dim, (1, PATCH_SIZE, PATCH_SIZE))
         self.patch_embedding_wancamctrl = nn.Linear(RAY_CHANNELS * PATCH_SIZE**2, dim)
         self.c2ws_hidden_states_layer1 = nn.Linear(dim, dim)
@@ -234,6 +247,20 @@ class CausalDiT(nn.Module):
         self.blocks = cast("Sequence[Block]", nn.ModuleList(Block(config) for _ in range(config.num_layers)))
         self.head = Head(config)
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """From here on the halves of a block run compiled. A block's parameters are inputs of that code, so one
+        compilation for a shape serves them all; it happens at the shape's first use."""
+        from torch import _dynamo as dynamo  # a second of imports that eager processes save
+
+        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, COMPILED_SHAPES)
+
+        def compiled(half: Callable[..., Any]) -> Callable[..., Any]:
+            return torch.compile(half, dynamic=False, backend=backend)
+
+        self._camera_modulation = compiled(Block.camera_modulation)
+        self._before_attention = compiled(Block.before_attention)
+        self._after_attention = compiled(Block.after_attention)
+
     def text_kv(self, text_BLD: Tensor) -> TextKV:
         """Prompt embeddings [B, L, text_dim] -> K/V of every block. Once a prompt; zero rows take part too."""
         text = self.text_embedding(text_BLD)
@@ -244,12 +271,23 @@ class CausalDiT(nn.Module):
         embedded = self.patch_embedding_wancamctrl(self.window_attention.own_tokens(patchify(ray_map), dim=1))
         hidden = self.c2ws_hidden_states_layer1(embedded)
         camera = embedded + self.c2ws_hidden_states_layer2(F.silu(hidden))
-        return [block.camera_modulation(camera) for block in self.blocks]
+        return [self._camera_modulation(block, camera) for block in self.blocks]
+
+    def time_modulation(self, timestep: float | Tensor) -> TimeModulation:
+        """By the timestep's value: features [cos(t f), sin(t f)], f_i = 10000^(-i / (freq_dim / 2)). Once a session
+        for each of its timesteps."""
+        like = self.head.modulation
+        half = self.config.freq_dim // 2
+        exponent = -torch.arange(half, dtype=torch.float64, device=like.device) / half
+        angle = timestep * 10_000.0**exponent
+        features = torch.cat([angle.cos(), angle.sin()]).to(like.dtype)[None]
+        time_BD = self.time_embedding(features)
+        return TimeModulation(time_BD, self.time_projection(time_BD).unflatten(1, (6, -1)).float())
 
     def forward(
         self,
         x_BCFhw: Tensor,
-        timestep: float | Tensor,
+        timestep: float | Tensor | TimeModulation,
         text_kv: TextKV,
         camera: CameraModulation | None,
         cache: KVCache,
@@ -259,44 +297,37 @@ class CausalDiT(nn.Module):
     ) -> Tensor | None:
         """Noisy latents and i2v condition [B, C, F, h, w] at ``timestep`` -> flow [B, 16, F, h, w].
 
-        ``start_frame`` is the chunk's first latent frame of the session. With ``commit`` (the context pass) the last
-        block stops once its K/V are in the window, and None comes back.
+        ``timestep`` may be what ``time_modulation`` made of it. ``start_frame`` is the chunk's first latent frame of
+        the session. With ``commit`` (the context pass) the last block stops once its K/V are in the window, and None
+        comes back.
         """
         frames, height, width = x_BCFhw.shape[2], x_BCFhw.shape[3] // PATCH_SIZE, x_BCFhw.shape[4] // PATCH_SIZE
         cache.begin(start_frame, frames)
         own_tokens = self.window_attention.own_tokens
         tables = rope_tables(self.config.attention_head_dim, start_frame, frames, height, width, x_BCFhw.device)
         rope = tuple(own_tokens(table, dim=0) for table in tables)
-        time_BD, time_B6D = self._time(timestep, x_BCFhw)
+        time = timestep if isinstance(timestep, TimeModulation) else self.time_modulation(timestep)
+        kernel = resolve_backend(self.attention_backend, x_BCFhw.device, x_BCFhw.dtype)
+        text_kernel = text_backend(kernel, x_BCFhw.device, x_BCFhw.dtype)
 
         # 1. Latent cells to tokens
         x_BND = own_tokens(self.patch_embedding(x_BCFhw), dim=1)
 
         # 2. Blocks
         for i, block in enumerate(self.blocks):
-            q, k, v = block.before_attention(x_BND, time_B6D, *rope)
+            q, k, v = self._before_attention(block, x_BND, time.projection_B6D, *rope)
             if commit and i + 1 == len(self.blocks):
                 self.window_attention.store(k, v, cache, i)
                 return None
-            attended = self.window_attention(q, k, v, cache, i, self.attention_backend)
+            attended = self.window_attention(q, k, v, cache, i, kernel)
             modulation = None if camera is None else camera[i]
-            x_BND = block.after_attention(x_BND, attended, time_B6D, modulation, text_kv[i], self.attention_backend)
+            x_BND = self._after_attention(
+                block, x_BND, attended, time.projection_B6D, modulation, text_kv[i], text_kernel
+            )
 
         # 3. Tokens back to latent cells
-        tokens = self.window_attention.all_tokens(self.head(x_BND, time_BD), frames * height * width)
+        tokens = self.window_attention.all_tokens(self.head(x_BND, time.embedding_BD), frames * height * width)
         return unpatchify(tokens, frames, height, width)
-
-    def _time(self, timestep: float | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Time embedding [1, D] in the model's dtype, and its projection [1, 6, D] in float32.
-
-        By the timestep's value: features [cos(t f), sin(t f)], f_i = 10000^(-i / (freq_dim / 2)).
-        """
-        half = self.config.freq_dim // 2
-        exponent = -torch.arange(half, dtype=torch.float64, device=like.device) / half
-        angle = timestep * 10_000.0**exponent
-        features = torch.cat([angle.cos(), angle.sin()]).to(like.dtype)[None]
-        time_BD = self.time_embedding(features)
-        return time_BD, self.time_projection(time_BD).unflatten(1, (6, -1)).float()
 
 
 def patchify(x_BCFhw: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class FeatureCache:
-    """A session's own list, never the module's: sessions may interleave. diffusers reads and writes ``slots``."""
+    """A session's own list, never the module's: sessions may interleave. Entries are diffusers'."""
 
     def __init__(self, num_convolutions: int) -> None:
         self.slots: list[Tensor | str | None] = [None] * num_convolutions

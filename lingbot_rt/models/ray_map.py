@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lingbot_rt.control.camera_path import intrinsics
+from lingbot_rt.models.transfer import to_device
 from lingbot_rt.shapes import VAE_SPATIAL_STRIDE, FrameSize
 
 
@@ -20,7 +21,7 @@ def ray_map(relative_poses: npt.NDArray[np.float64], size: FrameSize, device: to
     Channel = c * 64 + dy * 8 + dx, with c over (origin xyz, direction xyz). Pixel centres are at +0.5.
     """
     fx, fy, cx, cy = intrinsics(size)
-    pose_F44 = torch.tensor(relative_poses, dtype=torch.float32, device=device)
+    pose_F44 = to_device(torch.tensor(relative_poses, dtype=torch.float32), device)
     x = (torch.arange(size.width, dtype=torch.float32, device=device) + 0.5 - cx) / fx
     y = (torch.arange(size.height, dtype=torch.float32, device=device) + 0.5 - cy) / fy
     grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")

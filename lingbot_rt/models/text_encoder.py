@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+from lingbot_rt.models.transfer import to_device
+
 _CACHED_PROMPTS = 16
 _SPACE = re.compile(r"\s+")
 _HAS_FTFY = importlib.util.find_spec("ftfy") is not None
@@ -52,9 +54,10 @@ class TextEncoder:
         if cleaned in self._cache:
             self._cache.move_to_end(cleaned)
             return self._cache[cleaned].to(device)
-        ids = torch.tensor([self.token_ids(prompt)], device=device)
-        # Padding rows would be masked for the encoder and zeroed after it: they are not computed at all.
-        rows = self._encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        ids = to_device(torch.tensor([self.token_ids(prompt)]), device)
+        # Padding rows would be masked for the encoder and zeroed after it: they are not computed at all, and a mask,
+        # which transformers would look into on the host, is not needed.
+        rows = self._encoder(input_ids=ids).last_hidden_state
         embeddings = rows.new_zeros(1, self._text_len, rows.shape[-1])
         embeddings[:, : rows.shape[1]] = rows
         self._cache[cleaned] = embeddings

@@ -5,9 +5,11 @@ Shapes: z latent channels, h x w latent cells, H x W pixels, n pixel frames (1 f
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
     AutoencoderKLWan,
     WanCausalConv3d,
@@ -20,6 +22,17 @@ from lingbot_rt.models.feature_cache import FeatureCache
 from lingbot_rt.models.i2v_condition import condition_chunks, condition_video
 
 
+def _onednn_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int], stride: Sequence[int]
+) -> Tensor:
+    return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
+
+
+# For torch.compile, to which the operation itself does not say what shape it gives.
+_compiled_onednn_conv = torch.library.custom_op("lingbot_rt::onednn_conv", _onednn_conv, mutates_args=())
+_compiled_onednn_conv.register_fake(lambda x, weight, bias, padding, stride: F.conv3d(x, weight, bias, stride, padding))
+
+
 class CausalConv3d(WanCausalConv3d):
     """diffusers' causal convolution, through oneDNN on a CPU.
 
@@ -30,9 +43,8 @@ class CausalConv3d(WanCausalConv3d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if input.device.type != "cpu" or input.dtype != torch.float32:
             return super()._conv_forward(input, weight, bias)
-        return torch.ops.aten.mkldnn_convolution(
-            input, weight, bias, self.padding, self.stride, self.dilation, self.groups
-        )
+        conv: Callable[..., Tensor] = _compiled_onednn_conv if torch.compiler.is_compiling() else _onednn_conv
+        return conv(input, weight, bias, self.padding, self.stride)
 
 
 class ChannelNorm(WanRMS_norm):
@@ -49,7 +61,30 @@ class ChannelNorm(WanRMS_norm):
         return (x * inverse).mul_(self.gamma).add_(self.bias)
 
 
+STEADY_FROM = 2
+"""Latent frames of a session after which every convolution remembers its full two frames: shapes no longer change."""
+
+Slots = list[Tensor | str | None]
+
 _FAST_ON_CPU = {WanCausalConv3d: CausalConv3d, WanRMS_norm: ChannelNorm}
+
+
+def channels_last(module: nn.Module) -> None:
+    """Weights of 3-d convolutions with their channels innermost, as an accelerator's kernels read them."""
+    for parameter in module.parameters():
+        if parameter.dim() == 5:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _kept(slot: Tensor) -> Tensor:
+    """A remembered tensor [1, C, 2, h, w] by itself and in one form, compiled code or not.
+
+    Compiled code leaves out the copy of a slice, which would then keep all of what it is a slice of; and the stride of
+    a batch of one, which says nothing, differs between the two, which would count as another shape.
+    """
+    if slot.untyped_storage().nbytes() > slot.nbytes:
+        slot = slot.clone()
+    return slot[0][None]
 
 
 class StreamingVAE:
@@ -63,6 +98,9 @@ class StreamingVAE:
         for module in vae.modules():
             # Same parameters, same arithmetic: the layers diffusers built only learn another way to compute it.
             module.__class__ = _FAST_ON_CPU.get(type(module), type(module))
+        if vae.device.type == "cuda":
+            channels_last(vae)
+        self._steady_decode = self._decode
         config: dict[str, Any] = vae.config
         self.z_dim: int = config["z_dim"]
         self._patch_size: int | None = config["patch_size"]
@@ -79,22 +117,35 @@ class StreamingVAE:
 
     def to(self, device: torch.device) -> StreamingVAE:
         nn.Module.to(self._vae, device)
+        if device.type == "cuda":
+            channels_last(self._vae)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
         return self
 
     def new_features(self) -> FeatureCache:
         return FeatureCache(self._vae._cached_conv_counts["decoder"])
 
+    def compile(self, backend: str = "inductor") -> None:
+        """From here on the steady decode runs compiled; a session's first two latent frames, whose shapes come once,
+        do not. It is compiled at a frame size's first use."""
+        self._steady_decode = torch.compile(self._decode, dynamic=False, backend=backend)
+
     def decode_latent_frame(self, latent: Tensor, features: FeatureCache) -> Tensor:
         """The next latent frame [1, z, 1, h, w] of a session -> pixels [1, 3, n, H, W] in [0, 1], float32."""
-        z = (latent.float() * self._std + self._mean).to(self.dtype)
-        pixels = self._vae.decoder(
-            self._vae.post_quant_conv(z), feat_cache=features.slots, feat_idx=[0], first_chunk=features.frames == 0
-        )
+        decode = self._decode if features.frames < STEADY_FROM else self._steady_decode
+        pixels, slots = decode(latent, features.slots, features.frames == 0)
+        features.slots = [_kept(slot) if isinstance(slot, Tensor) else slot for slot in slots]
         features.frames += 1
+        return pixels
+
+    def _decode(self, latent: Tensor, slots: Slots, is_first: bool) -> tuple[Tensor, Slots]:
+        """A function of what it is given: pixels, and what is remembered in place of ``slots``."""
+        slots = list(slots)  # diffusers writes into it
+        z = (latent.float() * self._std + self._mean).to(self.dtype)
+        pixels = self._vae.decoder(self._vae.post_quant_conv(z), feat_cache=slots, feat_idx=[0], first_chunk=is_first)
         if self._patch_size is not None:
             pixels = unpatchify(pixels, patch_size=self._patch_size)
-        return (pixels.float().clamp(-1, 1) / 2 + 0.5).clamp(0, 1)
+        return (pixels.float().clamp(-1, 1) / 2 + 0.5).clamp(0, 1), slots
 
     def encode_condition(self, image: Tensor, latent_frames: int) -> tuple[Tensor, Tensor]:
         """First frame [1, 3, H, W] in [-1, 1] -> i2v conditions [1, 4 + z, F, h, w], float32: chunk 0's, every later's.

@@ -11,21 +11,21 @@ from PIL import Image
 from lingbot_rt.bench.ceiling import Ceiling
 from lingbot_rt.bench.flops import Flops
 from lingbot_rt.bench.pipeline import Load, profile_chunk, run_chunks
-from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST, Where, draw, random_pipeline, shapes_of
+from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST, draw, random_pipeline, shapes_of
 from lingbot_rt.cli import main
+from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import CapacityError, ConfigError
 from lingbot_rt.models.dit import CausalDiT
 from lingbot_rt.models.vae import AutoencoderKLWan
 from lingbot_rt.shapes import FrameSize
 
 SMALL = FrameSize(64, 64)
-CPU = Where(device="cpu", dtype="float32")
 STAGES = ["prepare", "camera", "denoise", "context", "DiT", "VAE", "first frames", "after denoise", "total"]
 
 
 @pytest.fixture(scope="module")
 def pipeline(golden):
-    return random_pipeline(str(golden("e2e/model")), CPU)
+    return random_pipeline(ServeConfig(model_path=str(golden("e2e/model")), device="cpu"))
 
 
 def test_the_published_shapes():

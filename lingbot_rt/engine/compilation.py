@@ -1,0 +1,47 @@
+"""Whether compiled code is used, and where it is kept."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from lingbot_rt.errors import ConfigError
+
+_COMPILERS = ("cc", "gcc", "clang", "g++", "c++", "clang++")
+
+
+def resolve_compile(name: str, device: torch.device) -> bool:
+    """``auto`` is on for cuda, where what it needs is there; on a CPU it gains little and starts late.
+
+    Raises ConfigError for ``true`` without what it needs.
+    """
+    if name == "false" or (name == "auto" and device.type != "cuda"):
+        return False
+    lacks = _lacks(device)
+    if lacks and name == "true":
+        raise ConfigError(f"--compile true needs {lacks}, which is not here: install it or use --compile false")
+    return not lacks
+
+
+def _lacks(device: torch.device) -> str:
+    """What is missing for torch.compile, or nothing."""
+    if not any(map(shutil.which, (*filter(None, (os.environ.get("CC"), os.environ.get("CXX"))), *_COMPILERS))):
+        return "a C++ compiler"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    return ""
+
+
+def keep_compiled_code(folder: str | None) -> None:
+    """Later compilations are looked up in ``folder`` and kept there. Raises ConfigError when it cannot be written."""
+    if folder is None:
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--compile-cache {folder}: {error.strerror}", field="compile_cache") from None
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder).resolve())
