@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from lingbot_rt.control.camera_path import CameraPath
 from lingbot_rt.engine.chunk_plan import ChunkPlan, ChunkResult, FrameGroup, SessionPlan
 from lingbot_rt.engine.chunk_runner import run_chunk
-from lingbot_rt.engine.memory import GB, feature_bytes_per_pixel, require_room
+from lingbot_rt.engine.memory import GB, require_room
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.errors import ConfigError
@@ -149,7 +149,7 @@ def run_chunks(pipeline: Pipeline, load: Load, done: Callable[[], object]) -> Ru
     Raises ConfigError for a load that cannot be, CapacityError when its session would not fit.
     """
     plan = load.session_plan(pipeline)
-    planned = require_room(pipeline, plan, feature_bytes_per_pixel(pipeline))
+    planned = require_room(pipeline, plan)
     warm, measured = load.warm_chunks(plan), load.measured_chunks()
     session_length = OPENING_CHUNKS if load.opening else warm + measured
     chunks = _chunks(pipeline, plan, session_length)

@@ -14,12 +14,13 @@ import torch
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.chunk_plan import ChunkPlan, ChunkResult, EngineStatus, FrameGroup, ModelCard, SessionPlan
 from lingbot_rt.engine.chunk_runner import run_chunk
-from lingbot_rt.engine.memory import describe_share, feature_bytes_per_pixel, require_room
+from lingbot_rt.engine.memory import describe_share, require_room
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import warm_up
 from lingbot_rt.errors import EngineFailed, LingbotError
 from lingbot_rt.parallel.leader import Close, lead
+from lingbot_rt.shapes import FrameSize
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,8 @@ class Engine:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._status = EngineStatus()
         self._pipeline: Pipeline | None = None
-        self._features_per_pixel = 0.0
         self._sessions: dict[str, SessionState] = {}
+        self._compiled: set[tuple[FrameSize, int]] = set()  # shapes that compiled code is there for
         self._leader = lead(config, self._lose)
         self._loss: asyncio.Future[str] | None = None  # which rank was lost and why; None with one rank
 
@@ -85,7 +86,8 @@ class Engine:
             if not self._loaded.postprocess.loaded(plan.postprocess):
                 log.info("first use of upscaling or interpolation: loading its networks")
             # Before the other ranks are told: what does not load or fit is this client's mistake alone.
-            require_room(self._loaded, plan, self._features_per_pixel)
+            require_room(self._loaded, plan)
+            self._tell_of_compilation(plan)
             with self._leader.command(plan):
                 self._sessions[plan.session_id] = SessionState(self._loaded, plan)
 
@@ -136,7 +138,6 @@ class Engine:
             pipeline = load_pipeline(self._config, self._report, self._leader.ranks)
             if pipeline.ranks.world > 1:
                 log.info("%s", describe_share(pipeline))
-            self._features_per_pixel = feature_bytes_per_pixel(pipeline)
             self._pipeline = pipeline
             if self._config.warmup:
                 self._report(EngineStatus("warming up", 0.0))
@@ -145,7 +146,14 @@ class Engine:
                     lambda done: self._report(EngineStatus("warming up", done)),
                     postprocess=self._config.enable_upscaling_warmup,
                 )
+                self._compiled.add((pipeline.card.default_size, pipeline.card.latent_frames))
         self._report(EngineStatus("ready"))
+
+    def _tell_of_compilation(self, plan: SessionPlan) -> None:
+        shape = (plan.size, plan.latent_frames)
+        if self.card.compiled and shape not in self._compiled:
+            log.info("first session of %s, %d latent frames a chunk: its first chunks are slow, they compile", *shape)
+            self._compiled.add(shape)
 
     def _report(self, status: EngineStatus) -> None:
         self._leader.ranks.tick()

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from lingbot_rt.engine.chunk_plan import SessionPlan
+from lingbot_rt.engine.dry_run import transients
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.errors import CapacityError
-from lingbot_rt.models.dit import DiTConfig
+from lingbot_rt.models.dit import RAY_CHANNELS, DiTConfig
 from lingbot_rt.shapes import FrameSize
 
 GB = 1e9
-_PROBE_SIZE = FrameSize(64, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +22,21 @@ class MemoryPlan:
     """Bytes of one session, the weights (already there) left out."""
 
     window_bytes: int  # K/V of the whole window, twice with guidance
-    features_bytes: int  # the VAE decoder's feature cache
-    activations_bytes: int  # the largest of a forward and a decode, and what lives through a chunk
+    text_bytes: int  # embeddings and K/V of the prompts
+    condition_bytes: int  # the picture's latents
+    opening_bytes: int  # beside these while the session opens
+    chunk_bytes: int  # beside these inside a chunk: camera modulation, the VAE's features, activations
     postprocess_bytes: int  # of upscaling and interpolation, which run beside the forward
 
     @property
+    def beside_window_bytes(self) -> int:
+        return (
+            self.text_bytes + self.condition_bytes + max(self.opening_bytes, self.chunk_bytes) + self.postprocess_bytes
+        )
+
+    @property
     def total_bytes(self) -> int:
-        return self.window_bytes + self.features_bytes + self.activations_bytes + self.postprocess_bytes
+        return self.window_bytes + self.beside_window_bytes
 
 
 def window_bytes(config: DiTConfig, size: FrameSize, window_frames: int, dtype: torch.dtype) -> int:
@@ -37,50 +45,39 @@ def window_bytes(config: DiTConfig, size: FrameSize, window_frames: int, dtype: 
     return 2 * config.num_layers * width * dtype.itemsize * window_frames * size.tokens_per_frame
 
 
-@torch.inference_mode()
-def feature_bytes_per_pixel(pipeline: Pipeline) -> float:
-    """Bytes of the VAE's feature cache a pixel of the picture, read off a small decode (they are proportional)."""
-    features = pipeline.vae.new_features()
-    shape = (1, pipeline.vae.z_dim, 1, _PROBE_SIZE.latent_height, _PROBE_SIZE.latent_width)
-    with pipeline.vae_placement.at_work():
-        # After three latent frames every convolution keeps its full two frames.
-        for _ in range(3):
-            pipeline.vae.decode_latent_frame(torch.zeros(shape, device=pipeline.device), features)
-    return features.nbytes / _PROBE_SIZE.pixels
-
-
-def plan_memory(pipeline: Pipeline, plan: SessionPlan, features_per_pixel: float) -> MemoryPlan:
+def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
     """Of rank 0, which decodes; the other ranks take as much less. Loads the upscaling and interpolation networks that
     ``plan`` asks for; raises InvalidInit when they do not load.
     """
-    config = pipeline.dit.config
+    config, itemsize = pipeline.dit.config, pipeline.dtype.itemsize
     branches = 2 if plan.guidance_scale > 1 else 1
     world = pipeline.ranks.world
     tokens = -(-plan.latent_frames * plan.size.tokens_per_frame // world)
-    width = config.num_attention_heads * config.attention_head_dim
-    camera = 2 * config.num_layers * tokens * width * pipeline.dtype.itemsize
-    forward = tokens * (2 * config.ffn_dim + 8 * width) * 4
-    features = int(features_per_pixel * plan.size.pixels)
+    camera = 2 * config.num_layers * tokens * config.dim * itemsize
+    cells = plan.latent_frames * plan.size.latent_height * plan.size.latent_width
+    prompt = config.text_len * (2 * config.num_layers * config.dim + config.text_dim) * itemsize
+    taken = transients(config, pipeline.vae, plan.size, plan.latent_frames, pipeline.dtype, pipeline.card.quantization)
+    forward, decode = taken.forward // world, taken.decode
+    # On an accelerator frames are decoded beside the context pass.
+    activations = max(taken.features + forward, decode) if pipeline.device.type == "cpu" else forward + decode
     return MemoryPlan(
         window_bytes=branches * window_bytes(config, plan.size, plan.window_frames, pipeline.dtype) // world,
-        features_bytes=features,
-        # A decode's largest activations are of the order of the features it leaves behind.
-        activations_bytes=camera + forward + features,
+        text_bytes=branches * prompt,
+        condition_bytes=2 * cells * (config.in_channels - config.out_channels) * torch.float32.itemsize,
+        opening_bytes=taken.encode,
+        chunk_bytes=camera + cells * RAY_CHANNELS * torch.float32.itemsize + activations,
         postprocess_bytes=pipeline.open_postprocessor(plan).memory_bytes(),
     )
 
 
-def require_room(pipeline: Pipeline, plan: SessionPlan, features_per_pixel: float) -> MemoryPlan:
+def require_room(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
     """Raises CapacityError with the numbers, and the window that would fit, when the session is too large."""
-    needed = plan_memory(pipeline, plan, features_per_pixel)
-    free = free_bytes(pipeline.device)
-    if pipeline.device.type == "cpu":
-        # Every rank takes its share of the same memory.
-        free //= pipeline.ranks.world
+    needed = plan_memory(pipeline, plan)
+    free = _own_free_bytes(pipeline)
     if needed.total_bytes <= free:
         return needed
     per_frame = needed.window_bytes // plan.window_frames
-    fitting = (free - needed.total_bytes + needed.window_bytes) // per_frame
+    fitting = (free - needed.beside_window_bytes) // per_frame
     smallest = plan.sink_frames + plan.latent_frames
     fix = f"use window <= {fitting}" if fitting >= smallest else "use a smaller size"
     if needed.postprocess_bytes:
@@ -92,16 +89,32 @@ def require_room(pipeline: Pipeline, plan: SessionPlan, features_per_pixel: floa
     )
 
 
+def fits(pipeline: Pipeline, plan: SessionPlan) -> bool:
+    return plan_memory(pipeline, plan).total_bytes <= _own_free_bytes(pipeline)
+
+
+def _own_free_bytes(pipeline: Pipeline) -> int:
+    """On a CPU every rank takes its share of the same memory."""
+    free = free_bytes(pipeline.device)
+    return free // pipeline.ranks.world if pipeline.device.type == "cpu" else free
+
+
 def describe_share(pipeline: Pipeline) -> str:
     """One line for the log: where this rank runs, and what its weights and a default session's window take there."""
     card, ranks = pipeline.card, pipeline.ranks
-    weights = sum(parameter.nbytes for parameter in pipeline.dit.parameters())
+    weights = weight_bytes(pipeline.dit)
     window = window_bytes(pipeline.dit.config, card.default_size, card.window_frames, pipeline.dtype) // ranks.world
     free = free_bytes(pipeline.device)
     return (
         f"rank {ranks.rank} of {ranks.world} on {pipeline.device}: DiT {weights / GB:.2f} GB, "
         f"window {card.window_frames} at {card.default_size} {window / GB:.2f} GB, {free / GB:.2f} GB free"
     )
+
+
+def weight_bytes(module: torch.nn.Module) -> int:
+    """Of parameters and buffers, what is shared counted once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in module.state_dict().values()}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,25 +1,67 @@
-"""Every shape of a default session is run once before /health says ready."""
+"""Every shape that a session of the default size can meet is run once before /health says ready."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from lingbot_rt.engine.chunk_plan import ChunkPlan, SessionPlan
 from lingbot_rt.engine.chunk_runner import run_chunk
+from lingbot_rt.engine.memory import fits
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.postprocess.plan import PostprocessPlan
 
+log = logging.getLogger(__name__)
+
+_GUIDED_CHUNKS = 2
+
 
 def warm_up(pipeline: Pipeline, report: Callable[[float], None], *, postprocess: bool = False) -> None:
-    """Runs a default session until its window has slid once, with a prompt change; ``report`` gets the share done.
+    """A default session until its window has slid once, then a new prompt, then a chunk without camera; a guided one of
+    two chunks. ``report`` gets the share done.
 
-    ``postprocess`` adds the upscaling and interpolation networks at their usual factors.
+    On a device too small for the model's own window the largest that fits is taken. ``postprocess`` adds the upscaling
+    and interpolation networks at their usual factors.
     """
+    plan = _fitting(pipeline, default_plan(pipeline))
+    if plan is None:
+        log.warning("a session of %s does not fit here: nothing is warmed up", pipeline.card.default_size)
+        return
+    guided = replace(plan, guidance_scale=2.0, window_frames=plan.sink_frames + plan.latent_frames)
+    guided_chunks = _GUIDED_CHUNKS if pipeline.ranks.agree(fits(pipeline, guided)) else 0
+    sliding = -(-plan.window_frames // plan.latent_frames) + 1
+    total, done = sliding + 1 + guided_chunks, 0
+    still = np.broadcast_to(np.eye(4), (plan.latent_frames, 4, 4))
+
+    def run(session: SessionState, index: int, prompt: str, camera: bool = True) -> None:
+        nonlocal done
+        chunk = ChunkPlan(session.plan.session_id, index, prompt, still if camera else None, None)
+        run_chunk(pipeline, session, chunk, lambda group: None)
+        done += 1
+        report(done / total)
+
+    session = SessionState(pipeline, plan)
+    for index in range(sliding):
+        run(session, index, plan.prompt)
+    run(session, sliding, "a quiet street at night", camera=False)
+    del session  # before another window is allocated
+    if guided_chunks:
+        session = SessionState(pipeline, guided)
+        for index in range(guided_chunks):
+            run(session, index, plan.prompt)
+    if postprocess:
+        usual = PostprocessPlan(upscaling_scale=4, interpolation_exp=1)
+        pipeline.postprocess.warm_up(usual, plan.size)
+
+
+def default_plan(pipeline: Pipeline) -> SessionPlan:
+    """What an init that says nothing asks for, over a grey picture."""
     card = pipeline.card
-    plan = SessionPlan(
+    return SessionPlan(
         session_id="warm-up",
         prompt="a quiet street",
         first_frame=np.full((card.default_size.height, card.default_size.width, 3), 127, np.uint8),
@@ -32,13 +74,12 @@ def warm_up(pipeline: Pipeline, report: Callable[[float], None], *, postprocess:
         sink_frames=card.sink_frames,
         window_frames=card.window_frames,
     )
-    session = SessionState(pipeline, plan)
-    chunks = -(-plan.window_frames // plan.latent_frames) + 1
-    still = np.broadcast_to(np.eye(4), (plan.latent_frames, 4, 4))
-    for index in range(chunks):
-        prompt = plan.prompt if index < chunks - 1 else "a quiet street at night"
-        run_chunk(pipeline, session, ChunkPlan(plan.session_id, index, prompt, still, None), lambda group: None)
-        report((index + 1) / chunks)
-    if postprocess:
-        usual = PostprocessPlan(upscaling_scale=4, interpolation_exp=1)
-        pipeline.postprocess.warm_up(usual, card.default_size)
+
+
+def _fitting(pipeline: Pipeline, plan: SessionPlan) -> SessionPlan | None:
+    """The plan with the largest window that fits; rank 0, which has the least room, decides for all."""
+    for window in range(plan.window_frames, plan.sink_frames + plan.latent_frames - 1, -plan.latent_frames):
+        smaller = replace(plan, window_frames=window)
+        if pipeline.ranks.agree(fits(pipeline, smaller)):
+            return smaller
+    return None

@@ -21,7 +21,10 @@ _CAPABILITY = (8, 9)
 
 
 class Float8Linear(nn.Module):
-    """A Linear's place: y = x W^T + b with both factors rounded to fp8, sums in float32, y in the dtype of x."""
+    """In a Linear's place: y = x W^T + b with both factors rounded to fp8, sums in float32, y in the dtype of x."""
+
+    weight: Tensor
+    scale_1N: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
         """Raises ConfigError when the features are not multiples of 16."""
@@ -39,7 +42,7 @@ class Float8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows_MK, scale_M1 = quantize_rows(x.flatten(0, -2))
-        product = scaled_mm if x.is_cuda else plain_scaled_mm
+        product = plain_scaled_mm if x.device.type == "cpu" else scaled_mm
         y_MN = product(rows_MK, self.weight, scale_M1, self.scale_1N, x.dtype)
         # Apart from the kernel: compiled, the addition joins what follows.
         return (y_MN + self.bias).unflatten(0, x.shape[:-1])

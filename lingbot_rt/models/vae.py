@@ -122,6 +122,11 @@ class StreamingVAE:
         self._mean, self._std = self._mean.to(device), self._std.to(device)
         return self
 
+    def on_meta(self) -> StreamingVAE:
+        """The same network on the meta device: no weights, no arithmetic, every shape."""
+        with torch.device("meta"):
+            return StreamingVAE(nn.Module.to(AutoencoderKLWan.from_config(self._vae.config), self.dtype))
+
     def new_features(self) -> FeatureCache:
         return FeatureCache(self._vae._cached_conv_counts["decoder"])
 

@@ -67,6 +67,10 @@ def _of_card(card: ModelCard, max_pixels: int) -> dict[str, Any]:
     return {
         "device": card.device,
         "dtype": card.dtype,
+        "vae_dtype": card.vae_dtype,
+        "quantization": card.quantization,
+        "attention_backend": card.attention_backend,
+        "compiled": card.compiled,
         "num_ranks": card.num_ranks,
         "default_size": str(card.default_size),
         "sizes": sizes,

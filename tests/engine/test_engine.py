@@ -14,7 +14,6 @@ import torch
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine import engine as engine_module
 from lingbot_rt.engine.chunk_plan import ChunkPlan
-from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.engine import Engine
 from lingbot_rt.engine.memory import plan_memory, window_bytes
 from lingbot_rt.engine.pipeline import resolve_device
@@ -135,7 +134,7 @@ async def test_a_broken_chunk_is_named_and_the_engine_lives(engine, session_plan
 async def test_a_session_that_cannot_fit_is_refused_with_numbers(engine, session_plan, monkeypatch):
     """Too little memory names what is needed, what is free and a window that fits, before anything is allocated."""
     plan = session_plan({})
-    needed = plan_memory(engine._pipeline, plan, engine._features_per_pixel)
+    needed = plan_memory(engine._pipeline, plan)
     monkeypatch.setattr("lingbot_rt.engine.memory.available_host_bytes", lambda: needed.total_bytes - 1)
     with pytest.raises(CapacityError, match=r"window 9 at 64x64 needs .* GB, .* GB is free: use window <= 8"):
         await engine.open(plan)
@@ -148,7 +147,7 @@ async def test_upscaling_and_interpolation_count_in_what_a_session_needs(engine,
     """What fits alone may not fit with larger frames; the refusal says what they take."""
     both = PostprocessPlan(upscaling_scale=4, interpolation_exp=1)
     alone, larger = session_plan({}), session_plan({}, postprocess=both)
-    needed = [plan_memory(engine._pipeline, plan, engine._features_per_pixel) for plan in (alone, larger)]
+    needed = [plan_memory(engine._pipeline, plan) for plan in (alone, larger)]
     processor = engine._pipeline.open_postprocessor(larger)
     assert needed[1].total_bytes - needed[0].total_bytes == processor.memory_bytes() > 0
     monkeypatch.setattr("lingbot_rt.engine.memory.available_host_bytes", lambda: needed[0].total_bytes)
@@ -183,17 +182,6 @@ async def test_a_network_that_is_missing_is_named_with_the_command(engine, sessi
         await engine.open(session_plan({}, postprocess=broken))
     assert refused.value.field == "frame_interpolation_model_path"
     await engine.open(session_plan({}))
-
-
-def test_planned_bytes_are_the_bytes_taken(pipeline, session_plan):
-    """Window and features of the plan equal what a session holds after its window is full."""
-    plan = session_plan({})
-    planned = plan_memory(pipeline, plan, engine_module.feature_bytes_per_pixel(pipeline))
-    session = SessionState(pipeline, plan)
-    for index in range(3):
-        run_chunk(pipeline, session, chunk(plan, index), lambda group: None)
-    assert planned.window_bytes == session.cache.nbytes
-    assert planned.features_bytes == session.features.nbytes
 
 
 def test_window_bytes_of_the_14b():
