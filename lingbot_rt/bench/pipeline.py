@@ -127,6 +127,10 @@ class Walk:
         self._camera = CameraPath()
         self._next = 0
 
+    def jump(self, chunk_index: int) -> None:
+        """The next chunk is this one, as if all before it had been run; the window keeps what is in it."""
+        self._next = chunk_index
+
     def step(self) -> TimedChunk:
         keys = _KEYS[self._next % len(_KEYS)]
         poses = self._camera.extend((keys,) * self._plan.latent_frames)

@@ -70,13 +70,21 @@ def random_pipeline(config: ServeConfig) -> Pipeline:
     generator = torch.Generator(device).manual_seed(_SEED)
     with torch.device("meta"):
         empty_dit = CausalDiT(shapes.dit)
-        empty_vae = AutoencoderKLWan.from_config(shapes.vae)
     networks = Networks(
         dit=draw(empty_dit, dtype, device, generator),
-        vae=StreamingVAE(draw(empty_vae, DTYPES[config.vae_dtype], device, generator)),
+        vae=random_vae(config),
         text_encoder=RandomText(shapes.dit, device, generator),
     )
     return assemble(config, networks, shapes.schedule, shapes.default_size)
+
+
+def random_vae(config: ServeConfig) -> StreamingVAE:
+    """The VAE of ``config``'s model alone. Raises as ``random_pipeline`` does."""
+    device = resolve_device(config.device)
+    with torch.device("meta"):
+        empty = AutoencoderKLWan.from_config(shapes_of(config.model_path).vae)
+    generator = torch.Generator(device).manual_seed(_SEED)
+    return StreamingVAE(draw(empty, DTYPES[config.vae_dtype], device, generator))
 
 
 def draw(module: Any, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Any:

@@ -33,6 +33,9 @@ DEVICE_OPTIONS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     _add_pipeline(kinds.add_parser("pipeline", help="steady chunks on the device: DiT, VAE, frames/s, TFLOP/s"))
+    _add_targets(
+        kinds.add_parser("targets", help="every figure aimed for on one accelerator, in one go, beside its bar")
+    )
     _add_transport(kinds.add_parser("transport", help="what each way of sending frames costs, beside plain Pillow"))
     _add_serve(
         kinds.add_parser("serve", help="a running server as a player meets it: rate, latency, jitter, underruns")
@@ -40,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"pipeline": _pipeline, "transport": _transport, "serve": _serve}[args.kind](args)
+    return {"pipeline": _pipeline, "targets": _targets, "transport": _transport, "serve": _serve}[args.kind](args)
 
 
 def _add_pipeline(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +86,22 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", metavar="FILE.json", help="a Chrome trace of one chunk, made after the measurement"
     )
+
+
+def _add_targets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="lingbot-world-fast",
+        help="whose shapes: lingbot-world-fast (the 14B), builtin, a diffusers folder, or a hub id "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--size", metavar="WxH", help="of the frames (default: the model's)")
+    parser.add_argument("--window", type=_count, metavar="N", help="latent frames attended to (14B: 18)")
+    parser.add_argument("--sink", type=_count_from_zero, metavar="N", help="of those, kept from the start (14B: 9)")
+    parser.add_argument("--chunks", type=_count, default=10, metavar="N", help="a case (default: %(default)s)")
+    parser.add_argument("--far", type=_count, default=2000, metavar="N", help="the far chunk (default: %(default)s)")
+    add_options_named(parser, [name for name in DEVICE_OPTIONS if name not in ("quantization", "vae_dtype")])
+    _add_json(parser)
 
 
 def _add_transport(parser: argparse.ArgumentParser) -> None:
@@ -166,6 +185,32 @@ def _pipeline(args: argparse.Namespace) -> int:
     if args.profile:
         profile_chunk(pipeline, load, args.profile)
     return 0
+
+
+def _targets(args: argparse.Namespace) -> int:
+    from lingbot_rt.bench.figures import write_json
+    from lingbot_rt.bench.pipeline import Load
+    from lingbot_rt.bench.targets import TargetsReport, as_text, measure_targets
+    from lingbot_rt.config import ServeConfig
+
+    load = Load(
+        size=parse_size(args.size) if args.size else None,
+        sink_frames=args.sink,
+        window_frames=args.window,
+        chunks=args.chunks,
+    )
+    reports: list[TargetsReport] = []
+
+    def told(report: TargetsReport) -> None:
+        # Written each time: what is measured is kept, whatever the next case does to the process.
+        write_json(args.json, report)
+        print(f"{report.rows[-1].case}: done after {report.minutes:.1f} minutes", file=sys.stderr, flush=True)
+        reports[:] = [report]
+
+    config = ServeConfig(model_path=args.model, **given_options(args))
+    measure_targets(config, load, args.far, told)
+    print(as_text(reports[0]))
+    return 1 if any(row.error for row in reports[0].rows) else 0
 
 
 def _transport(args: argparse.Namespace) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,16 @@ def golden_config(golden) -> ServeConfig:
 @pytest.fixture(scope="session")
 def pipeline(golden_config) -> Pipeline:
     return load_pipeline(golden_config, lambda status: None)
+
+
+@pytest.fixture(scope="session")
+def small_config(golden_config, tmp_path_factory) -> ServeConfig:
+    """The golden checkpoint with a default size that warm-up is soon done with."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    shutil.copytree(golden_config.model_path, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"default_size": "64x64"}))
+    return dataclasses.replace(golden_config, model_path=str(folder))
 
 
 @pytest.fixture(scope="session")

@@ -54,10 +54,10 @@ async def test_a_session_runs_and_leaves(engine, session_plan):
         await engine.run(chunk(plan, 1), groups.append)
 
 
-async def test_warm_up_reports_and_ends_ready(golden_config):
+async def test_warm_up_reports_and_ends_ready(small_config):
     """Starting with warm-up passes through loading and warming up, with progress, to ready."""
     seen = []
-    engine = Engine(dataclasses.replace(golden_config, warmup=True))
+    engine = Engine(dataclasses.replace(small_config, warmup=True))
     report = engine._report
     engine._report = lambda status: (seen.append(status), report(status))
     await engine.start()

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 
 from lingbot_rt.errors import ConfigError
-from lingbot_rt.models.attention import BACKENDS, WindowAttention, attend, available_backends, require_backend
+from lingbot_rt.models.attention import (
+    BACKENDS,
+    WindowAttention,
+    attend,
+    available_backends,
+    require_backend,
+    resolve_backend,
+    text_backend,
+)
 from lingbot_rt.models.kv_cache import KVCache
 
 from .conftest import CPU, Rollout, new_cache
@@ -19,6 +30,42 @@ def test_backends_agree(backend):
     weights = torch.einsum("bnhd,bmhd->bhnm", q, k).div(8**0.5).softmax(-1)
     expected = torch.einsum("bhnm,bmhd->bnhd", weights, v)
     assert (attend(q, k, v, backend) - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("with_sums", [False, True])
+@pytest.mark.parametrize("backend", ["flash-attn2", "flash-attn3", "flash-attn4"])
+def test_flash_attention_packages(monkeypatch, backend, with_sums):
+    """A package's function gets B N H D as it is, and its output is taken with or without the softmax's sums."""
+    module = types.ModuleType("package")
+
+    def flash_attn_func(q, k, v):
+        out = attend(q, k, v, "math")
+        return (out, None) if with_sums else out
+
+    module.flash_attn_func = flash_attn_func
+    q, k, v = torch.randn(3, 1, 6, 2, 8).unbind(0)
+    assert available_backends(CPU)[backend] != "ok"
+    for part in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, part, module)
+    assert torch.equal(attend(q, k, v, backend), attend(q, k, v, "math"))
+    assert available_backends(CPU)[backend] == "ok"
+
+
+def test_the_kernel_is_resolved_once(monkeypatch):
+    """auto is cuDNN in half precision on Hopper and torch's choice elsewhere; the text never takes a package."""
+    device = torch.device("cuda", 0)
+    resolve_backend.cache_clear()
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    assert resolve_backend("auto", device, torch.bfloat16) == "cudnn"
+    assert resolve_backend("auto", device, torch.float32) == "sdpa"
+    assert text_backend("flash-attn3", device, torch.bfloat16) == "cudnn"
+    assert text_backend("math", device, torch.bfloat16) == "math"
+    resolve_backend.cache_clear()
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 9))
+    assert resolve_backend("auto", device, torch.bfloat16) == "sdpa"
+    resolve_backend.cache_clear()
+    assert resolve_backend("auto", CPU, torch.bfloat16) == "sdpa"
+    assert resolve_backend("flash", CPU, torch.float32) == "flash"
 
 
 def test_what_runs_here_is_known():

@@ -1,0 +1,68 @@
+"""``bench targets`` at tiny size on a CPU: every case, every figure, and what a failing case leaves behind."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lingbot_rt.bench import targets
+from lingbot_rt.bench.figures import Spread
+from lingbot_rt.bench.targets import BARS, Row, TargetsReport, as_text
+from lingbot_rt.cli import main
+
+
+@pytest.fixture
+def line(golden) -> str:
+    return f"bench targets --model {golden('e2e/model')} --device cpu --size 64x64 --window 12 --sink 3 --chunks 2"
+
+
+CASES = [
+    "float32 not compiled",
+    "chunks 0 to 3",
+    "chunk 2000 beside chunk 6",
+    "fp8 not compiled",
+    "VAE alone, float32 not compiled",
+    "VAE alone, bfloat16 not compiled",
+]
+
+
+def test_one_command(line, tmp_path, capsys):
+    """All cases run, in order, and the table and the file have their figures."""
+    assert main([*line.split(), "--json", str(tmp_path / "targets.json")]) == 0
+    told = json.loads((tmp_path / "targets.json").read_text())
+    assert list(dict.fromkeys(row["case"] for row in told["rows"])) == CASES
+    assert {row["figure"] for row in told["rows"] if row["case"] == "fp8 not compiled"} == {
+        "DiT",
+        "VAE",
+        "after denoise",
+        "total",
+    }
+    assert all(row["value"]["p50"] > 0 and not row["error"] for row in told["rows"])
+    assert all(row["reach"] is None for row in told["rows"])  # bars are the 14B's
+    printed = capsys.readouterr().out
+    assert all(case in printed for case in CASES)
+    assert "far / near" in printed
+
+
+def test_a_case_that_fails_is_told_and_the_next_one_runs(line, tmp_path, capsys, monkeypatch):
+    """The error stands in the failing case's row, the others have their figures, and the exit code says so."""
+
+    def broken(*args):
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setattr(targets, "_far", broken)
+    assert main([*line.split(), "--json", str(tmp_path / "targets.json")]) == 1
+    rows = json.loads((tmp_path / "targets.json").read_text())["rows"]
+    assert {row["case"]: row["error"] for row in rows if row["error"]} == {CASES[2]: "RuntimeError: no kernel"}
+    assert [row["case"] for row in rows][-1] == CASES[-1]
+    assert "RuntimeError: no kernel" in capsys.readouterr().out
+
+
+def test_bars():
+    """A figure at or below the aim, the bar, or above both is told so."""
+    spread = [Spread(ms, ms, ms, ms, 1) for ms in (1700.0, 1900.0, 2100.0)]
+    reach, aim = BARS["bfloat16 compiled", "DiT"]
+    rows = [Row("bfloat16 compiled", "DiT", value, reach, aim) for value in spread]
+    text = as_text(TargetsReport("m", "d", "t", "832x480", 9, 18, 4, 10, rows)).splitlines()
+    assert [text[-3 + i].split()[-1] for i in range(3)] == ["aim", "reached", "missed"]

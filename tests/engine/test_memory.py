@@ -1,0 +1,85 @@
+"""What a session takes, as planned and as counted while it runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lingbot_rt.engine.chunk_plan import ChunkPlan
+from lingbot_rt.engine.chunk_runner import run_chunk
+from lingbot_rt.engine.dry_run import LiveBytes, transients
+from lingbot_rt.engine.memory import plan_memory, weight_bytes
+from lingbot_rt.engine.session_state import SessionState
+from lingbot_rt.models.dit import DiTConfig
+from lingbot_rt.models.quantize import quantize_linears
+from lingbot_rt.postprocess.plan import PostprocessPlan
+from lingbot_rt.shapes import FrameSize
+
+from .test_placement import tiny_dit
+
+SIZE = FrameSize(160, 96)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"guidance_scale": 2.0}, {"latent_frames": 5, "window_frames": 13}, {"window_frames": 60}],
+    ids=["plain", "guided", "long chunks", "large window"],
+)
+def test_the_plan_is_what_a_session_takes(pipeline, session_plan, changes):
+    """The most bytes of tensors alive while a session opens and runs are within 5 % of the plan's."""
+    picture = np.zeros((SIZE.height, SIZE.width, 3), np.uint8)
+    plan = session_plan({}, size=SIZE, first_frame=picture, prompt=f"a street, {changes}", **changes)
+    planned = plan_memory(pipeline, plan)
+    still = np.broadcast_to(np.eye(4), (plan.latent_frames, 4, 4))
+    with torch.inference_mode(), LiveBytes() as live:
+        session = SessionState(pipeline, plan)
+        for index in range(4):
+            chunk = ChunkPlan(plan.session_id, index, plan.prompt, still, None)
+            run_chunk(pipeline, session, chunk, lambda group: None)
+    caches = [session.cache] + ([session.negative.cache] if session.negative else [])
+    assert planned.window_bytes == sum(cache.nbytes for cache in caches)
+    assert session.features.nbytes <= planned.chunk_bytes
+    assert planned.total_bytes == pytest.approx(live.peak, rel=0.05)
+
+
+def test_upscaling_counts(pipeline, session_plan):
+    """Upscaling takes what its stage says, and the plan grows."""
+    plain, upscaled = session_plan({}), session_plan({}, postprocess=PostprocessPlan(upscaling_scale=4))
+    stage = pipeline.open_postprocessor(upscaled).memory_bytes()
+    assert plan_memory(pipeline, upscaled).chunk_bytes >= stage
+    assert plan_memory(pipeline, upscaled).total_bytes > plan_memory(pipeline, plain).total_bytes
+
+
+def test_live_bytes_come_and_go():
+    """Views and results written in place count once, and what is dropped is gone."""
+    with LiveBytes() as live:
+        x = torch.zeros(1000)
+        y = x[10:].view(-1, 10)
+        y.add_(1)
+        z = x + 1
+        assert (live.now, live.peak) == (8000, 8000)
+        del z
+        assert (live.now, live.peak) == (4000, 8000)
+        del x
+        assert live.now == 4000
+        del y
+        assert live.now == 0
+
+
+def test_the_14b_at_its_size(pipeline):
+    """Counted without allocating it: a forward of the 14B at 832x480 takes 0.8 GB beside weights and window."""
+    taken = transients(DiTConfig(), pipeline.vae, FrameSize(832, 480), 3, torch.bfloat16, "none")
+    assert 0.7e9 < taken.forward < 0.9e9
+    fp8 = transients(DiTConfig(), pipeline.vae, FrameSize(832, 480), 3, torch.bfloat16, "fp8")
+    assert taken.forward < fp8.forward < 2e9
+
+
+def test_fp8_weights_take_a_byte_each():
+    """Quantized blocks take a quarter of float32 ones, and a little for scales and biases."""
+    dit = tiny_dit(4)
+    before = sum(weight_bytes(block) for block in dit.blocks)
+    for block in dit.blocks:
+        quantize_linears(block)
+    after = sum(weight_bytes(block) for block in dit.blocks)
+    assert 0.25 * before < after < 0.4 * before
