@@ -31,9 +31,6 @@ _OPTIONAL = {
 }
 _LARGE_MODEL = "LingBot-World-Fast 14B"
 _LARGE_SIZE = FrameSize(832, 480)
-_LARGE_BESIDE_BYTES = 12.7e9
-"""Of the 14B at 832x480, beside weights and window: the VAE's features in float32, and what a forward keeps at once."""
-
 _SHOWN = 90
 
 
@@ -88,15 +85,26 @@ def _devices() -> Iterator[str]:
 
 
 def _kernels() -> Iterator[str]:
-    from lingbot_rt.models.attention import available_backends
+    import torch
+
+    from lingbot_rt.errors import ConfigError
+    from lingbot_rt.models.attention import available_backends, resolve_backend
+    from lingbot_rt.models.quantize import require_fp8
 
     for device in _torch_devices()[:1]:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         with warnings.catch_warnings():
             # torch explains in warnings why a kernel refuses; the table says it once.
             warnings.simplefilter("ignore")
             states = available_backends(device)
         for name, state in states.items():
-            yield f"{device.type}: {name:<6} {state}"
+            yield f"{device.type}: {name:<11} {state}"
+        yield f"{device.type}: auto is {resolve_backend('auto', device, dtype)}"
+        try:
+            require_fp8(device, dtype)
+            yield f"{device.type}: fp8 linears {'emulated' if device.type == 'cpu' else 'ok'}"
+        except ConfigError as error:
+            yield str(error)
 
 
 def _fits(model_path: str) -> Iterator[str]:
@@ -119,11 +127,26 @@ def _fits(model_path: str) -> Iterator[str]:
     large = DiTConfig()
     weights = _dit_bytes(large, torch.bfloat16)
     per_frame = window_bytes(large, _LARGE_SIZE, 1, torch.bfloat16)
-    frames = int((free - weights - _LARGE_BESIDE_BYTES) // per_frame)
+    frames = (free - weights - _beside_bytes(large)) // per_frame
     smallest = large.sink_frames + large.latent_frames
     verdict = f"window up to {min(frames, large.window_frames)}" if frames >= smallest else "does not fit"
     yield f"{_LARGE_MODEL} at {_LARGE_SIZE}: weights {weights / GB:.1f} GB, {per_frame / GB:.2f} GB a latent frame"
     yield f"  on one device here, text encoder on the CPU: {verdict} ({free / GB:.1f} GB free)"
+
+
+def _beside_bytes(large: DiTConfig) -> int:
+    """Of the 14B's session, beside weights and window: counted, nothing is allocated."""
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    from lingbot_rt.engine.dry_run import transients
+    from lingbot_rt.engine.memory import camera_bytes
+    from lingbot_rt.models.vae import StreamingVAE
+
+    with torch.device("meta"):
+        vae = StreamingVAE(AutoencoderKLWan())
+    taken = transients(large, vae, _LARGE_SIZE, large.latent_frames, torch.bfloat16, "none")
+    return camera_bytes(large, _LARGE_SIZE, large.latent_frames, torch.bfloat16) + taken.forward + taken.decode
 
 
 def _dit_bytes(config: DiTConfig, dtype: torch.dtype) -> int:

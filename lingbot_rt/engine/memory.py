@@ -45,6 +45,11 @@ def window_bytes(config: DiTConfig, size: FrameSize, window_frames: int, dtype: 
     return 2 * config.num_layers * width * dtype.itemsize * window_frames * size.tokens_per_frame
 
 
+def camera_bytes(config: DiTConfig, size: FrameSize, latent_frames: int, dtype: torch.dtype) -> int:
+    """Scale and shift of every layer for a chunk."""
+    return 2 * config.num_layers * latent_frames * size.tokens_per_frame * config.dim * dtype.itemsize
+
+
 def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
     """Of rank 0, which decodes; the other ranks take as much less. Loads the upscaling and interpolation networks that
     ``plan`` asks for; raises InvalidInit when they do not load.
@@ -52,8 +57,7 @@ def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
     config, itemsize = pipeline.dit.config, pipeline.dtype.itemsize
     branches = 2 if plan.guidance_scale > 1 else 1
     world = pipeline.ranks.world
-    tokens = -(-plan.latent_frames * plan.size.tokens_per_frame // world)
-    camera = 2 * config.num_layers * tokens * config.dim * itemsize
+    camera = camera_bytes(config, plan.size, plan.latent_frames, pipeline.dtype) // world
     cells = plan.latent_frames * plan.size.latent_height * plan.size.latent_width
     prompt = config.text_len * (2 * config.num_layers * config.dim + config.text_dim) * itemsize
     taken = transients(config, pipeline.vae, plan.size, plan.latent_frames, pipeline.dtype, pipeline.card.quantization)
