@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from lingbot_rt.bench.flops import ChunkShape, Flops, block_flops
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.models.attention import attend
+from lingbot_rt.models.quantize import product_on, quantize_rows
 
 _ROUNDS = 3
 _ROUND_S = 0.2  # long enough that the clock of an accelerator settles under load
@@ -42,7 +43,10 @@ def measure_ceiling(pipeline: Pipeline, shape: ChunkShape) -> Ceiling:
     dim, ffn = config.dim, config.ffn_dim
     pairs = [(random(shape.tokens, k), random(n, k)) for k, n in ((dim, 3 * dim), (dim, dim), (dim, ffn), (ffn, dim))]
     linear_flops = sum(2 * x.shape[0] * weight.numel() for x, weight in pairs)
-    linears_s = seconds_of(lambda: [F.linear(x, weight) for x, weight in pairs], device)
+    if pipeline.card.quantization == "fp8":
+        linears_s = seconds_of(_fp8_products(pairs), device)
+    else:
+        linears_s = seconds_of(lambda: [F.linear(x, weight) for x, weight in pairs], device)
 
     heads = (config.num_attention_heads, config.attention_head_dim)
     q = random(1, shape.tokens, *heads)
@@ -50,6 +54,14 @@ def measure_ceiling(pipeline: Pipeline, shape: ChunkShape) -> Ceiling:
     attention_s = seconds_of(lambda: attend(q, k, v, pipeline.dit.attention_backend), device)
     attention_flops = block_flops(config, shape.tokens, shape.keys).self_attention
     return Ceiling(linears=linear_flops / linears_s / 1e12, attention=attention_flops / attention_s / 1e12)
+
+
+def _fp8_products(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], object]:
+    """The products alone: on a device the rounding to fp8 is part of what comes before them."""
+    dtype, product = pairs[0][0].dtype, product_on(pairs[0][0].device)
+    rounded = [(*quantize_rows(x), *quantize_rows(weight)) for x, weight in pairs]
+    ready = [(x, weight, x_scale, scale.T.contiguous(), dtype) for x, x_scale, weight, scale in rounded]
+    return lambda: [product(*operands) for operands in ready]
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:

@@ -27,6 +27,8 @@ class Setting:
     torch: str
     dtype: str
     vae_dtype: str
+    quantization: str
+    compiled: bool
     attention_backend: str
     size: str
     latent_frames: int
@@ -45,7 +47,8 @@ class Setting:
             f"{self.model} ({self.weights} weights), {self.device}, torch {self.torch}\n"
             f"{self.size}, {self.latent_frames} latent frames a chunk, window {self.window_frames} "
             f"(sink {self.sink_frames}, visible {visible}), {self.steps} steps, DiT {self.dtype} "
-            f"(attention {self.attention_backend}), VAE {self.vae_dtype}\n"
+            f"(quantization {self.quantization}, attention {self.attention_backend}), VAE {self.vae_dtype}, "
+            f"{'compiled' if self.compiled else 'not compiled'}\n"
             f"{self.case}: {self.chunks} chunks measured after {self.warm_chunks} warm ones"
         )
 
@@ -143,8 +146,10 @@ def _setting(pipeline: Pipeline, weights: str, run: Run) -> Setting:
         device=pipeline.card.device,
         torch=torch.__version__,
         dtype=pipeline.card.dtype,
-        vae_dtype=str(pipeline.vae.dtype).removeprefix("torch."),
-        attention_backend=pipeline.dit.attention_backend,
+        vae_dtype=pipeline.card.vae_dtype,
+        quantization=pipeline.card.quantization,
+        compiled=pipeline.card.compiled,
+        attention_backend=pipeline.card.attention_backend,
         size=str(plan.size),
         latent_frames=plan.latent_frames,
         sink_frames=plan.sink_frames,

@@ -5,6 +5,8 @@ Not exact: about 4 % relative error a linear. Shapes: M rows of activations, K f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,8 +44,7 @@ class Float8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows_MK, scale_M1 = quantize_rows(x.flatten(0, -2))
-        product = plain_scaled_mm if x.device.type == "cpu" else scaled_mm
-        y_MN = product(rows_MK, self.weight, scale_M1, self.scale_1N, x.dtype)
+        y_MN = product_on(x.device)(rows_MK, self.weight, scale_M1, self.scale_1N, x.dtype)
         # Apart from the kernel: compiled, the addition joins what follows.
         return (y_MN + self.bias).unflatten(0, x.shape[:-1])
 
@@ -65,6 +66,10 @@ def scaled_mm(x_MK: Tensor, w_NK: Tensor, scale_M1: Tensor, scale_1N: Tensor, dt
 def plain_scaled_mm(x_MK: Tensor, w_NK: Tensor, scale_M1: Tensor, scale_1N: Tensor, dtype: torch.dtype) -> Tensor:
     """The same in float32: what runs where there is no such kernel, and what it is tested against."""
     return (F.linear(x_MK.float(), w_NK.float()) * scale_M1 * scale_1N).to(dtype)
+
+
+def product_on(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]:
+    return plain_scaled_mm if device.type == "cpu" else scaled_mm
 
 
 def quantize_linears(module: nn.Module) -> None:

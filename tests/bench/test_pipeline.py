@@ -125,6 +125,16 @@ def test_command_line(golden, tmp_path, capsys):
         assert len(picture.getcolors(10**6)) > 10
 
 
+def test_fp8(golden, tmp_path, capsys):
+    """--quantization fp8 runs quantized linears, is part of the setting, and has its own ceiling."""
+    line = f"bench pipeline --model {golden('e2e/model')} --random-weights --device cpu --size 64x64 --quantization fp8"
+    assert main([*line.split(), "--warm", "0", "--chunks", "1", "--json", str(tmp_path / "fp8.json")]) == 0
+    told = json.loads((tmp_path / "fp8.json").read_text())
+    assert told["setting"]["quantization"] == "fp8"
+    assert told["ceiling_tflop_per_s"]["linears"] > 0
+    assert "quantization fp8" in capsys.readouterr().out
+
+
 def test_the_ci_case(golden, tmp_path, capsys):
     """One word sets window 18 and sink 9 and measures openings; a number of warm chunks beside it is refused."""
     figures = tmp_path / "ci.json"
