@@ -13,7 +13,6 @@ from lingbot_rt.engine.memory import plan_memory, weight_bytes
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.models.dit import DiTConfig
 from lingbot_rt.models.quantize import quantize_linears
-from lingbot_rt.postprocess.plan import PostprocessPlan
 from lingbot_rt.shapes import FrameSize
 
 from .test_placement import tiny_dit
@@ -41,14 +40,6 @@ def test_the_plan_is_what_a_session_takes(pipeline, session_plan, changes):
     assert planned.window_bytes == sum(cache.nbytes for cache in caches)
     assert session.features.nbytes <= planned.chunk_bytes
     assert planned.total_bytes == pytest.approx(live.peak, rel=0.05)
-
-
-def test_upscaling_counts(pipeline, session_plan):
-    """Upscaling takes what its stage says, and the plan grows."""
-    plain, upscaled = session_plan({}), session_plan({}, postprocess=PostprocessPlan(upscaling_scale=4))
-    stage = pipeline.open_postprocessor(upscaled).memory_bytes()
-    assert plan_memory(pipeline, upscaled).chunk_bytes >= stage
-    assert plan_memory(pipeline, upscaled).total_bytes > plan_memory(pipeline, plain).total_bytes
 
 
 def test_live_bytes_come_and_go():
