@@ -23,6 +23,8 @@ from lingbot_rt.models.checkpoint import DISTILLED_SHIFT, DISTILLED_STEPS, TRAIN
 from lingbot_rt.models.dit import CausalDiT, DiTConfig
 from lingbot_rt.models.text_encoder import TextEncoder
 from lingbot_rt.models.vae import StreamingVAE
+from lingbot_rt.parallel.groups import Ranks
+from lingbot_rt.parallel.share import share_decode, share_dit, share_text
 from lingbot_rt.postprocess.stage import PostprocessNetworks
 from lingbot_rt.shapes import FrameSize
 
@@ -69,7 +71,7 @@ def shapes_of(model: str) -> Shapes:
     )
 
 
-def random_pipeline(model: str, where: Where) -> Pipeline:
+def random_pipeline(model: str, where: Where, ranks: Ranks | None = None, vae_parallel: str = "none") -> Pipeline:
     """The pipeline that ``load_pipeline`` makes of a model's folder, with other numbers in it and no text encoder.
 
     Raises CheckpointError for a model that is not there, ConfigError for a device or kernel that is not.
@@ -85,7 +87,10 @@ def random_pipeline(model: str, where: Where) -> Pipeline:
     dit = draw(empty_dit, dtype, device, generator)
     dit.attention_backend = where.attention_backend
     vae = StreamingVAE(draw(empty_vae, torch.float32, device, generator))
-    text_encoder = RandomText(shapes.dit, device, generator)
+    ranks = ranks or Ranks()
+    share_dit(dit, ranks)
+    text_shape = (1, shapes.dit.text_len, shapes.dit.text_dim)
+    text_encoder = share_text(ranks, lambda: RandomText(text_shape, device, generator), text_shape, dtype, device)
     return Pipeline(
         card=ModelCard(
             model_id=model,
@@ -97,6 +102,7 @@ def random_pipeline(model: str, where: Where) -> Pipeline:
             num_steps=len(shapes.schedule.steps),
             device=describe_device(device),
             dtype=str(dtype).removeprefix("torch."),
+            num_ranks=ranks.world,
         ),
         schedule=shapes.schedule,
         device=device,
@@ -106,9 +112,11 @@ def random_pipeline(model: str, where: Where) -> Pipeline:
         dit_placement=Placement(dit, device, offload=False),
         vae=vae,
         vae_placement=Placement(vae, device, offload=False),
+        decode=share_decode(vae, ranks, vae_parallel),
         text_encoder=text_encoder,
         text_encoder_placement=Placement(text_encoder, device, offload=False),
         postprocess=PostprocessNetworks(device),
+        ranks=ranks,
     )
 
 
@@ -135,8 +143,7 @@ def draw(module: Any, dtype: torch.dtype, device: torch.device, generator: torch
 class RandomText(TextEncoder):
     """In the text encoder's place: the same random embeddings for every prompt."""
 
-    def __init__(self, config: DiTConfig, device: torch.device, generator: torch.Generator) -> None:
-        shape = (1, config.text_len, config.text_dim)
+    def __init__(self, shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> None:
         self._embeddings = torch.randn(shape, generator=generator, device=device)
 
     def to(self, device: torch.device) -> RandomText:

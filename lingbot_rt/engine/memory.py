@@ -60,7 +60,7 @@ def plan_memory(pipeline: Pipeline, plan: SessionPlan, features_per_pixel: float
     width = config.num_attention_heads * config.attention_head_dim
     camera = 2 * config.num_layers * tokens * width * pipeline.dtype.itemsize
     forward = tokens * (2 * config.ffn_dim + 8 * width) * 4
-    features = int(features_per_pixel * plan.size.pixels)
+    features = int(features_per_pixel * plan.size.pixels) // pipeline.decode.shards
     return MemoryPlan(
         window_bytes=branches * window_bytes(config, plan.size, plan.window_frames, pipeline.dtype) // world,
         features_bytes=features,

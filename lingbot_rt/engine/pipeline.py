@@ -18,8 +18,8 @@ from lingbot_rt.models.checkpoint import load_dit, load_text_encoder, load_vae, 
 from lingbot_rt.models.dit import CausalDiT, TextKV
 from lingbot_rt.models.text_encoder import TextEncoder
 from lingbot_rt.models.vae import StreamingVAE
-from lingbot_rt.parallel.groups import RankGroup, Ranks
-from lingbot_rt.parallel.ulysses import UlyssesAttention
+from lingbot_rt.parallel.groups import Ranks
+from lingbot_rt.parallel.share import Decode, share_decode, share_dit, share_text
 from lingbot_rt.postprocess.stage import PostprocessNetworks, PostProcessor
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class Pipeline:
     dit_placement: Placement
     vae: StreamingVAE
     vae_placement: Placement
+    decode: Decode
     text_encoder: TextEncoder
     text_encoder_placement: Placement
     postprocess: PostprocessNetworks
@@ -87,13 +88,18 @@ def load_pipeline(config: ServeConfig, report: Callable[[EngineStatus], None], r
     dit = load_dit(folder, dtype, rest if config.dit_cpu_offload else device, part("transformer"))
     dit.attention_backend = config.attention_backend
     ranks = ranks or Ranks()
-    if isinstance(ranks, RankGroup):
-        dit.window_attention = UlyssesAttention(ranks)
+    share_dit(dit, ranks)
     vae = load_vae(folder, torch.float32, rest if config.vae_cpu_offload else device, part("vae"))
-    text_encoder = load_text_encoder(
-        folder, dtype, rest if config.text_encoder_cpu_offload else device, part("text encoder")
-    )
     dit_config = dit.config
+    text_encoder = share_text(
+        ranks,
+        lambda: load_text_encoder(
+            folder, dtype, rest if config.text_encoder_cpu_offload else device, part("text encoder")
+        ),
+        (1, dit_config.text_len, dit_config.text_dim),
+        dtype,
+        device,
+    )
     card = ModelCard(
         model_id=config.model_id,
         model_path=config.model_path,
@@ -116,6 +122,7 @@ def load_pipeline(config: ServeConfig, report: Callable[[EngineStatus], None], r
         dit_placement=Placement(dit, device, offload=config.dit_cpu_offload),
         vae=vae,
         vae_placement=Placement(vae, device, offload=config.vae_cpu_offload),
+        decode=share_decode(vae, ranks, config.vae_parallel),
         text_encoder=text_encoder,
         text_encoder_placement=Placement(text_encoder, device, offload=config.text_encoder_cpu_offload),
         postprocess=PostprocessNetworks(device),

@@ -77,6 +77,11 @@ class StreamingVAE:
     def dtype(self) -> torch.dtype:
         return self._vae.dtype
 
+    @property
+    def decoder(self) -> nn.Module:
+        """diffusers' own, for what shares it over ranks."""
+        return self._vae.decoder
+
     def to(self, device: torch.device) -> StreamingVAE:
         nn.Module.to(self._vae, device)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
