@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -90,8 +90,11 @@ class Place:
         return dist.PrefixStore(f"lingbot_rt/{self.run}", store)
 
 
-def require_ranks(config: ServeConfig) -> None:
-    """Raises ConfigError when --num-gpus asks for devices, or for a share of the heads, that cannot be."""
+def require_ranks(config: ServeConfig, heads: int | None = None) -> None:
+    """Raises ConfigError when --num-gpus asks for devices, or for a share of the heads, that cannot be.
+
+    ``heads``: of a model that is no folder.
+    """
     place = Place.from_environment()
     if place is not None and place.world != config.num_gpus:
         raise ConfigError(
@@ -106,7 +109,7 @@ def require_ranks(config: ServeConfig) -> None:
         raise ConfigError(
             f"--num-gpus {config.num_gpus}: this machine has {found} CUDA device{'s' * (found != 1)}", field="num_gpus"
         )
-    heads = open_checkpoint(config.model_path).dit_config.num_attention_heads
+    heads = heads or open_checkpoint(config.model_path).dit_config.num_attention_heads
     if heads % config.num_gpus:
         fitting = ", ".join(str(n) for n in range(1, config.num_gpus) if heads % n == 0)
         raise ConfigError(
@@ -138,15 +141,19 @@ def open_place(world: int, timeout_s: float) -> tuple[Place, dist.Store]:
     return place, dist.PrefixStore(f"lingbot_rt/{place.run}", server)
 
 
-def start_followers(config: ServeConfig, place: Place) -> dict[int, subprocess.Popen[bytes]]:
-    """One process for each of the ranks 1 .. P - 1."""
-    # A key that opens the server is no business of theirs.
-    handed_on = json.dumps(dataclasses.asdict(dataclasses.replace(config, api_key=None)))
+def worker_command(config: ServeConfig) -> list[str]:
+    """Starts a follower of a server."""
+    # A key that opens the server is no business of its.
+    return [*_WORKER, json.dumps(dataclasses.asdict(dataclasses.replace(config, api_key=None)))]
+
+
+def start_followers(command: Sequence[str], place: Place) -> dict[int, subprocess.Popen[bytes]]:
+    """One process of ``command`` for each of the ranks 1 .. P - 1."""
     processes = {}
     for rank in range(1, place.world):
         own = dataclasses.replace(place, rank=rank, local_rank=rank)
         processes[rank] = subprocess.Popen(
-            [*_WORKER, handed_on],
+            command,
             env=os.environ | own.environment(),
             stdin=subprocess.DEVNULL,
         )
