@@ -107,9 +107,11 @@ class Watch:
         own: Pulse,
         timeout_s: float,
         on_loss: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._world = world
+        self._clock = clock
         self._own = own
         self.limit_s = JUDGED_AT * timeout_s  # of silence, or of standing still while there is work
         self._on_loss = on_loss
@@ -117,14 +119,15 @@ class Watch:
         self._is_busy = False
         self._patience = 1
         self._progress: list[tuple[int, int]] = []
-        self._moved_at = time.monotonic()
+        self._moved_at = self._clock()
         self._orphaned_at: float | None = None
         self._verdict = ""
         self._declaring = threading.Lock()
+        self._declared = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self.pulses = [Pulse() for _ in range(world)]
-        self._heard_at = [time.monotonic()] * world
+        self._heard_at = [self._clock()] * world
         for rank in range(1, world):
             store.set(_key(rank), "")
 
@@ -136,7 +139,7 @@ class Watch:
     def start(self, processes: Mapping[int, subprocess.Popen[bytes]]) -> None:
         """``processes``: the followers that this process started itself, by rank."""
         self._processes = processes
-        self._heard_at = [time.monotonic()] * self._world
+        self._heard_at = [self._clock()] * self._world
         self._thread.start()
 
     def stop(self) -> None:
@@ -147,7 +150,7 @@ class Watch:
     @contextmanager
     def at_work(self, patience: int = 1) -> Iterator[None]:
         """Progress is expected inside, within ``patience`` times the limit; between commands a rank may rest."""
-        self._moved_at = time.monotonic()
+        self._moved_at = self._clock()
         self._patience = patience
         self._is_busy = True
         try:
@@ -157,16 +160,15 @@ class Watch:
 
     def await_all(self) -> bool:
         """Waits until every follower has come up: True. False when one is lost first."""
-        while not self._verdict and not all(pulse.beats for pulse in self.pulses[1:]):
-            time.sleep(PERIOD_S / 4)
-        return not self._verdict
+        while not all(pulse.beats for pulse in self.pulses[1:]):
+            if self._declared.wait(PERIOD_S / 4):
+                return False
+        return True
 
     def explain(self, error: Exception, *, is_consequence: bool) -> str:
         """Why the work on rank 0 broke: the verdict on another rank when ``error`` only followed from that."""
         if is_consequence:
-            deadline = time.monotonic() + CAUSE_GRACE_S + 5 * PERIOD_S
-            while not self._verdict and time.monotonic() < deadline:
-                time.sleep(PERIOD_S / 4)
+            self._declared.wait(CAUSE_GRACE_S + 5 * PERIOD_S)
         if not self._verdict:
             self._declare(
                 self._gone_from(0, first_line(error)) if is_consequence else f"rank 0 failed: {first_line(error)}"
@@ -174,20 +176,23 @@ class Watch:
         return self._verdict
 
     def _run(self) -> None:
-        while not self._stopping.wait(PERIOD_S):
-            # Processes before pulses: one that says why and then ends has said so before it is seen to have ended.
-            ended = {rank: code for rank, process in self._processes.items() if (code := process.poll()) is not None}
-            try:
-                self._read_pulses()
-            except RuntimeError as error:
-                # Under torchrun the store is its agent's, which may go before this process does.
-                verdict = f"the ranks' store is gone: {first_line(error)}"
-            else:
-                verdict = self._failed() or self._ended(ended) or self._silent() or self._stalled()
-            if verdict and not self._stopping.is_set():
-                self._declare(verdict)
-            if self._verdict:
-                return
+        while not self._stopping.wait(PERIOD_S) and not self.look():
+            pass
+
+    def look(self) -> str:
+        """Judges what is seen now; the verdict, or nothing."""
+        # Processes before pulses: one that says why and then ends has said so before it is seen to have ended.
+        ended = {rank: code for rank, process in self._processes.items() if (code := process.poll()) is not None}
+        try:
+            self._read_pulses()
+        except RuntimeError as error:
+            # Under torchrun the store is its agent's, which may go before this process does.
+            verdict = f"the ranks' store is gone: {first_line(error)}"
+        else:
+            verdict = self._failed() or self._ended(ended) or self._silent() or self._stalled()
+        if verdict and not self._stopping.is_set():
+            self._declare(verdict)
+        return self._verdict
 
     def _declare(self, verdict: str) -> None:
         with self._declaring:
@@ -199,9 +204,10 @@ class Watch:
             self._on_loss(verdict)
             # Last: whoever sees it finds everything that follows from it done.
             self._verdict = verdict
+            self._declared.set()
 
     def _read_pulses(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         texts = self._store.multi_get([_key(rank) for rank in range(1, self._world)])
         # A copy: its own pulse goes on changing while it is judged.
         pulses = [replace(self._own), *(Pulse.parse(text) for text in texts)]
@@ -222,8 +228,8 @@ class Watch:
         if not failures:
             return ""
         if self._orphaned_at is None:
-            self._orphaned_at = time.monotonic()
-        if time.monotonic() - self._orphaned_at < CAUSE_GRACE_S:
+            self._orphaned_at = self._clock()
+        if self._clock() - self._orphaned_at < CAUSE_GRACE_S:
             return ""
         rank, pulse = failures[0]
         return self._gone_from(rank, pulse.failure)
@@ -231,7 +237,7 @@ class Watch:
     def _gone_from(self, rank: int, failure: str) -> str:
         """What to say when ``rank`` lost a connection and nobody has said why: on other hosts processes are not seen
         to end, but their pulse stops."""
-        now = time.monotonic()
+        now = self._clock()
         for other in range(1, self._world):
             if not self.pulses[other].failure and now - self._heard_at[other] > CAUSE_GRACE_S / 2:
                 return f"rank {other} is gone"
@@ -247,7 +253,7 @@ class Watch:
         return ""
 
     def _silent(self) -> str:
-        now = time.monotonic()
+        now = self._clock()
         for rank in range(1, self._world):
             silence_s = now - self._heard_at[rank]
             has_started = self.pulses[rank].beats > 0
@@ -258,7 +264,7 @@ class Watch:
         return ""
 
     def _stalled(self) -> str:
-        stalled_s = time.monotonic() - self._moved_at
+        stalled_s = self._clock() - self._moved_at
         if not self._is_busy or stalled_s <= self._patience * self.limit_s:
             return ""
         entered = [pulse.exchanges for pulse in self.pulses]
