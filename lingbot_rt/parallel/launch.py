@@ -23,6 +23,8 @@ import torch.distributed as dist
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import ConfigError
 from lingbot_rt.models.checkpoint import open_checkpoint
+from lingbot_rt.parallel.groups import RankGroup
+from lingbot_rt.parallel.interface import VARIABLE, choose_interface
 
 LOOPBACK = "127.0.0.1"
 
@@ -76,6 +78,11 @@ class Place:
         torch.cuda.set_device(device)
         return device
 
+    def join(self, group: RankGroup, store: dist.Store, device: torch.device, timeout_s: float) -> None:
+        """Makes ``group`` one with those of all other processes, once they have all come: within ``timeout_s``."""
+        choose_interface(store, self.rank, self.world, self.address, timedelta(seconds=timeout_s))
+        group.join(store, device)
+
     def connect(self, timeout_s: float) -> dist.Store:
         """A connection to the store of its own: one that waits does not hold up another thread's."""
         store = dist.TCPStore(
@@ -126,7 +133,7 @@ def open_place(world: int, timeout_s: float) -> tuple[Place, dist.Store]:
     """Rank 0 outside torchrun: a store on the loopback interface, at a port of its own, that followers can find."""
     # Nothing of the ranks' talk leaves the host: neither the store nor gloo's own connections.
     if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault(VARIABLE, "lo")
     with socket.create_server((LOOPBACK, 0)) as listener:
         port = listener.getsockname()[1]
         server = dist.TCPStore(

@@ -24,7 +24,7 @@ from lingbot_rt.parallel.launch import (
     uses_cuda,
     worker_command,
 )
-from lingbot_rt.parallel.watch import JUDGED_AT, START_PATIENCE, Watch
+from lingbot_rt.parallel.watch import JUDGED_AT, PERIOD_S, START_PATIENCE, Watch
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class GroupLeader(Leader):
             watch.start(self._processes)
             if not watch.await_all():
                 raise PeerLost(watch.verdict)
-            self._group.join(store, device)
+            place.join(self._group, store, device, START_PATIENCE * timeout_s)
             self._has_joined = True
             yield
             # Ready is said when all are.
@@ -138,8 +138,10 @@ class GroupLeader(Leader):
             self._last_resort.cancel()
 
     def _lose(self, verdict: str) -> None:
-        # A thread that waits on a GPU for a rank that is gone cannot be ended; an orderly end would wait for it.
-        self._last_resort = threading.Timer((1 - JUDGED_AT) * self._config.rank_timeout_s, _end_now)
+        # A thread that waits on a GPU for a rank that is gone cannot be ended; an orderly end would wait for it. What
+        # the watch takes to look counts too.
+        left_s = (1 - JUDGED_AT) * self._config.rank_timeout_s - 2 * PERIOD_S
+        self._last_resort = threading.Timer(left_s, _end_now)
         self._last_resort.daemon = True
         self._last_resort.start()
         end_followers(self._processes, grace_s=0)

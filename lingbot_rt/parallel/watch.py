@@ -57,26 +57,31 @@ class Pulse:
 
 
 class PulseSender:
-    """A follower's thread: tells the pulse, and calls ``on_end`` once when the service has ended or rank 0 is gone.
+    """A follower's threads: one tells the pulse, and calls ``on_end`` when the service has ended or rank 0 is gone; the
+    other does when rank 0's store has not answered for ``limit_s``, which is how a broken link looks.
 
     The working thread may then wait in a collective for ever: only the process can end.
     """
 
-    def __init__(self, store: dist.Store, rank: int, pulse: Pulse, on_end: Callable[[], None]) -> None:
+    def __init__(self, store: dist.Store, rank: int, pulse: Pulse, limit_s: float, on_end: Callable[[], None]) -> None:
         self._store = store
         self._key = _key(rank)
         self._pulse = pulse
         self._on_end = on_end
+        self._limit_s = limit_s
+        self._answered_at = time.monotonic()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._run, self._guard)]
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         self._stopping.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def tell(self) -> None:
         """Returns once rank 0's store has it. Raises RuntimeError when the store is gone."""
@@ -89,11 +94,19 @@ class PulseSender:
             try:
                 self.tell()
                 ended = self._store.check([_END])
+                self._answered_at = time.monotonic()
             except RuntimeError:
                 ended = True
             if ended:
                 if not self._stopping.is_set():
                     self._on_end()
+                return
+
+    def _guard(self) -> None:
+        while not self._stopping.wait(PERIOD_S):
+            if time.monotonic() - self._answered_at > self._limit_s:
+                log.error("rank 0 has not answered for %.0f s: this rank ends", self._limit_s)
+                self._on_end()
                 return
 
 

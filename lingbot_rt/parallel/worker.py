@@ -28,7 +28,7 @@ from lingbot_rt.errors import ChunkCancelled
 from lingbot_rt.parallel.groups import PeerLost, RankGroup
 from lingbot_rt.parallel.launch import Place, require_ranks, uses_cuda
 from lingbot_rt.parallel.leader import Close, Stop
-from lingbot_rt.parallel.watch import PulseSender, first_line
+from lingbot_rt.parallel.watch import START_PATIENCE, PulseSender, first_line
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +39,13 @@ def follow(config: ServeConfig, place: Place, work: Callable[[RankGroup], None])
     # Ctrl-C reaches every process of a terminal; rank 0 tells the others when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     group = RankGroup(place.rank, place.world)
-    sender = PulseSender(place.connect(config.rank_timeout_s), place.rank, group.pulse, lambda: os._exit(1))
+    limit_s = config.rank_timeout_s
+    sender = PulseSender(place.connect(limit_s), place.rank, group.pulse, limit_s, lambda: os._exit(1))
     sender.start()
     try:
         with torch.inference_mode():
-            group.join(place.connect(config.rank_timeout_s), place.device("cuda" if uses_cuda(config) else "cpu"))
+            device = place.device("cuda" if uses_cuda(config) else "cpu")
+            place.join(group, place.connect(limit_s), device, START_PATIENCE * limit_s)
             work(group)
     except Exception as error:
         group.pulse.is_consequence = isinstance(error, PeerLost)

@@ -36,7 +36,7 @@ def test_strong_scaling_in_one_call(tmp_path, capsys):
 
 
 def test_collectives(tmp_path, capsys):
-    """Every exchange of a chunk with its time, bytes and number: 45 tokens, 4 heads of 64 and 8 layers over two ranks."""
+    """Every exchange of a chunk with its time, bytes and number: 45 tokens of 4 heads of 64 in 8 layers, two ranks."""
     figures = tmp_path / "collectives.json"
     line = f"bench collectives {SMALL} --num-gpus 2 --repeats 2 --chunk-ms 1000 --json {figures}"
     assert main(line.split()) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch.distributed as dist
@@ -26,7 +27,9 @@ class Followers:
         store = dist.HashStore()
         self.watch = Watch(store, WORLD, self.own, LIMIT_S / watch_module.JUDGED_AT, self.said.append, lambda: self.now)
         self.pulses = {rank: Pulse() for rank in range(1, WORLD)}
-        self._senders = {rank: PulseSender(store, rank, pulse, lambda: None) for rank, pulse in self.pulses.items()}
+        self._senders = {
+            rank: PulseSender(store, rank, pulse, LIMIT_S, lambda: None) for rank, pulse in self.pulses.items()
+        }
         self.look()
 
     def look(self, *, alive: tuple[int, ...] = (1, 2)) -> str:
@@ -157,3 +160,24 @@ def test_a_rank_that_went_away_unseen(followers, monkeypatch):
     monkeypatch.setattr(watch_module, "CAUSE_GRACE_S", 0)
     followers.look_for(2, alive=(1,))
     assert followers.watch.explain(RuntimeError("closed"), is_consequence=True) == "rank 2 is gone"
+
+
+class SilentStore:
+    """The other end of a link that was cut: nothing is refused and nothing answers."""
+
+    def __init__(self) -> None:
+        self.never = threading.Event()
+
+    def set(self, key: str, value: str) -> None:
+        self.never.wait()
+        raise RuntimeError("closed at last")
+
+
+def test_a_follower_ends_when_rank_0_does_not_answer():
+    """It would wait for ever in a collective, on a host that nobody else can reach."""
+    store, ended = SilentStore(), threading.Event()
+    sender = PulseSender(store, 1, Pulse(), 0.1, ended.set)
+    sender.start()
+    assert ended.wait(60)
+    store.never.set()
+    sender.stop()
