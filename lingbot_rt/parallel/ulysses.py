@@ -19,9 +19,9 @@ class UlyssesAttention(WindowAttention):
     The window of a rank holds its own heads only. Cross-attention needs no exchange: every rank has the whole text.
     They stand between the two halves of a block, which compile without them.
 
-    Nothing of them is overlapped with computing: on two H100 they were 0.27 ms of a layer's 5.2 ms, and little of that can
-    hide. Attention needs all of q, k and v; with the heads in two halves, the way out of the first could run beside the
-    second, which is 0.05 ms or 1 %, for twice the kernels and collectives, and these take processors from attention.
+    Nothing of them is overlapped with computing: on two H100 they were 0.27 ms of a layer's 5.2 ms. Attention needs all
+    of q, k and v; with the heads in two halves, the way out of the first could run beside the second, which is 0.05 ms
+    or 1 %, for twice the kernels and collectives, and these take processors from attention.
     """
 
     def __init__(self, ranks: RankGroup) -> None:

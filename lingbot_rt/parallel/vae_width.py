@@ -48,6 +48,7 @@ class WidthShards:
         finally:
             self._columns = None
 
+    @torch.compiler.disable
     def widen(self, own: Tensor) -> Tensor:
         """[..., w] -> [..., w + 2]: a column of each neighbour, zeros beyond the picture."""
         if self._columns is None:
@@ -71,6 +72,7 @@ class WidthShards:
             return whole
         return whole.narrow(-1, sum(self._columns[: self._ranks.rank]), self._columns[self._ranks.rank])
 
+    @torch.compiler.disable
     def join(self, own: Tensor) -> Tensor:
         """[..., w] of every rank -> [..., W] on rank 0; the others keep theirs."""
         if self._columns is None:
