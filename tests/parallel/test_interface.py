@@ -19,7 +19,8 @@ LIMIT = timedelta(minutes=1)
 @pytest.fixture
 def network(monkeypatch):
     """Rank 0's host has the store and calls itself 127.0.1.1; rank 1's reaches it by another name's address."""
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv(VARIABLE, "")  # what the tests leave there is taken away again
+    monkeypatch.delenv(VARIABLE)
     ways = {"hosta": "127.0.1.1", "10.0.0.1": "10.0.0.2", "10.0.0.2": "10.0.0.1"}
     monkeypatch.setattr(interface, "address_towards", ways.__getitem__)
     monkeypatch.setattr(interface, "interface_of", {"127.0.1.1": "lo", "10.0.0.1": "eth7"}.get)
