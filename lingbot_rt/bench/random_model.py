@@ -90,7 +90,8 @@ def random_pipeline(model: str, where: Where, ranks: Ranks | None = None, vae_pa
     ranks = ranks or Ranks()
     share_dit(dit, ranks)
     text_shape = (1, shapes.dit.text_len, shapes.dit.text_dim)
-    text_encoder = share_text(ranks, lambda: RandomText(text_shape, device, generator), text_shape, dtype, device)
+    own_text = RandomText(text_shape, device, generator) if ranks.is_first else None
+    text_encoder = share_text(own_text, ranks, text_shape, dtype, device)
     return Pipeline(
         card=ModelCard(
             model_id=model,

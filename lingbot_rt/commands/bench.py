@@ -46,6 +46,7 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--num-gpus",
+        dest="ranks",
         type=_counts,
         default=(1,),
         metavar="N[,N...]",
@@ -98,7 +99,12 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
 def _add_collectives(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument(
-        "--num-gpus", type=_count, default=2, metavar="N", help="processes that exchange (default: %(default)s)"
+        "--num-gpus",
+        dest="ranks",
+        type=_count,
+        default=2,
+        metavar="N",
+        help="processes that exchange (default: %(default)s)",
     )
     parser.add_argument(
         "--repeats", type=_count, default=20, metavar="N", help="calls a round, of five (default: %(default)s)"
@@ -191,7 +197,7 @@ def _pipeline(args: argparse.Namespace) -> int:
     opening = args.case == "sglang-ci"
     if opening and args.warm is not None:
         raise ConfigError("--warm: the case sglang-ci begins at chunk 0 and warms up by itself", field="warm")
-    if len(args.num_gpus) > 1 and (args.plot or args.profile):
+    if len(args.ranks) > 1 and (args.plot or args.profile):
         raise ConfigError("--plot and --profile are of one measurement: name one --num-gpus", field="num_gpus")
     load = Load(
         size=parse_size(args.size) if args.size else None,
@@ -202,7 +208,7 @@ def _pipeline(args: argparse.Namespace) -> int:
         warm=args.warm,
         opening=opening,
     )
-    jobs = [_job(args, num_gpus) for num_gpus in args.num_gpus]
+    jobs = [_job(args, ranks) for ranks in args.ranks]
     reports = []
     for job in jobs:
         reports.append(_measured(job, load, args.profile))
@@ -251,7 +257,7 @@ def _collectives(args: argparse.Namespace) -> int:
     from lingbot_rt.bench.ranks import measured_exchanges
     from lingbot_rt.engine.pipeline import describe_device, resolve_device, resolve_dtype
 
-    if args.num_gpus == 1:
+    if args.ranks == 1:
         raise ConfigError("--num-gpus 1 has nothing to exchange: use 2 or more", field="num_gpus")
     shapes, device = shapes_of(args.model), resolve_device(args.device)
     size = parse_size(args.size) if args.size else shapes.default_size
@@ -259,10 +265,10 @@ def _collectives(args: argparse.Namespace) -> int:
     exchanges = Exchanges.of(shapes, size, steps, resolve_dtype(args.dtype, device), args.repeats)
     report = CollectivesReport.of(
         exchanges,
-        measured_exchanges(_job(args, args.num_gpus), exchanges),
+        measured_exchanges(_job(args, args.ranks), exchanges),
         model=args.model,
         device=describe_device(device),
-        ranks=args.num_gpus,
+        ranks=args.ranks,
         chunk_ms=args.chunk_ms,
     )
     print(as_text(report))

@@ -91,15 +91,12 @@ def load_pipeline(config: ServeConfig, report: Callable[[EngineStatus], None], r
     share_dit(dit, ranks)
     vae = load_vae(folder, torch.float32, rest if config.vae_cpu_offload else device, part("vae"))
     dit_config = dit.config
-    text_encoder = share_text(
-        ranks,
-        lambda: load_text_encoder(
+    own_text = None
+    if ranks.is_first:
+        own_text = load_text_encoder(
             folder, dtype, rest if config.text_encoder_cpu_offload else device, part("text encoder")
-        ),
-        (1, dit_config.text_len, dit_config.text_dim),
-        dtype,
-        device,
-    )
+        )
+    text_encoder = share_text(own_text, ranks, (1, dit_config.text_len, dit_config.text_dim), dtype, device)
     card = ModelCard(
         model_id=config.model_id,
         model_path=config.model_path,

@@ -6,8 +6,6 @@ encoded by each rank for itself: nobody would be done sooner if the others waite
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -26,12 +24,13 @@ def share_dit(dit: CausalDiT, ranks: Ranks) -> None:
 
 
 def share_text(
-    ranks: Ranks, make: Callable[[], TextEncoder], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    own: TextEncoder | None, ranks: Ranks, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> TextEncoder:
-    """``make()`` where it is needed; ``shape`` is that of its embeddings, which come in ``dtype`` on ``device``."""
-    if not isinstance(ranks, RankGroup):
-        return make()
-    return FirstRankText(ranks, make() if ranks.is_first else None, torch.empty(shape, dtype=dtype, device=device))
+    """``own``: rank 0's, the others need none. ``shape`` is that of its embeddings; they come in ``dtype``."""
+    if isinstance(ranks, RankGroup):
+        return FirstRankText(ranks, own, torch.empty(shape, dtype=dtype, device=device))
+    assert own is not None, "a rank alone encodes for itself"
+    return own
 
 
 class FirstRankText(TextEncoder):
