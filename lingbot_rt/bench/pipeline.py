@@ -123,11 +123,11 @@ class Run:
 class Walk:
     """A session driven by hand, W held all the way and a turn now and then. ``leader`` hands it on to other ranks."""
 
-    def __init__(self, pipeline: Pipeline, plan: SessionPlan, leader: Leader) -> None:
+    def __init__(self, pipeline: Pipeline, plan: SessionPlan, leader: Leader | None = None) -> None:
         self._pipeline = pipeline
         self._plan = plan
-        self._leader = leader
-        with leader.command(plan):
+        self._leader = leader or Leader()
+        with self._leader.command(plan):
             self._session = SessionState(pipeline, plan)
         self._camera = CameraPath()
         self._next = 0
@@ -165,7 +165,7 @@ def run_chunks(pipeline: Pipeline, load: Load, done: Callable[[], object], leade
     planned = require_room(pipeline, plan, feature_bytes_per_pixel(pipeline))
     warm, measured = load.warm_chunks(plan), load.measured_chunks()
     session_length = OPENING_CHUNKS if load.opening else warm + measured
-    chunks = _chunks(pipeline, plan, session_length, leader or Leader())
+    chunks = _chunks(pipeline, plan, session_length, leader)
     for _ in range(warm):
         next(chunks)
         done()
@@ -187,7 +187,7 @@ def profile_chunk(pipeline: Pipeline, load: Load, path: str, leader: Leader | No
     """A Chrome trace (chrome://tracing, Perfetto) of one chunk, as warm as the measured ones, in the file ``path``: of
     this process, where there are others."""
     plan = load.session_plan(pipeline)
-    walk = Walk(pipeline, plan, leader or Leader())
+    walk = Walk(pipeline, plan, leader)
     for _ in range(load.warm_chunks(plan)):
         walk.step()
     activities = [ProfilerActivity.CPU]
@@ -198,13 +198,13 @@ def profile_chunk(pipeline: Pipeline, load: Load, path: str, leader: Leader | No
     profiler.export_chrome_trace(path)
 
 
-def _chunks(pipeline: Pipeline, plan: SessionPlan, session_length: int, leader: Leader) -> Iterator[TimedChunk]:
+def _chunks(pipeline: Pipeline, plan: SessionPlan, session_length: int, leader: Leader | None) -> Iterator[TimedChunk]:
     """Sessions of so many chunks without end, one after the other: at full size the windows of two would not fit."""
     while True:
         yield from _session(pipeline, plan, session_length, leader)
 
 
-def _session(pipeline: Pipeline, plan: SessionPlan, length: int, leader: Leader) -> Iterator[TimedChunk]:
+def _session(pipeline: Pipeline, plan: SessionPlan, length: int, leader: Leader | None) -> Iterator[TimedChunk]:
     walk = Walk(pipeline, plan, leader)
     for _ in range(length):
         yield walk.step()

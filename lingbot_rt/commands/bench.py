@@ -259,13 +259,14 @@ def _collectives(args: argparse.Namespace) -> int:
 
     if args.ranks == 1:
         raise ConfigError("--num-gpus 1 has nothing to exchange: use 2 or more", field="num_gpus")
-    shapes, device = shapes_of(args.model), resolve_device(args.device)
+    job = _job(args, args.ranks)
+    shapes, device = shapes_of(args.model), resolve_device(job.config.device)
     size = parse_size(args.size) if args.size else shapes.default_size
     steps = args.steps or len(shapes.schedule.steps)
-    exchanges = Exchanges.of(shapes, size, steps, resolve_dtype(args.dtype, device), args.repeats)
+    exchanges = Exchanges.of(shapes, size, steps, resolve_dtype(job.config.dtype, device), args.repeats)
     report = CollectivesReport.of(
         exchanges,
-        measured_exchanges(_job(args, args.ranks), exchanges),
+        measured_exchanges(job, exchanges),
         model=args.model,
         device=describe_device(device),
         ranks=args.ranks,
