@@ -24,7 +24,7 @@ from lingbot_rt.parallel.launch import (
     uses_cuda,
     worker_command,
 )
-from lingbot_rt.parallel.watch import JUDGED_AT, PERIOD_S, START_PATIENCE, Watch
+from lingbot_rt.parallel.watch import PERIOD_S, START_PATIENCE, Watch, ending_s
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class GroupLeader(Leader):
     def _lose(self, verdict: str) -> None:
         # A thread that waits on a GPU for a rank that is gone cannot be ended; an orderly end would wait for it. What
         # the watch takes to look counts too.
-        left_s = (1 - JUDGED_AT) * self._config.rank_timeout_s - 2 * PERIOD_S
+        left_s = ending_s(self._config.rank_timeout_s) - 2 * PERIOD_S
         self._last_resort = threading.Timer(left_s, _end_now)
         self._last_resort.daemon = True
         self._last_resort.start()

@@ -22,8 +22,7 @@ log = logging.getLogger(__name__)
 
 PERIOD_S = 0.2
 
-JUDGED_AT = 0.8
-"""Share of the time limit after which a silent or stalled rank is lost; the rest is for telling and ending."""
+_ENDING_S = 6.0
 
 START_PATIENCE = 10
 """Times the limit that a start may stand still: imports, compilation and first contact with a GPU tell no progress. A
@@ -126,7 +125,7 @@ class Watch:
         self._world = world
         self._clock = clock
         self._own = own
-        self.limit_s = JUDGED_AT * timeout_s  # of silence, or of standing still while there is work
+        self.limit_s = timeout_s - ending_s(timeout_s)  # of silence, or of standing still while there is work
         self._on_loss = on_loss
         self._processes: Mapping[int, subprocess.Popen[bytes]] = {}
         self._is_busy = False
@@ -288,6 +287,11 @@ class Watch:
             f"rank {rank} stalled: for {stalled_s:.0f} s it has not come to exchange {max(entered)}, "
             f"where the others wait"
         )
+
+
+def ending_s(timeout_s: float) -> float:
+    """What of the time limit is kept for telling and ending, after a silent or stalled rank is lost."""
+    return min(_ENDING_S, timeout_s / 2)
 
 
 def first_line(error: BaseException) -> str:

@@ -10,10 +10,11 @@ import pytest
 import torch.distributed as dist
 
 from lingbot_rt.parallel import watch as watch_module
-from lingbot_rt.parallel.watch import CAUSE_GRACE_S, Pulse, PulseSender, Watch
+from lingbot_rt.parallel.watch import CAUSE_GRACE_S, Pulse, PulseSender, Watch, ending_s
 
 WORLD = 3
-LIMIT_S = 10
+TIMEOUT_S = 16
+LIMIT_S = TIMEOUT_S - ending_s(TIMEOUT_S)
 STEP_S = 1
 
 
@@ -25,7 +26,7 @@ class Followers:
         self.own = Pulse()
         self.said: list[str] = []
         store = dist.HashStore()
-        self.watch = Watch(store, WORLD, self.own, LIMIT_S / watch_module.JUDGED_AT, self.said.append, lambda: self.now)
+        self.watch = Watch(store, WORLD, self.own, TIMEOUT_S, self.said.append, lambda: self.now)
         self.pulses = {rank: Pulse() for rank in range(1, WORLD)}
         self._senders = {
             rank: PulseSender(store, rank, pulse, LIMIT_S, lambda: None) for rank, pulse in self.pulses.items()
@@ -100,7 +101,7 @@ def test_a_rank_that_falls_silent(followers):
 def test_a_rank_that_never_comes_up():
     """Without a pulse and without an end of its process, a follower did not start: said after the start's own limit."""
     store, now, said = dist.HashStore(), [0.0], []
-    watch = Watch(store, WORLD, Pulse(), LIMIT_S / watch_module.JUDGED_AT, said.append, lambda: now[0])
+    watch = Watch(store, WORLD, Pulse(), TIMEOUT_S, said.append, lambda: now[0])
     with watch.at_work(patience=10):
         now[0] = 10 * LIMIT_S
         assert watch.look() == ""
