@@ -34,6 +34,8 @@ class WidthShards:
         # One thread issues both, in the same order on every rank, so no two ranks wait for each other crosswise.
         self._group = ranks.new_group()
         self._columns: list[int] | None = None  # of each rank, where the mid block ends
+        self._number = len(_by_number)
+        _by_number.append(self)
         decoder.mid_block.register_forward_hook(lambda module, args, whole: self._own(whole))
         decoder.register_forward_hook(lambda module, args, own: self.join(own))
         for module in (*decoder.up_blocks.modules(), decoder.conv_out):
@@ -48,11 +50,21 @@ class WidthShards:
         finally:
             self._columns = None
 
-    @torch.compiler.disable
     def widen(self, own: Tensor) -> Tensor:
         """[..., w] -> [..., w + 2]: a column of each neighbour, zeros beyond the picture."""
         if self._columns is None:
             return F.pad(own, (1, 1))
+        return _compiled_widen(own, self._number) if torch.compiler.is_compiling() else self.exchange_columns(own)
+
+    def join(self, own: Tensor) -> Tensor:
+        """[..., w] of every rank -> [..., W] on rank 0; the others keep theirs."""
+        if self._columns is None:
+            return own
+        joined = _compiled_join(own, self._number) if torch.compiler.is_compiling() else self.exchange_all(own)
+        return joined if self._ranks.is_first else own
+
+    def exchange_columns(self, own: Tensor) -> Tensor:
+        """What ``widen`` does in a decode that is split."""
         rank, world = self._ranks.rank, self._ranks.world
         # An all-to-all with nothing for all but the neighbours: to NCCL, a pair of sends and receives.
         rows = [int(abs(other - rank) == 1) for other in range(world)]
@@ -61,10 +73,12 @@ class WidthShards:
         sent = torch.stack(edges)
         received = torch.empty_like(sent)
         self._ranks.all_to_all(sent, received, rows, rows, self._group)
-        beyond = torch.zeros_like(own[..., 0])
-        left = received[0] if rank > 0 else beyond
-        right = received[-1] if rank + 1 < world else beyond
-        return torch.cat([left[..., None], own, right[..., None]], dim=-1)
+        wide = F.pad(own, (1, 1))
+        if rank > 0:
+            wide[..., 0] = received[0]
+        if rank + 1 < world:
+            wide[..., -1] = received[-1]
+        return wide
 
     def _own(self, whole: Tensor) -> Tensor:
         """[..., W] -> [..., w]"""
@@ -72,18 +86,44 @@ class WidthShards:
             return whole
         return whole.narrow(-1, sum(self._columns[: self._ranks.rank]), self._columns[self._ranks.rank])
 
-    @torch.compiler.disable
-    def join(self, own: Tensor) -> Tensor:
-        """[..., w] of every rank -> [..., W] on rank 0; the others keep theirs."""
-        if self._columns is None:
-            return own
-        scale = own.shape[-1] // self._columns[self._ranks.rank]
+    def exchange_all(self, own: Tensor) -> Tensor:
+        """[..., w] of every rank -> [..., W] on rank 0, [..., 0] on the others."""
         sent = own.movedim(-1, 0).contiguous()
         to_first = [len(sent) if rank == 0 else 0 for rank in range(self._ranks.world)]
-        rows = [scale * count if self._ranks.is_first else 0 for count in self._columns]
+        rows = self.joined_columns(own)
         received = sent.new_empty(sum(rows), *sent.shape[1:])
         self._ranks.all_to_all(sent, received, to_first, rows, self._group)
-        return received.movedim(0, -1) if self._ranks.is_first else own
+        return received.movedim(0, -1)
+
+    def joined_columns(self, own: Tensor) -> list[int]:
+        """What this rank gets of each when all are joined."""
+        assert self._columns is not None, "nothing is split"
+        scale = own.shape[-1] // self._columns[self._ranks.rank]
+        return [scale * count if self._ranks.is_first else 0 for count in self._columns]
+
+
+# For torch.compile: to it an exchange is an operation like any other, and the decoder stays in one piece.
+_by_number: list[WidthShards] = []
+
+
+@torch.library.custom_op("lingbot_rt::widen", mutates_args=())
+def _compiled_widen(own: Tensor, number: int) -> Tensor:
+    return _by_number[number].exchange_columns(own)
+
+
+@_compiled_widen.register_fake
+def _(own: Tensor, number: int) -> Tensor:
+    return F.pad(own, (1, 1))
+
+
+@torch.library.custom_op("lingbot_rt::join", mutates_args=())
+def _compiled_join(own: Tensor, number: int) -> Tensor:
+    return _by_number[number].exchange_all(own).contiguous()
+
+
+@_compiled_join.register_fake
+def _(own: Tensor, number: int) -> Tensor:
+    return own.new_empty(*own.shape[:-1], sum(_by_number[number].joined_columns(own)))
 
 
 class _HaloConv3d(CausalConv3d):

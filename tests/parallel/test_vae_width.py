@@ -15,6 +15,7 @@ from torch import Tensor
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.parallel.groups import RankGroup
 from lingbot_rt.parallel.share import share_decode
+from lingbot_rt.parallel.vae_width import WidthShards
 
 TOLERANCE = 1e-5
 FRAMES = 5
@@ -89,3 +90,26 @@ def test_shards_make_the_whole(world, generation):
     assert all(pixels is None for pixelss, _ in others for pixels in pixelss)
     # Not by every rank computing all of it.
     assert first[1] > 0
+
+
+def exchanged_on(rank: int, store: dist.Store, plain: AutoencoderKLWan) -> list[tuple[Tensor, Tensor]]:
+    shards = WidthShards(copy.deepcopy(plain).decoder, ThreadRank(rank, 2, store))
+    own = torch.arange(12.0).view(1, 1, 2, 2, 3) + 100 * rank
+    with shards.of(6):
+        return [
+            (torch.compile(exchange, backend="eager", fullgraph=True)(own), exchange(own))
+            for exchange in (shards.widen, shards.join)
+        ]
+
+
+def test_exchanges_compile_without_a_break():
+    """A compiled decoder stays in one piece: to torch.compile an exchange is an operation, and gives what it gives."""
+    plain = AutoencoderKLWan.from_config({"base_dim": 8, "num_res_blocks": 1})
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as threads:
+        ranks = list(threads.map(lambda rank: exchanged_on(rank, store, plain), range(2)))
+    for compiled, plainly in (pair for pairs in ranks for pair in pairs):
+        assert torch.equal(compiled, plainly)
+    (widened, _), (joined, _) = ranks[0]
+    assert widened[0, 0, 0, 0].tolist() == [0, 0, 1, 2, 100]
+    assert joined[0, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]
