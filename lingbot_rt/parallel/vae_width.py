@@ -60,8 +60,7 @@ class WidthShards:
         """[..., w] of every rank -> [..., W] on rank 0; the others keep theirs."""
         if self._columns is None:
             return own
-        joined = _compiled_join(own, self._number) if torch.compiler.is_compiling() else self.exchange_all(own)
-        return joined if self._ranks.is_first else own
+        return _compiled_join(own, self._number) if torch.compiler.is_compiling() else self.exchange_all(own)
 
     def exchange_columns(self, own: Tensor) -> Tensor:
         """What ``widen`` does in a decode that is split."""
@@ -87,16 +86,21 @@ class WidthShards:
         return whole.narrow(-1, sum(self._columns[: self._ranks.rank]), self._columns[self._ranks.rank])
 
     def exchange_all(self, own: Tensor) -> Tensor:
-        """[..., w] of every rank -> [..., W] on rank 0, [..., 0] on the others."""
+        """What ``join`` does in a decode that is split."""
         sent = own.movedim(-1, 0).contiguous()
         to_first = [len(sent) if rank == 0 else 0 for rank in range(self._ranks.world)]
-        rows = self.joined_columns(own)
+        rows = self._joined_rows(own)
         received = sent.new_empty(sum(rows), *sent.shape[1:])
         self._ranks.all_to_all(sent, received, to_first, rows, self._group)
-        return received.movedim(0, -1)
+        # New, and used, on every rank: a compiler drops an operation whose result is not.
+        return received.movedim(0, -1).contiguous() if self._ranks.is_first else own.clone().contiguous()
 
-    def joined_columns(self, own: Tensor) -> list[int]:
-        """What this rank gets of each when all are joined."""
+    def joined_width(self, own: Tensor) -> int:
+        """Columns of what ``join`` gives here."""
+        return sum(self._joined_rows(own)) if self._ranks.is_first else own.shape[-1]
+
+    def _joined_rows(self, own: Tensor) -> list[int]:
+        """Columns that come from each rank."""
         assert self._columns is not None, "nothing is split"
         scale = own.shape[-1] // self._columns[self._ranks.rank]
         return [scale * count if self._ranks.is_first else 0 for count in self._columns]
@@ -118,12 +122,12 @@ def _(own: Tensor, number: int) -> Tensor:
 
 @torch.library.custom_op("lingbot_rt::join", mutates_args=())
 def _compiled_join(own: Tensor, number: int) -> Tensor:
-    return _by_number[number].exchange_all(own).contiguous()
+    return _by_number[number].exchange_all(own)
 
 
 @_compiled_join.register_fake
 def _(own: Tensor, number: int) -> Tensor:
-    return own.new_empty(*own.shape[:-1], sum(_by_number[number].joined_columns(own)))
+    return own.new_empty(*own.shape[:-1], _by_number[number].joined_width(own))
 
 
 class _HaloConv3d(CausalConv3d):
