@@ -48,6 +48,12 @@ class ServeConfig:
     ulysses_degree: int | None = _option(
         None, "GPUs that share a session (default: all of them)", low=1, high=64, group="device"
     )
+    vae_parallel: str = _option(
+        "none",
+        "who decodes: none, the first GPU alone; width, all of them, each some columns of the picture",
+        choices=("none", "width"),
+        group="device",
+    )
     rank_timeout_s: float = _option(
         30.0,
         "seconds within which the service ends after one of its processes has died, failed or stalled",
@@ -164,6 +170,8 @@ class ServeConfig:
                 f"--ulysses-degree {self.ulysses_degree} must equal --num-gpus {self.num_gpus}: all share one session",
                 field="ulysses_degree",
             )
+        if self.vae_parallel == "width" and self.num_gpus == 1:
+            raise ConfigError("--vae-parallel width: --num-gpus 1 has nothing to share", field="vae_parallel")
 
         if self.record_total_mb < self.record_max_mb:
             raise ConfigError(

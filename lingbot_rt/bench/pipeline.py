@@ -17,6 +17,7 @@ from lingbot_rt.engine.memory import GB, require_room
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.errors import ConfigError
+from lingbot_rt.parallel.leader import Close, Leader
 from lingbot_rt.shapes import FrameSize
 
 LEAST_WARM = 6
@@ -80,15 +81,17 @@ class Load:
 class TimedChunk:
     result: ChunkResult
     first_frames_ms: float  # from the chunk's begin until the host has its first frames
+    exchange_ms: float | None  # in exchanges with other ranks, waits for them included; None where there are none
 
     def stages(self) -> dict[str, float]:
         """Milliseconds by the names that are reported, in their order.
 
         ``prepare`` has ``camera`` in it, ``DiT`` is ``denoise`` and ``context``; ``first frames`` is counted from the
-        chunk's begin, ``after denoise`` is its part after the last denoise step.
+        chunk's begin, ``after denoise`` is its part after the last denoise step. ``exchange`` is a part of all others.
         """
         timings = self.result.timings
-        return {
+        exchange = {} if self.exchange_ms is None else {"exchange": self.exchange_ms}
+        return exchange | {
             "prepare": timings.prepare_ms,
             "camera": timings.stages["camera"],
             "denoise": timings.stages["denoise"],
@@ -118,12 +121,14 @@ class Run:
 
 
 class Walk:
-    """A session driven by hand, W held all the way and a turn now and then."""
+    """A session driven by hand, W held all the way and a turn now and then. ``leader`` hands it on to other ranks."""
 
-    def __init__(self, pipeline: Pipeline, plan: SessionPlan) -> None:
+    def __init__(self, pipeline: Pipeline, plan: SessionPlan, leader: Leader | None = None) -> None:
         self._pipeline = pipeline
         self._plan = plan
-        self._session = SessionState(pipeline, plan)
+        self._leader = leader or Leader()
+        with self._leader.command(plan):
+            self._session = SessionState(pipeline, plan)
         self._camera = CameraPath()
         self._next = 0
 
@@ -142,13 +147,21 @@ class Walk:
                 first_at.append(time.perf_counter())
 
         begun = time.perf_counter()
-        result = run_chunk(self._pipeline, self._session, plan, emit)
+        with self._leader.command(plan):
+            result = run_chunk(self._pipeline, self._session, plan, emit)
         self._next += 1
-        return TimedChunk(result, 1000 * (first_at[0] - begun))
+        ranks = self._pipeline.ranks
+        exchange_ms = None if ranks.world == 1 else result.timings.total_ms - ranks.pulse.compute_ms
+        return TimedChunk(result, 1000 * (first_at[0] - begun), exchange_ms)
+
+    def end(self) -> None:
+        """Frees what the session holds on the other ranks."""
+        with self._leader.command(Close(self._plan.session_id)):
+            pass
 
 
-def run_chunks(pipeline: Pipeline, load: Load, done: Callable[[], object]) -> Run:
-    """Warms up, then measures; ``done`` is called after every chunk, warm ones too.
+def run_chunks(pipeline: Pipeline, load: Load, done: Callable[[], object], leader: Leader | None = None) -> Run:
+    """Warms up, then measures; ``done`` is called after every chunk, warm ones too. ``leader``: of several ranks.
 
     Raises ConfigError for a load that cannot be, CapacityError when its session would not fit.
     """
@@ -156,7 +169,7 @@ def run_chunks(pipeline: Pipeline, load: Load, done: Callable[[], object]) -> Ru
     planned = require_room(pipeline, plan)
     warm, measured = load.warm_chunks(plan), load.measured_chunks()
     session_length = OPENING_CHUNKS if load.opening else warm + measured
-    chunks = _chunks(pipeline, plan, session_length)
+    chunks = _chunks(pipeline, plan, session_length, leader)
     for _ in range(warm):
         next(chunks)
         done()
@@ -174,10 +187,11 @@ def peak_memory_gb(device: torch.device) -> float | None:
     return torch.cuda.max_memory_allocated(device) / GB if device.type == "cuda" else None
 
 
-def profile_chunk(pipeline: Pipeline, load: Load, path: str) -> None:
-    """A Chrome trace (chrome://tracing, Perfetto) of one chunk, as warm as the measured ones, in the file ``path``."""
+def profile_chunk(pipeline: Pipeline, load: Load, path: str, leader: Leader | None = None) -> None:
+    """A Chrome trace (chrome://tracing, Perfetto) of one chunk, as warm as the measured ones, in the file ``path``: of
+    this process, where there are others."""
     plan = load.session_plan(pipeline)
-    walk = Walk(pipeline, plan)
+    walk = Walk(pipeline, plan, leader)
     for _ in range(load.warm_chunks(plan)):
         walk.step()
     activities = [ProfilerActivity.CPU]
@@ -188,13 +202,14 @@ def profile_chunk(pipeline: Pipeline, load: Load, path: str) -> None:
     profiler.export_chrome_trace(path)
 
 
-def _chunks(pipeline: Pipeline, plan: SessionPlan, session_length: int) -> Iterator[TimedChunk]:
+def _chunks(pipeline: Pipeline, plan: SessionPlan, session_length: int, leader: Leader | None) -> Iterator[TimedChunk]:
     """Sessions of so many chunks without end, one after the other: at full size the windows of two would not fit."""
     while True:
-        yield from _session(pipeline, plan, session_length)
+        yield from _session(pipeline, plan, session_length, leader)
 
 
-def _session(pipeline: Pipeline, plan: SessionPlan, length: int) -> Iterator[TimedChunk]:
-    walk = Walk(pipeline, plan)
+def _session(pipeline: Pipeline, plan: SessionPlan, length: int, leader: Leader | None) -> Iterator[TimedChunk]:
+    walk = Walk(pipeline, plan, leader)
     for _ in range(length):
         yield walk.step()
+    walk.end()

@@ -23,7 +23,9 @@ class Setting:
 
     model: str
     weights: str  # "random" or "loaded"
-    device: str
+    device: str  # of rank 0
+    ranks: int
+    vae_parallel: str  # none or width
     torch: str
     dtype: str
     vae_dtype: str
@@ -43,8 +45,9 @@ class Setting:
     def __str__(self) -> str:
         fewest, most = self.visible_frames
         visible = f"{most}" if fewest == most else f"{fewest} to {most}"
+        ranks = f", {self.ranks} ranks (VAE parallel: {self.vae_parallel})" if self.ranks > 1 else ""
         return (
-            f"{self.model} ({self.weights} weights), {self.device}, torch {self.torch}\n"
+            f"{self.model} ({self.weights} weights), {self.device}{ranks}, torch {self.torch}\n"
             f"{self.size}, {self.latent_frames} latent frames a chunk, window {self.window_frames} "
             f"(sink {self.sink_frames}, visible {visible}), {self.steps} steps, DiT {self.dtype} "
             f"(quantization {self.quantization}, attention {self.attention_backend}), VAE {self.vae_dtype}, "
@@ -60,8 +63,8 @@ class PipelineReport:
     frames_per_s: float
     tflop: dict[str, float]  # of a mean chunk
     tflop_per_s: dict[str, float]
-    ceiling_tflop_per_s: Ceiling
-    floor_ms: float  # of the DiT's work at that ceiling
+    ceiling_tflop_per_s: Ceiling  # of rank 0's device
+    floor_ms: float  # of the DiT's work at that ceiling, shared by the ranks
     share_of_ceiling: float
     planned_memory_gb: float  # for the session, the weights left out, in units of 1e9 bytes
     peak_memory_gb: float | None  # of everything; None on a CPU
@@ -73,7 +76,7 @@ def pipeline_report(pipeline: Pipeline, weights: str, run: Run, ceiling: Ceiling
     work = mean_work(pipeline, run.plan, run.visible_frames)
     flops = {"camera": work.camera, "denoise": work.denoise, "context": work.context, "DiT": work.dit}
     mean_ms = {name: spreads[name].mean for name in flops}
-    floor_ms = 1000 * ceiling.seconds(work.dit)
+    floor_ms = 1000 * ceiling.seconds(work.dit) / pipeline.ranks.world
     frames = sum(chunk.result.num_frames for chunk in run.chunks)
     return PipelineReport(
         setting=_setting(pipeline, weights, run),
@@ -144,6 +147,8 @@ def _setting(pipeline: Pipeline, weights: str, run: Run) -> Setting:
         model=pipeline.card.model_path,
         weights=weights,
         device=pipeline.card.device,
+        ranks=pipeline.ranks.world,
+        vae_parallel="none" if pipeline.decode.shards == 1 else "width",
         torch=torch.__version__,
         dtype=pipeline.card.dtype,
         vae_dtype=pipeline.card.vae_dtype,

@@ -22,6 +22,7 @@ from lingbot_rt.models.checkpoint import DISTILLED_SHIFT, DISTILLED_STEPS, TRAIN
 from lingbot_rt.models.dit import CausalDiT, DiTConfig
 from lingbot_rt.models.text_encoder import TextEncoder
 from lingbot_rt.models.vae import StreamingVAE
+from lingbot_rt.parallel.groups import Ranks
 from lingbot_rt.shapes import FrameSize
 
 LINGBOT_WORLD_FAST = "lingbot-world-fast"
@@ -58,7 +59,7 @@ def shapes_of(model: str) -> Shapes:
     )
 
 
-def random_pipeline(config: ServeConfig) -> Pipeline:
+def random_pipeline(config: ServeConfig, ranks: Ranks | None = None) -> Pipeline:
     """The pipeline that ``load_pipeline`` makes of ``config``, with other numbers in it and no text encoder.
 
     Raises CheckpointError for a model that is not there, ConfigError for what the device cannot do.
@@ -70,12 +71,13 @@ def random_pipeline(config: ServeConfig) -> Pipeline:
     generator = torch.Generator(device).manual_seed(_SEED)
     with torch.device("meta"):
         empty_dit = CausalDiT(shapes.dit)
+    ranks = ranks or Ranks()
     networks = Networks(
         dit=draw(empty_dit, dtype, device, generator),
         vae=random_vae(config),
-        text_encoder=RandomText(shapes.dit, device, generator),
+        text_encoder=RandomText(shapes.dit, device, generator) if ranks.is_first else None,
     )
-    return assemble(config, networks, shapes.schedule, shapes.default_size)
+    return assemble(config, networks, shapes.schedule, shapes.default_size, ranks)
 
 
 def random_vae(config: ServeConfig) -> StreamingVAE:

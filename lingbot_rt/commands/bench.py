@@ -1,4 +1,5 @@
-"""``lingbot-rt bench``: measure the pipeline on this device, the transports, or a server as a player meets it."""
+"""``lingbot-rt bench``: measure the pipeline on its devices, what they say to each other, the transports, or a server
+as a player meets it."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import math
 import os
 import sys
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from lingbot_rt.commands.options import add_options_named, given_options
@@ -15,7 +17,9 @@ from lingbot_rt.commands.walk import parse_size
 from lingbot_rt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lingbot_rt.engine.pipeline import Pipeline
+    from lingbot_rt.bench.pipeline import Load
+    from lingbot_rt.bench.pipeline_report import PipelineReport
+    from lingbot_rt.bench.ranks import Job
 
 DEVICE_OPTIONS = (
     "device",
@@ -26,6 +30,7 @@ DEVICE_OPTIONS = (
     "compile_cache",
     "dit_cpu_offload",
     "attention_backend",
+    "vae_parallel",
 )
 """Of ``serve``, those that change how fast the pipeline is."""
 
@@ -33,6 +38,9 @@ DEVICE_OPTIONS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     _add_pipeline(kinds.add_parser("pipeline", help="steady chunks on the device: DiT, VAE, frames/s, TFLOP/s"))
+    _add_collectives(
+        kinds.add_parser("collectives", help="what several GPUs exchange in a chunk, alone: ms, GB/s, share of a chunk")
+    )
     _add_targets(
         kinds.add_parser("targets", help="every figure aimed for on one accelerator, in one go, beside its bar")
     )
@@ -43,20 +51,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"pipeline": _pipeline, "targets": _targets, "transport": _transport, "serve": _serve}[args.kind](args)
+    kinds = {
+        "pipeline": _pipeline,
+        "collectives": _collectives,
+        "targets": _targets,
+        "transport": _transport,
+        "serve": _serve,
+    }
+    return kinds[args.kind](args)
 
 
 def _add_pipeline(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        default="lingbot-world-fast",
-        help="lingbot-world-fast (the published 14B's shapes), builtin, a diffusers folder, or a hub id "
-        "(default: %(default)s)",
-    )
+    _add_model(parser)
     parser.add_argument(
         "--random-weights", action="store_true", help="the model's shapes with random weights, made on the device"
     )
-    parser.add_argument("--size", metavar="WxH", help="of the frames (default: the model's)")
+    parser.add_argument(
+        "--num-gpus",
+        dest="ranks",
+        type=_counts,
+        default=(1,),
+        metavar="N[,N...]",
+        help="processes that share each session; several numbers are measured one after the other and compared "
+        "(default: 1)",
+    )
     parser.add_argument(
         "--window", type=_count, metavar="N", help="latent frames attended to (default: the model's; 14B: 18)"
     )
@@ -66,7 +84,6 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of those, kept from the start (default: the model's; 14B: 9)",
     )
-    parser.add_argument("--steps", type=_count, metavar="N", help="denoise steps a chunk (default: the model's)")
     parser.add_argument("--chunks", type=_count, default=20, metavar="N", help="chunks measured (default: %(default)s)")
     parser.add_argument(
         "--warm",
@@ -88,6 +105,38 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_collectives(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    add_options_named(parser, ("device", "dtype"))
+    parser.add_argument(
+        "--num-gpus",
+        dest="ranks",
+        type=_count,
+        default=2,
+        metavar="N",
+        help="processes that exchange (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repeats", type=_count, default=20, metavar="N", help="calls a round, of five (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--chunk-ms", type=_positive, metavar="MS", help="of the chunk that the shares are of, from bench pipeline"
+    )
+    _add_json(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """What is measured."""
+    parser.add_argument(
+        "--model",
+        default="lingbot-world-fast",
+        help="lingbot-world-fast (the published 14B's shapes), builtin, a diffusers folder, or a hub id "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--size", metavar="WxH", help="of the frames (default: the model's)")
+    parser.add_argument("--steps", type=_count, metavar="N", help="denoise steps a chunk (default: the model's)")
+
+
 def _add_targets(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
@@ -100,7 +149,8 @@ def _add_targets(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sink", type=_count_from_zero, metavar="N", help="of those, kept from the start (14B: 9)")
     parser.add_argument("--chunks", type=_count, default=10, metavar="N", help="a case (default: %(default)s)")
     parser.add_argument("--far", type=_count, default=2000, metavar="N", help="the far chunk (default: %(default)s)")
-    add_options_named(parser, [name for name in DEVICE_OPTIONS if name not in ("quantization", "vae_dtype")])
+    varied = ("quantization", "vae_dtype", "vae_parallel")  # by the cases themselves, or of several GPUs
+    add_options_named(parser, [name for name in DEVICE_OPTIONS if name not in varied])
     _add_json(parser)
 
 
@@ -151,17 +201,17 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _pipeline(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from lingbot_rt.bench.ceiling import measure_ceiling
+    from lingbot_rt.bench import scaling
     from lingbot_rt.bench.chart import bar_chart
     from lingbot_rt.bench.figures import write_json
-    from lingbot_rt.bench.pipeline import Load, profile_chunk, run_chunks
-    from lingbot_rt.bench.pipeline_report import as_text, full_shape, pipeline_report
+    from lingbot_rt.bench.pipeline import Load
+    from lingbot_rt.bench.pipeline_report import as_text
 
     opening = args.case == "sglang-ci"
     if opening and args.warm is not None:
         raise ConfigError("--warm: the case sglang-ci begins at chunk 0 and warms up by itself", field="warm")
+    if len(args.ranks) > 1 and (args.plot or args.profile):
+        raise ConfigError("--plot and --profile are of one measurement: name one --num-gpus", field="num_gpus")
     load = Load(
         size=parse_size(args.size) if args.size else None,
         sink_frames=args.sink if args.sink is not None or not opening else 9,
@@ -171,19 +221,72 @@ def _pipeline(args: argparse.Namespace) -> int:
         warm=args.warm,
         opening=opening,
     )
-    pipeline = _made_pipeline(args)
-    plan = load.session_plan(pipeline)
-    total = load.warm_chunks(plan) + load.measured_chunks()
-    with tqdm(total=total, unit="chunk", disable=None) as bar:
-        measured = run_chunks(pipeline, load, bar.update)
-    ceiling = measure_ceiling(pipeline, full_shape(plan))
-    report = pipeline_report(pipeline, "random" if args.random_weights else "loaded", measured, ceiling)
+    jobs = [_job(args, ranks) for ranks in args.ranks]
+    reports = []
+    for job in jobs:
+        reports.append(_measured(job, load, args.profile))
+        print(as_text(reports[-1]) + "\n")
+    if len(reports) == 1:
+        write_json(args.json, reports[0])
+        if args.plot:
+            bar_chart(reports[0].stages_ms, str(reports[0].setting)).save(args.plot)
+        return 0
+    comparison = scaling.Comparison.of(reports)
+    print(scaling.as_text(comparison))
+    write_json(args.json, comparison)
+    return 0
+
+
+def _measured(job: Job, load: Load, trace: str | None) -> PipelineReport:
+    """The networks are gone when this returns. How long they took to come goes to stderr, beside the bars."""
+    from tqdm import tqdm
+
+    from lingbot_rt.bench.ceiling import measure_ceiling
+    from lingbot_rt.bench.pipeline import profile_chunk, run_chunks
+    from lingbot_rt.bench.pipeline_report import full_shape, pipeline_report
+    from lingbot_rt.bench.ranks import measured
+
+    begun = time.perf_counter()
+    with ExitStack() as stack:
+        with StageBars() as bars:
+            pipeline, leader = stack.enter_context(measured(job, bars.show))
+        took_s = time.perf_counter() - begun
+        print(f"{job.config.model_path} on {pipeline.card.device} in {took_s:.1f} s", file=sys.stderr)
+        plan = load.session_plan(pipeline)
+        total = load.warm_chunks(plan) + load.measured_chunks()
+        with tqdm(total=total, unit="chunk", disable=None) as bar:
+            run = run_chunks(pipeline, load, bar.update, leader)
+        ceiling = measure_ceiling(pipeline, full_shape(plan))
+        report = pipeline_report(pipeline, "random" if job.random_weights else "loaded", run, ceiling)
+        if trace:
+            profile_chunk(pipeline, load, trace, leader)
+        return report
+
+
+def _collectives(args: argparse.Namespace) -> int:
+    from lingbot_rt.bench.collectives import CollectivesReport, Exchanges, as_text
+    from lingbot_rt.bench.figures import write_json
+    from lingbot_rt.bench.random_model import shapes_of
+    from lingbot_rt.bench.ranks import measured_exchanges
+    from lingbot_rt.engine.pipeline import describe_device, resolve_device, resolve_dtype
+
+    if args.ranks == 1:
+        raise ConfigError("--num-gpus 1 has nothing to exchange: use 2 or more", field="num_gpus")
+    job = _job(args, args.ranks)
+    shapes, device = shapes_of(args.model), resolve_device(job.config.device)
+    size = parse_size(args.size) if args.size else shapes.default_size
+    steps = args.steps or len(shapes.schedule.steps)
+    exchanges = Exchanges.of(shapes, size, steps, resolve_dtype(job.config.dtype, device), args.repeats)
+    report = CollectivesReport.of(
+        exchanges,
+        measured_exchanges(job, exchanges),
+        model=args.model,
+        device=describe_device(device),
+        ranks=args.ranks,
+        chunk_ms=args.chunk_ms,
+    )
     print(as_text(report))
     write_json(args.json, report)
-    if args.plot:
-        bar_chart(report.stages_ms, str(report.setting)).save(args.plot)
-    if args.profile:
-        profile_chunk(pipeline, load, args.profile)
     return 0
 
 
@@ -260,26 +363,24 @@ def _serve(args: argparse.Namespace) -> int:
     return 0
 
 
-def _made_pipeline(args: argparse.Namespace) -> Pipeline:
-    """The networks, drawn or loaded; how long that took goes to stderr, beside the bars."""
-    from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST, random_pipeline
+def _job(args: argparse.Namespace, num_gpus: int) -> Job:
+    """Raises ConfigError for what cannot be."""
+    from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST
+    from lingbot_rt.bench.ranks import Job
     from lingbot_rt.config import ServeConfig
-    from lingbot_rt.engine.pipeline import load_pipeline
 
-    if args.model == LINGBOT_WORLD_FAST and not args.random_weights:
+    if args.kind == "pipeline" and args.model == LINGBOT_WORLD_FAST and not args.random_weights:
         raise ConfigError(
             f"--model {args.model} names shapes without weights: add --random-weights, or name a folder or a hub id",
             field="model",
         )
-    begun = time.perf_counter()
-    config = ServeConfig(model_path=args.model, **given_options(args))
-    if args.random_weights:
-        pipeline = random_pipeline(config)
-    else:
-        with StageBars() as bars:
-            pipeline = load_pipeline(config, bars.show)
-    print(f"{args.model} on {pipeline.card.device} in {time.perf_counter() - begun:.1f} s", file=sys.stderr)
-    return pipeline
+    options = given_options(args)
+    if num_gpus == 1:
+        options.pop("vae_parallel", None)
+    config = ServeConfig(model_path=args.model, num_gpus=num_gpus, **options)
+    if args.kind == "collectives":
+        return Job(config, random_weights=True, exchanges_only=True)
+    return Job(config, random_weights=args.random_weights)
 
 
 def _count(text: str) -> int:
@@ -287,6 +388,14 @@ def _count(text: str) -> int:
     if _count_from_zero(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
     return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """Whole numbers from 1 on, rising."""
+    counts = tuple(_count(part) for part in text.split(","))
+    if list(counts) != sorted(set(counts)):
+        raise argparse.ArgumentTypeError(f"{text}: expected rising numbers, such as 1,2,4")
+    return counts
 
 
 def _count_from_zero(text: str) -> int:

@@ -88,7 +88,12 @@ def _serve(config: ServeConfig, listener: socket.socket) -> int:
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         runner.run(serve())
     failure = app.state.service.failure
-    return 0 if failure is None else exit_code(failure)
+    code = 0 if failure is None else exit_code(failure)
+    if engine.is_lost:
+        # What is left of a broken group of ranks may wait for those that are gone.
+        logging.shutdown()
+        os._exit(code)
+    return code
 
 
 def _end_now() -> None:

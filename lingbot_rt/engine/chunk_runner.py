@@ -43,13 +43,12 @@ def run_chunk(
     with FrameOutlet(pipeline.device, session.postprocessor, emit) as outlet:
         # The frames leave before the context pass: on an accelerator decode runs beside it, on a stream of its own.
         with pipeline.vae_placement.at_work(), outlet.decoding(latents), clock.stage("vae"):
-            for i in range(session.plan.latent_frames if pipeline.ranks.is_first else 0):
-                # Not raised here, where the other ranks are not: the context pass agrees on it at once.
-                if session.is_cancelled:
-                    break
+            for i in range(session.plan.latent_frames):
+                session.raise_if_cancelled()
                 pipeline.ranks.tick()
-                pixels = pipeline.vae.decode_latent_frame(latents[:, :, i : i + 1], session.features)
-                outlet.push(pixels, plan.chunk_index, i, session.plan.latent_frames)
+                pixels = pipeline.decode(latents[:, :, i : i + 1], session.features)
+                if pixels is not None:
+                    outlet.push(pixels, plan.chunk_index, i, session.plan.latent_frames)
 
         with clock.stage("context"):
             forward.commit(latents)

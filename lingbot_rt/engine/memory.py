@@ -61,9 +61,10 @@ def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
     cells = plan.latent_frames * plan.size.latent_height * plan.size.latent_width
     prompt = config.text_len * (2 * config.num_layers * config.dim + config.text_dim) * itemsize
     taken = transients(config, pipeline.vae, plan.size, plan.latent_frames, pipeline.dtype, pipeline.card.quantization)
-    forward, decode = taken.forward // world, taken.decode
+    shards = pipeline.decode.shards
+    forward, decode, features = taken.forward // world, taken.decode // shards, taken.features // shards
     # On an accelerator frames are decoded beside the context pass.
-    activations = max(taken.features + forward, decode) if pipeline.device.type == "cpu" else forward + decode
+    activations = max(features + forward, decode) if pipeline.device.type == "cpu" else forward + decode
     return MemoryPlan(
         window_bytes=branches * window_bytes(config, plan.size, plan.window_frames, pipeline.dtype) // world,
         text_bytes=branches * prompt,

@@ -21,8 +21,8 @@ from lingbot_rt.models.dit import Block, CausalDiT, TextKV
 from lingbot_rt.models.quantize import quantize_linears, require_fp8
 from lingbot_rt.models.text_encoder import TextEncoder
 from lingbot_rt.models.vae import StreamingVAE
-from lingbot_rt.parallel.groups import RankGroup, Ranks
-from lingbot_rt.parallel.ulysses import UlyssesAttention
+from lingbot_rt.parallel.groups import Ranks
+from lingbot_rt.parallel.share import Decode, share_decode, share_dit, share_text
 from lingbot_rt.postprocess.stage import PostprocessNetworks, PostProcessor
 from lingbot_rt.shapes import FrameSize
 
@@ -37,7 +37,7 @@ class Networks:
 
     dit: CausalDiT
     vae: StreamingVAE
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | None  # None where another rank has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,7 @@ class Pipeline:
     dit: CausalDiT
     vae: StreamingVAE
     vae_placement: Placement
+    decode: Decode
     text_encoder: TextEncoder
     text_encoder_placement: Placement
     postprocess: PostprocessNetworks
@@ -97,24 +98,27 @@ def load_pipeline(config: ServeConfig, report: Callable[[EngineStatus], None], r
     rest = torch.device("cpu")
     dit = load_dit(folder, dtype, rest if config.dit_cpu_offload else device, part("transformer"))
     vae = load_vae(folder, DTYPES[config.vae_dtype], rest if config.vae_cpu_offload else device, part("vae"))
-    text_encoder = load_text_encoder(
-        folder, dtype, rest if config.text_encoder_cpu_offload else device, part("text encoder")
-    )
+    ranks = ranks or Ranks()
+    text_encoder = None
+    if ranks.is_first:
+        text_encoder = load_text_encoder(
+            folder, dtype, rest if config.text_encoder_cpu_offload else device, part("text encoder")
+        )
     schedule = FlowSchedule(folder.shift, folder.denoise_steps)
     return assemble(config, Networks(dit, vae, text_encoder), schedule, folder.default_size, ranks)
 
 
 def assemble(
-    config: ServeConfig, networks: Networks, schedule: FlowSchedule, default_size: FrameSize, ranks: Ranks | None = None
+    config: ServeConfig, networks: Networks, schedule: FlowSchedule, default_size: FrameSize, ranks: Ranks
 ) -> Pipeline:
-    """Networks as loaded -> a pipeline that runs them as ``config`` says: quantized, offloaded, compiled.
+    """Networks as loaded -> a pipeline that runs them as ``config`` says: quantized, offloaded, shared, compiled.
 
     Raises ConfigError for what the device cannot do.
     """
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     compiled = resolve_compile(config.compile, device)
-    dit, vae, text_encoder = networks.dit, networks.vae, networks.text_encoder
+    dit, vae = networks.dit, networks.vae
     if config.quantization == "fp8":
         require_fp8(device, dtype)
         for block in dit.blocks:
@@ -125,8 +129,10 @@ def assemble(
         log.info("DiT offloaded: %.1f GB cross the bus in each forward", blocks.bytes_a_pass / 1e9)
     dit.to(device)
     dit.attention_backend = config.attention_backend
-    if isinstance(ranks, RankGroup):
-        dit.window_attention = UlyssesAttention(ranks)
+    share_dit(dit, ranks)
+    text_shape = (1, dit.config.text_len, dit.config.text_dim)
+    text_encoder = share_text(networks.text_encoder, ranks, text_shape, dtype, device)
+    decode = share_decode(vae, ranks, config.vae_parallel)
     if compiled:
         keep_compiled_code(config.compile_cache)
         dit.compile_blocks()
@@ -147,13 +153,14 @@ def assemble(
         vae_dtype=_name(vae.dtype),
         compiled=compiled,
     )
-    log.info(
-        "self-attention %s, linears %s, VAE %s, %s",
-        card.attention_backend,
-        card.dtype if card.quantization == "none" else card.quantization,
-        card.vae_dtype,
-        "compiled" if compiled else "not compiled",
-    )
+    if ranks.is_first:
+        log.info(
+            "self-attention %s, linears %s, VAE %s, %s",
+            card.attention_backend,
+            card.dtype if card.quantization == "none" else card.quantization,
+            card.vae_dtype,
+            "compiled" if compiled else "not compiled",
+        )
     return Pipeline(
         card=card,
         schedule=schedule,
@@ -163,10 +170,11 @@ def assemble(
         dit=dit,
         vae=vae,
         vae_placement=Placement(vae, device, offload=config.vae_cpu_offload),
+        decode=decode,
         text_encoder=text_encoder,
         text_encoder_placement=Placement(text_encoder, device, offload=config.text_encoder_cpu_offload),
         postprocess=PostprocessNetworks(device),
-        ranks=ranks or Ranks(),
+        ranks=ranks,
     )
 
 

@@ -115,6 +115,11 @@ class StreamingVAE:
     def dtype(self) -> torch.dtype:
         return self._vae.dtype
 
+    @property
+    def decoder(self) -> nn.Module:
+        """diffusers' own, for what shares it over ranks."""
+        return self._vae.decoder
+
     def to(self, device: torch.device) -> StreamingVAE:
         nn.Module.to(self._vae, device)
         if device.type == "cuda":

@@ -72,6 +72,7 @@ class RankGroup(Ranks):
 
     def __init__(self, rank: int, world: int) -> None:
         super().__init__(rank, world)
+        self.moved_bytes = 0  # to other ranks or from them, whichever is more: of what is spread over them
         self._waited_ms = 0.0  # on the host, in this chunk
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # on the device
 
@@ -92,6 +93,11 @@ class RankGroup(Ranks):
 
     def leave(self) -> None:
         dist.destroy_process_group()
+
+    def new_group(self) -> dist.ProcessGroup:
+        """All ranks again, for exchanges that run on another stream; every rank has to ask."""
+        with self._exchange():
+            return dist.new_group(timeout=_UNLIMITED)
 
     def begin_chunk(self) -> None:
         self._waited_ms = 0.0
@@ -135,11 +141,23 @@ class RankGroup(Ranks):
         return pickle.loads(packed[_LENGTH_BYTES : _LENGTH_BYTES + length])
 
     def all_to_all(
-        self, sent: Tensor, received: Tensor, sent_rows: Sequence[int], received_rows: Sequence[int]
+        self,
+        sent: Tensor,
+        received: Tensor,
+        sent_rows: Sequence[int],
+        received_rows: Sequence[int],
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         """Rows of the contiguous ``sent``, ``sent_rows[r]`` of them for rank r, into ``received``, by rank likewise."""
-        with self._exchange(sent.is_cuda):
-            dist.all_to_all_single(received, sent, list(received_rows), list(sent_rows))
+        row_bytes = sent[:1].nbytes
+        self.moved_bytes += row_bytes * max(sum(rows) - rows[self.rank] for rows in (sent_rows, received_rows))
+        with self._exchange(sent.is_cuda, beside=group is not None):
+            dist.all_to_all_single(received, sent, list(received_rows), list(sent_rows), group)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Rank 0's values, in every rank's ``tensor``."""
+        with self._exchange(tensor.is_cuda):
+            dist.broadcast(tensor, src=0)
 
     def gather(self, own: Tensor, rows: Sequence[int]) -> Tensor:
         """Every rank's ``own`` [n_r, K], joined in the order of ranks -> [N, K] on every rank."""
@@ -148,16 +166,18 @@ class RankGroup(Ranks):
         padded = own.new_zeros(largest, own.shape[1])
         padded[: len(own)] = own
         parts = [torch.empty_like(padded) for _ in rows]
+        self.moved_bytes += padded.nbytes * (self.world - 1)
         with self._exchange(own.is_cuda):
             dist.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
 
     @contextmanager
-    def _exchange(self, on_gpu: bool = False) -> Iterator[None]:
-        """Counts the exchange, times the wait, and names what breaks."""
+    def _exchange(self, on_gpu: bool = False, *, beside: bool = False) -> Iterator[None]:
+        """Counts the exchange, times the wait, and names what breaks. ``beside``: not on the stream of the chunk, which
+        does not wait for it."""
         self.pulse.exchanges += 1
         begun = time.perf_counter()
-        begin = self._mark() if on_gpu else None
+        begin = self._mark() if on_gpu and not beside else None
         try:
             yield
         except RuntimeError as error:
@@ -165,7 +185,7 @@ class RankGroup(Ranks):
         if begin is not None:
             # The host runs on while the device waits.
             self._waits.append((begin, self._mark()))
-        else:
+        elif not on_gpu:
             self._waited_ms += 1000 * (time.perf_counter() - begun)
 
     @staticmethod

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -23,6 +23,8 @@ import torch.distributed as dist
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import ConfigError
 from lingbot_rt.models.checkpoint import open_checkpoint
+from lingbot_rt.parallel.groups import RankGroup
+from lingbot_rt.parallel.interface import VARIABLE, choose_interface
 
 LOOPBACK = "127.0.0.1"
 
@@ -76,6 +78,11 @@ class Place:
         torch.cuda.set_device(device)
         return device
 
+    def join(self, group: RankGroup, store: dist.Store, device: torch.device, timeout_s: float) -> None:
+        """Makes ``group`` one with those of all other processes, once they have all come: within ``timeout_s``."""
+        choose_interface(store, self.rank, self.world, self.address, timedelta(seconds=timeout_s))
+        group.join(store, device)
+
     def connect(self, timeout_s: float) -> dist.Store:
         """A connection to the store of its own: one that waits does not hold up another thread's."""
         store = dist.TCPStore(
@@ -90,8 +97,11 @@ class Place:
         return dist.PrefixStore(f"lingbot_rt/{self.run}", store)
 
 
-def require_ranks(config: ServeConfig) -> None:
-    """Raises ConfigError when --num-gpus asks for devices, or for a share of the heads, that cannot be."""
+def require_ranks(config: ServeConfig, heads: int | None = None) -> None:
+    """Raises ConfigError when --num-gpus asks for devices, or for a share of the heads, that cannot be.
+
+    ``heads``: of a model that is no folder.
+    """
     place = Place.from_environment()
     if place is not None and place.world != config.num_gpus:
         raise ConfigError(
@@ -106,7 +116,7 @@ def require_ranks(config: ServeConfig) -> None:
         raise ConfigError(
             f"--num-gpus {config.num_gpus}: this machine has {found} CUDA device{'s' * (found != 1)}", field="num_gpus"
         )
-    heads = open_checkpoint(config.model_path).dit_config.num_attention_heads
+    heads = heads or open_checkpoint(config.model_path).dit_config.num_attention_heads
     if heads % config.num_gpus:
         fitting = ", ".join(str(n) for n in range(1, config.num_gpus) if heads % n == 0)
         raise ConfigError(
@@ -123,7 +133,7 @@ def open_place(world: int, timeout_s: float) -> tuple[Place, dist.Store]:
     """Rank 0 outside torchrun: a store on the loopback interface, at a port of its own, that followers can find."""
     # Nothing of the ranks' talk leaves the host: neither the store nor gloo's own connections.
     if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault(VARIABLE, "lo")
     with socket.create_server((LOOPBACK, 0)) as listener:
         port = listener.getsockname()[1]
         server = dist.TCPStore(
@@ -138,15 +148,19 @@ def open_place(world: int, timeout_s: float) -> tuple[Place, dist.Store]:
     return place, dist.PrefixStore(f"lingbot_rt/{place.run}", server)
 
 
-def start_followers(config: ServeConfig, place: Place) -> dict[int, subprocess.Popen[bytes]]:
-    """One process for each of the ranks 1 .. P - 1."""
-    # A key that opens the server is no business of theirs.
-    handed_on = json.dumps(dataclasses.asdict(dataclasses.replace(config, api_key=None)))
+def worker_command(config: ServeConfig) -> list[str]:
+    """Starts a follower of a server."""
+    # A key that opens the server is no business of its.
+    return [*_WORKER, json.dumps(dataclasses.asdict(dataclasses.replace(config, api_key=None)))]
+
+
+def start_followers(command: Sequence[str], place: Place) -> dict[int, subprocess.Popen[bytes]]:
+    """One process of ``command`` for each of the ranks 1 .. P - 1."""
     processes = {}
     for rank in range(1, place.world):
         own = dataclasses.replace(place, rank=rank, local_rank=rank)
         processes[rank] = subprocess.Popen(
-            [*_WORKER, handed_on],
+            command,
             env=os.environ | own.environment(),
             stdin=subprocess.DEVNULL,
         )

@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +22,9 @@ from lingbot_rt.parallel.launch import (
     require_ranks,
     start_followers,
     uses_cuda,
+    worker_command,
 )
-from lingbot_rt.parallel.watch import JUDGED_AT, START_PATIENCE, Watch
+from lingbot_rt.parallel.watch import PERIOD_S, START_PATIENCE, Watch, ending_s
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +70,13 @@ class GroupLeader(Leader):
     """Rank 0 of several. ``on_loss`` gets the verdict once, on any thread, when a rank is lost: nothing can be
     computed after that, and the followers have ended."""
 
-    def __init__(self, config: ServeConfig, on_loss: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: ServeConfig, on_loss: Callable[[str], None], command: Sequence[str], heads: int | None
+    ) -> None:
         self._config = config
         self._on_loss = on_loss
+        self._command = command
+        self._heads = heads
         self._group = RankGroup(0, config.num_gpus)
         self.ranks = self._group
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -86,7 +91,7 @@ class GroupLeader(Leader):
     @contextmanager
     def starting(self) -> Iterator[None]:
         """Raises ConfigError for ranks that cannot be, EngineFailed when one does not come up."""
-        require_ranks(self._config)
+        require_ranks(self._config, self._heads)
         timeout_s = self._config.rank_timeout_s
         launched = Place.from_environment()
         if launched is None:
@@ -97,12 +102,12 @@ class GroupLeader(Leader):
         watch = Watch(place.connect(timeout_s), place.world, self._group.pulse, timeout_s, self._lose)
         self._watch = watch
         if launched is None:
-            self._processes = start_followers(self._config, place)
+            self._processes = start_followers(self._command, place)
         with self._judged(watch, START_PATIENCE):
             watch.start(self._processes)
             if not watch.await_all():
                 raise PeerLost(watch.verdict)
-            self._group.join(store, device)
+            place.join(self._group, store, device, START_PATIENCE * timeout_s)
             self._has_joined = True
             yield
             # Ready is said when all are.
@@ -133,8 +138,10 @@ class GroupLeader(Leader):
             self._last_resort.cancel()
 
     def _lose(self, verdict: str) -> None:
-        # A thread that waits on a GPU for a rank that is gone cannot be ended; an orderly end would wait for it.
-        self._last_resort = threading.Timer((1 - JUDGED_AT) * self._config.rank_timeout_s, _end_now)
+        # A thread that waits on a GPU for a rank that is gone cannot be ended; an orderly end would wait for it. What
+        # the watch takes to look counts too.
+        left_s = ending_s(self._config.rank_timeout_s) - 2 * PERIOD_S
+        self._last_resort = threading.Timer(left_s, _end_now)
         self._last_resort.daemon = True
         self._last_resort.start()
         end_followers(self._processes, grace_s=0)
@@ -160,6 +167,16 @@ def _end_now() -> None:
     os._exit(1)
 
 
-def lead(config: ServeConfig, on_loss: Callable[[str], None]) -> Leader:
-    """The leader of as many ranks as ``config`` asks for."""
-    return Leader() if config.num_gpus == 1 else GroupLeader(config, on_loss)
+def lead(
+    config: ServeConfig,
+    on_loss: Callable[[str], None],
+    command: Sequence[str] | None = None,
+    heads: int | None = None,
+) -> Leader:
+    """The leader of as many ranks as ``config`` asks for; they run ``command`` in place of a server's follower.
+
+    ``heads``: of a model that is no folder.
+    """
+    if config.num_gpus == 1:
+        return Leader()
+    return GroupLeader(config, on_loss, command or worker_command(config), heads)

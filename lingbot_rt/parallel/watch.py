@@ -22,8 +22,7 @@ log = logging.getLogger(__name__)
 
 PERIOD_S = 0.2
 
-JUDGED_AT = 0.8
-"""Share of the time limit after which a silent or stalled rank is lost; the rest is for telling and ending."""
+_ENDING_S = 6.0
 
 START_PATIENCE = 10
 """Times the limit that a start may stand still: imports, compilation and first contact with a GPU tell no progress. A
@@ -57,26 +56,31 @@ class Pulse:
 
 
 class PulseSender:
-    """A follower's thread: tells the pulse, and calls ``on_end`` once when the service has ended or rank 0 is gone.
+    """A follower's threads: one tells the pulse, and calls ``on_end`` when the service has ended or rank 0 is gone; the
+    other does when rank 0's store has not answered for ``limit_s``, which is how a broken link looks.
 
     The working thread may then wait in a collective for ever: only the process can end.
     """
 
-    def __init__(self, store: dist.Store, rank: int, pulse: Pulse, on_end: Callable[[], None]) -> None:
+    def __init__(self, store: dist.Store, rank: int, pulse: Pulse, limit_s: float, on_end: Callable[[], None]) -> None:
         self._store = store
         self._key = _key(rank)
         self._pulse = pulse
         self._on_end = on_end
+        self._limit_s = limit_s
+        self._answered_at = time.monotonic()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._run, self._guard)]
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         self._stopping.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def tell(self) -> None:
         """Returns once rank 0's store has it. Raises RuntimeError when the store is gone."""
@@ -89,11 +93,19 @@ class PulseSender:
             try:
                 self.tell()
                 ended = self._store.check([_END])
+                self._answered_at = time.monotonic()
             except RuntimeError:
                 ended = True
             if ended:
                 if not self._stopping.is_set():
                     self._on_end()
+                return
+
+    def _guard(self) -> None:
+        while not self._stopping.wait(PERIOD_S):
+            if time.monotonic() - self._answered_at > self._limit_s:
+                log.error("rank 0 has not answered for %.0f s: this rank ends", self._limit_s)
+                self._on_end()
                 return
 
 
@@ -107,24 +119,27 @@ class Watch:
         own: Pulse,
         timeout_s: float,
         on_loss: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._world = world
+        self._clock = clock
         self._own = own
-        self.limit_s = JUDGED_AT * timeout_s  # of silence, or of standing still while there is work
+        self.limit_s = timeout_s - ending_s(timeout_s)  # of silence, or of standing still while there is work
         self._on_loss = on_loss
         self._processes: Mapping[int, subprocess.Popen[bytes]] = {}
         self._is_busy = False
         self._patience = 1
         self._progress: list[tuple[int, int]] = []
-        self._moved_at = time.monotonic()
+        self._moved_at = self._clock()
         self._orphaned_at: float | None = None
         self._verdict = ""
         self._declaring = threading.Lock()
+        self._declared = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self.pulses = [Pulse() for _ in range(world)]
-        self._heard_at = [time.monotonic()] * world
+        self._heard_at = [self._clock()] * world
         for rank in range(1, world):
             store.set(_key(rank), "")
 
@@ -136,7 +151,7 @@ class Watch:
     def start(self, processes: Mapping[int, subprocess.Popen[bytes]]) -> None:
         """``processes``: the followers that this process started itself, by rank."""
         self._processes = processes
-        self._heard_at = [time.monotonic()] * self._world
+        self._heard_at = [self._clock()] * self._world
         self._thread.start()
 
     def stop(self) -> None:
@@ -147,7 +162,7 @@ class Watch:
     @contextmanager
     def at_work(self, patience: int = 1) -> Iterator[None]:
         """Progress is expected inside, within ``patience`` times the limit; between commands a rank may rest."""
-        self._moved_at = time.monotonic()
+        self._moved_at = self._clock()
         self._patience = patience
         self._is_busy = True
         try:
@@ -157,16 +172,15 @@ class Watch:
 
     def await_all(self) -> bool:
         """Waits until every follower has come up: True. False when one is lost first."""
-        while not self._verdict and not all(pulse.beats for pulse in self.pulses[1:]):
-            time.sleep(PERIOD_S / 4)
-        return not self._verdict
+        while not all(pulse.beats for pulse in self.pulses[1:]):
+            if self._declared.wait(PERIOD_S / 4):
+                return False
+        return True
 
     def explain(self, error: Exception, *, is_consequence: bool) -> str:
         """Why the work on rank 0 broke: the verdict on another rank when ``error`` only followed from that."""
         if is_consequence:
-            deadline = time.monotonic() + CAUSE_GRACE_S + 5 * PERIOD_S
-            while not self._verdict and time.monotonic() < deadline:
-                time.sleep(PERIOD_S / 4)
+            self._declared.wait(CAUSE_GRACE_S + 5 * PERIOD_S)
         if not self._verdict:
             self._declare(
                 self._gone_from(0, first_line(error)) if is_consequence else f"rank 0 failed: {first_line(error)}"
@@ -174,20 +188,23 @@ class Watch:
         return self._verdict
 
     def _run(self) -> None:
-        while not self._stopping.wait(PERIOD_S):
-            # Processes before pulses: one that says why and then ends has said so before it is seen to have ended.
-            ended = {rank: code for rank, process in self._processes.items() if (code := process.poll()) is not None}
-            try:
-                self._read_pulses()
-            except RuntimeError as error:
-                # Under torchrun the store is its agent's, which may go before this process does.
-                verdict = f"the ranks' store is gone: {first_line(error)}"
-            else:
-                verdict = self._failed() or self._ended(ended) or self._silent() or self._stalled()
-            if verdict and not self._stopping.is_set():
-                self._declare(verdict)
-            if self._verdict:
-                return
+        while not self._stopping.wait(PERIOD_S) and not self.look():
+            pass
+
+    def look(self) -> str:
+        """Judges what is seen now; the verdict, or nothing."""
+        # Processes before pulses: one that says why and then ends has said so before it is seen to have ended.
+        ended = {rank: code for rank, process in self._processes.items() if (code := process.poll()) is not None}
+        try:
+            self._read_pulses()
+        except RuntimeError as error:
+            # Under torchrun the store is its agent's, which may go before this process does.
+            verdict = f"the ranks' store is gone: {first_line(error)}"
+        else:
+            verdict = self._failed() or self._ended(ended) or self._silent() or self._stalled()
+        if verdict and not self._stopping.is_set():
+            self._declare(verdict)
+        return self._verdict
 
     def _declare(self, verdict: str) -> None:
         with self._declaring:
@@ -199,9 +216,10 @@ class Watch:
             self._on_loss(verdict)
             # Last: whoever sees it finds everything that follows from it done.
             self._verdict = verdict
+            self._declared.set()
 
     def _read_pulses(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         texts = self._store.multi_get([_key(rank) for rank in range(1, self._world)])
         # A copy: its own pulse goes on changing while it is judged.
         pulses = [replace(self._own), *(Pulse.parse(text) for text in texts)]
@@ -222,8 +240,8 @@ class Watch:
         if not failures:
             return ""
         if self._orphaned_at is None:
-            self._orphaned_at = time.monotonic()
-        if time.monotonic() - self._orphaned_at < CAUSE_GRACE_S:
+            self._orphaned_at = self._clock()
+        if self._clock() - self._orphaned_at < CAUSE_GRACE_S:
             return ""
         rank, pulse = failures[0]
         return self._gone_from(rank, pulse.failure)
@@ -231,7 +249,7 @@ class Watch:
     def _gone_from(self, rank: int, failure: str) -> str:
         """What to say when ``rank`` lost a connection and nobody has said why: on other hosts processes are not seen
         to end, but their pulse stops."""
-        now = time.monotonic()
+        now = self._clock()
         for other in range(1, self._world):
             if not self.pulses[other].failure and now - self._heard_at[other] > CAUSE_GRACE_S / 2:
                 return f"rank {other} is gone"
@@ -247,7 +265,7 @@ class Watch:
         return ""
 
     def _silent(self) -> str:
-        now = time.monotonic()
+        now = self._clock()
         for rank in range(1, self._world):
             silence_s = now - self._heard_at[rank]
             has_started = self.pulses[rank].beats > 0
@@ -258,7 +276,7 @@ class Watch:
         return ""
 
     def _stalled(self) -> str:
-        stalled_s = time.monotonic() - self._moved_at
+        stalled_s = self._clock() - self._moved_at
         if not self._is_busy or stalled_s <= self._patience * self.limit_s:
             return ""
         entered = [pulse.exchanges for pulse in self.pulses]
@@ -269,6 +287,11 @@ class Watch:
             f"rank {rank} stalled: for {stalled_s:.0f} s it has not come to exchange {max(entered)}, "
             f"where the others wait"
         )
+
+
+def ending_s(timeout_s: float) -> float:
+    """What of the time limit is kept for telling and ending, after a silent or stalled rank is lost."""
+    return min(_ENDING_S, timeout_s / 2)
 
 
 def first_line(error: BaseException) -> str:

@@ -10,12 +10,15 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 
 import torch
 
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.engine.chunk_plan import ChunkPlan, SessionPlan
+from lingbot_rt.engine.chunk_plan import UNCHANGED, ChunkPlan, SessionPlan
 from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.memory import describe_share
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
@@ -25,21 +28,25 @@ from lingbot_rt.errors import ChunkCancelled
 from lingbot_rt.parallel.groups import PeerLost, RankGroup
 from lingbot_rt.parallel.launch import Place, require_ranks, uses_cuda
 from lingbot_rt.parallel.leader import Close, Stop
-from lingbot_rt.parallel.watch import PulseSender, first_line
+from lingbot_rt.parallel.watch import START_PATIENCE, PulseSender, first_line
 
 log = logging.getLogger(__name__)
 
 
-def follow(config: ServeConfig, place: Place) -> int:
-    """The whole process of a follower; the exit code. Rank 0 hears of a failure before this returns."""
+def follow(config: ServeConfig, place: Place, work: Callable[[RankGroup], None]) -> int:
+    """The whole process of a follower: it joins, then does ``work``; the exit code. Rank 0 hears of a failure before
+    this returns."""
     # Ctrl-C reaches every process of a terminal; rank 0 tells the others when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     group = RankGroup(place.rank, place.world)
-    sender = PulseSender(place.connect(config.rank_timeout_s), place.rank, group.pulse, lambda: os._exit(1))
+    limit_s = config.rank_timeout_s
+    sender = PulseSender(place.connect(limit_s), place.rank, group.pulse, limit_s, lambda: os._exit(1))
     sender.start()
     try:
         with torch.inference_mode():
-            _work(config, place, group)
+            device = place.device("cuda" if uses_cuda(config) else "cpu")
+            place.join(group, place.connect(limit_s), device, START_PATIENCE * limit_s)
+            work(group)
     except Exception as error:
         group.pulse.is_consequence = isinstance(error, PeerLost)
         group.pulse.failure = first_line(error)
@@ -55,23 +62,25 @@ def follow(config: ServeConfig, place: Place) -> int:
     return 0
 
 
-def _work(config: ServeConfig, place: Place, group: RankGroup) -> None:
-    device = place.device("cuda" if uses_cuda(config) else "cpu")
-    group.join(place.connect(config.rank_timeout_s), device)
+def _serve(config: ServeConfig, group: RankGroup) -> None:
     pipeline = load_pipeline(config, lambda status: group.tick(), group)
     log.info("%s", describe_share(pipeline))
     if config.warmup:
         warm_up(pipeline, lambda done: group.tick())
+    obey(pipeline, group)
+
+
+def obey(pipeline: Pipeline, group: RankGroup) -> None:
+    """Says that this rank is ready, then follows rank 0's commands until it says stop."""
     group.agree(True)
-    _obey(pipeline, group)
-
-
-def _obey(pipeline: Pipeline, group: RankGroup) -> None:
     sessions: dict[str, SessionState] = {}
     while True:
         match group.receive():
             case SessionPlan() as plan:
-                sessions[plan.session_id] = SessionState(pipeline, plan)
+                # A session that this one takes the place of leaves first: there may be room for one window only.
+                sessions.pop(plan.session_id, None)
+                # Frames are rank 0's: so is what they go through after decode.
+                sessions[plan.session_id] = SessionState(pipeline, replace(plan, postprocess=UNCHANGED))
             case ChunkPlan() as plan:
                 # Agreed by all: rank 0 said so before one of the forwards.
                 with suppress(ChunkCancelled):
@@ -94,7 +103,7 @@ def follow_launcher(config: ServeConfig) -> int:
         format=f"%(asctime)s %(levelname)-7s [rank {place.rank}] %(message)s",
         datefmt="%H:%M:%S",
     )
-    return follow(config, place)
+    return follow(config, place, partial(_serve, config))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
 import pytest
 import torch
 
 from lingbot_rt.engine import chunk_runner
 from lingbot_rt.errors import ChunkCancelled, EngineFailed
-from tests.parallel.conftest import chunk, engine_of, session_plan
+from tests.parallel.conftest import SIZE, chunk, engine_of, session_plan
 
 CHUNKS = 8
 TOLERANCE = 2e-5
@@ -29,22 +30,22 @@ def latents(monkeypatch) -> list[torch.Tensor]:
     return seen
 
 
-async def play(world: int) -> list[int]:
-    """Eight chunks with guidance, camera, a prompt change and a window that slides; frames of each chunk."""
-    frames = []
-    async with engine_of(world) as engine:
+async def play(world: int, **changes) -> np.ndarray:
+    """Eight chunks with guidance, camera, a prompt change and a window that slides -> all their frames."""
+    frames: list[np.ndarray] = []
+    async with engine_of(world, **changes) as engine:
         await engine.open(session_plan(guidance_scale=2.0, num_steps=4))
         for index in range(CHUNKS):
             prompt = "a quiet street" if index < 5 else "a storm at sea"
-            result = await engine.run(chunk(index, prompt, camera=index != 2), lambda group: None)
-            frames.append(result.num_frames)
+            plan = chunk(index, prompt, camera=index != 2)
+            result = await engine.run(plan, lambda group: frames.append(group.pixels))
         assert len(result.timings.ranks_ms) == world
         await engine.close("s")
-    return frames
+    return np.concatenate(frames)
 
 
 @pytest.fixture(scope="module")
-def alone() -> tuple[list[torch.Tensor], list[int]]:
+def alone() -> tuple[list[torch.Tensor], np.ndarray]:
     """What one process computes."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
@@ -53,14 +54,18 @@ def alone() -> tuple[list[torch.Tensor], list[int]]:
         return seen, asyncio.run(play(1))
 
 
-@pytest.mark.parametrize("world", [2, 4])
-async def test_ranks_compute_what_one_process_computes(world, alone, latents):
-    """Eight chunks of 45 tokens with guidance, camera, prompt change and a sliding window: equal to 2e-5."""
+@pytest.mark.parametrize(("world", "vae_parallel"), [(2, "none"), (4, "width")])
+async def test_ranks_compute_what_one_process_computes(world, vae_parallel, alone, latents):
+    """Eight chunks of 45 tokens with guidance, camera, prompt change and a sliding window: latents equal to 2e-5, and
+    frames to the last bit that truncation to a byte leaves; ten columns of latents over four ranks when they decode."""
     expected, expected_frames = alone
-    assert await play(world) == expected_frames
+    frames = await play(world, vae_parallel=vae_parallel)
     differences = [(a - b).abs().max().item() for a, b in zip(latents, expected, strict=True)]
     assert len(differences) == CHUNKS
     assert max(differences) <= TOLERANCE, differences
+    assert frames.shape == expected_frames.shape == (12 * CHUNKS - 3, SIZE.height, SIZE.width, 3)
+    assert np.abs(frames.astype(int) - expected_frames).max() <= 1
+    assert frames.std() > 1
 
 
 async def test_ranks_leave_a_chunk_together_or_not_at_all():
@@ -70,7 +75,7 @@ async def test_ranks_leave_a_chunk_together_or_not_at_all():
     def broken_emit(group):
         raise ValueError("nobody takes frames")
 
-    async with engine_of(2) as engine:
+    async with engine_of(2, vae_parallel="width") as engine:
         loop = asyncio.get_running_loop()
         for moment in ("denoise", "decode"):
             await engine.open(session_plan())

@@ -1,0 +1,115 @@
+"""A decode shared by width gives the whole decode's pixels: the real decoder over gloo, a rank a thread."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from lingbot_rt.models.vae import StreamingVAE
+from lingbot_rt.parallel.groups import RankGroup
+from lingbot_rt.parallel.share import share_decode
+from lingbot_rt.parallel.vae_width import WidthShards
+
+TOLERANCE = 1e-5
+FRAMES = 5
+"""Latent frames: the first has no features behind it, the second one frame of them, the later ones two."""
+
+
+WAN_22 = {
+    "z_dim": 12,
+    "dim_mult": [1, 2, 4, 4],
+    "temperal_downsample": [False, True, True],
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "is_residual": True,
+    "latents_mean": [0.1] * 12,
+    "latents_std": [1.5] * 12,
+}
+
+
+class ThreadRank(RankGroup):
+    """A rank in a thread, with a gloo group that is not the process's."""
+
+    def __init__(self, rank: int, world: int, store: dist.Store) -> None:
+        super().__init__(rank, world)
+        self._gloo = dist.ProcessGroupGloo(store, rank, world, timedelta(minutes=5))
+        self.exchanged = 0
+
+    def new_group(self) -> dist.ProcessGroup:
+        return self._gloo
+
+    def all_to_all(self, sent, received, sent_rows, received_rows, group=None) -> None:
+        assert group is self._gloo
+        self.exchanged += 1
+        group.alltoall_base(received, sent, received_rows, sent_rows).wait()
+
+
+def latents(vae: StreamingVAE, height: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(1, vae.z_dim, FRAMES, height, width, generator=generator)
+
+
+@torch.inference_mode()
+def decoded(decode, vae: StreamingVAE, stream: Tensor) -> Tensor | None:
+    features = vae.new_features()
+    frames = [decode(latent, features) for latent in stream.split(1, dim=2)]
+    return None if frames[0] is None else torch.cat(frames, dim=2)
+
+
+def on_rank(rank: int, world: int, store: dist.Store, plain: AutoencoderKLWan, streams: list[Tensor]):
+    group, vae = ThreadRank(rank, world, store), StreamingVAE(copy.deepcopy(plain))
+    decode = share_decode(vae, group, "width")
+    return [decoded(decode, vae, stream) for stream in streams], group.exchanged
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("generation", [{}, WAN_22], ids=["wan2.1", "wan2.2"])
+def test_shards_make_the_whole(world, generation):
+    """Even widths, uneven ones, and one with fewer columns than four ranks: rank 0's pixels are the whole's to 1e-5
+    over five latent frames, the others have none."""
+    torch.manual_seed(1)
+    plain = AutoencoderKLWan.from_config({"base_dim": 8, "num_res_blocks": 1} | generation)
+    vae = StreamingVAE(copy.deepcopy(plain))
+    streams = [latents(vae, 4, width) for width in (8, 7, 5, 3)]
+    store = dist.HashStore()
+    with ThreadPoolExecutor(world) as threads:
+        first, *others = threads.map(lambda rank: on_rank(rank, world, store, plain, streams), range(world))
+    for stream, pixels in zip(streams, first[0], strict=True):
+        whole = decoded(vae.decode_latent_frame, vae, stream)
+        assert pixels.shape == whole.shape
+        assert whole.std() > 0.01
+        assert (pixels - whole).abs().max() <= TOLERANCE
+    assert all(pixels is None for pixelss, _ in others for pixels in pixelss)
+    # Not by every rank computing all of it.
+    assert first[1] > 0
+
+
+def exchanged_on(rank: int, store: dist.Store, plain: AutoencoderKLWan) -> list[tuple[Tensor, Tensor]]:
+    shards = WidthShards(copy.deepcopy(plain).decoder, ThreadRank(rank, 2, store))
+    own = torch.arange(12.0).view(1, 1, 2, 2, 3) + 100 * rank
+    with shards.of(6):
+        return [
+            (torch.compile(exchange, backend="eager", fullgraph=True)(own), exchange(own))
+            for exchange in (shards.widen, shards.join)
+        ]
+
+
+def test_exchanges_compile_without_a_break():
+    """A compiled decoder stays in one piece: to torch.compile an exchange is an operation, and gives what it gives."""
+    plain = AutoencoderKLWan.from_config({"base_dim": 8, "num_res_blocks": 1})
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as threads:
+        ranks = list(threads.map(lambda rank: exchanged_on(rank, store, plain), range(2)))
+    for compiled, plainly in (pair for pairs in ranks for pair in pairs):
+        assert torch.equal(compiled, plainly)
+    (widened, _), (joined, _) = ranks[0]
+    assert widened[0, 0, 0, 0].tolist() == [0, 0, 1, 2, 100]
+    assert joined[0, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]
