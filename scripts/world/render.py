@@ -1,0 +1,305 @@
+"""Draws the true world by analytic ray casting: camera poses in, pictures out, the same at every call.
+
+Shapes: F frames, R rays of a frame, I instances (every shape in its nine nearest copies of the torus), L landmarks.
+Rays are in the scene's axes (x right, h up, z forward), with the origin under the camera; poses are in the camera's
+(x right, y down, z forward), c2w [4, 4].
+
+On a CPU each instance is tested only against the part of the picture that its bounding sphere covers; on an accelerator
+(and in tiny pictures) all rays meet the nearest instances at once, in kernels that torch.compile fuses. Both call the
+same intersections.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lingbot_rt.shapes import FrameSize
+from scripts.world.intersect import Components, meet_ball, meet_round, meet_solid
+from scripts.world.scene import LANDMARKS, LOOKS, PERIOD, Ball, Round, Shape, Solid
+from scripts.world.shade import LookTables, PaintTables, floor, sky, smooth, surface
+
+FOCAL_OF_WIDTH = 500 / 832
+"""Focal length over width: what the camera's 500 pixels are at 832x480, a view of 80 degrees."""
+
+FAR = 3.7
+"""Nothing is seen beyond; within this distance the nine copies are all there is."""
+
+_FOG_FROM = 1.1
+_TEXELS = 768  # of a shadow map's side
+_SHADOWS: dict[torch.device, Tensor] = {}  # of every look; the world is always the same
+_LOWEST_SUN = 0.42  # shadows are cast as by a sun at this height at least: longer ones would cover everything
+_KINDS = (Solid, Round, Ball)
+_TESTED = {Solid: 56, Round: 80, Ball: 48}
+"""Instances of a kind tested on an accelerator: the nearest in view. Beyond them only fog would be missed."""
+_TOGETHER = 64  # frames drawn at once on an accelerator
+_FEW_RAYS = 4096  # of a frame, up to which a CPU too is quicker with all at once
+
+
+class Renderer:
+    """``render`` gives pictures of one size on one device."""
+
+    def __init__(self, size: FrameSize, device: torch.device | str = "cpu", supersample: int = 2) -> None:
+        self.size, self.device, self._supersample = size, torch.device(device), supersample
+        owned = [(shape, i) for i, landmark in enumerate(LANDMARKS) for shape in landmark.shapes]
+        owned = [entry for kind in _KINDS for entry in owned if isinstance(entry[0], kind)]
+        self._kinds = [type(shape) for shape, _ in owned]
+
+        def table(values: object) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+        self._owner = torch.tensor([i for _, i in owned], device=self.device)
+        self._centre = table([shape.centre for shape, _ in owned])
+        self._half = table([shape.half_height for shape, _ in owned])
+        self._low = table([_radii(shape)[0] for shape, _ in owned])
+        self._high = table([_radii(shape)[1] for shape, _ in owned])
+        self._planes = table([_six_planes(shape) for shape, _ in owned])
+        self._reach = table([_reach(shape) for shape, _ in owned]).repeat_interleave(9)
+        self._site = table([(landmark.x, landmark.z) for landmark in LANDMARKS])
+        self._bows = table([landmark.bows for landmark in LANDMARKS])
+        self._height = table([landmark.height for landmark in LANDMARKS])
+        self._paint = PaintTables.of([shape.paint for shape, _ in owned], self.device)
+        self._look = LookTables.of(LOOKS, self.device)
+        self._view = self._camera_rays()
+        if self.device not in _SHADOWS:
+            _SHADOWS[self.device] = torch.stack([self._cast_shadows(look.sun) for look in LOOKS])
+        self._shadow = _SHADOWS[self.device]
+        self._draw: Callable[[Tensor, Tensor], Tensor] = self._draw_all
+        self._compiled = self.device.type == "cuda"
+        if self._compiled:
+            self._draw = torch.compile(self._draw_all, dynamic=False)
+
+    @torch.no_grad()
+    def render(self, poses: npt.NDArray[np.float64] | Tensor, looks: Sequence[int] | Tensor) -> Tensor:
+        """World poses [F, 4, 4], and of each frame its look (an index into LOOKS) -> uint8 [F, H, W, 3]."""
+        pose_F44 = torch.as_tensor(poses).to(self.device, torch.float32)
+        look_F = torch.as_tensor(looks, device=self.device)
+        together = _TOGETHER if self._compiled else 8 if self._view.shape[:2].numel() <= _FEW_RAYS else 1
+        draw = self._draw_one if together == 1 else self._draw
+        # One shape, so that it compiles once; the last frames are padded.
+        frames = torch.arange(-(-len(pose_F44) // together) * together, device=self.device)
+        parts = [draw(pose_F44[some], look_F[some]) for some in frames.clamp(max=len(pose_F44) - 1).split(together)]
+        return torch.cat(parts)[: len(pose_F44)]
+
+    def coarse(self) -> Renderer:
+        """Half as wide and high and one sample a pixel, for searches."""
+        return Renderer(FrameSize(self.size.width // 2, self.size.height // 2), self.device, supersample=1)
+
+    # --- two ways to the nearest hit ---
+
+    def _draw_one(self, pose_F44: Tensor, look_F: Tensor) -> Tensor:
+        """One frame, instance by instance, each inside the rectangle of its bounding sphere."""
+        rotation, eye = pose_F44[0, :3, :3], _eye(pose_F44)[0]
+        ray_HW3 = self._view @ rotation.T * self._view.new_tensor([1, -1, 1])
+        height, width, _ = ray_HW3.shape
+        centre_FI3, up_FL = self._place(pose_F44)
+        seen, _ = self._in_view(pose_F44, centre_FI3)
+        met = torch.full((height, width), math.inf)
+        instance = torch.zeros(height, width, dtype=torch.long)
+        in_camera = ((centre_FI3[0] - eye) * eye.new_tensor([1, -1, 1])) @ rotation
+        for i in seen[0].nonzero()[:, 0].tolist():
+            part = self._covered(in_camera[i].tolist(), self._reach[i].item())
+            if any(side.start >= side.stop for side in part):
+                continue
+            ray, origin = ray_HW3[part].unbind(-1), (eye - centre_FI3[0, i]).unbind(-1)
+            found = self._meet(self._kinds[i // 9], torch.tensor(i // 9), origin, ray)
+            nearer = found < met[part]
+            met[part] = torch.where(nearer, found, met[part])
+            instance[part] = torch.where(nearer, i, instance[part])
+        flat = (ray_HW3.view(1, -1, 3), met.view(1, -1), instance.view(1, -1))
+        return self._colour(*flat, centre_FI3, up_FL, pose_F44, look_F)
+
+    def _draw_all(self, pose_F44: Tensor, look_F: Tensor) -> Tensor:
+        """All frames at once; of each kind of shape the nearest instances in view."""
+        ray_FR3 = torch.einsum("fij,rj->fri", pose_F44[:, :3, :3], self._view.view(-1, 3))
+        ray_FR3 = ray_FR3 * ray_FR3.new_tensor([1, -1, 1])
+        eye_F3 = _eye(pose_F44)
+        centre_FI3, up_FL = self._place(pose_F44)
+        seen, distance = self._in_view(pose_F44, centre_FI3)
+        order = torch.where(seen, distance, math.inf)
+        met = torch.full(ray_FR3.shape[:2], math.inf, device=self.device)
+        instance = torch.zeros(ray_FR3.shape[:2], dtype=torch.long, device=self.device)
+        for kind in _KINDS:
+            first, count = 9 * self._kinds.index(kind), 9 * self._kinds.count(kind)
+            span = order[:, first : first + count]
+            # A fixed number where shapes are compiled, elsewhere as many as any frame needs.
+            most = min(_TESTED[kind], count) if self._compiled else max(1, int(span.isfinite().sum(dim=1).max()))
+            nearest = span.topk(most, dim=1, largest=False)
+            index = nearest.indices + first
+            centre = centre_FI3.gather(1, index[..., None].expand(-1, -1, 3))
+            # An instance out of view is moved where no ray goes.
+            centre = torch.where(nearest.values.isinf()[..., None], 1e6, centre)
+            origin = (eye_F3[:, None] - centre)[:, :, None].unbind(-1)
+            found_FKR = self._meet(kind, index[..., None] // 9, origin, ray_FR3[:, None].unbind(-1))
+            found, which = found_FKR.min(dim=1)
+            instance = torch.where(found < met, index.gather(1, which), instance)
+            met = torch.minimum(met, found)
+        return self._colour(ray_FR3, met, instance, centre_FI3, up_FL, pose_F44, look_F)
+
+    def _meet(self, kind: type, shape: Tensor, origin: Components, ray: Components) -> Tensor:
+        if kind is Solid:
+            planes = self._planes[shape]
+            return meet_solid([planes[..., i, :].unbind(-1) for i in range(6)], origin, ray)
+        if kind is Round:
+            return meet_round(self._low[shape], self._high[shape], self._half[shape], origin, ray)
+        return meet_ball(self._low[shape], self._half[shape], origin, ray)
+
+    # --- what is where ---
+
+    def _place(self, pose_F44: Tensor) -> tuple[Tensor, Tensor]:
+        """Centres [F, I, 3] relative to the ground under the camera, and how far the nearest copy of each landmark
+        stands up, [F, L]: 1 whole, 0 sunk before a viewer who is there."""
+        from_eye = self._site - pose_F44[:, None, [0, 2], 3]
+        nearest_FL2 = torch.remainder(from_eye + PERIOD / 2, PERIOD) - PERIOD / 2
+        side = torch.arange(-1, 2, device=self.device) * PERIOD
+        at_FL92 = nearest_FL2[:, :, None] + torch.cartesian_prod(side, side)
+        bows = self._bows[:, None]
+        up_FL9 = smooth((at_FL92.norm(dim=-1) - 0.65 * bows) / (0.35 * bows))
+        drop = (1 - up_FL9) * (self._height[:, None] + 0.02)
+        at_FL93 = torch.stack([at_FL92[..., 0], -drop, at_FL92[..., 1]], dim=-1)
+        return (at_FL93[:, self._owner] + self._centre[:, None]).flatten(1, 2), up_FL9.amin(-1)
+
+    def _in_view(self, pose_F44: Tensor, centre_FI3: Tensor) -> tuple[Tensor, Tensor]:
+        """Which bounding spheres meet the view cone, and how far their centres are, [F, I] each."""
+        from_eye = centre_FI3 - _eye(pose_F44)[:, None]
+        distance = from_eye.norm(dim=-1).clamp_min(1e-6)
+        ahead = (from_eye * (pose_F44[:, None, :3, 2] * pose_F44.new_tensor([1, -1, 1]))).sum(-1)
+        corner = math.atan(math.hypot(1, self.size.height / self.size.width) / (2 * FOCAL_OF_WIDTH))
+        angle = torch.arccos((ahead / distance).clamp(-1, 1))
+        seen = angle < corner + torch.arcsin((self._reach / distance).clamp(max=1))
+        return seen & (distance - self._reach < FAR) & (centre_FI3[..., 1] + self._reach > 0), distance
+
+    def _covered(self, centre: list[float], reach: float) -> tuple[slice, slice]:
+        """Rows and columns that a sphere covers; ``centre`` in the camera's axes."""
+        rows, columns, _ = self._view.shape
+        x, y, z = centre
+        if z - reach < 0.05:
+            return slice(0, rows), slice(0, columns)
+        focal = FOCAL_OF_WIDTH * columns
+
+        def span(middle: float, pixels: int) -> slice:
+            edges = [edge / depth for edge in (middle - reach, middle + reach) for depth in (z - reach, z + reach)]
+            first, last = (pixels / 2 + focal * edge for edge in (min(edges), max(edges)))
+            return slice(max(0, int(first)), max(0, min(pixels, int(last) + 2)))
+
+        return span(y, rows), span(x, columns)
+
+    def _camera_rays(self) -> Tensor:
+        """Unit directions [rows, columns, 3] in the camera's axes."""
+        columns, rows = self.size.width * self._supersample, self.size.height * self._supersample
+        x = (torch.arange(columns, device=self.device) + 0.5 - columns / 2) / (FOCAL_OF_WIDTH * columns)
+        y = (torch.arange(rows, device=self.device) + 0.5 - rows / 2) / (FOCAL_OF_WIDTH * columns)
+        grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+        return torch.nn.functional.normalize(torch.stack([grid_x, grid_y, torch.ones_like(grid_x)], -1), dim=-1)
+
+    def _cast_shadows(self, sun: tuple[float, float, float]) -> Tensor:
+        """Which landmark shades each texel of the ground, [texels, texels] (x, z); -1 in the light."""
+        level = math.hypot(sun[0], sun[2])
+        toward = (sun[0] / level, max(sun[1] / level, _LOWEST_SUN), sun[2] / level)
+        shadows = torch.full((_TEXELS, _TEXELS), -1, dtype=torch.long)
+        texel = PERIOD / _TEXELS
+        sizes = self._reach[::9].cpu()
+        for i, kind in enumerate(self._kinds):
+            centre = self._centre[i].cpu()
+            site = self._site[self._owner[i]].cpu()
+            away = centre[1].item() / toward[1]
+            middle = site + centre[[0, 2]] - torch.tensor([toward[0], toward[2]]) * away
+            half = int(sizes[i].item() * math.hypot(1, 1 / toward[1]) / texel) + 2
+            around = torch.arange(-half, half + 1)
+            column, row = ((middle[axis] / texel).floor().long() + around for axis in (0, 1))
+            x, z = torch.meshgrid((column + 0.5) * texel, (row + 0.5) * texel, indexing="ij")
+            origin = (x - site[0] - centre[0], -centre[1].expand_as(x), z - site[1] - centre[2])
+            ray = [torch.full_like(x, part) for part in toward]
+            shape = torch.tensor(i, device=self.device)
+            met = self._meet(kind, shape, *([part.to(self.device) for part in parts] for parts in (origin, ray)))
+            shaded = torch.where(met.isinf(), -1, self._owner[i]).cpu()
+            index = torch.meshgrid(column % _TEXELS, row % _TEXELS, indexing="ij")
+            shadows[index] = torch.maximum(shadows[index], shaded)
+        return shadows.to(self.device)
+
+    # --- colour ---
+
+    def _colour(
+        self,
+        ray_FR3: Tensor,
+        met_FR: Tensor,
+        instance_FR: Tensor,
+        centre_FI3: Tensor,
+        up_FL: Tensor,
+        pose_F44: Tensor,
+        look_F: Tensor,
+    ) -> Tensor:
+        """What each ray sees, averaged over the samples of a pixel -> uint8 [F, H, W, 3]."""
+        look, eye = self._look.at(look_F), _eye(pose_F44)[:, None]
+        ground_FR = torch.where(ray_FR3[..., 1] < 0, -eye[..., 1] / ray_FR3[..., 1], math.inf)
+        # 1. Sky, and haze in its place under the horizon
+        colour = torch.where(ray_FR3[..., 1:2] > 0, sky(ray_FR3, look), look.haze)
+        # 2. The ground, with the shadows of what stands on it
+        at = (pose_F44[:, None, [0, 2], 3] + ray_FR3[..., [0, 2]] * ground_FR.clamp(max=FAR)[..., None]) % PERIOD
+        texel = (at / PERIOD * _TEXELS).long().clamp(max=_TEXELS - 1)
+        caster = self._shadow[look_F[:, None], texel[..., 0], texel[..., 1]]
+        shade = torch.where(caster < 0, 0.0, up_FL.gather(1, caster.clamp_min(0)))
+        colour = torch.where((ground_FR < FAR)[..., None], floor(at, shade, look), colour)
+        # 3. The shapes before it
+        shape = instance_FR // 9
+        centre = centre_FI3.gather(1, instance_FR[..., None].expand(-1, -1, 3))
+        at = eye + ray_FR3 * torch.where(met_FR.isinf(), 0, met_FR)[..., None] - centre
+        shown = surface(at, self._normal(at, shape), self._half[shape], self._paint.at(shape), look)
+        colour = torch.where((met_FR < ground_FR.clamp(max=FAR))[..., None], shown, colour)
+        # 4. Distance
+        distance = torch.minimum(met_FR, ground_FR)
+        fog = smooth((distance - _FOG_FROM) / (FAR - _FOG_FROM))[..., None]
+        colour = torch.where((distance < FAR)[..., None], colour + (look.haze - colour) * fog, colour)
+        samples, size = self._supersample, self.size
+        picture = colour.clamp(0, 1).view(len(ray_FR3), size.height, samples, size.width, samples, 3).mean(dim=(2, 4))
+        return (picture * 255 + 0.5).to(torch.uint8)
+
+    def _normal(self, at_FR3: Tensor, shape_FR: Tensor) -> Tensor:
+        """Unit outward normals at points (relative to the centre) on the surfaces of ``shape``."""
+        x, h, z = at_FR3.unbind(-1)
+        planes = self._planes[shape_FR]
+        depth = (planes[..., :3] * at_FR3[..., None, :]).sum(-1) - planes[..., 3]
+        face = depth.argmax(-1)[..., None, None].expand(*shape_FR.shape, 1, 3)
+        flat = planes[..., :3].gather(-2, face)[..., 0, :]
+        low, high, half = self._low[shape_FR], self._high[shape_FR], self._half[shape_FR]
+        steep = (low - high) / (2 * half) * torch.sqrt(x * x + z * z)
+        side = torch.stack([x, steep, z], -1)
+        lid = torch.stack([torch.zeros_like(h), torch.sign(h), torch.zeros_like(h)], -1)
+        around = torch.where((h.abs() > half * (1 - 1e-4))[..., None], lid, side)
+        ball = torch.stack([x, h * (low / half) ** 2, z], -1)
+        first_round, first_ball = self._kinds.index(Round), self._kinds.index(Ball)
+        kind = shape_FR[..., None]
+        normal = torch.where(kind < first_round, flat, torch.where(kind < first_ball, around, ball))
+        return torch.nn.functional.normalize(normal, dim=-1)
+
+
+def _eye(pose_F44: Tensor) -> Tensor:
+    """The camera in the scene's axes, with the origin on the ground under it, [F, 3]."""
+    level = torch.zeros_like(pose_F44[:, 1, 3])
+    return torch.stack([level, -pose_F44[:, 1, 3], level], -1)
+
+
+def _radii(shape: Shape) -> tuple[float, float]:
+    if isinstance(shape, Round):
+        return shape.low, shape.high
+    return (shape.radius, shape.radius) if isinstance(shape, Ball) else (1.0, 1.0)
+
+
+def _reach(shape: Shape) -> float:
+    if isinstance(shape, Solid):
+        return shape.reach
+    return (
+        max(shape.radius, shape.half_height)
+        if isinstance(shape, Ball)
+        else math.hypot(max(_radii(shape)), shape.half_height)
+    )
+
+
+def _six_planes(shape: Shape) -> list[tuple[float, float, float, float]]:
+    planes = list(shape.planes) if isinstance(shape, Solid) else []
+    return planes + [(0.0, 0.0, 0.0, 1e3)] * (6 - len(planes))

@@ -1,0 +1,163 @@
+"""Colours of the world: sky, ground and surfaces, in flat areas with crisp edges.
+
+F frames, R rays of a frame; directions and normals in the scene's axes (x, h up, z).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from scripts.world.scene import PERIOD, Look, Paint
+
+_TONES = 4  # steps of light on a surface
+_STARS = 90
+
+_CLOUDS = (
+    # azimuth, height of the flat foot, width, height, in radians
+    (0.3, 0.30, 0.42, 0.17),
+    (1.25, 0.42, 0.30, 0.12),
+    (2.2, 0.28, 0.50, 0.18),
+    (3.1, 0.46, 0.34, 0.14),
+    (4.0, 0.31, 0.40, 0.16),
+    (4.9, 0.40, 0.36, 0.13),
+    (5.75, 0.52, 0.30, 0.12),
+)
+_PUFFS = ((0.0, 1.0, 0.52), (-0.52, 0.62, 0.38), (0.5, 0.72, 0.42))
+"""Of a cloud: place along its width, height, half-width, as shares of the cloud's."""
+
+
+def smooth(x: Tensor) -> Tensor:
+    """0 up to x = 0, 1 from x = 1 on, and smooth between."""
+    x = x.clamp(0, 1)
+    return x * x * (3 - 2 * x)
+
+
+@dataclass(frozen=True)
+class LookTables:
+    """The fields of Look as tensors [F, 1, 3] or [F, 1, 1]; ``of`` makes those of all looks, ``at`` picks."""
+
+    values: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, looks: Sequence[Look], device: torch.device) -> LookTables:
+        values = {}
+        for field in fields(Look):
+            if field.name != "name":
+                rows = torch.tensor([getattr(look, field.name) for look in looks], dtype=torch.float32, device=device)
+                values[field.name] = rows.view(len(looks), 1, -1)
+        values["sun"] = torch.nn.functional.normalize(values["sun"], dim=-1)
+        generator = torch.Generator().manual_seed(4)
+        stars = torch.randn(_STARS, 3, generator=generator).abs_()
+        stars[:, (0, 2)] *= torch.randint(0, 2, (_STARS, 2), generator=generator) * 2 - 1
+        values["star"] = torch.nn.functional.normalize(stars, dim=-1).T.to(device)
+        return cls(values)
+
+    def at(self, look_F: Tensor) -> LookTables:
+        return LookTables({name: rows if name == "star" else rows[look_F] for name, rows in self.values.items()})
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self.values[name]
+
+
+@dataclass(frozen=True)
+class PaintTables:
+    """The fields of Paint as tensors with a row a shape; ``at`` picks rows."""
+
+    colour: Tensor
+    second: Tensor
+    bands: Tensor
+    panels: Tensor
+    glow: Tensor
+    snow: Tensor
+
+    @classmethod
+    def of(cls, paints: Sequence[Paint], device: torch.device) -> PaintTables:
+        def rows(values: list) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+        return cls(
+            rows([paint.colour for paint in paints]),
+            rows([paint.second or paint.colour for paint in paints]),
+            *(rows([float(getattr(paint, name)) for paint in paints]) for name in ("bands", "panels", "glow", "snow")),
+        )
+
+    def at(self, shape: Tensor) -> PaintTables:
+        return PaintTables(*(getattr(self, field.name)[shape] for field in fields(self)))
+
+
+def sky(ray_FR3: Tensor, look: LookTables) -> Tensor:
+    """Gradient, sun or moon, stars, clouds with flat feet, two rows of hills; of directions over the horizon."""
+    up = ray_FR3[..., 1:2].clamp(0, 1)
+    azimuth = torch.atan2(ray_FR3[..., 0:1], ray_FR3[..., 2:3])
+    height = torch.asin(up)
+    colour = look.horizon + (look.zenith - look.horizon) * (up.clamp_min(1e-6) ** 0.7)
+    facing = (ray_FR3 * look.sun).sum(-1, keepdim=True).clamp(0, 1)
+    colour = colour + look.disc * look.halo * (facing**14 * 0.4 + facing**90 * 0.5)
+    star = (ray_FR3 @ look.star).amax(-1, keepdim=True)
+    colour = torch.where((star > math.cos(0.009)) & (look.stars > 0), 0.95 * torch.ones_like(colour), colour)
+    colour = torch.where(facing > torch.cos(look.disc_radius), look.disc, colour)
+    # Clouds do not overlap in azimuth: each ray asks the nearest one.
+    clouds = ray_FR3.new_tensor(_CLOUDS)
+    from_cloud = torch.remainder(azimuth - clouds[:, 0] + math.pi, 2 * math.pi) - math.pi
+    which = from_cloud.abs().argmin(-1)
+    _, foot, width, rise = clouds[which][..., None, :].unbind(-1)
+    from_cloud = from_cloud.gather(-1, which[..., None])
+    inside = torch.zeros_like(up, dtype=torch.bool)
+    for along, tall, half in _PUFFS:
+        across = from_cloud - along * width / 2
+        inside |= (across / (half * width)) ** 2 + ((height - foot) / (tall * rise)) ** 2 < 1
+    tone = torch.where(height < foot + 0.28 * rise, look.cloud_shade, look.cloud)
+    colour = torch.where(inside & (height > foot), tone, colour)
+    far = 0.115 + 0.045 * torch.sin(2 * azimuth + 0.6) + 0.028 * torch.sin(5 * azimuth)
+    near = 0.055 + 0.03 * torch.sin(3 * azimuth + 2.0) + 0.016 * torch.sin(7 * azimuth + 1.0)
+    for ridge, hill in ((far, look.far_hills), (near, look.near_hills)):
+        colour = torch.where(height < ridge, hill, colour)
+    return look.haze + (colour - look.haze) * smooth(height / 0.05)
+
+
+def floor(at_FR2: Tensor, shade_FR: Tensor, look: LookTables) -> Tensor:
+    """The ground at places (x, z) of the torus: lawn in two greens, two winding paths, a plaza and a pond."""
+    x, z = at_FR2[..., 0:1], at_FR2[..., 1:2]
+    turn = 2 * math.pi / PERIOD
+
+    def from_middle(value: Tensor) -> Tensor:
+        return (torch.remainder(value + PERIOD / 2, PERIOD) - PERIOD / 2).abs()
+
+    checks = (torch.floor(x * 2) + torch.floor(z * 2)) % 2
+    colour = torch.where(checks < 0.5, look.grass, look.grass_dark)
+    # Away from the walls of the pond the paths wind by a few steps; both close over the torus.
+    along = torch.minimum(from_middle(x - 0.1 * torch.sin(turn * z)), from_middle(z - 1.5 - 0.08 * torch.sin(turn * x)))
+    colour = torch.where(along < 0.125, look.kerb, colour)
+    colour = torch.where(along < 0.1, look.path, colour)
+    pond = torch.sqrt((from_middle(x - 1.72) / 1.25) ** 2 + from_middle(z - 0.36) ** 2)
+    colour = torch.where(pond < 0.36, look.shore, colour)
+    colour = torch.where(pond < 0.3, look.water, colour)
+    plaza = torch.sqrt(from_middle(x) ** 2 + from_middle(z - 1.5) ** 2)
+    colour = torch.where(plaza < 0.5, look.plaza_dark, colour)
+    colour = torch.where(plaza < 0.44, look.plaza, colour)
+    colour = torch.where(plaza < 0.3, look.plaza_dark, colour)
+    lit = look.sun[..., 1:2] * (1 - shade_FR[..., None])
+    # Ground takes as much light as a wall half turned to it, so that no look is all dark below.
+    return colour * (look.shade * 1.05 + look.light * (0.35 * (1 - shade_FR[..., None]) + 0.55 * lit))
+
+
+def surface(at_FR3: Tensor, normal_FR3: Tensor, half_FR: Tensor, paint: PaintTables, look: LookTables) -> Tensor:
+    """Points of shapes, relative to their centres: bands or panels of two colours, few tones of light, snow on top."""
+    x, h, z = at_FR3.unbind(-1)
+    level = ((h / half_FR + 1) / 2).clamp(0, 1 - 1e-5)
+    band = torch.floor(level * paint.bands) % 2
+    panel = torch.floor((torch.atan2(x, z) / (2 * math.pi) + 0.5) * paint.panels) % 2
+    colour = torch.where(((band + panel) % 2 > 0.5)[..., None], paint.second, paint.colour)
+    snow = (look.snow > 0) & (paint.snow > 0)[..., None] & (normal_FR3[..., 1:2] > 0.3)
+    colour = torch.where(snow, torch.ones_like(colour), colour)
+    lit = (normal_FR3 * look.sun).sum(-1, keepdim=True).clamp(0, 1)
+    lit = torch.ceil(lit * _TONES) / _TONES
+    from_sky = 0.82 + 0.18 * torch.round(normal_FR3[..., 1:2] * 2) / 2
+    colour_lit = colour * (look.shade * from_sky + look.light * lit)
+    glow = paint.glow[..., None] * look.glow
+    return colour_lit + (colour - colour_lit) * glow

@@ -1,0 +1,140 @@
+"""Random walks through the world, by the camera of the serving code.
+
+n latent frames, T = 4 (n - 1) + 1 pixel frames. A session's first latent frame is the start picture, level; what is
+walked before it (the keys of that frame) drops out, as it does of the ray map. Between two latent frames the four pixel
+frames share the way: position and angles move evenly. Nothing stops a walker: landmarks sink into the ground before one
+who comes near, so that every place has a view and every key its effect.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lingbot_rt.control.actions import NEUTRAL, Actions, Keys
+from lingbot_rt.control.camera_path import PITCH_DEGREES, PITCH_LIMIT_DEGREES, CameraPath
+from lingbot_rt.shapes import VAE_TEMPORAL_STRIDE
+from scripts.world.scene import EYE_HEIGHT, PERIOD
+
+Array = npt.NDArray[np.float64]
+
+SINGLE: tuple[Keys, ...] = (NEUTRAL, *((key,) for key in "wasdijkl"))
+"""The nine actions that obedience is measured with."""
+
+_AXES = ("ws", "ad", "jl", "ik")
+PAIRS: tuple[Keys, ...] = tuple((a, b) for one, other in itertools.combinations(_AXES, 2) for a in one for b in other)
+USUAL_PITCH = 28
+"""Degrees a walk keeps to; one in ten looks farther."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Places and angles (degrees) of a camera, an entry a frame; world coordinates."""
+
+    x: Array
+    z: Array
+    yaw: Array
+    pitch: Array
+
+    def poses(self) -> Array:
+        """c2w [n, 4, 4]."""
+        pose = np.zeros((len(self.x), 4, 4))
+        yaw, pitch = np.radians(self.yaw), np.radians(self.pitch)
+        cy, sy, cp, sp = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch)
+        zero, one = np.zeros_like(cy), np.ones_like(cy)
+        pose[:, 0] = np.stack([cy, sy * sp, sy * cp, self.x], -1)
+        pose[:, 1] = np.stack([zero, cp, -sp, zero - EYE_HEIGHT], -1)
+        pose[:, 2] = np.stack([-sy, cy * sp, cy * cp, self.z], -1)
+        pose[:, 3] = np.stack([zero, zero, zero, one], -1)
+        return pose
+
+    def at(self, i: int) -> View:
+        """The frame ``i`` alone."""
+        return View(*(values[[i]] for values in (self.x, self.z, self.yaw, self.pitch)))
+
+    def between(self) -> View:
+        """Latent frames -> pixel frames."""
+        stride = VAE_TEMPORAL_STRIDE
+        steps = np.arange(stride * (len(self.x) - 1) + 1) / stride
+        return View(
+            *(np.interp(steps, np.arange(len(self.x)), values) for values in (self.x, self.z, self.yaw, self.pitch))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """A session's walk."""
+
+    actions: Actions
+    relative: Array  # [n, 4, 4], what the ray maps are made of: each chunk as the serving code scales it
+    view: View  # of the latent frames
+
+
+def start_view(rng: np.random.Generator, pitch: float = 0.0) -> View:
+    """Anywhere in the world, looking anywhere round."""
+    x, z = rng.uniform(0, PERIOD, 2)
+    return View(*(np.array([value]) for value in (x, z, rng.uniform(0, 360), pitch)))
+
+
+def walk(start: View, actions: Actions, latent_frames: int = 3) -> Walk:
+    """From ``start`` (its picture is latent frame 0), chunks of ``latent_frames``."""
+    session, by_frame = CameraPath(), CameraPath()
+    relative = np.concatenate(
+        [session.extend(actions[i : i + latent_frames]) for i in range(0, len(actions), latent_frames)]
+    )
+    poses = np.empty((len(actions), 4, 4))
+    for i, keys in enumerate(actions):
+        by_frame.extend((keys,))
+        poses[i] = by_frame.pose
+    return Walk(actions, relative, follow(start, poses))
+
+
+def follow(start: View, poses: Array) -> View:
+    """A session's poses [n, 4, 4] -> where they are in the world, the first one being ``start``."""
+    yaw = np.degrees(np.unwrap(np.arctan2(poses[:, 0, 2], poses[:, 2, 2])))
+    pitch = np.degrees(np.arcsin(-poses[:, 1, 2]))
+    turn = math.radians(start.yaw[0] - yaw[0])
+    dx, dz = poses[:, 0, 3] - poses[0, 0, 3], poses[:, 2, 3] - poses[0, 2, 3]
+    c, s = math.cos(turn), math.sin(turn)
+    return View(
+        start.x[0] + c * dx + s * dz,
+        start.z[0] - s * dx + c * dz,
+        start.yaw[0] + yaw - yaw[0],
+        start.pitch[0] + pitch - pitch[0],
+    )
+
+
+def random_actions(rng: np.random.Generator, count: int) -> Actions:
+    """Keys held for a while each: single ones, pairs, rest; the pitch mostly stays where people look."""
+    limit = PITCH_LIMIT_DEGREES if rng.random() < 0.1 else USUAL_PITCH
+    actions: list[Keys] = []
+    pitch = 0
+    while len(actions) < count:
+        kind = rng.random()
+        keys = NEUTRAL
+        if kind < 0.52:
+            keys = SINGLE[rng.integers(1, len(SINGLE))]
+        elif kind < 0.9:
+            keys = PAIRS[rng.integers(len(PAIRS))]
+        for _ in range(1 + int(rng.geometric(0.22))):
+            step = PITCH_DEGREES * (("i" in keys) - ("k" in keys))
+            if abs(pitch + step) > limit:
+                keys = tuple(key for key in keys if key not in "ik")
+                step = 0
+            pitch += step
+            actions.append(keys)
+    return tuple(actions[:count])
+
+
+def branch(view: View, keys: Keys, latent_frames: int) -> View:
+    """``latent_frames`` more under ``keys`` from the one frame ``view``, that frame first."""
+    path = CameraPath()
+    poses = [path.pose]
+    for _ in range(latent_frames):
+        path.extend((keys,))
+        poses.append(path.pose)
+    return follow(view, np.stack(poses))
