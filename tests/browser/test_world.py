@@ -23,7 +23,7 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobil
 
 DROP = """(bytes) => {
     const transfer = new DataTransfer();
-    transfer.items.add(new File([new Uint8Array(bytes)], "coast.webp", { type: "image/webp" }));
+    transfer.items.add(new File([new Uint8Array(bytes)], "windmill.webp", { type: "image/webp" }));
     dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, cancelable: true }));
 }"""
 """Drops a picture on the page, as a hand would."""
@@ -245,7 +245,7 @@ def test_a_refused_beginning_says_which_words_to_change(visitor, server):
     page.set_input_files("#first-file", {"name": "note.png", "mimeType": "image/png", "buffer": b"not a picture"})
     page.wait_for_selector("[data-key=picture]")
     page.click("[data-key=picture] .close")
-    page.evaluate(DROP, list((WEBUI / "presets" / "coast.webp").read_bytes()))
+    page.evaluate(DROP, list((WEBUI / "presets" / "windmill.webp").read_bytes()))
     page.wait_for_selector("[data-preset][aria-pressed=true]", state="detached")
     assert page.locator(".card").count() == 0
 
@@ -258,9 +258,9 @@ def test_a_preset_chosen_inside_asks_first(visitor, server):
     page.click("[data-preset=night]")
     page.click("#preset-dialog button[value=prompt]")
     page.wait_for_selector("#timeline li:nth-child(2):not(.waiting)")
-    page.click("[data-preset=coast]")
+    page.click("[data-preset=windmill]")
     visitor.begins_anew(lambda: page.click("#preset-dialog button[value=restart]"))
-    assert page.get_attribute("[data-preset=coast]", "aria-pressed") == "true"
+    assert page.get_attribute("[data-preset=windmill]", "aria-pressed") == "true"
     assert page.locator("#timeline li").count() == 1
     assert "lighthouse" in page.inner_text("#timeline")
 
