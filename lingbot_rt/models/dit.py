@@ -275,12 +275,14 @@ class CausalDiT(nn.Module):
 
     def time_modulation(self, timestep: float | Tensor) -> TimeModulation:
         """By the timestep's value: features [cos(t f), sin(t f)], f_i = 10000^(-i / (freq_dim / 2)). Once a session
-        for each of its timesteps."""
+        for each of its timesteps; of a tensor [B], one for each sample."""
         like = self.head.modulation
         half = self.config.freq_dim // 2
         exponent = -torch.arange(half, dtype=torch.float64, device=like.device) / half
-        angle = timestep * 10_000.0**exponent
-        features = torch.cat([angle.cos(), angle.sin()]).to(like.dtype)[None]
+        if isinstance(timestep, Tensor):
+            timestep = timestep.double().view(-1, 1)
+        angle = (timestep * 10_000.0**exponent).view(-1, half)
+        features = torch.cat([angle.cos(), angle.sin()], dim=1).to(like.dtype)
         time_BD = self.time_embedding(features)
         return TimeModulation(time_BD, self.time_projection(time_BD).unflatten(1, (6, -1)).float())
 

@@ -1,6 +1,6 @@
 """The image condition of a session: a mask and the first frame's latents, beside the noise in every forward.
 
-Shapes: z latent channels, F latent frames a chunk, h x w latent cells, T pixel frames.
+Shapes: B pictures (1 in a session), z latent channels, F latent frames a chunk, h x w latent cells, T pixel frames.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ def preprocess_image(pixels: npt.NDArray[np.uint8]) -> Tensor:
 
 
 def condition_video(image: Tensor, latent_frames: int) -> Tensor:
-    """[1, 3, H, W] -> the video to encode, [1, 3, T, H, W] for two chunks: the image, then frames of 0.0 (mid-grey).
+    """[B, 3, H, W] -> the video to encode, [B, 3, T, H, W] for two chunks: the image, then frames of 0.0 (mid-grey).
 
     Two chunks are enough: every chunk after the first is conditioned as the second is.
     """
-    blank = image.new_zeros(1, 3, num_frames_for(2 * latent_frames) - 1, *image.shape[2:])
+    blank = image.new_zeros(len(image), 3, num_frames_for(2 * latent_frames) - 1, *image.shape[2:])
     return torch.cat([image[:, :, None], blank], dim=2)
 
 
 def condition_chunks(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents [1, z, 2F, h, w] of ``condition_video`` -> conditions [1, 4 + z, F, h, w] of chunk 0 and later ones."""
-    mask = latents.new_zeros(1, MASK_CHANNELS, *latents.shape[2:])
+    """Latents [B, z, 2F, h, w] of ``condition_video`` -> conditions [B, 4 + z, F, h, w] of chunk 0 and later ones."""
+    mask = latents.new_zeros(len(latents), MASK_CHANNELS, *latents.shape[2:])
     mask[:, :, 0] = 1
     condition = torch.cat([mask, latents], dim=1)
     first, later = condition.chunk(2, dim=2)

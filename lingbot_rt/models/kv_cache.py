@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 class KVCache:
-    """K/V of the first ``sink_frames`` latent frames and of the newest ``window_frames - sink_frames``."""
+    """K/V of the first ``sink_frames`` latent frames and of the newest ``window_frames - sink_frames``.
+
+    ``batch`` sessions may share one while they are at the same chunk, as training's roll-outs do.
+    """
 
     def __init__(
         self,
@@ -24,11 +27,12 @@ class KVCache:
         window_frames: int,
         dtype: torch.dtype,
         device: torch.device,
+        batch: int = 1,
     ) -> None:
         self.sink_frames = sink_frames
         self.window_frames = window_frames
         self._tokens_per_frame = tokens_per_frame
-        shape = (num_layers, 2, 1, window_frames * tokens_per_frame, num_heads, head_dim)
+        shape = (num_layers, 2, batch, window_frames * tokens_per_frame, num_heads, head_dim)
         self._kv_LSBNHD = torch.zeros(shape, dtype=dtype, device=device)
         self._frames: list[int | None] = [None] * window_frames
         self._spans: list[tuple[int, int, int]] = []  # (first token in the chunk, first token in the cache, tokens)

@@ -1,6 +1,7 @@
 """Rotary position embedding over (time, height, width), interleaved pairs.
 
-Shapes: tables [tokens, head_dim / 2]; x_BNHD batch, tokens, heads, head_dim.
+Shapes: tables [tokens, head_dim / 2], or [batch, tokens, head_dim / 2] where samples differ; x_BNHD batch, tokens,
+heads, head_dim.
 """
 
 from __future__ import annotations
@@ -54,5 +55,5 @@ def _tables(
 def rotate(x_BNHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair (x[2i], x[2i + 1]) by its token's angle; computed in float32, in the dtype of ``x_BNHD``."""
     even, odd = x_BNHD.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_BNHD.dtype)

@@ -158,12 +158,14 @@ class StreamingVAE:
         return (pixels.float().clamp(-1, 1) / 2 + 0.5).clamp(0, 1), slots
 
     def encode_condition(self, image: Tensor, latent_frames: int) -> tuple[Tensor, Tensor]:
-        """First frame [1, 3, H, W] in [-1, 1] -> i2v conditions [1, 4 + z, F, h, w], float32: chunk 0's, every later's.
+        """First frames [B, 3, H, W] in [-1, 1] -> i2v conditions [B, 4 + z, F, h, w], float32: chunk 0's, every
+        later's."""
+        return condition_chunks(self.encode(condition_video(image, latent_frames)))
 
-        The distribution's mean, normalised, after diffusers' own causal encoding of the two chunks' video.
-        """
-        video = condition_video(image.to(self.device, self.dtype), latent_frames)
-        mean = self._vae.encode(video).latent_dist.mode().float()
+    def encode(self, video: Tensor) -> Tensor:
+        """Pixels [B, 3, T, H, W] in [-1, 1] -> latents [B, z, F, h, w], float32: the distribution's mean, normalised,
+        after diffusers' own causal encoding."""
+        mean = self._vae.encode(video.to(self.device, self.dtype)).latent_dist.mode().float()
         # diffusers keeps the encoder's features on the module, and they would outlive the session.
         self._vae.clear_cache()
-        return condition_chunks((mean - self._mean) / self._std)
+        return (mean - self._mean) / self._std
