@@ -1,0 +1,254 @@
+"""What every training stage has in common: where it writes, how long it may run, how it goes on where it stopped.
+
+A run is a folder (runs/world):
+    model/            the checkpoint folder as far as it is trained; a stage reads the parts of those before it there
+    state/STAGE.pt    all a stage needs to go on: weights, averages, optimisers, generators, seconds spent
+    log.jsonl         a line of figures every few seconds, each with its stage
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from scripts.world.config import CONFIGS, WorldConfig
+
+MAX_FILE_BYTES = 15 * 2**20
+"""Of one safetensors file; larger parts become shards with an index."""
+
+
+@dataclass
+class Options:
+    """What the command line of a stage says."""
+
+    run: Path
+    config: WorldConfig
+    device: torch.device
+    minutes: float = 1.0
+    steps: int | None = None  # of this call at most
+    pause_after: float = math.inf  # minutes of this call at most
+    seed: int = 0
+
+    @property
+    def model(self) -> Path:
+        return self.run / "model"
+
+    @classmethod
+    def parse(
+        cls, description: str, minutes: float, extra: Sequence[tuple[str, dict[str, Any]]] = ()
+    ) -> tuple[Options, argparse.Namespace]:
+        parser = argparse.ArgumentParser(description=description)
+        parser.add_argument(
+            "--run", type=Path, default=Path("runs/world"), help="the run's folder (default: runs/world)"
+        )
+        parser.add_argument(
+            "--config", choices=CONFIGS, default="full", help="small learns on a CPU, tiny is for tests (default: full)"
+        )
+        parser.add_argument("--minutes", type=float, default=minutes, help=f"of the whole stage (default: {minutes})")
+        parser.add_argument("--steps", type=int, help="stop this call after so many steps, to go on later")
+        parser.add_argument(
+            "--pause-after", type=float, default=math.inf, metavar="MINUTES", help="the same, by the clock"
+        )
+        parser.add_argument("--seed", type=int, default=0)
+        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        for name, settings in extra:
+            parser.add_argument(name, **settings)
+        said = parser.parse_args()
+        options = cls(
+            said.run,
+            CONFIGS[said.config],
+            torch.device(said.device),
+            said.minutes,
+            said.steps,
+            said.pause_after,
+            said.seed,
+        )
+        return options, said
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+class Stage:
+    """Iterate it for step numbers: it ends when the stage's time is over, and keeps ``parts`` in its state file.
+
+    The share of the time that is spent, ``progress``, drives learning rates: a stage of any length ends annealed.
+    """
+
+    SAVE_EVERY_S = 90.0
+    LOG_EVERY_S = 5.0
+
+    def __init__(self, name: str, options: Options, parts: Mapping[str, Stateful]) -> None:
+        self.name, self._options, self._parts = name, options, parts
+        self._file = options.run / "state" / f"{name}.pt"
+        self.step = 0
+        self._spent = 0.0
+        self._figures: dict[str, list[Tensor]] = {}
+        if self._file.exists():
+            # By way of the host: each part moves its tensors where it works, and an optimiser's counters stay here.
+            state = torch.load(self._file, map_location="cpu", weights_only=True)
+            for key, part in parts.items():
+                part.load_state_dict(state["parts"][key])
+            self.step, self._spent = state["step"], state["spent"]
+            torch.set_rng_state(state["rng"])
+        else:
+            torch.manual_seed(options.seed)
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Spent on the stage, earlier calls included."""
+        return self._spent + time.monotonic() - self._began
+
+    @property
+    def progress(self) -> float:
+        return min(1.0, self.seconds / (60 * self._options.minutes))
+
+    def __iter__(self) -> Stage:
+        self._began = self._logged = self._saved = time.monotonic()
+        self._last = math.inf if self._options.steps is None else self.step + self._options.steps
+        self._logged_step = self.step
+        return self
+
+    def __next__(self) -> int:
+        now = time.monotonic()
+        paused = self.step >= self._last or now - self._began > 60 * self._options.pause_after
+        if self.progress >= 1 or paused:
+            self.log()
+            self.save()
+            raise StopIteration
+        if now - self._logged > self.LOG_EVERY_S:
+            self.log()
+        if now - self._saved > self.SAVE_EVERY_S:
+            self.save()
+        self.step += 1
+        return self.step - 1
+
+    def note(self, **figures: Tensor) -> None:
+        """Figures of a step, averaged into the next line; detached tensors, so that nothing waits for the device."""
+        for name, value in figures.items():
+            self._figures.setdefault(name, []).append(value.detach().float())
+
+    def log(self, **figures: Any) -> None:
+        """A line in log.jsonl and on the terminal."""
+        now = time.monotonic()
+        means = {name: round(torch.stack(values).mean().item(), 6) for name, values in self._figures.items()}
+        self._figures = {}
+        rate = (self.step - self._logged_step) / max(now - self._logged, 1e-9)
+        line = {"stage": self.name, "step": self.step, "seconds": round(self.seconds, 3), "steps_per_s": round(rate, 2)}
+        append_line(self._options.run, line | means | figures)
+        self._logged, self._logged_step = now, self.step
+
+    def save(self) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "parts": {key: part.state_dict() for key, part in self._parts.items()},
+            "step": self.step,
+            "spent": self.seconds,
+            "rng": torch.get_rng_state(),
+        }
+        scratch = self._file.with_suffix(".new")
+        torch.save(state, scratch)
+        scratch.rename(self._file)
+        self._saved = time.monotonic()
+
+
+def append_line(run: Path, figures: dict[str, Any]) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(figures)
+    with (run / "log.jsonl").open("a", encoding="utf-8") as file:
+        file.write(text + "\n")
+    print(text, flush=True)
+
+
+@dataclass
+class Average:
+    """An exponential moving average of a module's parameters, in float32; what is kept in the end."""
+
+    module: nn.Module
+    decay: float = 0.999
+    values: list[Tensor] = field(init=False)
+    updates: int = 0
+
+    def __post_init__(self) -> None:
+        self.values = [parameter.detach().clone() for parameter in self.module.parameters()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        # Early on the average is short, so that the beginning is forgotten.
+        decay = min(self.decay, self.updates / (self.updates + 10))
+        torch._foreach_lerp_(self.values, list(self.module.parameters()), 1 - decay)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """The module becomes its average."""
+        for parameter, value in zip(self.module.parameters(), self.values, strict=True):
+            parameter.copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values, "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for mine, kept in zip(self.values, state["values"], strict=True):
+            mine.copy_(kept)
+        self.updates = state["updates"]
+
+
+def learning_rate(stage: Stage, peak: float, warm_steps: int = 200, hold: float = 0.35) -> float:
+    """Warm up over steps, hold, then fall to 2 % of ``peak`` along a cosine as the stage's time runs out."""
+    fall = max(0.0, (stage.progress - hold) / (1 - hold))
+    return peak * min(1.0, (stage.step + 1) / warm_steps) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fall)))
+
+
+def set_rate(optimisers: Iterable[torch.optim.Optimizer], rate: float) -> None:
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = rate * group.get("scale", 1.0)
+
+
+def save_part(
+    folder: Path, config: dict[str, Any], state: dict[str, Tensor], name: str = "diffusion_pytorch_model"
+) -> None:
+    """config.json and float16 weights in files of at most MAX_FILE_BYTES."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.safetensors*"):
+        old.unlink()
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    shards: list[dict[str, Tensor]] = [{}]
+    used = 0
+    for key, value in state.items():
+        half = value.detach().to("cpu", torch.float16).contiguous()
+        if not half.isfinite().all():
+            raise ValueError(f"{key} does not fit float16: the largest value is {value.abs().max().item():g}")
+        if used + half.nbytes > MAX_FILE_BYTES and shards[-1]:
+            shards.append({})
+            used = 0
+        shards[-1][key] = half
+        used += half.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / f"{name}.safetensors")
+        return
+    places = {}
+    for i, shard in enumerate(shards):
+        file = f"{name}-{i + 1:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / file)
+        places |= dict.fromkeys(shard, file)
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard.values())},
+        "weight_map": places,
+    }
+    (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,173 @@
+"""Stage 2: the VAE, on clips of random walks that are rendered while it trains.
+
+python -m scripts.world.train_vae --minutes 8
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, unpatchify
+from torch import Tensor
+
+from scripts.world.render import Renderer
+from scripts.world.scene import LOOKS
+from scripts.world.stage import Average, Options, Stage, append_line, learning_rate, save_part, set_rate
+from scripts.world.walks import random_actions, start_view, walk
+
+LATENT_FRAMES = 4  # of a clip: 13 pictures
+PEAK_RATE = 1e-3
+KL_WEIGHT = 2e-5
+LATENT_NOISE = 0.03
+"""Added in training, so that the decoder forgives the DiT small errors; the latents are around 1."""
+
+GREY_SHARE, SWITCH_SHARE = 0.05, 0.1
+"""Clips that turn grey after their first picture, as a session's image condition does, and that change their look."""
+
+
+class ClipPool:
+    """Clips [N, T, H, W, 3] uint8 on the device, a few drawn anew as it goes: rendering is slower than training."""
+
+    def __init__(self, renderer: Renderer, clips: int, seed: int) -> None:
+        self._renderer = renderer
+        self._rng = np.random.default_rng(seed)
+        self._next = 0
+        first = self._draw(min(16, clips))
+        self.clips = first.new_empty(clips, *first.shape[1:])
+        while self._next < clips:
+            self.refresh(min(16, clips - self._next))
+        self._next = 0
+
+    def refresh(self, count: int) -> None:
+        """Draws the oldest ``count`` clips anew."""
+        places = (torch.arange(count) + self._next) % len(self.clips)
+        self.clips[places.to(self.clips.device)] = self._draw(count)
+        self._next += count
+
+    def batch(self, count: int) -> Tensor:
+        """[count, 3, T, H, W] in [-1, 1]."""
+        picks = torch.from_numpy(self._rng.integers(len(self.clips), size=count)).to(self.clips.device)
+        return video(self.clips[picks])
+
+    def _draw(self, count: int) -> Tensor:
+        poses, looks, grey = [], [], []
+        frames = 4 * (LATENT_FRAMES - 1) + 1
+        for _ in range(count):
+            # Every pitch is a view that somebody may have, level ones most of all.
+            start = start_view(self._rng, float(np.clip(self._rng.normal(0, 15), -75, 75)))
+            view = walk(start, random_actions(self._rng, LATENT_FRAMES)).view.between()
+            poses.append(view.poses())
+            look = np.full(frames, self._rng.integers(len(LOOKS)))
+            if self._rng.random() < SWITCH_SHARE:
+                look[4 * self._rng.integers(1, LATENT_FRAMES) - 3 :] = self._rng.integers(len(LOOKS))
+            looks.append(look)
+            grey.append(self._rng.random() < GREY_SHARE)
+        pictures = self._renderer.render(np.concatenate(poses), torch.from_numpy(np.concatenate(looks)))
+        clips = pictures.unflatten(0, (count, frames))
+        clips[torch.tensor(grey, device=clips.device), 1:] = 128
+        return clips
+
+
+def video(clips_BTHW3: Tensor) -> Tensor:
+    """uint8 [B, T, H, W, 3] -> float [B, 3, T, H, W] in [-1, 1]."""
+    return clips_BTHW3.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Raw latents [B, z, F, h, w] -> pixels [B, 3, T, H, W], as StreamingVAE does it, but not clamped: a clamp has no
+    gradient where it is needed."""
+    z = vae.post_quant_conv(latents)
+    slots = [None] * vae._cached_conv_counts["decoder"]
+    frames = [
+        vae.decoder(z[:, :, i : i + 1], feat_cache=slots, feat_idx=[0], first_chunk=i == 0) for i in range(z.shape[2])
+    ]
+    return unpatchify(torch.cat(frames, dim=2), patch_size=vae.config.patch_size)
+
+
+def picture_loss(got: Tensor, true: Tensor) -> Tensor:
+    """L1, twice the squares, and the gradients of the picture at three scales: edges count."""
+    loss = F.l1_loss(got, true) + 2 * F.mse_loss(got, true)
+    a, b = (x.transpose(1, 2).flatten(0, 1) for x in (got, true))
+    for _ in range(3):
+        for dim in (-1, -2):
+            loss = loss + 0.5 / 3 * F.l1_loss(a.diff(dim=dim), b.diff(dim=dim))
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return loss
+
+
+def psnr(got: Tensor, true: Tensor) -> Tensor:
+    """dB, of pictures in [-1, 1]."""
+    return -10 * torch.log10(F.mse_loss(got.clamp(-1, 1), true) / 4)
+
+
+def train(options: Options, batch: int, clips: int, refresh: int = 8) -> float:
+    """PSNR on held-out clips."""
+    config, device = options.config, options.device
+    vae = AutoencoderKLWan.from_config(config.vae).to(device).train()
+    average = Average(vae)
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=1e-3)
+    stage = Stage("vae", options, {"vae": vae, "average": average, "optimiser": optimiser})
+    renderer = Renderer(config.size, device, config.supersample)
+    pool = ClipPool(renderer, clips, seed=options.seed + 1 + stage.step)
+    held_out = ClipPool(renderer, min(32, clips), seed=10**6)
+    append_line(options.run, {"stage": "vae", "pool_seconds": round(stage.seconds, 1)})
+    for step in stage:
+        set_rate([optimiser], learning_rate(stage, PEAK_RATE))
+        if step % 2 == 0 and refresh:
+            pool.refresh(min(refresh, clips))
+        true = pool.batch(batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            posterior = vae.encode(true).latent_dist
+            mean, log_variance = posterior.mean.float(), posterior.logvar.float()
+            latents = mean + torch.randn_like(mean) * (torch.exp(0.5 * log_variance) + LATENT_NOISE)
+            got = decode(vae, latents).float()
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        loss = picture_loss(got, true) + KL_WEIGHT * config.z_dim * kl
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimiser.step()
+        average.update()
+        stage.note(loss=loss, kl=kl, grad=norm, psnr=psnr(got, true))
+    average.apply()
+    return _finish(options, stage, vae.eval(), held_out)
+
+
+@torch.no_grad()
+def _finish(options: Options, stage: Stage, vae: Any, held_out: ClipPool) -> float:
+    """Measures, states the latents' mean and spread in the configuration, and writes vae/."""
+    latents, scores = [], []
+    for clips in held_out.clips.split(8):
+        true = video(clips)
+        mean = vae.encode(true).latent_dist.mode()
+        latents.append(mean)
+        scores += [psnr(a, b) for a, b in zip(decode(vae, mean), true, strict=True)]
+    vae.clear_cache()
+    rows = torch.cat(latents).transpose(0, 1).flatten(1)
+    config = options.config.vae | {
+        "latents_mean": rows.mean(1).tolist(),
+        "latents_std": rows.std(1).clamp_min(1e-3).tolist(),
+    }
+    save_part(options.model / "vae", config, vae.state_dict())
+    score = torch.stack(scores).mean().item()
+    stage.log(
+        held_out_psnr=round(score, 2),
+        std_range=[round(rows.std(1).min().item(), 3), round(rows.std(1).max().item(), 3)],
+    )
+    return score
+
+
+if __name__ == "__main__":
+    options, said = Options.parse(
+        __doc__,
+        minutes=8,
+        extra=(
+            ("--batch", {"type": int, "default": 16, "help": "clips a step"}),
+            ("--clips", {"type": int, "default": 4096, "help": "clips kept on the device, 0.6 MB each"}),
+            ("--refresh", {"type": int, "default": 8, "help": "clips drawn anew at every other step; 0: never"}),
+        ),
+    )
+    train(options, said.batch, said.clips, said.refresh)
