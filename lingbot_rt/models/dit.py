@@ -234,8 +234,8 @@ class CausalDiT(nn.Module):
         self.attention_backend = "auto"
         self.window_attention = WindowAttention()
         self._camera_modulation = Block.camera_modulation
-        self._before_attention = Block.before_attention
-        self._after_attention = Block.after_attention
+        self.before_attention = Block.before_attention
+        self.after_attention = Block.after_attention
         self.patch_embedding = PatchEmbedding(config.in_channels, dim, (1, PATCH_SIZE, PATCH_SIZE))
         self.patch_embedding_wancamctrl = nn.Linear(RAY_CHANNELS * PATCH_SIZE**2, dim)
         self.c2ws_hidden_states_layer1 = nn.Linear(dim, dim)
@@ -258,8 +258,8 @@ class CausalDiT(nn.Module):
             return torch.compile(half, dynamic=False, backend=backend)
 
         self._camera_modulation = compiled(Block.camera_modulation)
-        self._before_attention = compiled(Block.before_attention)
-        self._after_attention = compiled(Block.after_attention)
+        self.before_attention = compiled(Block.before_attention)
+        self.after_attention = compiled(Block.after_attention)
 
     def text_kv(self, text_BLD: Tensor) -> TextKV:
         """Prompt embeddings [B, L, text_dim] -> K/V of every block. Once a prompt; zero rows take part too."""
@@ -317,13 +317,13 @@ class CausalDiT(nn.Module):
 
         # 2. Blocks
         for i, block in enumerate(self.blocks):
-            q, k, v = self._before_attention(block, x_BND, time.projection_B6D, *rope)
+            q, k, v = self.before_attention(block, x_BND, time.projection_B6D, *rope)
             if commit and i + 1 == len(self.blocks):
                 self.window_attention.store(k, v, cache, i)
                 return None
             attended = self.window_attention(q, k, v, cache, i, kernel)
             modulation = None if camera is None else camera[i]
-            x_BND = self._after_attention(
+            x_BND = self.after_attention(
                 block, x_BND, attended, time.projection_B6D, modulation, text_kv[i], text_kernel
             )
 

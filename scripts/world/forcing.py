@@ -39,19 +39,19 @@ def forward(dit: CausalDiT, sample: Sample, clean: Tensor, noisy: Tensor, timest
     channels = torch.cat([torch.stack([clean, noisy]), sample.conditions.expand(2, *sample.conditions.shape)], dim=3)
     x = dit.patch_embedding(channels.flatten(0, 2))
     timesteps = torch.stack([torch.zeros_like(timestep_BS), timestep_BS]).flatten()
-    time_GD, time_G6D = dit.time(timesteps, x)
+    time = dit.time_modulation(timesteps)
     rope = rope_of(dit, sample, channels.shape[-2:])
     camera = camera_of(dit, sample)
     text_kv = dit.text_kv(sample.prompts.to(x.dtype))
     rows = sample.prompt_of.flatten()
     for i, block in enumerate(dit.blocks):
-        q, k, v = block.before_attention(x, time_G6D, *(table.repeat(2, 1, 1) for table in rope))
+        q, k, v = dit.before_attention(block, x, time.projection_B6D, *(table.repeat(2, 1, 1) for table in rope))
         attended = attend_slots(*(part.unflatten(0, (2, count, slots)) for part in (q, k, v)), dit.attention_backend)
         modulation = tuple(part.repeat(2, 1, 1) for part in camera[i])
         text = tuple(part[rows].repeat(2, 1, 1, 1) for part in text_kv[i])
-        x = block.after_attention(x, attended, time_G6D, modulation, text, dit.attention_backend)
+        x = dit.after_attention(block, x, attended, time.projection_B6D, modulation, text, dit.attention_backend)
     half = count * slots
-    tokens = dit.head(x[half:], time_GD[half:])
+    tokens = dit.head(x[half:], time.embedding_BD[half:])
     height, width = (side // PATCH_SIZE for side in channels.shape[-2:])
     return unpatchify(tokens, FRAMES, height, width).unflatten(0, (count, slots))
 

@@ -154,14 +154,6 @@ def fresh_dit(config: WorldConfig) -> CausalDiT:
     return dit
 
 
-def compile_blocks(dit: CausalDiT) -> None:
-    """The two halves of a block, one at a time: seconds each, while the whole model takes minutes."""
-    torch._dynamo.config.recompile_limit = 64  # with and without gradients, in training's shapes and the roll-out's
-    for block in dit.blocks:
-        block.before_attention = torch.compile(block.before_attention, dynamic=False)  # type: ignore[method-assign]
-        block.after_attention = torch.compile(block.after_attention, dynamic=False)  # type: ignore[method-assign]
-
-
 def train(options: Options, phase: str, batch: int) -> float:
     """The last steps' mean loss."""
     config, device = options.config, options.device
@@ -182,7 +174,8 @@ def train(options: Options, phase: str, batch: int) -> float:
     stage = Stage(phase, options, parts)
     source = Teacher(bank, config, batch) if phase == "teacher" else OwnRollouts(bank, config, batch, dit)
     if device.type == "cuda":
-        compile_blocks(dit)
+        dit.compile_blocks()
+        torch._dynamo.config.recompile_limit = 64  # with and without gradients, in training's shapes and the roll-out's
     append_line(options.run, {"stage": phase, "walks": bank.walks, "from_checkpoint": begun, "at_step": stage.step})
     loss = torch.zeros(())
     for step in stage:
