@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    CACHE_T,
     AutoencoderKLWan,
     WanCausalConv3d,
+    WanResample,
     WanRMS_norm,
     unpatchify,
 )
@@ -20,6 +22,8 @@ from torch import Tensor, nn
 
 from lingbot_rt.models.feature_cache import FeatureCache
 from lingbot_rt.models.i2v_condition import condition_chunks, condition_video
+
+Slots = list[Tensor | str | None]
 
 
 def _onednn_conv(
@@ -61,12 +65,28 @@ class ChannelNorm(WanRMS_norm):
         return (x * inverse).mul_(self.gamma).add_(self.bias)
 
 
+class Resample(WanResample):
+    """diffusers' resampling, which tells by kind what is remembered from the word that stands for nothing yet.
+
+    diffusers compares a tensor with a word, which torch 2.11 does not trace: the compiled decode fell into 16 pieces.
+    """
+
+    def forward(self, x: Tensor, feat_cache: Slots | None = None, feat_idx: list[int] = [0]) -> Tensor:  # noqa: B006
+        remembered = None if feat_cache is None or self.mode != "upsample3d" else feat_cache[feat_idx[0]]
+        if feat_cache is None or not isinstance(remembered, Tensor):
+            return super().forward(x, feat_cache, feat_idx)
+        known = x if x.shape[2] >= CACHE_T else torch.cat([remembered, x], dim=2)
+        feat_cache[feat_idx[0]] = known[:, :, -CACHE_T:].clone()
+        feat_idx[0] += 1
+        # [B, 2 C, T, h, w]: a frame's two, one after the other.
+        doubled = self.time_conv(x, remembered).unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        return super().forward(doubled)
+
+
 STEADY_FROM = 2
 """Latent frames of a session after which every convolution remembers its full two frames: shapes no longer change."""
 
-Slots = list[Tensor | str | None]
-
-_FAST_ON_CPU = {WanCausalConv3d: CausalConv3d, WanRMS_norm: ChannelNorm}
+_OWN_LAYERS = {WanCausalConv3d: CausalConv3d, WanRMS_norm: ChannelNorm, WanResample: Resample}
 
 
 def channels_last(module: nn.Module) -> None:
@@ -80,11 +100,13 @@ def _kept(slot: Tensor) -> Tensor:
     """A remembered tensor [1, C, 2, h, w] by itself and in one form, compiled code or not.
 
     Compiled code leaves out the copy of a slice, which would then keep all of what it is a slice of; and the stride of
-    a batch of one, which says nothing, differs between the two, which would count as another shape.
+    a batch of one, which says nothing, differs between the two, which would count as another shape. It is that of a
+    whole sample: with a lesser one torch does not know channels-last memory for what it is, and joins it to the next
+    frames by way of a copy into the other layout and back.
     """
     if slot.untyped_storage().nbytes() > slot.nbytes:
         slot = slot.clone()
-    return slot[0][None]
+    return slot.as_strided(slot.shape, (slot.numel(), *slot.stride()[1:]))
 
 
 class StreamingVAE:
@@ -97,7 +119,7 @@ class StreamingVAE:
         self._vae = vae.requires_grad_(False).eval()
         for module in vae.modules():
             # Same parameters, same arithmetic: the layers diffusers built only learn another way to compute it.
-            module.__class__ = _FAST_ON_CPU.get(type(module), type(module))
+            module.__class__ = _OWN_LAYERS.get(type(module), type(module))
         if vae.device.type == "cuda":
             channels_last(vae)
         self._steady_decode = self._decode

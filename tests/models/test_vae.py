@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lingbot_rt.models.i2v_condition import MASK_CHANNELS, preprocess_image
-from lingbot_rt.models.vae import StreamingVAE, channels_last
+from lingbot_rt.models.vae import StreamingVAE, _kept, channels_last
 
 WAN_22 = {
     "base_dim": 8,
@@ -162,6 +162,16 @@ def test_channels_last_weights(plain, vae, arrays):
     other = StreamingVAE(other)
     difference = decode(other, latents, other.new_features()) - decode(vae, latents, vae.new_features())
     assert difference.abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_kept_frames_keep_their_layout(layout):
+    """What is remembered joins the next frames without a copy into another layout, and holds no more than itself."""
+    frames = torch.randn(1, 8, 4, 6, 5).contiguous(memory_format=layout)
+    kept = _kept(frames[:, :, -2:])
+    assert torch.equal(kept, frames[:, :, -2:])
+    assert kept.untyped_storage().nbytes() == kept.nbytes
+    assert torch.cat([kept, frames], dim=2).is_contiguous(memory_format=layout)
 
 
 def test_bfloat16_decode(plain, vae, arrays):
