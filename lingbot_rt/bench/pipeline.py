@@ -173,8 +173,7 @@ def run_chunks(pipeline: Pipeline, load: Load, done: Callable[[], object], leade
     for _ in range(warm):
         next(chunks)
         done()
-    if pipeline.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(pipeline.device)
+    reset_peak_memory(pipeline.device)
     timed = []
     for _ in range(measured):
         timed.append(next(chunks))
@@ -182,8 +181,14 @@ def run_chunks(pipeline: Pipeline, load: Load, done: Callable[[], object], leade
     return Run(load, plan, timed, planned.total_bytes / GB, peak_memory_gb(pipeline.device))
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """From here on ``peak_memory_gb`` counts anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_gb(device: torch.device) -> float | None:
-    """The most that tensors took since the measured chunks began, in units of 1e9 bytes; None on a CPU."""
+    """The most that tensors took since ``reset_peak_memory``, in units of 1e9 bytes; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) / GB if device.type == "cuda" else None
 
 

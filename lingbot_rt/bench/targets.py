@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from lingbot_rt.bench.figures import Spread, number, table
-from lingbot_rt.bench.pipeline import Load, TimedChunk, Walk, peak_memory_gb, run_chunks
+from lingbot_rt.bench.pipeline import Load, TimedChunk, Walk, peak_memory_gb, reset_peak_memory, run_chunks
 from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST, random_pipeline, random_vae
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.chunk_plan import SessionPlan
@@ -160,11 +160,13 @@ def _far(pipeline: Pipeline, load: Load, plan: SessionPlan, far_chunk: int) -> F
     walk = Walk(pipeline, plan)
     for _ in range(load.warm_chunks(plan)):
         walk.step()
+    reset_peak_memory(pipeline.device)
     near = [walk.step() for _ in range(load.chunks)]
     near_memory = peak_memory_gb(pipeline.device)
     walk.jump(far_chunk)
     for _ in range(_AFTER_JUMP):
         walk.step()
+    reset_peak_memory(pipeline.device)
     far = [walk.step() for _ in range(load.chunks)]
     near_ms, far_ms = (Spread.of([chunk.stages()["total"] for chunk in chunks]).p50 for chunks in (near, far))
     figures = {"total, near": [near_ms], "total, far": [far_ms], f"far / near (1 +- {FLAT})": [far_ms / near_ms]}
