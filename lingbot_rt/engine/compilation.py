@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
+import sysconfig
 from pathlib import Path
 
 import torch
 
 from lingbot_rt.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 _COMPILERS = ("cc", "gcc", "clang", "g++", "c++", "clang++")
 
@@ -25,6 +29,8 @@ def resolve_compile(name: str, device: torch.device) -> bool:
     lacks = _lacks(device)
     if lacks and name == "true":
         raise ConfigError(f"--compile true needs {lacks}, which is not here: install it or use --compile false")
+    if lacks:
+        log.warning("slower than it could be: to compile, this needs %s, which is not here", lacks)
     return not lacks
 
 
@@ -32,6 +38,9 @@ def _lacks(device: torch.device) -> str:
     """What is missing for torch.compile, or nothing."""
     if not any(map(shutil.which, (*filter(None, (os.environ.get("CC"), os.environ.get("CXX"))), *_COMPILERS))):
         return "a C++ compiler"
+    # What inductor and triton generate is built against them; there is no sign of their lack before the first kernel.
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
+        return "Python's headers (Python.h)"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "the package triton"
     return ""

@@ -117,6 +117,9 @@ def test_when_code_is_compiled(monkeypatch):
     assert not resolve_compile("auto", gpu)
     with pytest.raises(ConfigError, match="triton"):
         resolve_compile("true", gpu)
+    monkeypatch.setattr(compilation.sysconfig, "get_path", lambda *asked: "nowhere")
+    with pytest.raises(ConfigError, match=r"Python\.h.*--compile false"):
+        resolve_compile("true", CPU)
     monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match=r"C\+\+ compiler.*--compile false"):
         resolve_compile("true", CPU)
