@@ -120,6 +120,9 @@ class RandomText(TextEncoder):
         self._embeddings = self._embeddings.to(device)
         return self
 
+    def knows(self, prompt: str) -> bool:
+        return True
+
     def encode(self, prompt: str) -> Tensor:
         """[1, L, D]"""
         return self._embeddings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -72,7 +73,8 @@ class Pipeline:
 
     def text_kv(self, prompt: str) -> TextKV:
         """A prompt's cross-attention K/V for every block of the DiT."""
-        with self.text_encoder_placement.at_work():
+        # An encoder that rests on the CPU stays there for words that it knows: a visit moves 11 GB of the 14B's.
+        with nullcontext() if self.text_encoder.knows(prompt) else self.text_encoder_placement.at_work():
             text_BLD = self.text_encoder.encode(prompt)
         return self.dit.text_kv(text_BLD.to(self.device, self.dtype))
 

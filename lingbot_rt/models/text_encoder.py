@@ -47,6 +47,10 @@ class TextEncoder:
         """At most L ids, the end token included."""
         return self._tokenizer(clean_prompt(prompt), truncation=True, max_length=self._text_len)["input_ids"]
 
+    def knows(self, prompt: str) -> bool:
+        """Whether ``encode`` runs no network."""
+        return clean_prompt(prompt) in self._cache
+
     def encode(self, prompt: str) -> Tensor:
         """Embeddings [1, L, D] on the encoder's device; rows past the prompt's tokens are zeros."""
         cleaned = clean_prompt(prompt)

@@ -51,6 +51,9 @@ class FirstRankText(TextEncoder):
             self._own.to(device)
         return self
 
+    def knows(self, prompt: str) -> bool:
+        return self._own is None or self._own.knows(prompt)
+
     def encode(self, prompt: str) -> Tensor:
         """Embeddings [1, L, D] on the rank's device. Every rank has to ask, for the same prompts in the same order."""
         text = torch.empty_like(self._like)

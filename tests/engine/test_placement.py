@@ -1,14 +1,15 @@
-"""A DiT whose blocks rest on the host: the same results, and never more than two of them on the device."""
+"""Networks that rest on the host: they visit the device when they work, a DiT with two of its blocks at a time."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from lingbot_rt.engine.placement import StreamedBlocks
+from lingbot_rt.engine.placement import Placement, StreamedBlocks
 from lingbot_rt.models.dit import CausalDiT, DiTConfig
 from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.models.quantize import quantize_linears
@@ -98,3 +99,19 @@ def test_streamed_blocks_share_a_compilation():
         for got, expected in zip(two_chunks(streamed), two_chunks(resident), strict=True):
             assert torch.allclose(got, expected, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
+def test_a_text_encoder_visits_the_device_for_new_words_only(pipeline):
+    """The same prompt again, and one in other spaces, are answered from what is remembered."""
+    visits = []
+
+    class Counted(Placement):
+        @contextmanager
+        def at_work(self):
+            visits.append(1)
+            yield
+
+    counting = dataclasses.replace(pipeline, text_encoder_placement=Counted(pipeline.text_encoder, CPU, offload=False))
+    seen = [counting.text_kv(prompt) for prompt in ("A walk nobody took.", "A walk  nobody took.", "Another one.")]
+    assert len(visits) == 2
+    assert torch.equal(seen[0][0][0], seen[1][0][0])
