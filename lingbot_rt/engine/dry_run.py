@@ -76,15 +76,21 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@lru_cache(maxsize=8)
-@torch.inference_mode()
 def transients(
     config: DiTConfig, vae: StreamingVAE, size: FrameSize, latent_frames: int, dtype: torch.dtype, quantization: str
 ) -> Transients:
     """For chunks of ``latent_frames`` at ``size``. Takes some tenths of a second, once a size."""
-    shadow = vae.on_meta()
+    # Found again by the shadow, which has no weights: the real one's shall go when its pipeline goes.
+    return _transients(config, vae.on_meta, size, latent_frames, dtype, quantization)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode()
+def _transients(
+    config: DiTConfig, shadow: StreamingVAE, size: FrameSize, latent_frames: int, dtype: torch.dtype, quantization: str
+) -> Transients:
     features = shadow.new_features()
-    latent = torch.empty(1, vae.z_dim, 1, size.latent_height, size.latent_width, device=_META)
+    latent = torch.empty(1, shadow.z_dim, 1, size.latent_height, size.latent_width, device=_META)
     for _ in range(3):  # from then on every convolution keeps its full two frames
         shadow.decode_latent_frame(latent, features)
 

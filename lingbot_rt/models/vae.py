@@ -6,6 +6,7 @@ Shapes: z latent channels, h x w latent cells, H x W pixels, n pixel frames (1 f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -149,6 +150,7 @@ class StreamingVAE:
         self._mean, self._std = self._mean.to(device), self._std.to(device)
         return self
 
+    @cached_property
     def on_meta(self) -> StreamingVAE:
         """The same network on the meta device: no weights, no arithmetic, every shape."""
         with torch.device("meta"):

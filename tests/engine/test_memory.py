@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from lingbot_rt.engine.chunk_plan import ChunkPlan
 from lingbot_rt.engine.chunk_runner import run_chunk
@@ -13,9 +17,10 @@ from lingbot_rt.engine.memory import plan_memory, weight_bytes
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.models.dit import DiTConfig
 from lingbot_rt.models.quantize import quantize_linears
+from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.shapes import FrameSize
 
-from .test_placement import tiny_dit
+from .test_placement import TINY, tiny_dit
 
 SIZE = FrameSize(160, 96)
 
@@ -64,6 +69,16 @@ def test_the_14b_at_its_size(pipeline):
     assert 0.7e9 < taken.forward < 0.9e9
     fp8 = transients(DiTConfig(), pipeline.vae, FrameSize(832, 480), 3, torch.bfloat16, "fp8")
     assert taken.forward < fp8.forward < 2e9
+
+
+def test_counting_keeps_no_weights():
+    """A VAE whose pipeline is gone is gone too: several are measured in one process, on one device."""
+    vae = StreamingVAE(AutoencoderKLWan.from_config({"base_dim": 8, "num_res_blocks": 1}))
+    weight = weakref.ref(vae.decoder.conv_in.weight)
+    transients(TINY, vae, FrameSize(64, 64), 1, torch.float32, "none")
+    del vae
+    gc.collect()
+    assert weight() is None
 
 
 def test_fp8_weights_take_a_byte_each():
