@@ -2,13 +2,13 @@
 
 Reading order, the life of one chunk:
 
-1. ``server/``     a client message comes in
-2. ``control/``    it becomes held keys, scripts and prompts, and those become camera poses
-3. ``engine/``     they are sampled as late as possible into a frozen ``ChunkPlan`` and run
+1. ``server/``     a client message comes in over a socket
+2. ``session/``    it changes what the session is; the session gives the plan of its next chunk, a frozen ``ChunkPlan``
+3. ``engine/``     one thread that owns the device runs the plan
 4. ``models/``     the networks: causal DiT with KV cache, causal VAE, UMT5
 5. ``transport/``  pixels become frame batches and leave
 
-``client/`` is the other end of the wire. ``config.py``, ``errors.py`` and ``shapes.py`` are shared by all rooms.
+``client/`` is the other end of the wire. ``config.py``, ``errors.py`` and ``shapes.py`` are shared by all folders.
 """
 
 __version__ = "0.1.0"

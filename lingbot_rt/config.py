@@ -13,13 +13,20 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lingbot_rt.errors import ConfigError
 
 PIPELINE_CLASS_NAME = "LingBotWorldCausalDMDPipeline"
 ENV_PREFIX = "LINGBOT_RT_"
 BUILTIN = "builtin"
+
+ENDPOINT = "/v1/realtime_video/generate"
+"""Path of the session's WebSocket."""
+
+FormatName = Literal["webp", "jpeg", "raw", "delta-gzip"]
+OUTPUT_FORMATS: tuple[FormatName, ...] = typing.get_args(FormatName)
+"""How frames can be sent."""
 
 
 def _option(
@@ -124,7 +131,7 @@ class ServeConfig:
     default_output_format: str = _option(
         "delta-gzip",
         "transport when an init names none",
-        choices=("delta-gzip", "raw", "webp", "jpeg"),
+        choices=OUTPUT_FORMATS,
         group="server",
     )
     log_level: str = _option(

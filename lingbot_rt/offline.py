@@ -9,12 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.engine.chunk_plan import ChunkPlan, ChunkResult, FrameGroup
-from lingbot_rt.server.engine_port import EnginePort
 from lingbot_rt.server.first_frame import decode_picture
-from lingbot_rt.server.protocol import Init
-from lingbot_rt.server.session import Session
-from lingbot_rt.server.settings import resolve
+from lingbot_rt.session.messages import Init
+from lingbot_rt.session.plan import ChunkPlan, ChunkResult, EnginePort, FrameGroup
+from lingbot_rt.session.session import Session
+from lingbot_rt.session.settings import resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,7 @@ async def play(
 
     ``init.first_frame`` must be the bytes of a picture. Raises InvalidInit, CapacityError or EngineFailed.
     """
-    session = Session(session_id, resolve(init, engine.card, config))
+    session = Session(session_id, resolve(init, engine.model_info, config))
     plan = session.settings.session_plan(session_id, decode_picture(init.first_frame, session.settings.size))
     await engine.open(plan)
     try:

@@ -103,3 +103,12 @@ def pixel_frames_of_chunk(chunk_index: int, latent_frames: int) -> int:
     """Pixel frames of a whole chunk: 9, then 12, at three latent frames a chunk."""
     first = chunk_index * latent_frames
     return sum(pixel_frames_of_latent(first + i) for i in range(latent_frames))
+
+
+FOCAL_PIXELS = 500.0
+"""The same at every size: it is how the model was trained."""
+
+
+def intrinsics(size: FrameSize) -> tuple[float, float, float, float]:
+    """The camera's (fx, fy, cx, cy) in pixels."""
+    return FOCAL_PIXELS, FOCAL_PIXELS, size.width / 2, size.height / 2

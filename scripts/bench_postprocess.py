@@ -12,8 +12,8 @@ import time
 
 import torch
 
-from lingbot_rt.postprocess.plan import PostprocessPlan
 from lingbot_rt.postprocess.stage import PostprocessNetworks
+from lingbot_rt.session.plan import PostprocessPlan
 from lingbot_rt.shapes import FrameSize
 
 CASES = {

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lingbot_rt.engine.chunk_plan import ModelCard
 from lingbot_rt.recording.session_record import SessionRecorder
+from lingbot_rt.session.plan import ModelInfo
 from lingbot_rt.shapes import FrameSize
 
 _LAUNCHES = 20_000
@@ -52,11 +52,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     frames = list(pictures(args.size, 12).reshape(3, 4, args.size.height, args.size.width, 3))
-    card = ModelCard("bench", "bench", args.size, 3, 3, 9, 4, "cpu", "float32")
+    model_info = ModelInfo("bench", "bench", args.size, 3, 3, 9, 4, "cpu", "float32")
     handed, written, alone, beside, control = [], [], [], [], []
     raw = b"".join(group.tobytes() for group in frames)
     with tempfile.TemporaryDirectory() as folder:
-        recorder = SessionRecorder(Path(folder), "bench", {"seed": 1}, b"", card, 2**33)
+        recorder = SessionRecorder(Path(folder), "bench", {"seed": 1}, b"", model_info, 2**33)
         for index in range(args.chunks):
             alone.append(launches_ms())
             begin = time.perf_counter()

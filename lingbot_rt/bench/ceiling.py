@@ -43,7 +43,7 @@ def measure_ceiling(pipeline: Pipeline, shape: ChunkShape) -> Ceiling:
     dim, ffn = config.dim, config.ffn_dim
     pairs = [(random(shape.tokens, k), random(n, k)) for k, n in ((dim, 3 * dim), (dim, dim), (dim, ffn), (ffn, dim))]
     linear_flops = sum(2 * x.shape[0] * weight.numel() for x, weight in pairs)
-    if pipeline.card.quantization == "fp8":
+    if pipeline.model_info.quantization == "fp8":
         linears_s = seconds_of(_fp8_products(pairs), device)
     else:
         linears_s = seconds_of(lambda: [F.linear(x, weight) for x, weight in pairs], device)

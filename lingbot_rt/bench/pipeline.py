@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lingbot_rt.control.camera_path import CameraPath
-from lingbot_rt.engine.chunk_plan import ChunkPlan, ChunkResult, FrameGroup, SessionPlan
 from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.memory import GB, require_room
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.errors import ConfigError
 from lingbot_rt.parallel.leader import Close, Leader
+from lingbot_rt.session.camera_path import CameraPath
+from lingbot_rt.session.plan import ChunkPlan, ChunkResult, FrameGroup, SessionPlan
 from lingbot_rt.shapes import FrameSize
 
 LEAST_WARM = 6
@@ -41,20 +41,20 @@ class Load:
 
     def session_plan(self, pipeline: Pipeline) -> SessionPlan:
         """Raises ConfigError for a window or a size that cannot be."""
-        card = pipeline.card
-        size = self.size or card.default_size
+        model_info = pipeline.model_info
+        size = self.size or model_info.default_size
         plan = SessionPlan(
             session_id="bench",
             prompt="a quiet street",
             first_frame=np.full((size.height, size.width, 3), 127, np.uint8),
             size=size,
-            latent_frames=card.latent_frames,
+            latent_frames=model_info.latent_frames,
             seed=0,
-            num_steps=self.num_steps or card.num_steps,
+            num_steps=self.num_steps or model_info.num_steps,
             guidance_scale=1.0,
             negative_prompt="",
-            sink_frames=card.sink_frames if self.sink_frames is None else self.sink_frames,
-            window_frames=self.window_frames or card.window_frames,
+            sink_frames=model_info.sink_frames if self.sink_frames is None else self.sink_frames,
+            window_frames=self.window_frames or model_info.window_frames,
         )
         if not size.is_whole_tokens:
             raise ConfigError(f"--size {size}: both sides must be multiples of 16", field="size")

@@ -11,8 +11,8 @@ from lingbot_rt.bench.ceiling import Ceiling
 from lingbot_rt.bench.figures import Spread, number, significant, table
 from lingbot_rt.bench.flops import ChunkFlops, ChunkShape, Flops, chunk_flops
 from lingbot_rt.bench.pipeline import OPENING_CHUNKS, Run
-from lingbot_rt.engine.chunk_plan import SessionPlan
 from lingbot_rt.engine.pipeline import Pipeline
+from lingbot_rt.session.plan import SessionPlan
 
 _TERA = 1e12
 
@@ -144,17 +144,17 @@ def as_text(report: PipelineReport) -> str:
 def _setting(pipeline: Pipeline, weights: str, run: Run) -> Setting:
     plan, load = run.plan, run.load
     return Setting(
-        model=pipeline.card.model_path,
+        model=pipeline.model_info.model_path,
         weights=weights,
-        device=pipeline.card.device,
+        device=pipeline.model_info.device,
         ranks=pipeline.ranks.world,
         vae_parallel="none" if pipeline.decode.shards == 1 else "width",
         torch=torch.__version__,
-        dtype=pipeline.card.dtype,
-        vae_dtype=pipeline.card.vae_dtype,
-        quantization=pipeline.card.quantization,
-        compiled=pipeline.card.compiled,
-        attention_backend=pipeline.card.attention_backend,
+        dtype=pipeline.model_info.dtype,
+        vae_dtype=pipeline.model_info.vae_dtype,
+        quantization=pipeline.model_info.quantization,
+        compiled=pipeline.model_info.compiled,
+        attention_backend=pipeline.model_info.attention_backend,
         size=str(plan.size),
         latent_frames=plan.latent_frames,
         sink_frames=plan.sink_frames,

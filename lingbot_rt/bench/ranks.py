@@ -15,12 +15,12 @@ from functools import partial
 from lingbot_rt.bench.collectives import Exchange, Exchanges, measure
 from lingbot_rt.bench.random_model import random_pipeline, shapes_of
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.engine.chunk_plan import EngineStatus
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline, resolve_device
+from lingbot_rt.engine.worker import follow, obey
 from lingbot_rt.parallel.groups import RankGroup, Ranks
 from lingbot_rt.parallel.launch import Place
 from lingbot_rt.parallel.leader import Leader, Stop, lead
-from lingbot_rt.parallel.worker import follow, obey
+from lingbot_rt.session.plan import EngineStatus
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,10 @@ from lingbot_rt.bench.figures import Spread, number, table
 from lingbot_rt.bench.pipeline import Load, TimedChunk, Walk, peak_memory_gb, reset_peak_memory, run_chunks
 from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST, random_pipeline, random_vae
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.engine.chunk_plan import SessionPlan
 from lingbot_rt.engine.compilation import keep_compiled_code, resolve_compile
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.models.quantize import quantize_linears, require_fp8
+from lingbot_rt.session.plan import SessionPlan
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def measure_targets(config: ServeConfig, load: Load, far_chunk: int, told: Calla
     plan = load.session_plan(pipeline)
     report = TargetsReport(
         model=config.model_path,
-        device=pipeline.card.device,
+        device=pipeline.model_info.device,
         torch=torch.__version__,
         size=str(plan.size),
         sink_frames=plan.sink_frames,
@@ -103,7 +103,7 @@ def _cases(
     pipeline: Pipeline, config: ServeConfig, load: Load, plan: SessionPlan, far_chunk: int
 ) -> Iterator[tuple[str, Callable[[], Figures]]]:
     """In order; between two of them the one pipeline is compiled, then quantized, in place: two would not fit."""
-    dtype = pipeline.card.dtype
+    dtype = pipeline.model_info.dtype
     compiles = resolve_compile(config.compile, pipeline.device)
     how = "compiled" if compiles else "not compiled"
     yield f"{dtype} not compiled", lambda: _steady(pipeline, replace(load, chunks=min(load.chunks, _FEW)))

@@ -14,12 +14,13 @@ from PIL import Image
 
 from lingbot_rt.bench.figures import Spread, number, table
 from lingbot_rt.bench.pictures import moving_pictures
+from lingbot_rt.config import OUTPUT_FORMATS, FormatName
+from lingbot_rt.session.settings import OutputFormat
 from lingbot_rt.shapes import VAE_TEMPORAL_STRIDE, FrameSize
-from lingbot_rt.transport.encode import DEFAULT_QUALITY, FormatName, FrameEncoder, OutputFormat
+from lingbot_rt.transport.encode import DEFAULT_QUALITY, FrameEncoder
 
 Pixels = npt.NDArray[np.uint8]
 
-FORMATS: tuple[FormatName, ...] = ("webp", "jpeg", "raw", "delta-gzip")
 
 _WARM_BATCHES = 2
 
@@ -53,7 +54,7 @@ def measure_transport(size: FrameSize, frames: int, done: Callable[[], object]) 
     pixels = moving_pictures(size, frames + _WARM_BATCHES * batch)
     encoder: dict[str, Cost] = {}
     pillow: dict[str, Cost] = {}
-    for name in FORMATS:
+    for name in OUTPUT_FORMATS:
         encoder[name] = _cost(_as_served(name), pixels)
         done()
         pillow[name] = _cost(_as_pillow(name), pixels)
@@ -71,7 +72,7 @@ def measure_transport(size: FrameSize, frames: int, done: Callable[[], object]) 
 
 def as_text(report: TransportReport) -> str:
     rows = []
-    for name in FORMATS:
+    for name in OUTPUT_FORMATS:
         ours, plain = report.encoder[name], report.pillow[name]
         ours_cells = [number(ours.ms.p50, 2), number(ours.ms.p95, 2), number(ours.mb_per_s, 0), number(ours.kb)]
         rows.append([name, *ours_cells, number(plain.ms.p50, 2), number(plain.kb)])

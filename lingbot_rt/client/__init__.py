@@ -10,7 +10,9 @@ two kinds of socket.
 """
 
 from lingbot_rt.client.connect import AsyncSession, Session, connect
-from lingbot_rt.client.errors import (
+from lingbot_rt.client.frames import Frame
+from lingbot_rt.client.session import ChunkStats
+from lingbot_rt.errors import (
     ClientError,
     ConnectFailed,
     EventRefused,
@@ -20,8 +22,6 @@ from lingbot_rt.client.errors import (
     ServerNotReady,
     SessionLost,
 )
-from lingbot_rt.client.frames import Frame
-from lingbot_rt.client.session import ChunkStats
 
 __all__ = [
     "AsyncSession",

@@ -10,9 +10,9 @@ from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.sync.client import connect as connect_blocking
 
-from lingbot_rt.client.errors import ConnectFailed
 from lingbot_rt.client.frames import Frame
 from lingbot_rt.client.session import Front, init_message, websocket_url
+from lingbot_rt.errors import ConnectFailed
 
 if TYPE_CHECKING:
     from websockets.asyncio.client import ClientConnection as AsyncConnection

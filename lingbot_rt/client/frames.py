@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lingbot_rt.client.errors import ProtocolError
+from lingbot_rt.errors import ProtocolError
 
 Pixels = npt.NDArray[np.uint8]
 

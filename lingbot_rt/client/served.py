@@ -8,7 +8,7 @@ import urllib.request
 from typing import Any
 from urllib.parse import urlsplit
 
-from lingbot_rt.client.errors import ConnectFailed
+from lingbot_rt.errors import ConnectFailed
 
 _LIMIT_S = 5
 

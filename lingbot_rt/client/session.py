@@ -18,7 +18,9 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from lingbot_rt.client.errors import (
+from lingbot_rt.client.frames import Frame, FrameDecoder, Pixels
+from lingbot_rt.config import ENDPOINT
+from lingbot_rt.errors import (
     ClientError,
     EventRefused,
     InitRefused,
@@ -27,9 +29,7 @@ from lingbot_rt.client.errors import (
     ServerNotReady,
     SessionLost,
 )
-from lingbot_rt.client.frames import Frame, FrameDecoder, Pixels
 
-ENDPOINT = "/v1/realtime_video/generate"
 CAMERA_ON: tuple[tuple[str, ...], ...] = ((),)
 """A script of one latent frame without keys: the session has camera control from its first chunk on."""
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lingbot_rt.commands.options import add_options_named, given_options
 from lingbot_rt.commands.progress import StageBars
 from lingbot_rt.commands.walk import parse_size
+from lingbot_rt.config import OUTPUT_FORMATS
 from lingbot_rt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -172,8 +173,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=("webp", "jpeg", "raw", "delta-gzip"),
-        metavar="webp|jpeg|raw|delta-gzip",
+        choices=OUTPUT_FORMATS,
+        metavar="|".join(OUTPUT_FORMATS),
         help="transport of the frames (default: the server's)",
     )
     parser.add_argument("--fps", type=_positive, default=16.0, metavar="N", help="asked of the server (default: 16)")
@@ -251,7 +252,7 @@ def _measured(job: Job, load: Load, trace: str | None) -> PipelineReport:
         with StageBars() as bars:
             pipeline, leader = stack.enter_context(measured(job, bars.show))
         took_s = time.perf_counter() - begun
-        print(f"{job.config.model_path} on {pipeline.card.device} in {took_s:.1f} s", file=sys.stderr)
+        print(f"{job.config.model_path} on {pipeline.model_info.device} in {took_s:.1f} s", file=sys.stderr)
         plan = load.session_plan(pipeline)
         total = load.warm_chunks(plan) + load.measured_chunks()
         with tqdm(total=total, unit="chunk", disable=None) as bar:
@@ -320,9 +321,9 @@ def _transport(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from lingbot_rt.bench.figures import write_json
-    from lingbot_rt.bench.transport import FORMATS, as_text, measure_transport
+    from lingbot_rt.bench.transport import as_text, measure_transport
 
-    with tqdm(total=2 * len(FORMATS), unit="way", disable=None) as bar:
+    with tqdm(total=2 * len(OUTPUT_FORMATS), unit="way", disable=None) as bar:
         report = measure_transport(parse_size(args.size), args.frames, bar.update)
     print(as_text(report))
     write_json(args.json, report)

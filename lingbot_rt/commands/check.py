@@ -14,8 +14,8 @@ from tqdm import tqdm
 from lingbot_rt.commands.player import DIFFERS, add_player_options, open_player
 
 if TYPE_CHECKING:
-    from lingbot_rt.consistency.cases import Case
-    from lingbot_rt.consistency.play import Origin, PlayedChunk
+    from lingbot_rt.regression.cases import Case
+    from lingbot_rt.regression.play import Origin, PlayedChunk
 
 Result = TypeVar("Result", covariant=True)
 
@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lingbot_rt.consistency.cases import load_cases
     from lingbot_rt.errors import ConfigError
+    from lingbot_rt.regression.cases import load_cases
 
     cases = load_cases(Path(args.cases))
     if args.only:
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _record(args: argparse.Namespace, cases: list[Case]) -> int:
-    from lingbot_rt.consistency.ground_truth import TruthWriter
+    from lingbot_rt.regression.ground_truth import TruthWriter
 
     out = Path(args.out)
     asyncio.run(_play(args, cases, lambda case: TruthWriter(out, case)))
@@ -66,8 +66,8 @@ def _record(args: argparse.Namespace, cases: list[Case]) -> int:
 
 
 def _compare(args: argparse.Namespace, cases: list[Case]) -> int:
-    from lingbot_rt.consistency.guard import Comparison
-    from lingbot_rt.consistency.report import as_json, table, write_report
+    from lingbot_rt.regression.compare import Comparison
+    from lingbot_rt.regression.report import as_json, table, write_report
 
     def comparison(case: Case) -> Comparison:
         return Comparison(case, Path(args.gt), guard_latency=not args.no_latency)
@@ -83,7 +83,7 @@ def _compare(args: argparse.Namespace, cases: list[Case]) -> int:
 
 async def _play(args: argparse.Namespace, cases: list[Case], taker_of: Callable[[Case], Taker[Result]]) -> list[Result]:
     """Every case on one player, each chunk given away as it comes."""
-    from lingbot_rt.consistency.play import scripted_init
+    from lingbot_rt.regression.play import scripted_init
 
     takers = [taker_of(case) for case in cases]  # before anything slow starts: a truth may be missing
     results = []

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from lingbot_rt.commands.clip import open_clip
 from lingbot_rt.commands.walk import add_walk_options, chunks_for, first_picture, parse_keys, parse_size
-from lingbot_rt.control.actions import Actions
+from lingbot_rt.config import OUTPUT_FORMATS
 from lingbot_rt.errors import ConfigError
+from lingbot_rt.session.controls import Actions
 from lingbot_rt.shapes import FrameSize, latent_frames_for, pixel_frames_of_chunk
 
 _FALLBACK_SIZE = FrameSize(832, 480)
@@ -29,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_walk_options(parser)
     parser.add_argument(
         "--format",
-        choices=("webp", "jpeg", "raw", "delta-gzip"),
-        metavar="webp|jpeg|raw|delta-gzip",
+        choices=OUTPUT_FORMATS,
+        metavar="|".join(OUTPUT_FORMATS),
         help="transport of the frames (default: the server's)",
     )
     parser.add_argument("--quality", type=int, metavar="N", help="of webp or jpeg, 1 to 100")

@@ -33,14 +33,14 @@ def run(args: argparse.Namespace) -> int:
 
 async def _generate(args: argparse.Namespace, config: ServeConfig, clip: Clip) -> None:
     from lingbot_rt.offline import play
-    from lingbot_rt.server.protocol import Init
+    from lingbot_rt.session.messages import Init
 
     actions = parse_keys(args.keys)
     latent_frames = latent_frames_for(args.num_frames)
     chunks = chunks_for(actions, latent_frames, args.chunks)
     total = sum(pixel_frames_of_chunk(i, latent_frames) for i in range(chunks))
     async with started_engine(config) as engine:
-        size = parse_size(args.size) if args.size else engine.card.default_size
+        size = parse_size(args.size) if args.size else engine.model_info.default_size
         init = Init(
             prompt=args.prompt,
             first_frame=first_picture(args.first_frame, size),

@@ -14,8 +14,8 @@ from lingbot_rt.commands.progress import StageBars
 from lingbot_rt.config import ServeConfig
 
 if TYPE_CHECKING:
-    from lingbot_rt.consistency.play import Player
-    from lingbot_rt.server.engine_port import EnginePort
+    from lingbot_rt.regression.play import Player
+    from lingbot_rt.session.plan import EnginePort
 
 DIFFERS = 1
 """Exit code when frames are not what they were."""
@@ -30,7 +30,7 @@ def add_player_options(parser: argparse.ArgumentParser) -> None:
 @asynccontextmanager
 async def open_player(args: argparse.Namespace) -> AsyncIterator[Player]:
     """The player that ``add_player_options`` describe: ready, and stopped at the end."""
-    from lingbot_rt.consistency.play import EnginePlayer, ServerPlayer
+    from lingbot_rt.regression.play import EnginePlayer, ServerPlayer
 
     if args.url:
         yield await asyncio.to_thread(ServerPlayer, args.url, args.api_key)

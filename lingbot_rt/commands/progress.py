@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from lingbot_rt.engine.chunk_plan import EngineStatus
+from lingbot_rt.session.plan import EngineStatus
 
 if TYPE_CHECKING:
-    from lingbot_rt.server.engine_port import EnginePort
+    from lingbot_rt.session.plan import EnginePort
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from lingbot_rt.commands.player import DIFFERS, add_player_options, open_player
 
 if TYPE_CHECKING:
-    from lingbot_rt.consistency.replay import ChunkVerdict
     from lingbot_rt.recording.record_file import SessionRecord
+    from lingbot_rt.regression.replay import ChunkVerdict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lingbot_rt.consistency.replay import table
     from lingbot_rt.recording.record_file import read_record
+    from lingbot_rt.regression.replay import table
 
     record = read_record(Path(args.record))
     verdicts = asyncio.run(_replay(args, record))
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
 async def _replay(args: argparse.Namespace, record: SessionRecord) -> list[ChunkVerdict]:
     from lingbot_rt.commands.clip import open_clip
-    from lingbot_rt.consistency.replay import compare_chunk, replay_init, side_by_side
+    from lingbot_rt.regression.replay import compare_chunk, replay_init, side_by_side
 
     init = replay_init(record)
     verdicts: list[ChunkVerdict] = []

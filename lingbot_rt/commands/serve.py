@@ -18,7 +18,7 @@ from lingbot_rt import __version__
 from lingbot_rt.commands.devices import is_follower, require_devices, require_folders
 from lingbot_rt.commands.exit_code import exit_code
 from lingbot_rt.commands.options import add_config_options, config_from
-from lingbot_rt.config import ServeConfig
+from lingbot_rt.config import ENDPOINT, ServeConfig
 from lingbot_rt.errors import ConfigError
 
 STOP_LIMIT_S = 4.5
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = config_from(args)
     if is_follower():
-        from lingbot_rt.parallel.worker import follow_launcher
+        from lingbot_rt.engine.worker import follow_launcher
 
         return follow_launcher(config)
     # Told to end is told to end: by Ctrl-C or by a service manager.
@@ -75,12 +75,12 @@ def _serve(config: ServeConfig, listener: socket.socket) -> int:
         with StageBars() as bars:
             await bars.follow(engine, serving)
         if engine.status.ready:
-            card = engine.card
+            model_info = engine.model_info
             address = shown_address(listener)
             print(
-                f"lingbot-rt {__version__}: {card.model_id} on {card.device}, {card.dtype}\n"
+                f"lingbot-rt {__version__}: {model_info.model_id} on {model_info.device}, {model_info.dtype}\n"
                 f"  page       http://{address}\n"
-                f"  WebSocket  ws://{address}/v1/realtime_video/generate",
+                f"  WebSocket  ws://{address}{ENDPOINT}",
                 flush=True,
             )
         await serving

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lingbot_rt.control.actions import TOKENS, Actions
 from lingbot_rt.errors import ConfigError
+from lingbot_rt.session.controls import TOKENS, Actions
 from lingbot_rt.shapes import FrameSize
 
 DEFAULT_PROMPT = "A quiet street in soft morning light, stable camera motion."

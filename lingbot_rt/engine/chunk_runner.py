@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import torch
 
-from lingbot_rt.engine.chunk_plan import ChunkPlan, ChunkResult, ChunkTimings, FrameGroup
 from lingbot_rt.engine.dmd import ChunkForward, denoise
-from lingbot_rt.engine.frame_outlet import FrameOutlet
+from lingbot_rt.engine.frame_readback import FrameReadback
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.stage_clock import StageClock
 from lingbot_rt.models.ray_map import ray_map
+from lingbot_rt.session.plan import ChunkPlan, ChunkResult, ChunkTimings, FrameGroup
 
 
 @torch.inference_mode()
@@ -40,15 +40,15 @@ def run_chunk(
     with clock.stage("denoise"):
         latents = denoise(forward, pipeline.schedule, session.plan.num_steps, session.draw)
 
-    with FrameOutlet(pipeline.device, session.postprocessor, emit) as outlet:
+    with FrameReadback(pipeline.device, session.postprocessor, emit) as readback:
         # The frames leave before the context pass: on an accelerator decode runs beside it, on a stream of its own.
-        with pipeline.vae_placement.at_work(), outlet.decoding(latents), clock.stage("vae"):
+        with pipeline.vae_placement.at_work(), readback.decoding(latents), clock.stage("vae"):
             for i in range(session.plan.latent_frames):
                 session.raise_if_cancelled()
                 pipeline.ranks.tick()
                 pixels = pipeline.decode(latents[:, :, i : i + 1], session.features)
                 if pixels is not None:
-                    outlet.push(pixels, plan.chunk_index, i, session.plan.latent_frames)
+                    readback.push(pixels, plan.chunk_index, i, session.plan.latent_frames)
 
         with clock.stage("context"):
             forward.commit(latents)
@@ -58,7 +58,7 @@ def run_chunk(
     pipeline.ranks.end_chunk(clock.total_ms)
     return ChunkResult(
         chunk_index=plan.chunk_index,
-        num_frames=outlet.num_frames,
+        num_frames=readback.num_frames,
         window_frames=session.cache.visible_frames,
         timings=ChunkTimings(
             prepare_ms=stages["text"] + stages["camera"],

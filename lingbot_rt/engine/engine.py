@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.engine.chunk_plan import ChunkPlan, ChunkResult, EngineStatus, FrameGroup, ModelCard, SessionPlan
 from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.memory import describe_share, require_room
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
@@ -20,6 +19,7 @@ from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import warm_up
 from lingbot_rt.errors import EngineFailed, LingbotError
 from lingbot_rt.parallel.leader import Close, lead
+from lingbot_rt.session.plan import ChunkPlan, ChunkResult, EngineStatus, FrameGroup, ModelInfo, SessionPlan
 from lingbot_rt.shapes import FrameSize
 
 log = logging.getLogger(__name__)
@@ -55,9 +55,9 @@ class Engine:
         return self._loss is not None and self._loss.done()
 
     @property
-    def card(self) -> ModelCard:
+    def model_info(self) -> ModelInfo:
         """What the loaded model is. Raises EngineFailed before ``start`` has come that far."""
-        return self._loaded.card
+        return self._loaded.model_info
 
     @property
     def _loaded(self) -> Pipeline:
@@ -146,12 +146,12 @@ class Engine:
                     lambda done: self._report(EngineStatus("warming up", done)),
                     postprocess=self._config.enable_upscaling_warmup,
                 )
-                self._compiled.add((pipeline.card.default_size, pipeline.card.latent_frames))
+                self._compiled.add((pipeline.model_info.default_size, pipeline.model_info.latent_frames))
         self._report(EngineStatus("ready"))
 
     def _tell_of_compilation(self, plan: SessionPlan) -> None:
         shape = (plan.size, plan.latent_frames)
-        if self.card.compiled and shape not in self._compiled:
+        if self.model_info.compiled and shape not in self._compiled:
             log.info("first session of %s, %d latent frames a chunk: its first chunks are slow, they compile", *shape)
             self._compiled.add(shape)
 

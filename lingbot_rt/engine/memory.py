@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from lingbot_rt.engine.chunk_plan import SessionPlan
 from lingbot_rt.engine.dry_run import transients
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.errors import CapacityError
 from lingbot_rt.models.dit import RAY_CHANNELS, DiTConfig
+from lingbot_rt.session.plan import SessionPlan
 from lingbot_rt.shapes import FrameSize
 
 GB = 1e9
@@ -60,7 +60,9 @@ def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
     camera = camera_bytes(config, plan.size, plan.latent_frames, pipeline.dtype) // world
     cells = plan.latent_frames * plan.size.latent_height * plan.size.latent_width
     prompt = config.text_len * (2 * config.num_layers * config.dim + config.text_dim) * itemsize
-    taken = transients(config, pipeline.vae, plan.size, plan.latent_frames, pipeline.dtype, pipeline.card.quantization)
+    taken = transients(
+        config, pipeline.vae, plan.size, plan.latent_frames, pipeline.dtype, pipeline.model_info.quantization
+    )
     shards = pipeline.decode.shards
     forward, decode, features = taken.forward // world, taken.decode // shards, taken.features // shards
     # On an accelerator frames are decoded beside the context pass.
@@ -106,13 +108,13 @@ def _own_free_bytes(pipeline: Pipeline) -> int:
 
 def describe_share(pipeline: Pipeline) -> str:
     """One line for the log: where this rank runs, and what its weights and a default session's window take there."""
-    card, ranks = pipeline.card, pipeline.ranks
+    info, ranks = pipeline.model_info, pipeline.ranks
     weights = weight_bytes(pipeline.dit)
-    window = window_bytes(pipeline.dit.config, card.default_size, card.window_frames, pipeline.dtype) // ranks.world
+    window = window_bytes(pipeline.dit.config, info.default_size, info.window_frames, pipeline.dtype) // ranks.world
     free = free_bytes(pipeline.device)
     return (
         f"rank {ranks.rank} of {ranks.world} on {pipeline.device}: DiT {weights / GB:.2f} GB, "
-        f"window {card.window_frames} at {card.default_size} {window / GB:.2f} GB, {free / GB:.2f} GB free"
+        f"window {info.window_frames} at {info.default_size} {window / GB:.2f} GB, {free / GB:.2f} GB free"
     )
 
 

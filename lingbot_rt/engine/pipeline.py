@@ -11,7 +11,6 @@ from typing import cast
 import torch
 
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.engine.chunk_plan import EngineStatus, ModelCard, SessionPlan
 from lingbot_rt.engine.compilation import keep_compiled_code, resolve_compile
 from lingbot_rt.engine.flow_match import FlowSchedule
 from lingbot_rt.engine.placement import Placement, StreamedBlocks
@@ -25,6 +24,7 @@ from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.parallel.groups import Ranks
 from lingbot_rt.parallel.share import Decode, share_decode, share_dit, share_text
 from lingbot_rt.postprocess.stage import PostprocessNetworks, PostProcessor
+from lingbot_rt.session.plan import EngineStatus, ModelInfo, SessionPlan
 from lingbot_rt.shapes import FrameSize
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Networks:
 class Pipeline:
     """One causal-DMD pipeline on one device."""
 
-    card: ModelCard
+    model_info: ModelInfo
     schedule: FlowSchedule
     device: torch.device
     dtype: torch.dtype
@@ -139,7 +139,7 @@ def assemble(
         keep_compiled_code(config.compile_cache)
         dit.compile_blocks()
         vae.compile()
-    card = ModelCard(
+    info = ModelInfo(
         model_id=config.model_id,
         model_path=config.model_path,
         default_size=default_size,
@@ -158,13 +158,13 @@ def assemble(
     if ranks.is_first:
         log.info(
             "self-attention %s, linears %s, VAE %s, %s",
-            card.attention_backend,
-            card.dtype if card.quantization == "none" else card.quantization,
-            card.vae_dtype,
+            info.attention_backend,
+            info.dtype if info.quantization == "none" else info.quantization,
+            info.vae_dtype,
             "compiled" if compiled else "not compiled",
         )
     return Pipeline(
-        card=card,
+        model_info=info,
         schedule=schedule,
         device=device,
         dtype=dtype,

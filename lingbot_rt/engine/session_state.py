@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lingbot_rt.engine.chunk_plan import SessionPlan
 from lingbot_rt.engine.flow_match import CLEAN
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.errors import ChunkCancelled
@@ -17,6 +16,7 @@ from lingbot_rt.models.feature_cache import FeatureCache
 from lingbot_rt.models.i2v_condition import preprocess_image
 from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.models.transfer import to_device
+from lingbot_rt.session.plan import SessionPlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from lingbot_rt.engine.chunk_plan import ChunkPlan, SessionPlan
 from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.memory import fits
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.engine.session_state import SessionState
-from lingbot_rt.postprocess.plan import PostprocessPlan
+from lingbot_rt.session.plan import ChunkPlan, PostprocessPlan, SessionPlan
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ def warm_up(pipeline: Pipeline, report: Callable[[float], None], *, postprocess:
     """
     plan = _fitting(pipeline, default_plan(pipeline))
     if plan is None:
-        log.warning("a session of %s does not fit here: nothing is warmed up", pipeline.card.default_size)
+        log.warning("a session of %s does not fit here: nothing is warmed up", pipeline.model_info.default_size)
         return
     guided = replace(plan, guidance_scale=2.0, window_frames=plan.sink_frames + plan.latent_frames)
     guided_chunks = _GUIDED_CHUNKS if pipeline.ranks.agree(fits(pipeline, guided)) else 0
@@ -60,19 +59,19 @@ def warm_up(pipeline: Pipeline, report: Callable[[float], None], *, postprocess:
 
 def default_plan(pipeline: Pipeline) -> SessionPlan:
     """What an init that says nothing asks for, over a grey picture."""
-    card = pipeline.card
+    model_info = pipeline.model_info
     return SessionPlan(
         session_id="warm-up",
         prompt="a quiet street",
-        first_frame=np.full((card.default_size.height, card.default_size.width, 3), 127, np.uint8),
-        size=card.default_size,
-        latent_frames=card.latent_frames,
+        first_frame=np.full((model_info.default_size.height, model_info.default_size.width, 3), 127, np.uint8),
+        size=model_info.default_size,
+        latent_frames=model_info.latent_frames,
         seed=0,
-        num_steps=card.num_steps,
+        num_steps=model_info.num_steps,
         guidance_scale=1.0,
         negative_prompt="",
-        sink_frames=card.sink_frames,
-        window_frames=card.window_frames,
+        sink_frames=model_info.sink_frames,
+        window_frames=model_info.window_frames,
     )
 
 

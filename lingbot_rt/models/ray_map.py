@@ -10,9 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lingbot_rt.control.camera_path import intrinsics
 from lingbot_rt.models.transfer import to_device
-from lingbot_rt.shapes import VAE_SPATIAL_STRIDE, FrameSize
+from lingbot_rt.shapes import VAE_SPATIAL_STRIDE, FrameSize, intrinsics
 
 
 def ray_map(relative_poses: npt.NDArray[np.float64], size: FrameSize, device: torch.device) -> Tensor:

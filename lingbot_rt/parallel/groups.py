@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lingbot_rt.errors import EngineFailed
+from lingbot_rt.errors import PeerLost
 from lingbot_rt.parallel.watch import Pulse, first_line
 
 _COMMAND_BYTES = 8192
@@ -27,10 +27,6 @@ _LENGTH_BYTES = 8
 
 _UNLIMITED = timedelta(days=365)
 """Of a collective: followers wait for the next command as long as nobody plays, and the watch judges the rest."""
-
-
-class PeerLost(EngineFailed):
-    """A collective broke: some other rank went away. Which one, the watch knows."""
 
 
 class Ranks:

@@ -28,7 +28,7 @@ from lingbot_rt.parallel.interface import VARIABLE, choose_interface
 
 LOOPBACK = "127.0.0.1"
 
-_WORKER = (sys.executable, "-m", "lingbot_rt.parallel.worker")
+_WORKER = (sys.executable, "-m", "lingbot_rt.engine.worker")
 
 END_GRACE_S = 2.0
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.errors import CheckpointError, ChunkCancelled, ConfigError, EngineFailed
-from lingbot_rt.parallel.groups import PeerLost, RankGroup, Ranks
+from lingbot_rt.errors import CheckpointError, ChunkCancelled, ConfigError, EngineFailed, PeerLost
+from lingbot_rt.parallel.groups import RankGroup, Ranks
 from lingbot_rt.parallel.launch import (
     END_GRACE_S,
     Place,

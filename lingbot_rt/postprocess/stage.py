@@ -18,8 +18,8 @@ from torch import Tensor
 from lingbot_rt.errors import CheckpointError
 from lingbot_rt.postprocess.interpolate import Interpolator
 from lingbot_rt.postprocess.loader import load_interpolator, load_upscaler
-from lingbot_rt.postprocess.plan import PostprocessPlan
 from lingbot_rt.postprocess.upscale import Upscaler
+from lingbot_rt.session.plan import PostprocessPlan
 from lingbot_rt.shapes import VAE_TEMPORAL_STRIDE, FrameSize
 
 

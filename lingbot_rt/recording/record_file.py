@@ -19,16 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lingbot_rt.errors import LingbotError
+from lingbot_rt.errors import RecordError
 
 RECORD_NAME = "record.jsonl"
 FORMAT = 1
-
-
-class RecordError(LingbotError):
-    """A record that is not there, damaged, or of another format."""
-
-    code = "record"
 
 
 class SessionLine(msgspec.Struct, tag="session", tag_field="line", frozen=True):

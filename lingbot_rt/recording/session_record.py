@@ -22,7 +22,6 @@ from PIL import Image
 
 from lingbot_rt import __version__
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.engine.chunk_plan import ModelCard, SessionPlan
 from lingbot_rt.recording.record_file import (
     FORMAT,
     RECORD_NAME,
@@ -36,7 +35,8 @@ from lingbot_rt.recording.record_file import (
     frame_hash,
     last_frame_path,
 )
-from lingbot_rt.server.protocol import Init
+from lingbot_rt.session.messages import Init
+from lingbot_rt.session.plan import ModelInfo, SessionPlan
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ _CLOSE_LIMIT_S = 10.0
 Frames = list[npt.NDArray[np.uint8]]
 
 
-def start_record(config: ServeConfig, init: Init, plan: SessionPlan, card: ModelCard) -> SessionRecorder | None:
+def start_record(config: ServeConfig, init: Init, plan: SessionPlan, info: ModelInfo) -> SessionRecorder | None:
     """A recorder of the session that ``init`` asked for, under ``config.record_dir``.
 
     The first frame is kept as it was after decoding and resizing, so that a replay needs neither. A folder that cannot
@@ -64,7 +64,7 @@ def start_record(config: ServeConfig, init: Init, plan: SessionPlan, card: Model
     root, max_bytes = Path(str(config.record_dir)), config.record_max_mb * 2**20
     try:
         make_room(root, config.record_total_mb * 2**20 - max_bytes)
-        return SessionRecorder(root, plan.session_id, msgspec.to_builtins(asked), picture.getvalue(), card, max_bytes)
+        return SessionRecorder(root, plan.session_id, msgspec.to_builtins(asked), picture.getvalue(), info, max_bytes)
     except OSError as error:
         log.error("session %s is not recorded: --record-dir %s: %s", plan.session_id, root, error)
         return None
@@ -90,7 +90,13 @@ class SessionRecorder:
     """
 
     def __init__(
-        self, root: Path, session_id: str, init: dict[str, Any], first_frame: bytes, card: ModelCard, max_bytes: int
+        self,
+        root: Path,
+        session_id: str,
+        init: dict[str, Any],
+        first_frame: bytes,
+        info: ModelInfo,
+        max_bytes: int,
     ) -> None:
         """Makes the folder and writes the first line. ``init`` is the client's map without its first frame.
 
@@ -111,10 +117,10 @@ class SessionRecorder:
                 init=init,
                 first_frame=picture,
                 seed=init["seed"],
-                model=card.model_id,
-                model_path=card.model_path,
-                device=card.device,
-                dtype=card.dtype,
+                model=info.model_id,
+                model_path=info.model_path,
+                device=info.device,
+                dtype=info.dtype,
                 versions=_VERSIONS,
             )
         )

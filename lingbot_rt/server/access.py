@@ -7,14 +7,6 @@ from hmac import compare_digest
 from urllib.parse import urlsplit
 
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.errors import LingbotError
-
-
-class Unauthorized(LingbotError):
-    code = "unauthorized"
-
-    def __init__(self) -> None:
-        super().__init__("a valid API key is needed: Authorization: Bearer KEY, or ?api_key=KEY on the WebSocket")
 
 
 def has_key(config: ServeConfig, headers: Mapping[str, str], query: Mapping[str, str] | None = None) -> bool:

@@ -20,20 +20,18 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 
 import lingbot_rt
-from lingbot_rt.config import ServeConfig
-from lingbot_rt.engine.chunk_plan import ModelCard
-from lingbot_rt.errors import EngineFailed, LingbotError
-from lingbot_rt.server.access import Unauthorized, has_key, may_connect
+from lingbot_rt.config import ENDPOINT, ServeConfig
+from lingbot_rt.errors import EngineFailed, LingbotError, Unauthorized
+from lingbot_rt.server.access import has_key, may_connect
 from lingbot_rt.server.admission import Admission
 from lingbot_rt.server.connection import Connection, Service
-from lingbot_rt.server.engine_port import EnginePort
 from lingbot_rt.server.model_entry import model_entry
-from lingbot_rt.server.protocol import error_message
+from lingbot_rt.session.messages import error_message
+from lingbot_rt.session.plan import EnginePort, ModelInfo
 from lingbot_rt.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 
-WS_PATH = "/v1/realtime_video/generate"
 SHUTDOWN_LIMIT_S = 3.0
 
 CLOSE_HANDSHAKE_S = 0.3
@@ -97,9 +95,9 @@ async def _start(service: Service) -> None:
         service.failure = error
 
 
-def _card(engine: EnginePort) -> ModelCard | None:
+def _card(engine: EnginePort) -> ModelInfo | None:
     try:
-        return engine.card
+        return engine.model_info
     except LingbotError:
         return None
 
@@ -151,7 +149,7 @@ def _keyed_routes(service: Service) -> APIRouter:
 
 
 def _add_socket(app: FastAPI, service: Service) -> None:
-    @app.websocket(WS_PATH)
+    @app.websocket(ENDPOINT)
     async def generate(websocket: WebSocket) -> None:
         with suppress(WebSocketDisconnect):
             if not may_connect(service.config, websocket.headers):

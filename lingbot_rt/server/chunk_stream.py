@@ -20,19 +20,18 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from lingbot_rt.engine.chunk_plan import ChunkResult, FrameGroup
 from lingbot_rt.errors import EngineFailed
 from lingbot_rt.recording.record_file import RecordedEvent
 from lingbot_rt.recording.session_record import SessionRecorder
-from lingbot_rt.server.engine_port import EnginePort
-from lingbot_rt.server.protocol import (
+from lingbot_rt.session.messages import (
     ChunkStats,
     batch_messages,
     control_ack_message,
     stats_fields,
     stats_message,
 )
-from lingbot_rt.server.session import Sampled, Session
+from lingbot_rt.session.plan import ChunkResult, EnginePort, FrameGroup
+from lingbot_rt.session.session import Sampled, Session
 from lingbot_rt.telemetry import Metrics
 from lingbot_rt.transport.encode import EncodedBatch, FrameEncoder
 from lingbot_rt.transport.outbox import HeadStart, Outbox, Pacer, Parcel, SendTimes

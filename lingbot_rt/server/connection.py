@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from fastapi import WebSocket, WebSocketDisconnect
 
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.engine.chunk_plan import SessionPlan
 from lingbot_rt.errors import (
     CapacityError,
     ClientTooSlow,
@@ -34,15 +33,16 @@ from lingbot_rt.errors import (
     InvalidEvent,
     InvalidInit,
     LingbotError,
+    NotReady,
     RequestError,
     SessionBusy,
+    ShuttingDown,
 )
 from lingbot_rt.recording.session_record import SessionRecorder, start_record
 from lingbot_rt.server.admission import Admission
 from lingbot_rt.server.chunk_stream import ChunkStream
-from lingbot_rt.server.engine_port import EnginePort
 from lingbot_rt.server.first_frame import load_first_frame
-from lingbot_rt.server.protocol import (
+from lingbot_rt.session.messages import (
     EXTENSIONS,
     Event,
     Init,
@@ -53,8 +53,9 @@ from lingbot_rt.server.protocol import (
     queue_message,
     session_message,
 )
-from lingbot_rt.server.session import Session
-from lingbot_rt.server.settings import resolve
+from lingbot_rt.session.plan import EnginePort, SessionPlan
+from lingbot_rt.session.session import Session
+from lingbot_rt.session.settings import resolve
 from lingbot_rt.telemetry import Metrics
 from lingbot_rt.transport.outbox import Outbox, Parcel
 
@@ -66,16 +67,6 @@ SHUTDOWN_FAREWELL_S = 1.5
 
 _OUTBOX_PARCELS = 64
 _OUTBOX_BYTES = 32 * 2**20
-
-
-class NotReady(LingbotError):
-    """The model is still loading; the client may ask again on the same socket."""
-
-    code = "not_ready"
-
-
-class ShuttingDown(LingbotError):
-    code = "shutting_down"
 
 
 class _End(Exception):
@@ -217,7 +208,7 @@ class Connection:
         status = self._service.engine.status
         if not status.ready:
             raise NotReady(f"the server is not ready: {status}; try again")
-        settings = resolve(init, self._service.engine.card, self._service.config)
+        settings = resolve(init, self._service.engine.model_info, self._service.config)
         self._session = Session(uuid.uuid4().hex, settings)
         self._inits.put_nowait((self._session, init))
 
@@ -287,7 +278,7 @@ class Connection:
         config = self._service.config
         recorder = None
         if config.record_dir is not None and (config.record_sessions == "all" or init.record):
-            recorder = await asyncio.to_thread(start_record, config, init, plan, self._service.engine.card)
+            recorder = await asyncio.to_thread(start_record, config, init, plan, self._service.engine.model_info)
         if recorder is None:
             yield None
             return

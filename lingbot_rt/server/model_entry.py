@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from lingbot_rt.config import ServeConfig
-from lingbot_rt.control.actions import TOKENS
-from lingbot_rt.control.condition_queue import MAX_PENDING
-from lingbot_rt.control.events import MAX_PROMPT_CHARACTERS
-from lingbot_rt.engine.chunk_plan import EngineStatus, ModelCard
+from lingbot_rt.config import OUTPUT_FORMATS, ServeConfig
 from lingbot_rt.server.first_frame import MAX_DECODED_PIXELS
-from lingbot_rt.server.protocol import EXTENSIONS
-from lingbot_rt.server.settings import MIN_SIDE
+from lingbot_rt.session.controls import MAX_PENDING, MAX_PROMPT_CHARACTERS, TOKENS
+from lingbot_rt.session.messages import EXTENSIONS
+from lingbot_rt.session.plan import EngineStatus, ModelInfo
+from lingbot_rt.session.settings import MIN_SIDE
 from lingbot_rt.shapes import SIZE_MULTIPLE, FrameSize, num_frames_for
 
 _COMMON_SIZES = ("832x480", "480x832", "640x640", "1280x720", "720x1280", "448x256", "256x448")
 _MAX_LATENT_FRAMES = 21
 
 
-def model_entry(config: ServeConfig, card: ModelCard | None, status: EngineStatus, *, busy: bool) -> dict[str, Any]:
-    """``card`` is None while the model loads; what depends on it is then left out."""
+def model_entry(config: ServeConfig, info: ModelInfo | None, status: EngineStatus, *, busy: bool) -> dict[str, Any]:
+    """``info`` is None while the model loads; what depends on it is then left out."""
     entry: dict[str, Any] = {
-        "id": config.model_id if card is None else card.model_id,
+        "id": config.model_id if info is None else info.model_id,
         "object": "model",
         "created": 0,
         "owned_by": "lingbot_rt",
@@ -29,7 +27,7 @@ def model_entry(config: ServeConfig, card: ModelCard | None, status: EngineStatu
         "status": status.as_dict(),
         "busy": busy,
         "action_tokens": list(TOKENS),
-        "output_formats": ["webp", "jpeg", "raw", "delta-gzip"],
+        "output_formats": list(OUTPUT_FORMATS),
         "default_output_format": config.default_output_format,
         "extensions": list(EXTENSIONS),
         "features": {"upscaling": True, "frame_interpolation": True, "guidance": True},
@@ -53,33 +51,33 @@ def model_entry(config: ServeConfig, card: ModelCard | None, status: EngineStatu
             "url": config.allow_remote_first_frame,
         },
     }
-    if card is not None:
-        entry |= _of_card(card, config.max_pixels)
+    if info is not None:
+        entry |= _of_card(info, config.max_pixels)
     return entry
 
 
-def _of_card(card: ModelCard, max_pixels: int) -> dict[str, Any]:
-    sizes = [str(card.default_size)]
+def _of_card(info: ModelInfo, max_pixels: int) -> dict[str, Any]:
+    sizes = [str(info.default_size)]
     for text in _COMMON_SIZES:
         size = FrameSize.parse(text)
         if size.is_whole_tokens and size.pixels <= max_pixels and text not in sizes:
             sizes.append(text)
     return {
-        "device": card.device,
-        "dtype": card.dtype,
-        "vae_dtype": card.vae_dtype,
-        "quantization": card.quantization,
-        "attention_backend": card.attention_backend,
-        "compiled": card.compiled,
-        "num_ranks": card.num_ranks,
-        "default_size": str(card.default_size),
+        "device": info.device,
+        "dtype": info.dtype,
+        "vae_dtype": info.vae_dtype,
+        "quantization": info.quantization,
+        "attention_backend": info.attention_backend,
+        "compiled": info.compiled,
+        "num_ranks": info.num_ranks,
+        "default_size": str(info.default_size),
         "sizes": sizes,
-        "latent_frames": card.latent_frames,
+        "latent_frames": info.latent_frames,
         "num_frames": {
-            "default": num_frames_for(card.latent_frames),
+            "default": num_frames_for(info.latent_frames),
             "choices": [num_frames_for(latent) for latent in range(1, _MAX_LATENT_FRAMES + 1)],
         },
-        "num_inference_steps": {"default": card.num_steps, "min": 1, "max": 50},
-        "realtime_causal_sink_size": {"default": card.sink_frames},
-        "realtime_causal_kv_cache_num_frames": {"default": card.window_frames},
+        "num_inference_steps": {"default": info.num_steps, "min": 1, "max": 50},
+        "realtime_causal_sink_size": {"default": info.sink_frames},
+        "realtime_causal_kv_cache_num_frames": {"default": info.window_frames},
     }

@@ -11,7 +11,6 @@ import os
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -19,8 +18,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from lingbot_rt.session.messages import EncodedBatch
+from lingbot_rt.session.settings import OutputFormat
+
 Pixels = npt.NDArray[np.uint8]
-FormatName = Literal["webp", "jpeg", "raw", "delta-gzip"]
 
 DEFAULT_QUALITY = {"webp": 90, "jpeg": 95}
 ENCODED_FRAMES_A_BATCH = 6
@@ -31,32 +32,6 @@ _HAS_SIMPLEJPEG = importlib.util.find_spec("simplejpeg") is not None
 _HAS_ISAL = importlib.util.find_spec("isal") is not None
 _encoders = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="encode")
 """Frames of one batch are encoded side by side."""
-
-
-@dataclass(frozen=True, slots=True)
-class OutputFormat:
-    """What a session asked its frames to be sent as."""
-
-    name: FormatName
-    quality: int | None = None  # 1..100 for webp and jpeg; None: 90 and 95
-    preview_max_width: int | None = None  # encoded pictures are shrunk to it, never enlarged
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedBatch:
-    """One batch's payload and everything its header says about it."""
-
-    content_type: str
-    encoding: str  # "raw", "delta-gzip", "webp", "jpeg"
-    num_frames: int
-    payload: bytes
-    payload_lengths: tuple[int, ...] | None  # of each encoded picture; None for raw kinds
-    width: int  # as sent
-    height: int
-    source_width: int  # as generated
-    source_height: int
-    raw_size: int  # bytes of the frames before any encoding
-    delta_reference: str | None = None  # "previous-frame": the first frame is XORed with the last one sent
 
 
 class FrameEncoder:

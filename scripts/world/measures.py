@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from lingbot_rt.consistency.metrics import psnr
-from lingbot_rt.control.actions import NEUTRAL, Actions, Keys
 from lingbot_rt.models.vae import StreamingVAE
+from lingbot_rt.regression.metrics import psnr
+from lingbot_rt.session.controls import NEUTRAL, Actions, Keys
 from scripts.world.players import FRAMES_OF_CHUNK, Frames, Prompt, Session, Start, World
 from scripts.world.prompts import HELD_OUT
 from scripts.world.render import Renderer

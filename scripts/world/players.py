@@ -13,12 +13,12 @@ import numpy.typing as npt
 import torch
 
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.control.actions import Actions
-from lingbot_rt.control.camera_path import CameraPath
-from lingbot_rt.engine.chunk_plan import ChunkPlan, FrameGroup, SessionPlan
 from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.pipeline import load_pipeline
 from lingbot_rt.engine.session_state import SessionState
+from lingbot_rt.session.camera_path import CameraPath
+from lingbot_rt.session.controls import Actions
+from lingbot_rt.session.plan import ChunkPlan, FrameGroup, SessionPlan
 from scripts.world.render import Renderer
 from scripts.world.walks import View, follow
 
@@ -70,19 +70,19 @@ class ServedWorld:
         self.renderer, self.broken = renderer, broken
 
     def start(self, start: Start) -> ServedSession:
-        card = self.pipeline.card
+        model_info = self.pipeline.model_info
         plan = SessionPlan(
             session_id="evaluation",
             prompt=start.prompt.text,
             first_frame=self.renderer.render(start.view.poses(), [start.prompt.look])[0].cpu().numpy(),
-            size=card.default_size,
-            latent_frames=card.latent_frames,
+            size=model_info.default_size,
+            latent_frames=model_info.latent_frames,
             seed=start.seed,
-            num_steps=card.num_steps,
+            num_steps=model_info.num_steps,
             guidance_scale=1.0,
             negative_prompt="",
-            sink_frames=card.sink_frames,
-            window_frames=card.window_frames,
+            sink_frames=model_info.sink_frames,
+            window_frames=model_info.window_frames,
         )
         with torch.inference_mode():
             return ServedSession(self, SessionState(self.pipeline, plan))

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lingbot_rt.control.actions import NEUTRAL, Actions, Keys
-from lingbot_rt.control.camera_path import PITCH_DEGREES, PITCH_LIMIT_DEGREES, CameraPath
+from lingbot_rt.session.camera_path import PITCH_DEGREES, PITCH_LIMIT_DEGREES, CameraPath
+from lingbot_rt.session.controls import NEUTRAL, Actions, Keys
 from lingbot_rt.shapes import VAE_TEMPORAL_STRIDE
 from scripts.world.scene import EYE_HEIGHT, PERIOD
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lingbot_rt.client.errors import ProtocolError
 from lingbot_rt.client.frames import DELTA_GZIP, RAW, FrameDecoder
+from lingbot_rt.errors import ProtocolError
 
 
 def header(content_type: str, frames: int, width: int, height: int, **more: object) -> dict:

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lingbot_rt.client.errors import (
+from lingbot_rt.client.frames import DELTA_GZIP, RAW
+from lingbot_rt.client.session import Front, SessionCore, init_message, websocket_url
+from lingbot_rt.errors import (
     ClientError,
     EventRefused,
     InitRefused,
@@ -21,9 +23,7 @@ from lingbot_rt.client.errors import (
     ServerNotReady,
     SessionLost,
 )
-from lingbot_rt.client.frames import DELTA_GZIP, RAW
-from lingbot_rt.client.session import Front, SessionCore, init_message, websocket_url
-from lingbot_rt.control.events import parse_event
+from lingbot_rt.session.controls import parse_event
 
 pack = msgspec.msgpack.encode
 

@@ -76,7 +76,7 @@ def test_flags_win_over_the_file(tmp_path):
         "serve --port 0 --record-dir /proc/records",
         "serve --port 0 --postprocess-model-dir no-such-folder",
         "serve --record-max-mb 2000 --record-total-mb 1000",
-        "check run configs/consistency/builtin.toml --gt no-such-folder --only neutral",
+        "check run configs/regression/builtin.toml --gt no-such-folder --only neutral",
         "check record no-such-file.toml --out nowhere",
         "client --keys q*3",
         "client --size large --keys w",

@@ -141,7 +141,7 @@ def test_another_world_is_told_from_the_recorded_one(record_folder, model_flags,
 def test_the_guard_over_the_wire(server, model_flags, tmp_path, capsys):
     """Ground truth kept in process is what the server sends: check record, then check run --url."""
     served, _ = server
-    cases = "configs/consistency/builtin.toml"
+    cases = "configs/regression/builtin.toml"
     chosen = ["--only", "held-keys", "--only", "guidance"]
     assert main(["check", "record", cases, "--out", str(tmp_path / "gt"), *chosen, *model_flags]) == 0
     run = ["check", "run", cases, "--gt", str(tmp_path / "gt"), *chosen, "--no-latency", "--url", served.http]

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.engine.chunk_plan import SessionPlan
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
+from lingbot_rt.session.plan import SessionPlan
 from lingbot_rt.shapes import FrameSize, latent_frames_for
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lingbot_rt.control.camera_path import CameraPath
-from lingbot_rt.engine.chunk_plan import ChunkPlan, FrameGroup
 from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.errors import ChunkCancelled
+from lingbot_rt.session.camera_path import CameraPath
+from lingbot_rt.session.plan import ChunkPlan, FrameGroup
 from lingbot_rt.shapes import pixel_frames_of_chunk
 
 

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lingbot_rt.control.camera_path import CameraPath
 from lingbot_rt.engine import compilation
-from lingbot_rt.engine.chunk_plan import ChunkPlan
 from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.compilation import keep_compiled_code, resolve_compile
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
@@ -18,6 +16,8 @@ from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import default_plan, warm_up
 from lingbot_rt.errors import ConfigError
 from lingbot_rt.models.dit import CausalDiT, DiTConfig
+from lingbot_rt.session.camera_path import CameraPath
+from lingbot_rt.session.plan import ChunkPlan
 
 from .test_placement import CPU, tiny_dit, two_chunks
 

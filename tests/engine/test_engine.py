@@ -13,7 +13,6 @@ import torch
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine import engine as engine_module
-from lingbot_rt.engine.chunk_plan import ChunkPlan
 from lingbot_rt.engine.engine import Engine
 from lingbot_rt.engine.memory import plan_memory, window_bytes
 from lingbot_rt.engine.pipeline import resolve_device
@@ -24,8 +23,8 @@ from lingbot_rt.errors import CapacityError, CheckpointError, ChunkCancelled, Co
 from lingbot_rt.models.dit import DiTConfig
 from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.postprocess import loader
-from lingbot_rt.postprocess.plan import PostprocessPlan
 from lingbot_rt.postprocess.stage import PostprocessNetworks
+from lingbot_rt.session.plan import ChunkPlan, PostprocessPlan
 from lingbot_rt.shapes import FrameSize
 
 
@@ -76,7 +75,7 @@ async def test_a_missing_model_is_said_by_status_and_error(tmp_path):
     assert engine.status.stage == "failed"
     assert str(tmp_path) in engine.status.detail
     with pytest.raises(EngineFailed, match="not loaded"):
-        _ = engine.card
+        _ = engine.model_info
     await engine.stop()
 
 
@@ -159,8 +158,8 @@ async def test_upscaling_and_interpolation_count_in_what_a_session_needs(engine,
 def test_warm_up_includes_the_networks_when_asked(pipeline):
     """--enable-upscaling-warmup loads and runs upscaling and interpolation: the first session that asks finds them."""
     networks = PostprocessNetworks(pipeline.device)
-    small = dataclasses.replace(pipeline.card, default_size=FrameSize(64, 64))
-    pipeline = dataclasses.replace(pipeline, card=small, postprocess=networks)
+    small = dataclasses.replace(pipeline.model_info, default_size=FrameSize(64, 64))
+    pipeline = dataclasses.replace(pipeline, model_info=small, postprocess=networks)
     both = PostprocessPlan(upscaling_scale=2, interpolation_exp=2)
     warm_up(pipeline, lambda done: None)
     assert not networks.loaded(both)

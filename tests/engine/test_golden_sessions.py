@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lingbot_rt.control.camera_path import CameraPath
-from lingbot_rt.control.condition_queue import ConditionQueue
-from lingbot_rt.control.events import parse_event, parse_script
-from lingbot_rt.engine.chunk_plan import ChunkPlan, FrameGroup
 from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.session_state import SessionState
+from lingbot_rt.session.camera_path import CameraPath
+from lingbot_rt.session.controls import ConditionQueue, parse_event, parse_script
+from lingbot_rt.session.plan import ChunkPlan, FrameGroup
 
 
 def psnr(got: np.ndarray, expected: np.ndarray) -> float:

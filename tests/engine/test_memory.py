@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-from lingbot_rt.engine.chunk_plan import ChunkPlan
 from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.dry_run import LiveBytes, transients
 from lingbot_rt.engine.memory import plan_memory, weight_bytes
@@ -18,6 +17,7 @@ from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.models.dit import DiTConfig
 from lingbot_rt.models.quantize import quantize_linears
 from lingbot_rt.models.vae import StreamingVAE
+from lingbot_rt.session.plan import ChunkPlan
 from lingbot_rt.shapes import FrameSize
 
 from .test_placement import TINY, tiny_dit

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from lingbot_rt.control.camera_path import CameraPath
 from lingbot_rt.engine.flow_match import FlowSchedule, predict_x0, renoise
 from lingbot_rt.models.builtin import builtin_folder
 from lingbot_rt.models.checkpoint import load_dit, load_text_encoder, load_vae, open_checkpoint
 from lingbot_rt.models.i2v_condition import preprocess_image
 from lingbot_rt.models.ray_map import ray_map
+from lingbot_rt.session.camera_path import CameraPath
 from lingbot_rt.shapes import FrameSize
 
 from .conftest import CPU, new_cache

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.engine.chunk_plan import ChunkPlan, SessionPlan
 from lingbot_rt.engine.engine import Engine
 from lingbot_rt.parallel import launch
+from lingbot_rt.session.plan import ChunkPlan, SessionPlan
 from lingbot_rt.shapes import FrameSize
 
 SIZE = FrameSize(80, 48)

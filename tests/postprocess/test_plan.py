@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lingbot_rt.errors import InvalidInit
-from lingbot_rt.postprocess.plan import PostprocessPlan, client_model_path
+from lingbot_rt.session.plan import PostprocessPlan, client_model_path
 from lingbot_rt.shapes import FrameSize
 
 FIELD = "upscaling_model_path"
@@ -35,7 +35,7 @@ def test_the_first_two_chunks():
 
 def test_no_torch():
     """The server may import the plan: it loads no torch."""
-    code = "import sys, lingbot_rt.postprocess.plan; sys.exit('torch' in sys.modules)"
+    code = "import sys, lingbot_rt.session.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

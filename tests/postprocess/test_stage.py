@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lingbot_rt.errors import CheckpointError
-from lingbot_rt.postprocess.plan import PostprocessPlan
 from lingbot_rt.postprocess.stage import PostprocessNetworks, PostProcessor
+from lingbot_rt.session.plan import PostprocessPlan
 from lingbot_rt.shapes import FrameSize
 
 SIZE = FrameSize(48, 32)

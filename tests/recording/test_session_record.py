@@ -11,21 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lingbot_rt.engine.chunk_plan import ModelCard
+from lingbot_rt.errors import RecordError
 from lingbot_rt.recording import session_record
 from lingbot_rt.recording.record_file import (
     RECORD_NAME,
     EndLine,
     RecordedEvent,
-    RecordError,
     frame_hash,
     read_last_frame,
     read_record,
 )
 from lingbot_rt.recording.session_record import SessionRecorder, make_room
+from lingbot_rt.session.plan import ModelInfo
 from lingbot_rt.shapes import FrameSize
 
-CARD = ModelCard("m", "builtin", FrameSize(64, 64), 3, 3, 9, 4, "cpu", "float32")
+CARD = ModelInfo("m", "builtin", FrameSize(64, 64), 3, 3, 9, 4, "cpu", "float32")
 INIT = {"type": "init", "prompt": "a street", "seed": 7, "size": "64x64"}
 
 

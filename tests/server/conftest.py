@@ -20,8 +20,8 @@ from PIL import Image
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from lingbot_rt.config import ServeConfig
-from lingbot_rt.server.app import WS_PATH, Server, Service, create_app
+from lingbot_rt.config import ENDPOINT, ServeConfig
+from lingbot_rt.server.app import Server, Service, create_app
 from tests.server.fake_engine import FakeEngine
 
 LIMIT_S = 10
@@ -142,7 +142,7 @@ class Running:
 
     @property
     def ws(self) -> str:
-        return f"ws://127.0.0.1:{self.port}{WS_PATH}"
+        return f"ws://127.0.0.1:{self.port}{ENDPOINT}"
 
     @asynccontextmanager
     async def client(self, *messages: dict[str, Any], path: str = "", **options: Any) -> AsyncIterator[Client]:

@@ -10,20 +10,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lingbot_rt.engine.chunk_plan import (
+from lingbot_rt.errors import CapacityError, ChunkCancelled, EngineFailed, LingbotError
+from lingbot_rt.session.plan import (
     ChunkPlan,
     ChunkResult,
     ChunkTimings,
+    Emit,
     EngineStatus,
     FrameGroup,
-    ModelCard,
+    ModelInfo,
     SessionPlan,
 )
-from lingbot_rt.errors import CapacityError, ChunkCancelled, EngineFailed, LingbotError
-from lingbot_rt.server.engine_port import Emit
 from lingbot_rt.shapes import FrameSize, pixel_frames_of_latent
 
-CARD = ModelCard(
+CARD = ModelInfo(
     model_id="fake-world",
     model_path="fake",
     default_size=FrameSize(64, 64),
@@ -72,7 +72,7 @@ class FakeEngine:
         return self._status
 
     @property
-    def card(self) -> ModelCard:
+    def model_info(self) -> ModelInfo:
         if not self._status.ready:
             raise EngineFailed("the model is not loaded yet")
         return CARD

@@ -10,8 +10,8 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from lingbot_rt.engine.chunk_plan import EngineStatus
-from lingbot_rt.server.app import WS_PATH
+from lingbot_rt.config import ENDPOINT
+from lingbot_rt.session.plan import EngineStatus
 from tests.server.conftest import Client, event, init, png, running, state
 from tests.server.fake_engine import FakeEngine
 
@@ -345,7 +345,7 @@ async def test_a_client_that_answers_no_ping_loses_its_session(serve, caplog):
     server.server.config.ws_ping_interval = server.server.config.ws_ping_timeout = 0.2
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
-    handshake = f"GET {WS_PATH} HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n{key}\r\n"
+    handshake = f"GET {ENDPOINT} HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n{key}\r\n"
     writer.write(handshake.encode())
     assert b" 101 " in await reader.readuntil(b"\r\n\r\n")
     writer.write(masked(msgspec.msgpack.encode(init())))

@@ -84,13 +84,13 @@ def test_the_server_imports_no_torch():
 
 
 def test_the_field_tables_name_every_field():
-    """WIRE.md has a row for each field of init and event, and for no other."""
-    from lingbot_rt.server import protocol
+    """docs/wire.md has a row for each field of init and event, and for no other."""
+    from lingbot_rt.session import messages
 
-    text = (Path(protocol.__file__).parent / "WIRE.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "wire.md").read_text(encoding="utf-8")
     section = text.partition("## init")[2]
     init, _, rest = section.partition("## event")
     event = rest.partition("\n## ")[0]
     row = re.compile(r"^\| `(\w+)`", re.MULTILINE)
-    assert set(row.findall(init)) == set(protocol.Init.__struct_fields__) | {"type"}
-    assert set(row.findall(event)) >= set(protocol.Event.__struct_fields__) | {"type"}
+    assert set(row.findall(init)) == set(messages.Init.__struct_fields__) | {"type"}
+    assert set(row.findall(event)) >= set(messages.Event.__struct_fields__) | {"type"}

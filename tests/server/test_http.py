@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.engine.chunk_plan import EngineStatus
 from lingbot_rt.errors import CheckpointError
 from lingbot_rt.server.app import Server, create_app
+from lingbot_rt.session.plan import EngineStatus
 from lingbot_rt.telemetry import HideKeys, configure_logging
 from tests.server.conftest import event, init, state
 from tests.server.fake_engine import FakeEngine

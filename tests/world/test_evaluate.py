@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lingbot_rt.control.actions import NEUTRAL
+from lingbot_rt.session.controls import NEUTRAL
 from lingbot_rt.shapes import FrameSize
 from scripts.world.evaluate import Bar, as_markdown
 from scripts.world.measures import fit, long_walk, obedience, picture, prompt_switch, rollouts, starts, statistics

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lingbot_rt.control.camera_path import CameraPath, invert
+from lingbot_rt.session.camera_path import CameraPath, invert
 from lingbot_rt.shapes import FrameSize
 from scripts.world.render import Renderer
 from scripts.world.scene import LOOKS, PERIOD

@@ -1,0 +1,254 @@
+"""Events in, the next chunk's conditions out: held keys, scripts and prompts.
+
+Keys come in two forms that replace each other. A script is a fixed list, one entry a latent frame, neutral once it is
+used up. State is what a player holds: the newest transition is held on, and a tap that came and went between two
+chunks still gets one latent frame.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lingbot_rt.errors import InvalidEvent
+
+TOKENS = ("w", "a", "s", "d", "i", "j", "k", "l")
+
+Keys = tuple[str, ...]
+"""Keys held together."""
+
+Actions = tuple[Keys, ...]
+"""The keys of consecutive latent frames."""
+
+NEUTRAL: Keys = ()
+
+MAX_PENDING = 512
+"""Script frames or transitions that may wait; the newest are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """The keys held from a moment on."""
+
+    actions: Keys
+    client_ts_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEvent:
+    prompt: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptEvent:
+    actions: Actions
+
+
+@dataclass(frozen=True, slots=True)
+class StateEvent:
+    transitions: tuple[Transition, ...]
+
+
+ControlEvent = PromptEvent | ScriptEvent | StateEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What one chunk runs with."""
+
+    prompt: str
+    prompt_updated: bool
+    camera_actions: Actions | None  # one entry a latent frame; None: the session never asked for camera control
+    event_id: int | None  # newest event whose effect is in this chunk
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """Keys of one latent frame and the event they came from."""
+
+    keys: Keys
+    event_id: int | None
+
+
+class ConditionQueue:
+    """One session's pending control. ``apply`` whenever events arrive, ``sample`` once a chunk."""
+
+    def __init__(self, prompt: str, script: Actions | None = None) -> None:
+        self._prompt = prompt
+        self._next_prompt: tuple[str, int | None] | None = None
+        self._samples = 0
+        self.clear()
+        if script is not None:
+            self.apply([ScriptEvent(script)], None)
+
+    @property
+    def pending(self) -> int:
+        """Script frames and transitions not sampled yet."""
+        return len(self._script) + len(self._transitions)
+
+    def clear(self) -> None:
+        """Forgets keys, scripts and waiting prompts; the prompt in force stays."""
+        self._next_prompt = None
+        self._script: deque[_Frame] = deque(maxlen=MAX_PENDING)
+        self._transitions: deque[_Frame] = deque(maxlen=MAX_PENDING)
+        self._held: _Frame | None = None
+        self._event_id: int | None = None
+
+    def apply(self, events: Sequence[ControlEvent], event_id: int | None) -> None:
+        """Takes validated events; those of one composite message come together and share their id."""
+        for event in events:
+            match event:
+                case PromptEvent(prompt):
+                    self._next_prompt = (prompt, event_id)
+                case ScriptEvent(actions):
+                    self._transitions.clear()
+                    self._script.clear()
+                    self._script.extend(_Frame(keys, event_id) for keys in actions)
+                    self._held = _Frame(NEUTRAL, None)
+                case StateEvent(transitions):
+                    self._script.clear()
+                    self._transitions.extend(_Frame(transition.actions, event_id) for transition in transitions)
+
+    def sample(self, num_latent_frames: int) -> Conditions:
+        """Consumes what the next chunk of ``num_latent_frames`` uses. A prompt is in force from the second chunk on."""
+        updated = False
+        if self._next_prompt is not None and self._samples > 0:
+            self._prompt, self._event_id = self._next_prompt
+            self._next_prompt = None
+            updated = True
+        self._samples += 1
+        frames = self._sample_keys(num_latent_frames)
+        if frames:
+            self._event_id = frames[-1].event_id
+        actions = tuple(frame.keys for frame in frames) or None
+        return Conditions(self._prompt, updated, actions, self._event_id)
+
+    def _sample_keys(self, count: int) -> list[_Frame]:
+        if count <= 0:
+            return []
+        if self._script:
+            frames = [self._script.popleft() for _ in range(min(count, len(self._script)))]
+            # The padding carries the script's id: the chunk is still the script's doing.
+            return frames + [_Frame(NEUTRAL, frames[-1].event_id)] * (count - len(frames))
+        if not self._transitions:
+            return [] if self._held is None else [self._held] * count
+        last = self._transitions[-1]
+        tap = next((frame for frame in reversed(self._transitions) if frame.keys), last)
+        self._transitions.clear()
+        self._held = last
+        if tap.keys == last.keys:
+            return [last] * count
+        return [tap] + [last] * (count - 1)
+
+
+# --- payloads as clients send them -> control events ---
+
+MAX_PROMPT_CHARACTERS = 8192
+_SHOWN = 60
+
+
+def parse_event(kind: str, payload: object) -> tuple[ControlEvent, ...]:
+    """One event message's ``kind`` and ``payload`` -> its control events; a composite gives several.
+
+    Raises InvalidEvent that names the field, the value and what is expected; then nothing may be applied.
+    """
+    parser = _PARSERS.get(kind)
+    if parser is None:
+        raise InvalidEvent(
+            f"unsupported event kind {_shown(kind)}; expected one of {', '.join(_PARSERS)}", field="kind"
+        )
+    return parser(payload)
+
+
+def parse_script(value: object, field: str = "camera_actions") -> Actions:
+    """``list[list[str]]``, one list a latent frame -> Actions. Raises InvalidEvent."""
+    if not isinstance(value, list | tuple) or not all(isinstance(keys, list | tuple) for keys in value):
+        raise InvalidEvent(f"{_shown(value)} is not list[list[str]], one list of keys a latent frame", field=field)
+    return tuple(_parse_keys(keys, f"{field}[{i}]") for i, keys in enumerate(value))
+
+
+def _parse_prompt(payload: object) -> tuple[ControlEvent, ...]:
+    if not isinstance(payload, str) or not payload.strip():
+        raise InvalidEvent(f"{_shown(payload)} is not a non-empty string", field="prompt")
+    if len(payload) > MAX_PROMPT_CHARACTERS:
+        raise InvalidEvent(f"{len(payload)} characters are too many, at most {MAX_PROMPT_CHARACTERS}", field="prompt")
+    return (PromptEvent(payload),)
+
+
+def _parse_camera(payload: object) -> tuple[ControlEvent, ...]:
+    if not isinstance(payload, dict):
+        return (ScriptEvent(parse_script(payload)),)
+    if payload.get("mode") != "state":
+        raise InvalidEvent(
+            f'mode {_shown(payload.get("mode"))}: expected "state", or a list[list[str]] for a script',
+            field="camera_actions",
+        )
+    transitions = payload.get("transitions")
+    if not isinstance(transitions, list | tuple):
+        raise InvalidEvent(f"{_shown(transitions)} is not a list of transitions", field="camera_actions.transitions")
+    return (StateEvent(tuple(_parse_transition(entry, i) for i, entry in enumerate(transitions))),)
+
+
+def _parse_transition(entry: object, index: int) -> Transition:
+    field = f"camera_actions.transitions[{index}]"
+    if not isinstance(entry, dict):
+        raise InvalidEvent(f"{_shown(entry)} is not a map with actions and client_ts_ms", field=field)
+    actions = entry.get("actions")
+    if not isinstance(actions, list | tuple):
+        raise InvalidEvent(f"{_shown(actions)} is not a list of keys", field=f"{field}.actions")
+    return Transition(_parse_keys(actions, f"{field}.actions"), _parse_time(entry.get("client_ts_ms"), field))
+
+
+def _parse_time(value: object, field: str) -> float | None:
+    """Some clients send the time as a string; all that is kept is a number of milliseconds."""
+    if value is None:
+        return None
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (ValueError, OverflowError):
+            pass  # the error below names it
+    raise InvalidEvent(f"{_shown(value)} is not a time in milliseconds", field=f"{field}.client_ts_ms")
+
+
+def _parse_keys(keys: Any, field: str) -> Keys:
+    for key in keys:
+        if key not in TOKENS:
+            raise InvalidEvent(f"unknown action {_shown(key)}; valid are {', '.join(TOKENS)}", field=field)
+    return tuple(keys)
+
+
+def _parse_composite(payload: object) -> tuple[ControlEvent, ...]:
+    if not isinstance(payload, dict):
+        raise InvalidEvent(f"{_shown(payload)} is not a map", field="composite_input")
+    kinds = payload.get("input_types")
+    if not isinstance(kinds, list | tuple) or not kinds:
+        raise InvalidEvent(f"{_shown(kinds)} is not a non-empty list", field="composite_input.input_types")
+    for kind in kinds:
+        if not isinstance(kind, str) or kind not in _SIMPLE_PARSERS:
+            expected = ", ".join(_SIMPLE_PARSERS)
+            raise InvalidEvent(f"unsupported {_shown(kind)}; expected {expected}", field="composite_input.input_types")
+    events: list[ControlEvent] = []
+    for kind in dict.fromkeys(kinds):  # naming a part a thousand times parses it once
+        if kind not in payload:
+            raise InvalidEvent("missing though input_types names it", field=f"composite_input.{kind}")
+        events.extend(_SIMPLE_PARSERS[kind](payload[kind]))
+    return tuple(events)
+
+
+def _shown(value: object) -> str:
+    """``value`` in a few words, in time and depth that do not grow with it: a client chose it."""
+    if isinstance(value, list | tuple | dict) and value:
+        kind = "map" if isinstance(value, dict) else "list"
+        return f"a {kind} of {len(value)}"
+    text = repr(value[:_SHOWN] if isinstance(value, str | bytes) else value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+_SIMPLE_PARSERS: dict[str, Callable[[object], tuple[ControlEvent, ...]]] = {
+    "camera_actions": _parse_camera,
+    "prompt": _parse_prompt,
+}
+_PARSERS = _SIMPLE_PARSERS | {"composite_input": _parse_composite}

@@ -1,0 +1,214 @@
+"""An init, the loaded model and the operator's limits -> what a session runs with, or the error that says the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from lingbot_rt.config import FormatName, ServeConfig
+from lingbot_rt.errors import InvalidEvent, InvalidInit
+from lingbot_rt.session.controls import Actions, parse_event, parse_script
+from lingbot_rt.session.messages import Event, Init, shown
+from lingbot_rt.session.plan import ModelInfo, PostprocessPlan, SessionPlan
+from lingbot_rt.shapes import FrameSize, latent_frames_for
+
+MIN_SIDE = 64
+"""Smallest width and height of a session, pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFormat:
+    """What a session asked its frames to be sent as."""
+
+    name: FormatName
+    quality: int | None = None  # 1..100 for webp and jpeg; None: 90 and 95
+    preview_max_width: int | None = None  # encoded pictures are shrunk to it, never enlarged
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSettings:
+    """Everything of an init that holds for a whole session, checked, with the model's defaults filled in."""
+
+    prompt: str
+    negative_prompt: str
+    size: FrameSize
+    fps: float
+    latent_frames: int
+    seed: int
+    num_steps: int
+    guidance_scale: float
+    sink_frames: int
+    window_frames: int
+    max_chunks: int | None
+    script: Actions | None
+    output: OutputFormat
+    pacing: bool
+    profile: bool
+    extensions: frozenset[str]
+    postprocess: PostprocessPlan
+    pinned: Mapping[int, tuple[Event, ...]]  # events that a chunk must sample, by its index
+
+    @property
+    def playback_fps(self) -> float:
+        """Frames a second that leave when paced, those in between included."""
+        return self.fps * self.postprocess.rate
+
+    def session_plan(self, session_id: str, first_frame: npt.NDArray[np.uint8]) -> SessionPlan:
+        return SessionPlan(
+            session_id=session_id,
+            prompt=self.prompt,
+            first_frame=first_frame,
+            size=self.size,
+            latent_frames=self.latent_frames,
+            seed=self.seed,
+            num_steps=self.num_steps,
+            guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
+            sink_frames=self.sink_frames,
+            window_frames=self.window_frames,
+            postprocess=self.postprocess,
+        )
+
+
+def resolve(init: Init, info: ModelInfo, config: ServeConfig) -> SessionSettings:
+    """Raises InvalidInit naming the field, the value and what is expected."""
+    if init.model not in ("", info.model_id):
+        raise InvalidInit(f"{shown(init.model)} is not served here, expected {info.model_id!r}", field="model")
+    if not init.prompt.strip():
+        raise InvalidInit("only white space, expected a sentence that describes the world", field="prompt")
+    latent_frames = latent_frames_for(init.num_frames)
+    sink_frames, window_frames = _window(init, info, latent_frames)
+    return SessionSettings(
+        prompt=init.prompt,
+        negative_prompt=init.negative_prompt,
+        size=_size(init.size, config.max_pixels),
+        fps=init.fps,
+        latent_frames=latent_frames,
+        seed=init.seed,
+        num_steps=init.num_inference_steps or info.num_steps,
+        guidance_scale=max(init.guidance_scale, 1.0),
+        sink_frames=sink_frames,
+        window_frames=window_frames,
+        max_chunks=init.max_chunks,
+        script=_script(init),
+        output=OutputFormat(
+            name=init.realtime_output_format or cast(FormatName, config.default_output_format),
+            quality=init.output_compression,
+            preview_max_width=init.realtime_preview_max_width,
+        ),
+        pacing=init.realtime_output_pacing,
+        profile=init.profile,
+        extensions=frozenset(init.protocol_extensions),
+        pinned=_pinned(init),
+        postprocess=_postprocess(init, config.postprocess_model_dir),
+    )
+
+
+def _size(text: str, max_pixels: int) -> FrameSize:
+    try:
+        size = FrameSize.parse(text)
+    except ValueError as error:
+        raise InvalidInit(str(error), field="size") from None
+    nearest = size.nearest_valid(MIN_SIDE, max_pixels)
+    if not size.is_whole_tokens:
+        problem = "is not a multiple of 16"
+    elif min(size.width, size.height) < MIN_SIDE:
+        problem = f"is below {MIN_SIDE} pixels a side"
+    elif size.pixels > max_pixels:
+        problem = f"has more than {max_pixels} pixels (--max-pixels)"
+    else:
+        return size
+    raise InvalidInit(f"{size} {problem}, nearest valid {nearest}", field="size")
+
+
+def _window(init: Init, info: ModelInfo, latent_frames: int) -> tuple[int, int]:
+    """(sink, window) in latent frames. A window nobody asked for grows with the sink and the chunk."""
+    sink = info.sink_frames if init.realtime_causal_sink_size is None else init.realtime_causal_sink_size
+    needed = sink + latent_frames
+    window = init.realtime_causal_kv_cache_num_frames
+    if window is None:
+        return sink, max(info.window_frames, needed)
+    if window < needed:
+        raise InvalidInit(
+            f"{window} is smaller than the sink of {sink} and a chunk of {latent_frames}, expected at least {needed}",
+            field="realtime_causal_kv_cache_num_frames",
+        )
+    return sink, window
+
+
+def _script(init: Init) -> Actions | None:
+    script = (init.condition_inputs or {}).get("camera_actions")
+    if script is None:
+        return None
+    try:
+        return parse_script(script, "condition_inputs.camera_actions")
+    except InvalidEvent as error:
+        raise InvalidInit(str(error), field=error.field) from None
+
+
+def _postprocess(init: Init, model_dir: str | None) -> PostprocessPlan:
+    """What is off stays at its default, whatever its other fields say."""
+
+    def model(given: str | None, field: str) -> Path | None:
+        return client_model_path(given, model_dir, field=field) if given else None
+
+    asked: dict[str, Any] = {}
+    if init.enable_upscaling:
+        asked["upscaling_scale"] = init.upscaling_scale
+        asked["upscaling_model"] = model(init.upscaling_model_path, "upscaling_model_path")
+    if init.enable_frame_interpolation:
+        asked["interpolation_exp"] = init.frame_interpolation_exp
+        asked["interpolation_scale"] = init.frame_interpolation_scale
+        path = init.frame_interpolation_model_path
+        asked["interpolation_model"] = model(path, "frame_interpolation_model_path")
+    return PostprocessPlan(**asked)
+
+
+def _pinned(init: Init) -> dict[int, tuple[Event, ...]]:
+    """Pinned events by chunk, each checked now: later there is nobody to tell."""
+    if not init.pinned_events:
+        return {}
+    if "pinned_events" not in init.protocol_extensions:
+        raise InvalidInit('needs "pinned_events" in protocol_extensions', field="pinned_events")
+    pinned: dict[int, tuple[Event, ...]] = {}
+    for number, entry in enumerate(init.pinned_events):
+        try:
+            parse_event(entry.kind, entry.payload)
+        except InvalidEvent as error:
+            raise InvalidInit(f"entry {number}: {error.field}: {error}", field="pinned_events") from None
+        event = Event(kind=entry.kind, payload=entry.payload, event_id=entry.event_id)
+        pinned[entry.chunk] = (*pinned.get(entry.chunk, ()), event)
+    return pinned
+
+
+def client_model_path(given: str, model_dir: str | None, *, field: str) -> Path:
+    """A model path out of an init -> a file inside ``model_dir`` (--postprocess-model-dir).
+
+    Relative paths start there; links are followed before the check. Raises InvalidInit for an http(s) path, when no
+    folder is set, when the path leads out of it (whether or not anything is there), and when no file is there.
+    """
+    if given.lower().startswith(("http://", "https://")):
+        raise InvalidInit("must be a file under --postprocess-model-dir, not a URL", field=field)
+    if model_dir is None:
+        raise InvalidInit(
+            "this server takes no model paths (it was started without --postprocess-model-dir)", field=field
+        )
+    folder = Path(model_dir).resolve()
+    if "\0" in given:
+        raise InvalidInit("is not a path", field=field)
+    try:
+        path = (folder / given).resolve()
+        inside = path.is_relative_to(folder)
+        found = inside and path.is_file()
+    except (OSError, RuntimeError):  # a name too long for the system, a loop of links
+        raise InvalidInit("is not a path", field=field) from None
+    if not inside:
+        raise InvalidInit("leads out of --postprocess-model-dir", field=field)
+    if not found:
+        raise InvalidInit(f"no file {given!r} in --postprocess-model-dir", field=field)
+    return path

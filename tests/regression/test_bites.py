@@ -1,0 +1,180 @@
+"""The guard bites: one thing broken at a time, and the cases that must notice do, the others do not.
+
+Played on the golden checkpoint (window 9, sink 3), where any wrong key, position or feature changes every pixel.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import torch
+
+from lingbot_rt.engine.dmd import ChunkForward
+from lingbot_rt.engine.engine import Engine
+from lingbot_rt.engine.session_state import SessionState
+from lingbot_rt.models import dit
+from lingbot_rt.models.feature_cache import FeatureCache
+from lingbot_rt.models.kv_cache import KVCache
+from lingbot_rt.models.vae import StreamingVAE
+from lingbot_rt.regression.compare import Comparison
+from lingbot_rt.regression.ground_truth import TruthWriter
+from lingbot_rt.regression.play import EnginePlayer, scripted_init
+from lingbot_rt.session.camera_path import CameraPath
+
+
+def ring_off_by_one(patch):
+    """Once the ring turns over, each frame lands one slot too far: the wrong one falls out."""
+    begin = KVCache.begin
+
+    def shifted(self, start_frame, num_frames):
+        begin(self, start_frame + (start_frame >= self.window_frames), num_frames)
+
+    patch.setattr(KVCache, "begin", shifted)
+
+
+def sink_dropped(patch):
+    """The sink is part of the ring: the first frames fall out like any other."""
+    make = KVCache.__init__
+
+    def without_sink(self, **given):
+        make(self, **(given | {"sink_frames": 0}))
+
+    patch.setattr(KVCache, "__init__", without_sink)
+
+
+def rope_restarted(patch):
+    """Every chunk believes it is the first in time."""
+    tables = dit.rope_tables
+    patch.setattr(dit, "rope_tables", lambda head_dim, start_frame, *rest: tables(head_dim, 0, *rest))
+
+
+def context_skipped(patch):
+    """The last noisy forward's K/V stay in the window."""
+    patch.setattr(ChunkForward, "commit", lambda self, latents: None)
+
+
+def features_reset(patch):
+    """The VAE forgets the chunk before: its slots are blank."""
+    decode = StreamingVAE.decode_latent_frame
+
+    def forgetful(self, latent, features):
+        if features.frames and features.frames % 3 == 0:
+            features.slots = [slot * 0 if isinstance(slot, torch.Tensor) else slot for slot in features.slots]
+        return decode(self, latent, features)
+
+    patch.setattr(StreamingVAE, "decode_latent_frame", forgetful)
+
+
+def text_kv_stale(patch):
+    """A new prompt changes the words and not the K/V."""
+    build = SessionState.text_kv
+
+    def stale(self, prompt):
+        return build(self, self.plan.prompt)
+
+    patch.setattr(SessionState, "text_kv", stale)
+
+
+def camera_history_cut(patch):
+    """Each chunk scales its steps by its own longest one and forgets the pose before it."""
+    extend = CameraPath.extend
+
+    def forgetful(self, actions):
+        self._previous, self._longest = None, 0.0
+        return extend(self, actions)
+
+    patch.setattr(CameraPath, "extend", forgetful)
+
+
+def features_shared(patch):
+    """All sessions decode with one list of features."""
+    made = []
+
+    def one_for_all(self):
+        # The first list is the engine's own probe, at another size.
+        if len(made) < 2:
+            made.append(FeatureCache(self._vae._cached_conv_counts["decoder"]))
+        return made[-1]
+
+    patch.setattr(StreamingVAE, "new_features", one_for_all)
+
+
+FAULTS = [
+    # (what is broken, cases that must fail, cases that must pass)
+    (ring_off_by_one, {"sliding-window", "script", "sink-and-window"}, {"neutral", "guidance"}),
+    (sink_dropped, {"sliding-window", "sink-and-window"}, {"neutral", "guidance"}),
+    (rope_restarted, {"neutral", "script", "sliding-window"}, set()),
+    (context_skipped, {"neutral", "script", "guidance"}, set()),
+    (features_reset, {"neutral", "script", "held-keys"}, set()),
+    (text_kv_stale, {"prompt-switch"}, {"neutral", "sliding-window", "guidance"}),
+    (camera_history_cut, {"script", "sliding-window"}, {"neutral"}),
+    (features_shared, {"in-turn-second"}, {"neutral"}),
+]
+PLAYED = {
+    "neutral",
+    "script",
+    "held-keys",
+    "prompt-switch",
+    "sliding-window",
+    "sink-and-window",
+    "guidance",
+    "in-turn-second",
+}
+
+
+@pytest.fixture(scope="module")
+def cases(shipped_cases):
+    return [case for case in shipped_cases if case.name in PLAYED]
+
+
+async def play_all(config, cases, taker_of):
+    """What becomes of each case's taker, all on one engine."""
+    engine = Engine(config)
+    await engine.start()
+    player, results = EnginePlayer(engine, config), []
+    try:
+        for case in cases:
+            taker = taker_of(case)
+            async for chunk in player.play(scripted_init(case.init, case.events, case.chunks)):
+                taker.add(chunk)
+            results.append(taker.finish(player.origin))
+    finally:
+        await engine.stop()
+    return results
+
+
+@pytest.fixture(scope="module")
+async def truth(golden_config, cases, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gt")
+    await play_all(golden_config, cases, lambda case: TruthWriter(folder, case))
+    return folder
+
+
+async def verdicts(config, cases, truth) -> dict[str, list[str]]:
+    reports = await play_all(config, cases, lambda case: Comparison(case, truth, guard_latency=False))
+    return {report.name: report.problems for report in reports}
+
+
+async def test_an_unchanged_build_passes_every_case(golden_config, cases, truth):
+    """The same build plays the same bytes: every case is exact."""
+    assert await verdicts(golden_config, cases, truth) == {case.name: [] for case in cases}
+
+
+@pytest.mark.parametrize(("fault", "must_fail", "must_pass"), FAULTS, ids=[fault.__name__ for fault, *_ in FAULTS])
+async def test_a_fault_fails_the_right_cases(golden_config, cases, truth, monkeypatch, fault, must_fail, must_pass):
+    """What a fault touches fails, what it cannot touch passes."""
+    chosen = [case for case in cases if case.name in must_fail | must_pass]
+    if fault is features_shared:
+        chosen = [case for case in cases if case.name in {"neutral", "in-turn-second"}]
+    fault(monkeypatch)
+    found = await verdicts(golden_config, chosen, truth)
+    assert {name for name, problems in found.items() if problems} >= must_fail
+    assert {name for name, problems in found.items() if not problems} >= must_pass
+
+
+async def test_another_seed_is_another_world(golden_config, cases, truth):
+    """The exactness above is no accident of constant pictures: another seed differs in every frame but the picture."""
+    case = next(case for case in cases if case.name == "neutral")
+    other = msgspec.structs.replace(case, init=case.init | {"seed": 7})
+    (problems,) = (await verdicts(golden_config, [other], truth)).values()
+    assert any(problem.startswith("chunk 1: 12 of 12 frames") for problem in problems)

@@ -1,0 +1,21 @@
+"""The shipped cases on the model they are shipped for."""
+
+from __future__ import annotations
+
+import json
+
+from lingbot_rt.cli import main
+from tests.regression.conftest import CASES
+
+
+def test_the_built_in_model_passes_its_own_ground_truth(tmp_path, capsys):
+    """Every shipped case, kept and played again by the command line, is bit for bit the same; exit code 0."""
+    cases, gt = str(CASES / "builtin.toml"), str(tmp_path / "gt")
+    model = ["--device", "cpu", "--dtype", "float32", "--warmup", "false"]
+    assert main(["check", "record", cases, "--out", gt, *model]) == 0
+    capsys.readouterr()
+    assert main(["check", "run", cases, "--gt", gt, "--json", "--no-latency", *model]) == 0
+    verdicts = json.loads(capsys.readouterr().out)
+    assert verdicts["passed"]
+    assert len(verdicts["cases"]) == 10
+    assert all(case["different_frames"] == 0 and case["total_frames"] for case in verdicts["cases"])

@@ -1,0 +1,348 @@
+"""Bytes in, bytes out: what is accepted, what is refused and how, what is sent to the byte."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lingbot_rt.errors import EngineFailed, InvalidEvent, InvalidInit, RequestError, SessionBusy
+from lingbot_rt.session.messages import (
+    ChunkStats,
+    Event,
+    Init,
+    batch_messages,
+    control_ack_message,
+    decode,
+    error_message,
+    heartbeat_message,
+    queue_message,
+    session_message,
+    stats_message,
+)
+from lingbot_rt.transport.encode import EncodedBatch, FrameEncoder, OutputFormat
+from tests.server.wire_types import check_old_clients_can_read
+
+pack = msgspec.msgpack.encode
+GOOD = {"type": "init", "prompt": "A street.", "first_frame": b"x"}
+
+
+def pixels(width: int, height: int, seeds: list[int]) -> np.ndarray:
+    """The frames of golden/transport: byte[y][x][c] = (3x + 5y + 40c + 17 seed) mod 256."""
+    y, x, c = np.meshgrid(np.arange(height), np.arange(width), np.arange(3), indexing="ij")
+    return np.stack([((3 * x + 5 * y + 40 * c + 17 * seed) % 256).astype(np.uint8) for seed in seeds])
+
+
+# --- server to client ---
+
+
+LEFT_OUT = {
+    "metadata_from_batch_upscaled",  # the reference guesses the size from the request; ours reads it off the pixels
+    "two_batches_raw",  # two videos in one request
+    "empty_frame_list",  # a chunk without frames
+    "no_frames_none",
+    "other_content_type",  # payloads that are not frames
+    "other_content_65535_bytes_of_0x07",
+    "other_content_exactly_65536_bytes_of_0x07",
+}
+
+
+def golden_cases(golden) -> list[dict]:
+    cases = json.loads(golden("transport/frame_batch_cases.json").read_text())["cases"]
+    return [case for case in cases if case["name"] not in LEFT_OUT]
+
+
+def test_frame_batches_are_the_references_byte_for_byte(golden):
+    """Every golden batch comes out in the same form, with the same keys in the same order and the same bytes."""
+    played = 0
+    for case in golden_cases(golden):
+        given_ = case["input"]
+        name = given_["realtime_output_format"] or "raw"
+        encoder = FrameEncoder(
+            OutputFormat(name, given_["output_compression"], given_["realtime_preview_max_width"] or None)
+        )
+        frames = pixels(given_["width"], given_["height"], list(range(given_["frames_per_batch"])))
+        parts = [frames[i : i + encoder.max_batch] for i in range(0, len(frames), encoder.max_batch)]
+        assert len(parts) == len(case["messages"]), case["name"]
+        for index, (part, expected) in enumerate(zip(parts, case["messages"], strict=True)):
+            messages = batch_messages(
+                encoder.encode(part, event_id=given_["event_id"]),
+                request_id=f"req-{case['name']}",
+                chunk_index=given_["block_idx"],
+                frame_batch_index=index,
+                num_frame_batches=len(parts),
+                event_id=given_["event_id"],
+            )
+            check_batch(case["name"], messages, expected)
+            played += 1
+    assert played == 21
+
+
+def check_batch(name: str, messages: tuple[bytes, ...], expected: dict) -> None:
+    header = msgspec.msgpack.decode(messages[0])
+    payload = header.pop("payload", None) if len(messages) == 1 else messages[1]
+    assert list(header) == expected["key_order"], name
+    if "payload_sha256" in expected:
+        assert len(messages) == (1 if expected["form"] == "one_message" else 2), name
+        assert header == expected["header"], name
+        assert hashlib.sha256(payload).hexdigest() == expected["payload_sha256"], name
+        if "msgpack_b64" in expected:
+            assert messages[0] == base64.b64decode(expected["msgpack_b64"]), name
+    else:  # the codec decides about the bytes
+        loose = {"total_size", "payload_lengths", "type"}
+        assert {k: v for k, v in header.items() if k not in loose} == {
+            k: v for k, v in expected["header"].items() if k not in loose
+        }, name
+        assert sum(header["payload_lengths"]) == len(payload) == header["total_size"]
+
+
+def test_delta_gzip_messages_have_the_references_headers(golden):
+    """Delta messages come as header and payload, key frames where the reference has them, and the same frames."""
+    import gzip
+
+    record = json.loads(golden("transport/delta_gzip.json").read_text())
+    width, height, _ = record["description"]["frame_size"]
+    frames = [
+        np.frombuffer(base64.b64decode(data), np.uint8).reshape(height, width, 3) for data in record["frames_b64"]
+    ]
+    encoder = FrameEncoder(OutputFormat("delta-gzip"))
+    for expected in record["messages"]:
+        wanted = expected["header"]
+        batch = encoder.encode(np.stack([frames[i] for i in expected["frames"]]), event_id=wanted.get("event_id"))
+        messages = batch_messages(
+            batch,
+            request_id=wanted["request_id"],
+            chunk_index=wanted["chunk_index"],
+            frame_batch_index=wanted["frame_batch_index"],
+            num_frame_batches=wanted["num_frame_batches"],
+            event_id=wanted.get("event_id"),
+        )
+        header = msgspec.msgpack.decode(messages[0])
+        assert list(header) == list(wanted)
+        assert header | {"total_size": 0} == wanted | {"total_size": 0}
+        assert gzip.decompress(messages[1]) == gzip.decompress(base64.b64decode(expected["payload_b64"]))
+
+
+def test_chunk_stats_begin_with_the_references_keys_and_rounding(golden):
+    """The known keys come first, in the known order, rounded half up and never negative; ours follow."""
+    record = json.loads(golden("transport/control_messages.json").read_text())
+    given_, expected = record["inputs"], record["chunk_stats"]["message"]
+    stats = ChunkStats("SID", "RID", 2, num_batches=1, num_frames=9, raw_bytes=100, ws_payload_bytes=333)
+    stats.content_type = "application/x-raw-rgb"
+    for name in ("request_prepare_ms", "scheduler_forward_ms", "pace_wait_ms", "header_write_ms"):
+        setattr(stats, name, given_[name])
+    for name in ("raw_payload_build_ms", "raw_write_ms", "chunk_total_ms"):
+        setattr(stats, name, given_[name])
+    message = msgspec.msgpack.decode(stats_message(stats))
+    known = record["chunk_stats"]["key_order"]
+    assert list(message)[: len(known)] == known
+    assert {key: message[key] for key in known} == expected
+    assert list(message)[len(known) :] == [
+        "queue_wait_ms",
+        "dit_ms",
+        "vae_ms",
+        "encode_ms",
+        "event_latency_ms",
+        "window_frames",
+    ]
+
+
+def test_profile_adds_the_stages_at_the_end():
+    """With ``profile`` the stages of the engine come by name, otherwise nothing of them is sent."""
+    stats = ChunkStats("s", "r", 0, stages={"denoise": 12.3456})
+    assert msgspec.msgpack.decode(stats_message(stats))["stages"] == {"denoise": 12.346}
+    assert "stages" not in msgspec.msgpack.decode(stats_message(ChunkStats("s", "r", 0)))
+
+
+def test_a_chunk_never_lasts_zero_milliseconds():
+    """The page divides by chunk_total_ms."""
+    assert msgspec.msgpack.decode(stats_message(ChunkStats("s", "r", 0, chunk_total_ms=0.2)))["chunk_total_ms"] == 1
+
+
+def test_errors_carry_code_and_field_behind_what_clients_know(golden):
+    """An error is the reference's map, one line of content, followed by code and field."""
+    message = msgspec.msgpack.decode(error_message(InvalidInit("a\nb", field="size")))
+    assert list(message.items()) == [
+        ("type", "error"),
+        ("content", "invalid generate request: size: a b"),
+        ("code", "invalid_init"),
+        ("field", "size"),
+    ]
+    texts = json.loads(golden("transport/control_messages.json").read_text())["error"]["texts"]
+    assert SessionBusy().wire_content == texts[3].split(" (")[0]
+    assert EngineFailed("x").wire_content.startswith(texts[2].split(":")[0])
+
+
+counts = st.integers(0, 2**70)
+ids = st.none() | st.integers(0, 2**53)
+times = st.floats(-1e3, 1e12)
+
+
+@given(index=counts, event_id=ids, size=st.integers(0, 80000), name=st.sampled_from(["raw", "delta-gzip", "webp"]))
+def test_old_clients_read_every_batch(index, event_id, size, name):
+    """No batch header uses a MessagePack type that existing clients fail on, whatever its numbers."""
+    lengths = (size,) if name == "webp" else None
+    batch = EncodedBatch("x", name, 1, bytes(size), lengths, 4096, 4096, 4096, 4096, size)
+    messages = batch_messages(
+        batch, request_id="r", chunk_index=index, frame_batch_index=0, num_frame_batches=1, event_id=event_id
+    )
+    check_old_clients_can_read(messages[0])
+    assert msgspec.msgpack.decode(messages[0]).get("event_id") == event_id
+
+
+@given(index=counts, event_id=ids, ms=times, size=counts, text=st.text(max_size=100000))
+def test_old_clients_read_every_other_message(index, event_id, ms, size, text):
+    """Nor does any other message, with times below zero, above 32 bits, and endless texts."""
+    stats = ChunkStats("s", "r", index, event_id, ms, ms, ms, ms, ms, ms, ms, 3, 12, size, size, "x", ms, ms, ms, ms)
+    stats.stages = {"denoise": ms}
+    for message in (
+        stats_message(stats),
+        error_message(InvalidEvent(text, field=text)),
+        session_message("s", {"extensions": ["queue"]}),
+        queue_message(3),
+        control_ack_message(event_id, "applied", index),
+        heartbeat_message(ms, "running", index),
+    ):
+        check_old_clients_can_read(message)
+
+
+# --- client to server ---
+
+
+def test_integral_floats_count_as_integers():
+    """Some clients pack 70000 as float64; every integer field takes it."""
+    message = decode(pack(GOOD | {"seed": 70000.0, "num_frames": 9.0, "max_chunks": 3.0, "fps": 25}))
+    assert isinstance(message, Init)
+    assert (message.seed, message.num_frames, message.max_chunks, message.fps) == (70000, 9, 3, 25.0)
+    assert type(message.seed) is int
+    assert decode(pack({"type": "event", "kind": "prompt", "payload": "x", "event_id": 70000.0})).event_id == 70000
+
+
+def test_unknown_keys_and_nil_are_as_good_as_absent(caplog):
+    """A client of another version is served; what was not understood is counted in the debug log."""
+    with caplog.at_level("DEBUG"):
+        assert decode(pack(GOOD | {"newer": 1, "seed": None, "max_chunks": None})) == decode(pack(GOOD))
+    assert "1 unknown keys ignored: newer" in caplog.text
+
+
+WRONG = {
+    "prompt": ["", 3, "x" * 8193, []],
+    "first_frame": [3, [1], {}],
+    "model": [1],
+    "size": [832, [832, 480]],
+    "fps": [0, 121, "16", float("nan"), True],
+    "num_frames": [0, 82, 9.5, "9", True],
+    "seed": [-1, 2**63, 1.5, "1"],
+    "num_inference_steps": [0, 51, 1.5],
+    "guidance_scale": [-1, 31, "1", float("inf")],
+    "negative_prompt": [1, "x" * 8193],
+    "max_chunks": [0, -1, 1.5],
+    "realtime_causal_sink_size": [-1, 4097, "3"],
+    "realtime_causal_kv_cache_num_frames": [0, 4097, "9"],
+    "realtime_output_format": ["gif", 1],
+    "output_compression": [0, 101, "90"],
+    "realtime_preview_max_width": [-1, 8193],
+    "realtime_output_pacing": [1, "yes"],
+    "enable_upscaling": [1],
+    "upscaling_scale": [1, 5],
+    "upscaling_model_path": [1],
+    "enable_frame_interpolation": ["true"],
+    "frame_interpolation_exp": [0, 4],
+    "frame_interpolation_scale": [0, "1"],
+    "frame_interpolation_model_path": [1],
+    "condition_inputs": [[["w"]], "w"],
+    "enhance_prompt": [True, 1],
+    "profile": [1],
+    "protocol_extensions": ["session", [1], {"a": 1}],
+    "pinned_events": [3, [3], [{"kind": "prompt"}], [{"chunk": -1, "kind": "prompt"}]],
+    "record": [1, "yes"],
+}
+
+
+def test_the_table_of_wrong_values_has_every_field():
+    """A new field cannot be forgotten below."""
+    assert set(WRONG) == set(Init.__struct_fields__)
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
+def test_a_wrong_value_is_refused_by_name(field, value):
+    """The error names the field, shows the value and says what is expected."""
+    with pytest.raises(InvalidInit) as refused:
+        decode(pack(GOOD | {field: value}))
+    assert refused.value.field == field
+    assert refused.value.wire_content.startswith(f"invalid generate request: {field}: ")
+    assert ", expected " in str(refused.value)
+    assert "another value" not in str(refused.value)
+    assert len(refused.value.wire_content) < 300
+
+
+@pytest.mark.parametrize("missing", ["prompt", "first_frame"])
+def test_what_is_required_is_said_to_be_missing(missing):
+    """Clients drop empty strings, so a missing prompt says that it may have been empty."""
+    with pytest.raises(InvalidInit, match="missing, expected") as refused:
+        decode(pack({key: value for key, value in GOOD.items() if key != missing}))
+    assert refused.value.field == missing
+    assert ("empty" in str(refused.value)) == (missing == "prompt")
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        ({"type": "event"}, "kind"),
+        ({"type": "event", "kind": 3}, "kind"),
+        ({"type": "event", "kind": "prompt", "event_id": -1}, "event_id"),
+        ({"type": "event", "kind": "prompt", "event_id": 1.5}, "event_id"),
+        ({"type": "event", "kind": "prompt", "event_id": "7"}, "event_id"),
+    ],
+)
+def test_a_wrong_event_is_an_invalid_event(message, field):
+    """Errors about events begin as the reference's do and name the field."""
+    with pytest.raises(InvalidEvent) as refused:
+        decode(pack(message))
+    assert refused.value.field == field
+    assert refused.value.wire_content.startswith("invalid event: ")
+
+
+@pytest.mark.parametrize("message", [{}, {"type": "hello"}, {"type": 3}, {"type": None}, [1], 3, None, "init"])
+def test_what_is_neither_init_nor_event_is_refused(message):
+    """Anything else is an error of the kind that the caller's state asks for."""
+    with pytest.raises(InvalidInit):
+        decode(pack(message))
+    with pytest.raises(InvalidEvent):
+        decode(pack(message), InvalidEvent)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+names = st.sampled_from([*Init.__struct_fields__, *Event.__struct_fields__, "other"])
+
+
+@given(tag=st.sampled_from(["init", "event"]), fields=st.dictionaries(names, values))
+def test_no_map_breaks_the_decoder(tag, fields):
+    """Whatever a map holds, it is an Init, an Event or a RequestError."""
+    try:
+        assert isinstance(decode(pack({"type": tag} | fields)), Init | Event)
+    except RequestError as error:
+        check_old_clients_can_read(error_message(error))
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_break_the_decoder(data):
+    """Nor do bytes that are no MessagePack at all."""
+    with pytest.raises(RequestError):
+        decode(data)
+
+
+def test_deep_nesting_is_refused():
+    """A message nested deeper than the interpreter's stack is an error like any other."""
+    with pytest.raises(RequestError):
+        decode(b"\x81\xa4type" + b"\x91" * 100_000)
