@@ -155,6 +155,13 @@ class ServeConfig:
     send_timeout_s: float = _option(
         20.0, "seconds a client may neither read nor close", low=0.5, high=3600, group="limits"
     )
+    pause_limit_s: float = _option(
+        300.0,
+        "seconds a session may stay paused before it ends with an error",
+        low=1,
+        high=86400,
+        group="limits",
+    )
     first_frame_dir: str | None = _option(
         None, "folder from which an init may name its first frame by path", group="limits"
     )
@@ -189,6 +196,10 @@ class ServeConfig:
     @property
     def allowed_origins(self) -> tuple[str, ...]:
         return tuple(origin.strip() for origin in self.cors_allow_origins.split(",") if origin.strip())
+
+    def records(self, asked: bool) -> bool:
+        """Whether a session is recorded. ``asked``: its init says ``record``."""
+        return self.record_dir is not None and (asked or self.record_sessions == "all")
 
     @property
     def model_id(self) -> str:

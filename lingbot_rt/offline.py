@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.server.first_frame import decode_picture
 from lingbot_rt.session.messages import Init
-from lingbot_rt.session.plan import ChunkPlan, ChunkResult, EnginePort, FrameGroup
+from lingbot_rt.session.plan import ChunkPlan, ChunkResult, EnginePort
 from lingbot_rt.session.session import Session
 from lingbot_rt.session.settings import resolve
 
@@ -37,13 +38,9 @@ async def play(
     await engine.open(plan)
     try:
         while not session.is_complete:
-            groups: list[npt.NDArray[np.uint8]] = []
-
-            def keep(group: FrameGroup, groups: list[npt.NDArray[np.uint8]] = groups) -> None:
-                groups.append(group.pixels)
-
-            chunk = session.next_plan().plan
-            result = await engine.run(chunk, keep)
-            yield OfflineChunk(chunk, result, np.concatenate(groups))
+            chunk = session.next_chunk(time.monotonic()).plan
+            run = engine.run(chunk)
+            groups = [group.pixels async for group in run]
+            yield OfflineChunk(chunk, run.result, np.concatenate(groups))
     finally:
         await engine.close(session_id)

@@ -8,6 +8,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from lingbot_rt.session.messages import ChunkStats
+
 _SECRET = re.compile(r"(api_key=)[^&\s\"]+")
 _MS_BUCKETS = (5, 10, 20, 50, 100, 200, 350, 500, 750, 1000, 1500, 2500, 5000, 10000)
 
@@ -67,6 +69,19 @@ class Metrics:
             buckets=_MS_BUCKETS,
             registry=self.registry,
         )
+
+    def count_chunk(self, stats: ChunkStats, ranks_ms: tuple[float, ...]) -> None:
+        """One chunk was sent."""
+        self.chunks.inc()
+        self.frames.inc(stats.num_frames)
+        self.sent_bytes.inc(stats.ws_payload_bytes)
+        self.chunk_ms.observe(stats.chunk_total_ms)
+        for stage, ms in (("dit", stats.dit_ms), ("vae", stats.vae_ms), ("encode", stats.raw_payload_build_ms)):
+            self.stage_ms.labels(stage).observe(ms)
+        if stats.event_latency_ms is not None:
+            self.event_latency_ms.observe(stats.event_latency_ms)
+        for rank, ms in enumerate(ranks_ms):
+            self.rank_ms.labels(str(rank)).set(ms)
 
     def exposition(self) -> bytes:
         """The metrics in Prometheus' text format."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,14 +13,15 @@ from typing import Any, TypeVar
 import torch
 
 from lingbot_rt.config import ServeConfig
+from lingbot_rt.engine.chunk_run import Emit, ThreadedChunkRun
 from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.memory import describe_share, require_room
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import warm_up
-from lingbot_rt.errors import EngineFailed, LingbotError
+from lingbot_rt.errors import EngineFailed, LingbotError, one_line
 from lingbot_rt.parallel.leader import Close, lead
-from lingbot_rt.session.plan import ChunkPlan, ChunkResult, EngineStatus, FrameGroup, ModelInfo, SessionPlan
+from lingbot_rt.session.plan import ChunkPlan, ChunkResult, EngineStatus, ModelInfo, SessionPlan
 from lingbot_rt.shapes import FrameSize
 
 log = logging.getLogger(__name__)
@@ -30,10 +32,7 @@ _LOST_GRACE_S = 1.0
 
 
 class Engine:
-    """Owns the pipeline and the sessions' device state.
-
-    All methods are called from one event loop. ``emit`` callbacks run on a thread of the engine and must not block.
-    """
+    """Owns the pipeline and the sessions' device state. All methods are called from one event loop."""
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
@@ -93,19 +92,12 @@ class Engine:
 
         await self._on_thread(build)
 
-    async def run(self, plan: ChunkPlan, emit: Callable[[FrameGroup], None]) -> ChunkResult:
-        """Runs one chunk. Raises ChunkCancelled after ``close``, EngineFailed when the computation broke."""
-        session = self._sessions.get(plan.session_id)
-        if session is None:
-            raise EngineFailed(f"session {plan.session_id} is not open")
+    def run(self, plan: ChunkPlan) -> ThreadedChunkRun:
+        """Starts one chunk: iterate what this returns for its frames.
 
-        def chunk() -> ChunkResult:
-            with self._leader.command(plan):
-                result = run_chunk(self._loaded, session, plan, emit)
-            timings = replace(result.timings, ranks_ms=self._leader.compute_ms)
-            return replace(result, timings=timings)
-
-        return await self._on_thread(chunk)
+        The iteration raises ChunkCancelled after ``close`` and EngineFailed when the computation broke.
+        """
+        return ThreadedChunkRun(lambda emit: self._on_thread(lambda: self._run_chunk(plan, emit)))
 
     async def close(self, session_id: str) -> None:
         """Interrupts the session's chunk, if one is in work, and frees what it held. Idempotent."""
@@ -132,6 +124,15 @@ class Engine:
         else:
             await stopping
         await asyncio.to_thread(self._thread.shutdown, wait=not self.is_lost, cancel_futures=True)
+
+    def _run_chunk(self, plan: ChunkPlan, emit: Emit) -> ChunkResult:
+        session = self._sessions.get(plan.session_id)
+        if session is None:
+            raise EngineFailed(f"session {plan.session_id} is not open")
+        with self._leader.command(plan):
+            result = run_chunk(self._loaded, session, plan, emit)
+        timings = replace(result.timings, ranks_ms=self._leader.compute_ms)
+        return replace(result, timings=timings)
 
     def _load(self) -> None:
         with self._leader.starting():
@@ -163,7 +164,7 @@ class Engine:
         if session_id not in self._sessions:
             return
         with self._leader.command(Close(session_id)):
-            del self._sessions[session_id]
+            self._sessions.pop(session_id).release()
             if self._loaded.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -194,9 +195,18 @@ class Engine:
         try:
             with torch.inference_mode():
                 return job()
-        except LingbotError:
+        except LingbotError as error:
+            _drop_locals(error)
             raise
         except Exception as error:
             log.exception("the engine failed")
-            first_line = str(error).strip().split("\n")[0]
-            raise EngineFailed(f"{type(error).__name__}: {first_line}") from error
+            _drop_locals(error)
+            raise EngineFailed(one_line(error)) from error
+
+
+def _drop_locals(error: BaseException) -> None:
+    """Frees what the frames of a traceback hold: gigabytes of a chunk's tensors, for as long as the error is kept."""
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__cause__ or seen.__context__

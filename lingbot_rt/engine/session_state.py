@@ -77,6 +77,17 @@ class SessionState:
         """The chunk in work stops before its next forward or decode. Thread-safe."""
         self._cancelled.set()
 
+    def release(self) -> None:
+        """Frees the session's tensors at once, whoever still holds a reference. No chunk may run afterwards."""
+        self.cache.release()
+        if self.negative is not None:
+            self.negative.cache.release()
+            self.negative = None
+        self.features.release()
+        self.time_modulation.clear()
+        self._text_kv = []
+        del self._condition_first, self._condition_later, self.postprocessor
+
     @property
     def is_cancelled(self) -> bool:
         """On rank 0, where sessions are cancelled."""

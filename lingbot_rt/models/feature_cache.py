@@ -16,7 +16,6 @@ class FeatureCache:
     def nbytes(self) -> int:
         return sum(slot.nbytes for slot in self.slots if isinstance(slot, Tensor))
 
-    def reset(self) -> None:
-        """Forgets everything: the next latent frame is a session's first again."""
-        self.slots = [None] * len(self.slots)
-        self.frames = 0
+    def release(self) -> None:
+        """Frees the memory, whoever still holds this cache. Nothing else may be called afterwards."""
+        self.slots.clear()

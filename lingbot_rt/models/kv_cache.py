@@ -56,9 +56,9 @@ class KVCache:
         """Tokens of the chunk that ``begin`` named."""
         return sum(count for _, _, count in self._spans)
 
-    def reset(self) -> None:
-        self._frames = [None] * self.window_frames
-        self._spans = []
+    def release(self) -> None:
+        """Frees the window's memory, whoever still holds this cache. Nothing else may be called afterwards."""
+        self._kv_LSBNHD = self._kv_LSBNHD.new_empty(0)
 
     def begin(self, start_frame: int, num_frames: int) -> None:
         """Chooses the slots of the chunk [start_frame, start_frame + num_frames); each of its forwards writes there."""

@@ -7,14 +7,17 @@ reloads meets its own old socket there, and freeing an interrupted chunk can tak
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from lingbot_rt.errors import SessionBusy
 
 LEAVING_LIMIT_S = 30.0
 """Longest a departing session may hold up the line."""
+
+
+TellPlace = Callable[[int], Awaitable[None]]
 
 
 class Slot:
@@ -31,9 +34,9 @@ class Slot:
 class _Ticket:
     """A place in line."""
 
-    granted: asyncio.Future[Slot]
-    moved: Callable[[int], None]
-    position: int = field(default=0)
+    position: int = 0
+    slot: Slot | None = None  # once it is granted
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Admission:
@@ -54,59 +57,69 @@ class Admission:
         return len(self._line)
 
     @asynccontextmanager
-    async def slot(self, moved: Callable[[int], None] = lambda position: None) -> AsyncIterator[Slot]:
+    async def slot(self, tell_place: TellPlace | None = None) -> AsyncIterator[Slot]:
         """Holds the slot for the block; first come, first served.
 
-        ``moved(position)`` tells each new place in line, 1 is next. Raises SessionBusy when the wait is over.
+        ``tell_place(position)`` is awaited with each new place in line, 1 is next. Raises SessionBusy when the wait is
+        over.
         """
-        slot = await self._acquire(moved)
+        slot = await self._acquire(tell_place)
         try:
             yield slot
         finally:
             self._pass_on()
 
-    async def _acquire(self, moved: Callable[[int], None]) -> Slot:
+    async def _acquire(self, tell_place: TellPlace | None) -> Slot:
         if self._holder is None:
             self._holder = Slot()
             return self._holder
-        ticket = _Ticket(asyncio.get_running_loop().create_future(), moved)
+        ticket = _Ticket()
         self._line.append(ticket)
-        self._tell_places()
+        self._number_places()
         try:
-            return await self._wait(ticket)
+            return await self._wait(ticket, tell_place)
         except BaseException:
             # Cancelled or refused in the same turn in which the slot was handed over: it goes on to the next.
-            if ticket.granted.done() and not ticket.granted.cancelled():
+            if ticket.slot is not None:
                 self._pass_on()
             raise
         finally:
             if ticket in self._line:
                 self._line.remove(ticket)
-                self._tell_places()
+                self._number_places()
 
-    async def _wait(self, ticket: _Ticket) -> Slot:
+    async def _wait(self, ticket: _Ticket, tell_place: TellPlace | None) -> Slot:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._wait_s
         last_moment = deadline + self._leaving_limit_s
-        while not ticket.granted.done():
+        told = 0
+        while ticket.slot is None:
+            if tell_place is not None and ticket.position != told:
+                told = ticket.position
+                await tell_place(told)
+                continue
             now = loop.time()
             leaving = self._holder is not None and self._holder.is_leaving
             if now >= (last_moment if leaving else deadline):
                 raise SessionBusy
             # While someone leaves, look again shortly: the next in line may have become the holder.
-            await asyncio.wait([ticket.granted], timeout=min(deadline - now, 1) if now < deadline else 0.05)
-        return ticket.granted.result()
+            ticket.changed.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(deadline - now if now < deadline else 0.05):
+                    await ticket.changed.wait()
+        return ticket.slot
 
     def _pass_on(self) -> None:
         self._holder = None
         if self._line:
             ticket = self._line.pop(0)
             self._holder = Slot()
-            ticket.granted.set_result(self._holder)
-            self._tell_places()
+            ticket.slot = self._holder
+            ticket.changed.set()
+            self._number_places()
 
-    def _tell_places(self) -> None:
+    def _number_places(self) -> None:
         for position, ticket in enumerate(self._line, start=1):
             if ticket.position != position:
                 ticket.position = position
-                ticket.moved(position)
+                ticket.changed.set()

@@ -26,6 +26,7 @@ from lingbot_rt.server.access import has_key, may_connect
 from lingbot_rt.server.admission import Admission
 from lingbot_rt.server.connection import Connection, Service
 from lingbot_rt.server.model_entry import model_entry
+from lingbot_rt.server.websocket import websocket_protocol
 from lingbot_rt.session.messages import error_message
 from lingbot_rt.session.plan import EnginePort, ModelInfo
 from lingbot_rt.telemetry import Metrics
@@ -65,7 +66,7 @@ def create_app(config: ServeConfig, engine: EnginePort, page: Path | None = None
         # In the background: /health answers while the model loads.
         starting = asyncio.create_task(_start(service), name="engine start")
         yield
-        await service.tell_all_and_close(SHUTDOWN_LIMIT_S)
+        await service.close_all(SHUTDOWN_LIMIT_S)
         starting.cancel()
         await engine.stop()
         encoders.shutdown(wait=False, cancel_futures=True)
@@ -201,7 +202,7 @@ class Server(uvicorn.Server):
                 app,
                 host=config.host,
                 port=config.port,
-                ws="websockets-sansio",
+                ws=websocket_protocol(config),
                 ws_max_size=config.max_message_mb * 2**20,
                 ws_per_message_deflate=False,
                 log_config=None,
@@ -231,7 +232,7 @@ class Server(uvicorn.Server):
         for server in self.servers:
             server.close()
         had_clients = bool(self._service.connections)
-        await self._service.tell_all_and_close(SHUTDOWN_LIMIT_S)
+        await self._service.close_all(SHUTDOWN_LIMIT_S)
         if had_clients:
             # A client whose answer to the close finds the line gone may throw away what it has not read: last words.
             await asyncio.sleep(CLOSE_HANDSHAKE_S)

@@ -1,8 +1,8 @@
-"""Events in, the next chunk's conditions out: held keys, scripts and prompts.
+"""Control events in, the conditions of the next chunk out: held keys, scripts and prompts.
 
-Keys come in two forms that replace each other. A script is a fixed list, one entry a latent frame, neutral once it is
-used up. State is what a player holds: the newest transition is held on, and a tap that came and went between two
-chunks still gets one latent frame.
+Keys come in two forms that replace each other. A script is a fixed list with one entry per latent frame; after its end
+no key is held. State is what a player holds: the newest transition is held until the next one, and a key that was
+pressed and released between two chunks still moves one latent frame.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Actions = tuple[Keys, ...]
 NEUTRAL: Keys = ()
 
 MAX_PENDING = 512
-"""Script frames or transitions that may wait; the newest are kept."""
+"""Most latent frames of a script, and most transitions that wait for a chunk; of those the newest are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,95 +55,135 @@ ControlEvent = PromptEvent | ScriptEvent | StateEvent
 
 
 @dataclass(frozen=True, slots=True)
+class Received:
+    """One event as it arrived. Ids are the client's and may repeat or start anywhere; the order is the session's."""
+
+    order: int  # 0, 1, 2 ... through the session
+    event_id: int | None
+    at: float  # seconds on the caller's clock
+
+
+@dataclass(frozen=True, slots=True)
 class Conditions:
     """What one chunk runs with."""
 
     prompt: str
-    prompt_updated: bool
-    camera_actions: Actions | None  # one entry a latent frame; None: the session never asked for camera control
-    event_id: int | None  # newest event whose effect is in this chunk
+    camera_actions: Actions | None  # one entry per latent frame; None: the session never asked for camera control
+    event_id: int | None  # of the newest event in force that has an id, whatever its kind
+    sampled: tuple[Received, ...]  # events that this chunk is the first to sample, in order of arrival
 
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """Keys of one latent frame and the event they came from."""
+    """Keys of one latent frame and the event they came from; None: no event holds them."""
 
     keys: Keys
-    event_id: int | None
+    event: Received | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """An event that no chunk has sampled yet."""
+
+    event: Received
+    is_prompt: bool  # nothing but a prompt
 
 
 class ConditionQueue:
-    """One session's pending control. ``apply`` whenever events arrive, ``sample`` once a chunk."""
+    """One session's pending control. ``apply`` takes events as they arrive, ``sample`` is called once per chunk."""
 
     def __init__(self, prompt: str, script: Actions | None = None) -> None:
         self._prompt = prompt
-        self._next_prompt: tuple[str, int | None] | None = None
-        self._samples = 0
-        self.clear()
+        self._prompt_event: Received | None = None  # the one that set the prompt in force
+        self._next_prompt: tuple[str, Received] | None = None
+        self._script: deque[_Frame] = deque(maxlen=MAX_PENDING)
+        self._transitions: deque[_Frame] = deque(maxlen=MAX_PENDING)
+        self._held: _Frame | None = None
+        self._keys_event: Received | None = None  # the one whose keys the newest sample ends with
+        self._newest_keys = -1  # order of the newest event that holds keys or a script
+        self._waiting: deque[_Waiting] = deque(maxlen=MAX_PENDING)
+        self._num_received = 0
+        self._num_samples = 0
         if script is not None:
-            self.apply([ScriptEvent(script)], None)
+            self._play(script, None)
 
     @property
     def pending(self) -> int:
         """Script frames and transitions not sampled yet."""
         return len(self._script) + len(self._transitions)
 
-    def clear(self) -> None:
-        """Forgets keys, scripts and waiting prompts; the prompt in force stays."""
-        self._next_prompt = None
-        self._script: deque[_Frame] = deque(maxlen=MAX_PENDING)
-        self._transitions: deque[_Frame] = deque(maxlen=MAX_PENDING)
-        self._held: _Frame | None = None
-        self._event_id: int | None = None
-
-    def apply(self, events: Sequence[ControlEvent], event_id: int | None) -> None:
-        """Takes validated events; those of one composite message come together and share their id."""
+    def apply(self, events: Sequence[ControlEvent], event_id: int | None, at: float = 0.0) -> None:
+        """Takes the validated parts of one event message, which share its id and its time of arrival ``at``."""
+        received = Received(self._num_received, event_id, at)
+        self._num_received += 1
         for event in events:
             match event:
                 case PromptEvent(prompt):
-                    self._next_prompt = (prompt, event_id)
+                    self._next_prompt = (prompt, received)
                 case ScriptEvent(actions):
-                    self._transitions.clear()
-                    self._script.clear()
-                    self._script.extend(_Frame(keys, event_id) for keys in actions)
-                    self._held = _Frame(NEUTRAL, None)
+                    self._play(actions, received)
+                    self._newest_keys = received.order
                 case StateEvent(transitions):
                     self._script.clear()
-                    self._transitions.extend(_Frame(transition.actions, event_id) for transition in transitions)
+                    self._transitions.extend(_Frame(transition.actions, received) for transition in transitions)
+                    self._newest_keys = received.order
+        self._waiting.append(_Waiting(received, is_prompt=all(isinstance(event, PromptEvent) for event in events)))
 
     def sample(self, num_latent_frames: int) -> Conditions:
-        """Consumes what the next chunk of ``num_latent_frames`` uses. A prompt is in force from the second chunk on."""
-        updated = False
-        if self._next_prompt is not None and self._samples > 0:
-            self._prompt, self._event_id = self._next_prompt
+        """Consumes what the next chunk uses. A prompt event is in force from the second chunk on."""
+        if self._next_prompt is not None and self._num_samples > 0:
+            self._prompt, self._prompt_event = self._next_prompt
             self._next_prompt = None
-            updated = True
-        self._samples += 1
+        self._num_samples += 1
         frames = self._sample_keys(num_latent_frames)
         if frames:
-            self._event_id = frames[-1].event_id
-        actions = tuple(frame.keys for frame in frames) or None
-        return Conditions(self._prompt, updated, actions, self._event_id)
+            self._keys_event = frames[-1].event
+        in_force = [event for event in (self._prompt_event, self._keys_event) if event and event.event_id is not None]
+        return Conditions(
+            prompt=self._prompt,
+            camera_actions=tuple(frame.keys for frame in frames) or None,
+            event_id=max(in_force, key=lambda event: event.order).event_id if in_force else None,
+            sampled=self._take_sampled(),
+        )
+
+    def _play(self, script: Actions, event: Received | None) -> None:
+        self._transitions.clear()
+        self._script.clear()
+        self._script.extend(_Frame(keys, event) for keys in script)
+        self._held = _Frame(NEUTRAL, None)
 
     def _sample_keys(self, count: int) -> list[_Frame]:
-        if count <= 0:
-            return []
         if self._script:
             frames = [self._script.popleft() for _ in range(min(count, len(self._script)))]
             # The padding carries the script's id: the chunk is still the script's doing.
-            return frames + [_Frame(NEUTRAL, frames[-1].event_id)] * (count - len(frames))
+            return frames + [_Frame(NEUTRAL, frames[-1].event)] * (count - len(frames))
         if not self._transitions:
             return [] if self._held is None else [self._held] * count
         last = self._transitions[-1]
-        tap = next((frame for frame in reversed(self._transitions) if frame.keys), last)
+        # A key that was pressed and released between two chunks still moves one latent frame.
+        tap = next((frame for frame in reversed(self._transitions) if set(frame.keys) - set(last.keys)), last)
         self._transitions.clear()
         self._held = last
-        if tap.keys == last.keys:
-            return [last] * count
-        return [tap] + [last] * (count - 1)
+        return [tap, *[last] * (count - 1)]
+
+    def _take_sampled(self) -> tuple[Received, ...]:
+        """The waiting events that are sampled now, those that a newer one replaced included."""
+        prompts = self._prompt_event.order if self._prompt_event else -1
+        keys = self._newest_keys
+        held = self._held.event if self._held else None
+        if self._keys_event and held and self._keys_event.order < held.order:
+            # In a chunk of one latent frame a tap stands alone; the transition behind it comes with the next chunk.
+            keys = self._keys_event.order
+        taken: list[_Waiting] = []
+        left: list[_Waiting] = []
+        for waiting in self._waiting:
+            newest = prompts if waiting.is_prompt else keys
+            (taken if waiting.event.order <= newest else left).append(waiting)
+        self._waiting = deque(left, maxlen=MAX_PENDING)
+        return tuple(waiting.event for waiting in taken)
 
 
-# --- payloads as clients send them -> control events ---
+# --- payloads as clients send them <-> control events ---
 
 MAX_PROMPT_CHARACTERS = 8192
 _SHOWN = 60
@@ -166,6 +206,8 @@ def parse_script(value: object, field: str = "camera_actions") -> Actions:
     """``list[list[str]]``, one list a latent frame -> Actions. Raises InvalidEvent."""
     if not isinstance(value, list | tuple) or not all(isinstance(keys, list | tuple) for keys in value):
         raise InvalidEvent(f"{_shown(value)} is not list[list[str]], one list of keys a latent frame", field=field)
+    if len(value) > MAX_PENDING:
+        raise InvalidEvent(f"{len(value)} latent frames are too many, at most {MAX_PENDING}", field=field)
     return tuple(_parse_keys(keys, f"{field}[{i}]") for i, keys in enumerate(value))
 
 
@@ -188,7 +230,8 @@ def _parse_camera(payload: object) -> tuple[ControlEvent, ...]:
     transitions = payload.get("transitions")
     if not isinstance(transitions, list | tuple):
         raise InvalidEvent(f"{_shown(transitions)} is not a list of transitions", field="camera_actions.transitions")
-    return (StateEvent(tuple(_parse_transition(entry, i) for i, entry in enumerate(transitions))),)
+    parsed = [_parse_transition(entry, i) for i, entry in enumerate(transitions)]
+    return (StateEvent(tuple(parsed[-MAX_PENDING:])),)
 
 
 def _parse_transition(entry: object, index: int) -> Transition:
@@ -252,3 +295,22 @@ _SIMPLE_PARSERS: dict[str, Callable[[object], tuple[ControlEvent, ...]]] = {
     "prompt": _parse_prompt,
 }
 _PARSERS = _SIMPLE_PARSERS | {"composite_input": _parse_composite}
+
+
+def payload_of(events: Sequence[ControlEvent]) -> tuple[str, Any]:
+    """Parsed events -> the kind and payload that parse to them again, without what else the client's payload held."""
+    parts: dict[str, Any] = {}
+    for event in events:
+        match event:
+            case PromptEvent(prompt):
+                parts["prompt"] = prompt
+            case ScriptEvent(actions):
+                parts["camera_actions"] = [list(keys) for keys in actions]
+            case StateEvent(transitions):
+                entries = [
+                    {"actions": list(entry.actions), "client_ts_ms": entry.client_ts_ms} for entry in transitions
+                ]
+                parts["camera_actions"] = {"mode": "state", "transitions": entries}
+    if len(parts) > 1:
+        return "composite_input", {"input_types": list(parts), **parts}
+    return next(iter(parts.items()))

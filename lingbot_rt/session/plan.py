@@ -1,11 +1,11 @@
 """What goes into the engine and what comes out: frozen, host data only, small enough to send to every rank.
 
-The legend of sizes: F latent frames a chunk, H x W pixels, n pixel frames. This module never imports torch.
+Sizes: F latent frames per chunk, H x W pixels, n pixel frames.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -152,11 +152,26 @@ class EngineStatus:
         return {"stage": self.stage, "progress": self.progress, "detail": self.detail}
 
 
-Emit = Callable[[FrameGroup], None]
-"""Takes the frames of one latent frame. Called on the engine's thread: it must not block."""
+class ChunkRun(Protocol):
+    """One chunk in work. It runs from the start whether or not anybody iterates it."""
+
+    def __aiter__(self) -> AsyncIterator[FrameGroup]:
+        """The frames of each latent frame, in order, as soon as they are on the host.
+
+        Raises what broke the chunk, after the frames that came before: ChunkCancelled, EngineFailed.
+        """
+
+    async def finished(self) -> float:
+        """Returns once the engine is done with the chunk, however it ended: the time.monotonic() of that."""
+
+    @property
+    def result(self) -> ChunkResult:
+        """Of a chunk that was iterated to its end."""
 
 
 class EnginePort(Protocol):
+    """What the server asks of an engine. ``engine/engine.py`` is the real one; tests bring one without torch."""
+
     @property
     def model_info(self) -> ModelInfo:
         """What the model is. Raises EngineFailed before it is loaded."""
@@ -172,8 +187,8 @@ class EnginePort(Protocol):
     async def open(self, plan: SessionPlan) -> None:
         """Raises CapacityError or InvalidInit when the session cannot be opened."""
 
-    async def run(self, plan: ChunkPlan, emit: Emit) -> ChunkResult:
-        """Runs one chunk. Raises ChunkCancelled after ``close`` and EngineFailed when the engine broke."""
+    def run(self, plan: ChunkPlan) -> ChunkRun:
+        """Starts one chunk of an open session."""
 
     async def close(self, session_id: str) -> None:
         """Interrupts the session's chunk and frees what it held. Idempotent."""

@@ -1,110 +1,213 @@
-"""One session without any I/O: events go in, the next chunk's plan comes out. Times are given, never read.
+"""A session between its init and its last chunk, as a state machine: events in, plans and messages out.
 
-``next_plan`` is the one place where events are sampled, as late as its caller can call it.
+It does no I/O and reads no clock: the caller gives every time, in seconds of one monotonic clock. ``next_chunk`` is the
+one place where events are sampled, so calling it late samples fresh keys.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+import math
+from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
+from lingbot_rt.errors import PauseExpired
 from lingbot_rt.session.camera_path import CameraPath
-from lingbot_rt.session.controls import ConditionQueue, parse_event
-from lingbot_rt.session.messages import Event
-from lingbot_rt.session.plan import ChunkPlan
+from lingbot_rt.session.controls import ConditionQueue, Received, parse_event, payload_of
+from lingbot_rt.session.messages import (
+    ChunkStats,
+    EncodedBatch,
+    Event,
+    batch_messages,
+    control_ack_message,
+    heartbeat_message,
+    stats_message,
+)
+from lingbot_rt.session.plan import ChunkPlan, ChunkResult
 from lingbot_rt.session.settings import SessionSettings
 from lingbot_rt.shapes import pixel_frames_of_latent
 
-MAX_REMEMBERED_EVENTS = 512
-"""Arrival times kept for events that no chunk has sampled yet."""
+HEARTBEAT_S = 5.0
+
+MAX_RECORDED_EVENTS = 4096
+"""Events kept for the record until a chunk is planned."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
-    """A plan and what its stats need to know about the event it carries."""
+class SendTimes:
+    """What it took to send one batch, in milliseconds."""
+
+    pace_wait_ms: float  # held back until it was due
+    header_write_ms: float  # the first message
+    payload_write_ms: float  # the second one, when there is one
+    sent_at: float  # the end, in seconds of the session's clock
+
+
+@dataclass(eq=False, slots=True)
+class Chunk:
+    """One chunk between its plan and its statistics."""
 
     plan: ChunkPlan
-    new_event: bool  # the plan's event_id is in force from this chunk on
-    event_received_at: float | None  # seconds on the caller's clock; None: no new event
-    events: tuple[Event, ...] = ()  # what this plan was the first to sample, for the record
+    num_frames: int  # pixel frames it will send
+    num_batches: int
+    acknowledgements: tuple[bytes, ...]  # a control_ack for each event it is the first to sample
+    newest_event: Received | None  # of those events
+    events: tuple[tuple[str, Any, int | None], ...]  # kind, payload and id of what arrived before it, for the record
+    begun_at: float
+    is_opening: bool  # the first one, of the session or after a pause
+    stats: ChunkStats
+    sent_at: float = 0.0
 
 
 class Session:
-    """What a session is between its init and its last chunk."""
+    """What a session is. ``keep_events``: every chunk carries the events that arrived before it, for a record."""
 
-    def __init__(self, session_id: str, settings: SessionSettings) -> None:
+    def __init__(
+        self, session_id: str, settings: SessionSettings, *, opened_at: float = 0.0, keep_events: bool = False
+    ) -> None:
         self.id = session_id
         self.settings = settings
         self._queue = ConditionQueue(settings.prompt, settings.script)
         self._camera = CameraPath()
-        self._next_chunk = 0
-        self._event_id: int | None = None
-        self._received_at: OrderedDict[int, float] = OrderedDict()
-        self._arrived: deque[Event] = deque(maxlen=MAX_REMEMBERED_EVENTS)
-        self._paused = False
+        self._next_index = 0
+        self._keep_events = keep_events
+        self._arrived: deque[tuple[str, Any, int | None]] = deque(maxlen=MAX_RECORDED_EVENTS)
+        self._paused_at: float | None = None
+        self._is_opening = True  # the next chunk is the first one, of the session or after a pause
+        self._sent_at = -math.inf  # when the newest chunk was wholly sent
+        self._opened_at = self._heartbeat_at = opened_at
 
-    @property
-    def next_chunk(self) -> int:
-        """Index of the chunk that ``next_plan`` would give."""
-        return self._next_chunk
+    # --- what comes in ---
 
     @property
     def is_paused(self) -> bool:
-        return self._paused
+        return self._paused_at is not None
 
     @property
     def is_complete(self) -> bool:
         """Whether ``max_chunks`` have been planned."""
-        return self.settings.max_chunks is not None and self._next_chunk >= self.settings.max_chunks
+        return self.settings.max_chunks is not None and self._next_index >= self.settings.max_chunks
 
-    def receive(self, event: Event, now: float) -> None:
-        """Applies one event whole, or raises InvalidEvent and changes nothing."""
-        if "pause" in self.settings.extensions and event.kind in ("pause", "resume"):
-            self._paused = event.kind == "pause"
-            return
-        self._apply(event)
-        if event.event_id is not None:
-            self._received_at[event.event_id] = now
-            if len(self._received_at) > MAX_REMEMBERED_EVENTS:
-                self._received_at.popitem(last=False)
+    @property
+    def usual_frames(self) -> int:
+        """Pixel frames of any chunk but the first."""
+        return sum(self._group_sizes(1))
 
-    def next_plan(self) -> Sampled:
-        """Samples what is in force now and walks the camera one chunk on."""
-        for event in self.settings.pinned.get(self._next_chunk, ()):
-            self._apply(event)
+    def receive(self, event: Event, now: float) -> tuple[bytes, ...]:
+        """Applies one event whole and returns its acknowledgements, or raises InvalidEvent and changes nothing."""
+        if event.kind in ("pause", "resume") and "pause" in self.settings.extensions:
+            if event.kind == "resume":
+                self._paused_at = None
+            elif self._paused_at is None:
+                self._paused_at, self._is_opening = now, True
+        else:
+            self._apply(event, now)
+        if "control_ack" not in self.settings.extensions:
+            return ()
+        return (control_ack_message(event.event_id, "received", None),)
+
+    def tick(self, now: float) -> tuple[bytes, ...]:
+        """What is due because of the time alone: heartbeats. Raises PauseExpired."""
+        limit_s = self.settings.pause_limit_s
+        if self._paused_at is not None and now - self._paused_at > limit_s:
+            raise PauseExpired(f"the session was paused for longer than {limit_s:g} s (--pause-limit-s)")
+        if "heartbeat" not in self.settings.extensions or now - self._heartbeat_at < HEARTBEAT_S:
+            return ()
+        self._heartbeat_at = now
+        state = "paused" if self.is_paused else "running"
+        return (heartbeat_message(1000 * (now - self._opened_at), state, self._next_index),)
+
+    # --- what goes out, chunk by chunk ---
+
+    def next_chunk(self, now: float) -> Chunk:
+        """Samples what is in force now and moves the camera one chunk on."""
+        for event in self.settings.pinned.get(self._next_index, ()):
+            self._apply(event, now)
+        index, frames = self._next_index, self._group_sizes(self._next_index)
         conditions = self._queue.sample(self.settings.latent_frames)
         actions = conditions.camera_actions
         plan = ChunkPlan(
             session_id=self.id,
-            chunk_index=self._next_chunk,
+            chunk_index=index,
             prompt=conditions.prompt,
             relative_poses=None if actions is None else self._camera.extend(actions),
             event_id=conditions.event_id,
         )
-        self._next_chunk += 1
-        return self._sampled(plan)
-
-    def _apply(self, event: Event) -> None:
-        self._queue.apply(parse_event(event.kind, event.payload), event.event_id)
-        self._arrived.append(event)
-
-    def _sampled(self, plan: ChunkPlan) -> Sampled:
+        max_batch = self.settings.output.frames_per_batch
         events = tuple(self._arrived)
         self._arrived.clear()
-        if plan.event_id is None or plan.event_id == self._event_id:
-            return Sampled(plan, new_event=False, event_received_at=None, events=events)
-        self._event_id = plan.event_id
-        received_at = self._received_at.pop(plan.event_id, None)
-        return Sampled(plan, new_event=True, event_received_at=received_at, events=events)
+        is_opening, self._is_opening = self._is_opening, self.is_paused
+        self._next_index += 1
+        return Chunk(
+            plan=plan,
+            num_frames=sum(frames),
+            num_batches=sum(-(-count // max_batch) for count in frames),
+            acknowledgements=self._acknowledge(conditions.sampled, index),
+            newest_event=conditions.sampled[-1] if conditions.sampled else None,
+            events=events,
+            begun_at=now,
+            is_opening=is_opening,
+            stats=ChunkStats(self.id, self.id, index, event_id=conditions.event_id),
+        )
 
-    def group_sizes(self, chunk_index: int) -> list[int]:
+    def frame_batch(self, chunk: Chunk, batch: EncodedBatch) -> tuple[bytes, ...]:
+        """The wire messages of a chunk's next batch; they leave together."""
+        stats = chunk.stats
+        messages = batch_messages(
+            batch,
+            request_id=self.id,
+            chunk_index=chunk.plan.chunk_index,
+            frame_batch_index=stats.num_batches,
+            num_frame_batches=chunk.num_batches,
+            event_id=chunk.plan.event_id,
+        )
+        stats.num_batches += 1
+        stats.num_frames += batch.num_frames
+        stats.raw_bytes += batch.raw_size
+        stats.ws_payload_bytes += sum(map(len, messages))
+        stats.content_type = batch.content_type
+        return messages
+
+    def sent(self, chunk: Chunk, times: SendTimes) -> None:
+        """The batch that ``frame_batch`` gave last has left."""
+        stats = chunk.stats
+        stats.pace_wait_ms += times.pace_wait_ms
+        stats.header_write_ms += times.header_write_ms
+        stats.raw_write_ms += times.payload_write_ms
+        if stats.num_batches == 1 and chunk.newest_event is not None:
+            stats.event_latency_ms = 1000 * (times.sent_at - chunk.newest_event.at)
+        chunk.sent_at = times.sent_at
+
+    def stats(self, chunk: Chunk, result: ChunkResult) -> bytes:
+        """The ``chunk_stats`` message of a chunk whose frames have all left."""
+        stats, timings = chunk.stats, result.timings
+        stats.scheduler_forward_ms = timings.total_ms
+        stats.dit_ms, stats.vae_ms = timings.dit_ms, timings.vae_ms
+        stats.window_frames = result.window_frames
+        stats.postprocess_ms = timings.postprocess
+        # Chunks overlap: the context pass runs after a chunk's frames are out. Counted from the end of the chunk
+        # before, the times of a session add up to its wall time.
+        since = max(chunk.begun_at, self._sent_at) if chunk.is_opening else self._sent_at
+        stats.chunk_total_ms = 1000 * (chunk.sent_at - since)
+        self._sent_at = chunk.sent_at
+        if self.settings.profile:
+            stats.stages = {"prepare": timings.prepare_ms, **timings.stages}
+        return stats_message(stats)
+
+    def _apply(self, event: Event, now: float) -> None:
+        parsed = parse_event(event.kind, event.payload)
+        self._queue.apply(parsed, event.event_id, now)
+        if self._keep_events:
+            # What was parsed, not what was sent: a payload may hold megabytes that nobody reads.
+            self._arrived.append((*payload_of(parsed), event.event_id))
+
+    def _acknowledge(self, sampled: tuple[Received, ...], chunk_index: int) -> tuple[bytes, ...]:
+        if "control_ack" not in self.settings.extensions:
+            return ()
+        return tuple(control_ack_message(event.event_id, "applied", chunk_index) for event in sampled)
+
+    def _group_sizes(self, chunk_index: int) -> list[int]:
         """Pixel frames that leave for each latent frame of a chunk, known before any is decoded."""
-        first = chunk_index * self.settings.latent_frames
+        first, post = chunk_index * self.settings.latent_frames, self.settings.postprocess
         decoded = [pixel_frames_of_latent(first + i) for i in range(self.settings.latent_frames)]
-        opens = chunk_index == 0
-        post = self.settings.postprocess
-        return [post.frames_out(frames, first=opens and i == 0) for i, frames in enumerate(decoded)]
-
-    def num_batches(self, chunk_index: int, max_batch: int) -> int:
-        """Frame batches of a chunk: every latent frame's pixels leave on their own, at most ``max_batch`` together."""
-        return sum(-(-frames // max_batch) for frames in self.group_sizes(chunk_index))
+        return [post.frames_out(frames, first=first + i == 0) for i, frames in enumerate(decoded)]

@@ -9,7 +9,7 @@ import importlib.util
 import io
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Literal
@@ -24,8 +24,6 @@ from lingbot_rt.session.settings import OutputFormat
 Pixels = npt.NDArray[np.uint8]
 
 DEFAULT_QUALITY = {"webp": 90, "jpeg": 95}
-ENCODED_FRAMES_A_BATCH = 6
-RAW_FRAMES_A_BATCH = 16
 
 _GZIP_WBITS = 31
 _HAS_SIMPLEJPEG = importlib.util.find_spec("simplejpeg") is not None
@@ -42,13 +40,16 @@ class FrameEncoder:
         self._previous: Pixels | None = None
         self._previous_event_id: int | None = None
 
-    @property
-    def max_batch(self) -> int:
-        """Most frames of one batch."""
-        return ENCODED_FRAMES_A_BATCH if self._output.name in DEFAULT_QUALITY else RAW_FRAMES_A_BATCH
+    def split(self, pixels: Pixels) -> Iterator[Pixels]:
+        """Frames [n, H, W, 3] in pieces that are one batch each."""
+        step = self._output.frames_per_batch
+        return (pixels[start : start + step] for start in range(0, len(pixels), step))
 
-    def encode(self, pixels: Pixels, *, event_id: int | None) -> EncodedBatch:
-        """``pixels`` [n, H, W, 3], 1 <= n <= max_batch, in the order of the stream. Not to be called concurrently."""
+    def encode(self, pixels: Pixels, event_id: int | None) -> EncodedBatch:
+        """``pixels`` [n, H, W, 3], 1 <= n <= output.frames_per_batch, in the order of the stream.
+
+        Not to be called concurrently.
+        """
         match self._output.name:
             case "raw":
                 return self._raw_kind("application/x-raw-rgb", "raw", pixels, np.ascontiguousarray(pixels).tobytes())

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lingbot_rt.engine.chunk_run import Emit, ThreadedChunkRun
 from lingbot_rt.errors import CapacityError, ChunkCancelled, EngineFailed, LingbotError
 from lingbot_rt.session.plan import (
     ChunkPlan,
     ChunkResult,
     ChunkTimings,
-    Emit,
     EngineStatus,
     FrameGroup,
     ModelInfo,
@@ -37,7 +37,7 @@ CARD = ModelInfo(
 
 
 def frame(plan: SessionPlan, number: int) -> np.ndarray:
-    """Pixel frame ``number`` of a session: the first frame, turned one column a frame."""
+    """Pixel frame ``number`` of a session: the first frame, turned one column per frame."""
     return np.roll(plan.first_frame, number, axis=1)
 
 
@@ -104,8 +104,8 @@ class FakeEngine:
         self._next_frame[plan.session_id] = 0
         self.opened.append(plan)
 
-    async def run(self, plan: ChunkPlan, emit: Emit) -> ChunkResult:
-        return await self._on_thread(self._run, plan, emit)
+    def run(self, plan: ChunkPlan) -> ThreadedChunkRun:
+        return ThreadedChunkRun(lambda emit: self._on_thread(self._run, plan, emit))
 
     def _run(self, plan: ChunkPlan, emit: Emit) -> ChunkResult:
         self.plans.append(plan)

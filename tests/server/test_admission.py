@@ -24,7 +24,10 @@ async def test_the_slot_is_passed_on_in_order():
     served, places = [], []
 
     async def client(name: str) -> None:
-        async with admission.slot(lambda position: places.append((name, position))):
+        async def tell_place(position: int) -> None:
+            places.append((name, position))
+
+        async with admission.slot(tell_place):
             served.append(name)
             await asyncio.sleep(0.01)
 

@@ -420,7 +420,7 @@ async def test_pause_holds_the_world_and_resume_goes_on(serve):
 
 async def test_a_heartbeat_comes_while_nothing_else_does(serve, monkeypatch):
     """A paused session with the extension ``heartbeat`` still shows that it lives."""
-    monkeypatch.setattr("lingbot_rt.server.connection.HEARTBEAT_S", 0.05)
+    monkeypatch.setattr("lingbot_rt.session.session.HEARTBEAT_S", 0.05)
     server = await serve(FakeEngine())
     async with server.client(init(protocol_extensions=["heartbeat", "pause"]), event("pause")) as client:
         beat = await client.until("heartbeat")

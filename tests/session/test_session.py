@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import sys
+
 import msgspec
 import numpy as np
 import pytest
 
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.errors import InvalidEvent, InvalidInit
-from lingbot_rt.session.messages import Event, Init
-from lingbot_rt.session.session import Session
+from lingbot_rt.errors import InvalidEvent, InvalidInit, PauseExpired
+from lingbot_rt.session.messages import EncodedBatch, Event, Init
+from lingbot_rt.session.plan import ChunkResult, ChunkTimings
+from lingbot_rt.session.session import HEARTBEAT_S, SendTimes, Session
 from lingbot_rt.session.settings import resolve
 from lingbot_rt.shapes import FrameSize
 from tests.server.conftest import state
 from tests.server.fake_engine import CARD
 
 INIT = Init(prompt="A street.", first_frame=b"x", size="64x64")
+BATCH = EncodedBatch("application/x-raw-rgb", "raw", 4, b"pixels", None, 64, 64, 64, 64, 6)
 
 
-def session(config: ServeConfig | None = None, **fields) -> Session:
+def session(config: ServeConfig | None = None, keep_events: bool = False, **fields) -> Session:
     init = msgspec.structs.replace(INIT, **fields)
-    return Session("s", resolve(init, CARD, config or ServeConfig()))
+    return Session("s", resolve(init, CARD, config or ServeConfig()), keep_events=keep_events)
+
+
+def decoded(messages) -> list[dict]:
+    return [msgspec.msgpack.decode(message) for message in messages]
+
+
+def send_chunk(it: Session, planned_at: float, sent_at: float) -> dict:
+    """Plans a chunk, sends its frames in one batch per latent frame, and returns its chunk_stats message."""
+    chunk = it.next_chunk(planned_at)
+    for _ in range(chunk.num_batches):
+        it.frame_batch(chunk, BATCH)
+        it.sent(chunk, SendTimes(1.0, 2.0, 3.0, sent_at))
+    timings = ChunkTimings(prepare_ms=1, dit_ms=20, vae_ms=10, total_ms=31, stages={"denoise": 20})
+    return msgspec.msgpack.decode(it.stats(chunk, ChunkResult(chunk.plan.chunk_index, 12, 9, timings)))
 
 
 def keys(*held: str, event_id: int | None = None) -> Event:
@@ -94,44 +112,177 @@ def test_interpolated_frames_play_faster():
     assert resolve(on, CARD, ServeConfig()).playback_fps == 80
 
 
+# --- what a chunk samples ---
+
+
 def test_events_wait_for_the_next_plan_and_no_longer():
     """Events are sampled when a chunk is planned: one that comes a moment later is in the next chunk."""
     it = session()
-    first = it.next_plan()
-    assert (first.plan.relative_poses, first.plan.event_id, first.new_event) == (None, None, False)
+    first = it.next_chunk(9.0)
+    assert (first.plan.relative_poses, first.plan.event_id, first.newest_event) == (None, None, None)
     it.receive(keys("w", event_id=3), now=10.0)
-    second = it.next_plan()
-    assert (second.plan.event_id, second.new_event, second.event_received_at) == (3, True, 10.0)
+    second = it.next_chunk(11.0)
+    assert (second.plan.event_id, second.newest_event.at) == (3, 10.0)
     assert np.linalg.norm(second.plan.relative_poses[1:, :3, 3], axis=-1) == pytest.approx(1)
-    third = it.next_plan()
-    assert (third.plan.event_id, third.new_event, third.event_received_at) == (3, False, None)
-    assert [sampled.plan.chunk_index for sampled in (first, second, third)] == [0, 1, 2]
+    third = it.next_chunk(12.0)
+    assert (third.plan.event_id, third.newest_event) == (3, None)
+    assert [chunk.plan.chunk_index for chunk in (first, second, third)] == [0, 1, 2]
 
 
 def test_a_prompt_event_is_in_force_from_the_next_chunk():
     """The prompt changes with the chunk that samples it and stays."""
     it = session()
-    it.next_plan()
+    it.next_chunk(0)
     it.receive(Event(kind="prompt", payload="A river."), now=0)
-    assert [it.next_plan().plan.prompt for _ in range(2)] == ["A river.", "A river."]
+    assert [it.next_chunk(0).plan.prompt for _ in range(2)] == ["A river.", "A river."]
 
 
 def test_a_script_in_the_init_runs_from_the_first_chunk():
-    """F entries a chunk, then neutral: the camera stands still, but camera control stays on."""
+    """F entries per chunk, then neutral: the camera stands still, but camera control stays on."""
     it = session(condition_inputs={"camera_actions": [["w"]] * 4})
-    moved = [np.linalg.norm(it.next_plan().plan.relative_poses[:, :3, 3], axis=-1) > 0 for _ in range(3)]
+    moved = [np.linalg.norm(it.next_chunk(0).plan.relative_poses[:, :3, 3], axis=-1) > 0 for _ in range(3)]
     assert [list(chunk) for chunk in moved] == [[False, True, True], [True, False, False], [False] * 3]
+
+
+@pytest.mark.parametrize("frames", [512, 513])
+def test_a_script_has_a_limit_that_is_told(frames):
+    """512 latent frames are played to the last one; 513 are refused with the number, in an event as in an init."""
+    script = [["w"]] * frames
+    if frames == 512:
+        it = session(condition_inputs={"camera_actions": script}, num_frames=81)
+        moved = [np.linalg.norm(it.next_chunk(0).plan.relative_poses[:, :3, 3], axis=-1) > 0 for _ in range(25)]
+        assert np.concatenate(moved).sum() == 511  # the very first pose has none before it
+        return
+    with pytest.raises(InvalidInit, match="513 latent frames are too many, at most 512"):
+        session(condition_inputs={"camera_actions": script})
+    with pytest.raises(InvalidEvent, match="513 latent frames are too many, at most 512"):
+        session().receive(Event(kind="camera_actions", payload=script), now=0)
 
 
 def test_a_composite_event_is_all_or_nothing():
     """When one half is wrong, neither half is applied."""
     it = session()
-    it.next_plan()
+    it.next_chunk(0)
     payload = {"input_types": ["prompt", "camera_actions"], "prompt": "A river.", "camera_actions": [["x"]]}
     with pytest.raises(InvalidEvent):
         it.receive(Event(kind="composite_input", payload=payload, event_id=1), now=0)
-    plan = it.next_plan().plan
+    plan = it.next_chunk(0).plan
     assert (plan.prompt, plan.relative_poses, plan.event_id) == ("A street.", None, None)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        # A prompt is named although a key is held since before, and the key again once it changes.
+        ([(1, "w"), 0, (2, "A river."), 0, 0, (3, ""), 0], [1, 2, 2, 3]),
+        # The order of arrival decides, not the number: ids count a page, not a session.
+        ([(9, "A river."), 0, 0, (4, "w"), 0], [None, 9, 4]),
+        # A key that arrives after a prompt and is sampled before it stays the newest.
+        ([(5, "A river."), (6, "w"), 0, 0], [6, 6]),
+        # Events without an id hide no id.
+        ([(1, "A river."), 0, 0, (None, "w"), 0], [None, 1, 1]),
+        # A script is in force until it is used up.
+        ([0, (1, "A river."), 0, (2, [["w"]] * 4), 0, 0, 0], [None, 1, 2, 2, 1]),
+    ],
+)
+def test_the_echoed_id_is_that_of_the_newest_event_in_force(steps, expected):
+    """Whatever its kind; a step is (id, keys, prompt or script) for an event and 0 for a chunk."""
+    it, got = session(), []
+    for step in steps:
+        if step == 0:
+            got.append(it.next_chunk(0).plan.event_id)
+            continue
+        event_id, what = step
+        if isinstance(what, list):
+            it.receive(Event(kind="camera_actions", payload=what, event_id=event_id), now=0)
+        elif len(what) <= 1:
+            it.receive(keys(*what, event_id=event_id), now=0)
+        else:
+            it.receive(Event(kind="prompt", payload=what, event_id=event_id), now=0)
+    assert got == expected
+
+
+@pytest.mark.parametrize("held", [("w",), ("w", "d"), ()])
+def test_a_tap_beside_held_keys_moves_one_latent_frame(held):
+    """A key tapped between two chunks turns the camera once, whatever else is held before and after."""
+    plain, tapped = session(), session()
+    for it in (plain, tapped):
+        it.receive(keys(*held), now=0)
+        it.next_chunk(0)
+    tapped.receive(keys(*held, "l"), now=1)
+    tapped.receive(keys(*held), now=2)
+    straight, turned = plain.next_chunk(3).plan.relative_poses, tapped.next_chunk(3).plan.relative_poses
+    yaw = np.degrees(np.arctan2(turned[:, 0, 2], turned[:, 2, 2]))
+    assert yaw == pytest.approx([6, 0, 0])
+    assert np.allclose(turned[1:], straight[1:])
+    assert np.allclose(tapped.next_chunk(4).plan.relative_poses, plain.next_chunk(4).plan.relative_poses)
+
+
+def test_every_sampled_event_is_acknowledged_once():
+    """Received at once, applied with the chunk that samples it: replaced events too, a prompt not before chunk 1."""
+    it = session(protocol_extensions=("control_ack",))
+    received = []
+    for event in (
+        Event(kind="prompt", payload="A river.", event_id=1),
+        Event(kind="camera_actions", payload=[["w"]], event_id=2),
+        keys("w", event_id=3),
+        keys("d", event_id=4),
+        Event(kind="prompt", payload="A lake.", event_id=5),
+    ):
+        received += decoded(it.receive(event, now=0))
+    assert [(ack["state"], ack["event_id"]) for ack in received] == [("received", number) for number in range(1, 6)]
+    chunks = [it.next_chunk(1) for _ in range(3)]
+    applied = [[ack["event_id"] for ack in decoded(chunk.acknowledgements)] for chunk in chunks]
+    assert applied == [[2, 3, 4], [1, 5], []]
+    assert [ack["chunk_index"] for ack in decoded(chunks[1].acknowledgements)] == [1, 1]
+    assert {ack["state"] for ack in decoded(chunks[0].acknowledgements)} == {"applied"}
+
+
+def test_in_a_chunk_of_one_latent_frame_a_release_is_applied_after_its_tap():
+    """A press and a release between two chunks of one latent frame take effect one after the other."""
+    it = session(protocol_extensions=("control_ack",), num_frames=1)
+    it.receive(keys("w", event_id=1), now=0)
+    it.receive(keys(event_id=2), now=0)
+    chunks = [it.next_chunk(1) for _ in range(2)]
+    assert [[ack["event_id"] for ack in decoded(chunk.acknowledgements)] for chunk in chunks] == [[1], [2]]
+    assert [chunk.plan.event_id for chunk in chunks] == [1, 2]
+
+
+def test_events_without_end_are_all_applied_or_replaced():
+    """20,000 key events over 2,000 chunks: every one is acknowledged as applied, in order."""
+    it, applied = session(protocol_extensions=("control_ack",)), []
+    for number in range(20_000):
+        it.receive(keys(*"w" * (number % 2), event_id=number), now=0)
+        if number % 10 == 9:
+            applied += [ack["event_id"] for ack in decoded(it.next_chunk(0).acknowledgements)]
+    assert applied == list(range(20_000))
+
+
+def test_a_long_session_remembers_a_bounded_number_of_events():
+    """Events that no chunk samples do not gather, and the newest one is the one that counts."""
+    it = session(keep_events=True)
+    for number in range(10_000):
+        it.receive(keys("w", event_id=number), now=number)
+    chunk = it.next_chunk(10_000)
+    assert (chunk.plan.event_id, chunk.newest_event.at) == (9_999, 9_999)
+    assert len(chunk.events) <= 4096
+
+
+def test_what_nobody_reads_of_an_event_is_not_kept():
+    """A payload's unread parts go at once; what was parsed is kept for a record, and only for one."""
+    unread = bytearray(1000)
+    payload = {"input_types": ["prompt"], "prompt": "A river.", "unread": unread}
+    references = sys.getrefcount(unread)
+    plain, recorded = session(), session(keep_events=True)
+    for it in (plain, recorded):
+        it.receive(Event(kind="composite_input", payload=dict(payload), event_id=1), now=0)
+        it.receive(Event(kind="camera_actions", payload=state("w"), event_id=2), now=0)
+    assert sys.getrefcount(unread) == references
+    assert plain.next_chunk(0).events == ()
+    assert recorded.next_chunk(0).events == (("prompt", "A river.", 1), ("camera_actions", state("w"), 2))
+
+
+# --- pauses and time ---
 
 
 def test_pause_is_an_event_only_for_those_who_asked():
@@ -147,30 +298,88 @@ def test_pause_is_an_event_only_for_those_who_asked():
     assert not asked.is_paused
 
 
+def test_a_pause_ends_with_an_error_after_its_limit():
+    """--pause-limit-s counts from the first of several pauses in a row; a resume in time starts it anew."""
+    it = session(ServeConfig(pause_limit_s=300), protocol_extensions=("pause",))
+    it.receive(Event(kind="pause"), now=0)
+    it.receive(Event(kind="pause"), now=299)
+    assert it.tick(300) == ()
+    it.receive(Event(kind="resume"), now=300)
+    assert it.tick(1000) == ()
+    it.receive(Event(kind="pause"), now=1000)
+    with pytest.raises(PauseExpired, match="paused for longer than 300 s \\(--pause-limit-s\\)"):
+        it.tick(1300.5)
+
+
+def test_heartbeats_come_at_their_interval():
+    """Only for those who asked, every five seconds, with the state and the next chunk."""
+    assert session().tick(1000) == ()
+    it = session(protocol_extensions=("heartbeat", "pause"))
+    beats = [decoded(it.tick(now)) for now in (0, HEARTBEAT_S - 0.1, HEARTBEAT_S, HEARTBEAT_S + 1)]
+    assert [len(beat) for beat in beats] == [0, 0, 1, 0]
+    assert beats[2] == [{"type": "heartbeat", "uptime_ms": 5000, "state": "running", "chunk_index": 0}]
+    it.receive(Event(kind="pause"), now=6)
+    assert decoded(it.tick(10))[0]["state"] == "paused"
+
+
+# --- statistics ---
+
+
+def test_chunk_times_follow_one_another():
+    """Chunks overlap, their times do not: each counts from the end of the one before, or from its own beginning."""
+    it = session(protocol_extensions=("pause",))
+    assert send_chunk(it, planned_at=10.0, sent_at=10.4)["chunk_total_ms"] == 400
+    assert send_chunk(it, planned_at=10.3, sent_at=10.9)["chunk_total_ms"] == 500
+    it.receive(Event(kind="pause"), now=10.9)
+    it.receive(Event(kind="resume"), now=20.0)
+    assert send_chunk(it, planned_at=20.0, sent_at=20.3)["chunk_total_ms"] == 300
+    assert send_chunk(it, planned_at=20.2, sent_at=20.7)["chunk_total_ms"] == 400
+
+
+def test_the_statistics_of_a_chunk():
+    """Sizes and waits add up over the batches; the event's latency ends with the first batch."""
+    it = session(profile=True, realtime_output_format="raw")
+    it.receive(keys("w", event_id=7), now=9.0)
+    chunk = it.next_chunk(10.0)
+    assert (chunk.num_frames, chunk.num_batches) == (9, 3)
+    for number in range(3):
+        (message,) = it.frame_batch(chunk, BATCH)
+        header = msgspec.msgpack.decode(message)
+        assert (header["frame_batch_index"], header["is_final_frame_batch"]) == (number, number == 2)
+        it.sent(chunk, SendTimes(1.0, 2.0, 3.0, 10.5 + number))
+    timings = ChunkTimings(prepare_ms=1, dit_ms=20, vae_ms=10, total_ms=31, stages={"denoise": 20})
+    stats = msgspec.msgpack.decode(it.stats(chunk, ChunkResult(0, 9, 3, timings)))
+    assert (stats["event_id"], stats["event_latency_ms"]) == (7, 1500)
+    assert (stats["num_batches"], stats["num_frames"], stats["raw_bytes"]) == (3, 12, 18)
+    assert (stats["pace_wait_ms"], stats["header_write_ms"], stats["raw_write_ms"]) == (3, 6, 9)
+    assert (stats["dit_ms"], stats["vae_ms"], stats["scheduler_forward_ms"], stats["window_frames"]) == (20, 10, 31, 3)
+    assert stats["stages"] == {"prepare": 1, "denoise": 20}
+
+
+def test_the_latency_counts_from_the_newest_event_of_the_chunk():
+    """Of several events that one chunk samples, whatever their kinds and ids."""
+    it = session()
+    send_chunk(it, 0.0, 0.1)
+    it.receive(keys("w", event_id=1), now=1.0)
+    it.receive(Event(kind="prompt", payload="A river."), now=2.0)
+    assert send_chunk(it, 3.0, 4.0)["event_latency_ms"] == 2000
+    assert send_chunk(it, 5.0, 6.0)["event_latency_ms"] is None
+
+
 def test_max_chunks_counts_plans():
     """The session is complete when as many chunks as asked for have been planned."""
     it = session(max_chunks=2)
     assert not it.is_complete
-    it.next_plan()
-    it.next_plan()
+    it.next_chunk(0)
+    it.next_chunk(0)
     assert it.is_complete
 
 
-@pytest.mark.parametrize(
-    ("num_frames", "max_batch", "expected"), [(9, 6, [3, 3]), (1, 6, [1, 1]), (81, 16, [21, 21]), (9, 3, [5, 6])]
-)
-def test_the_number_of_batches_is_known_beforehand(num_frames, max_batch, expected):
-    """One batch a latent frame, more where a batch takes fewer frames than a latent frame has."""
-    it = session(num_frames=num_frames)
-    assert [it.num_batches(chunk, max_batch) for chunk in (0, 1)] == expected
-
-
-def test_a_long_session_remembers_a_bounded_number_of_events():
-    """Events that no chunk samples do not gather."""
-    it = session()
-    for number in range(2000):
-        it.receive(keys("w", event_id=number), now=number)
-    sampled = it.next_plan()
-    assert sampled.plan.event_id == 1999
-    assert sampled.event_received_at == 1999
-    assert len(it._received_at) <= 512
+@pytest.mark.parametrize(("num_frames", "expected"), [(9, [3, 3]), (1, [1, 1]), (81, [21, 21])])
+def test_the_number_of_batches_is_known_beforehand(num_frames, expected):
+    """One batch per latent frame; with interpolation more, where a latent frame has more than six pictures."""
+    it = session(num_frames=num_frames, realtime_output_format="webp")
+    assert [it.next_chunk(0).num_batches for _ in range(2)] == expected
+    fast = session(enable_frame_interpolation=True, frame_interpolation_exp=2, realtime_output_format="webp")
+    chunks = [fast.next_chunk(0) for _ in range(2)]
+    assert [(chunk.num_frames, chunk.num_batches) for chunk in chunks] == [(33, 7), (48, 9)]
