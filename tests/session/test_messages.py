@@ -24,6 +24,7 @@ from lingbot_rt.session.messages import (
     heartbeat_message,
     queue_message,
     session_message,
+    shown,
     stats_message,
 )
 from lingbot_rt.transport.encode import EncodedBatch, FrameEncoder, OutputFormat
@@ -228,7 +229,7 @@ def test_unknown_keys_and_nil_are_as_good_as_absent(caplog):
     """A client of another version is served; what was not understood is counted in the debug log."""
     with caplog.at_level("DEBUG"):
         assert decode(pack(GOOD | {"newer": 1, "seed": None, "max_chunks": None})) == decode(pack(GOOD))
-    assert "1 unknown keys ignored: newer" in caplog.text
+    assert "1 unknown keys ignored: ['newer']" in caplog.text
 
 
 WRONG = {
@@ -337,7 +338,7 @@ def test_no_map_breaks_the_decoder(tag, fields):
 
 @given(st.binary(max_size=200))
 def test_no_bytes_break_the_decoder(data):
-    """Nor do bytes that are no MessagePack at all."""
+    """Bytes that are not MessagePack, or no map, are refused."""
     with pytest.raises(RequestError):
         decode(data)
 
@@ -346,3 +347,41 @@ def test_deep_nesting_is_refused():
     """A message nested deeper than the interpreter's stack is an error like any other."""
     with pytest.raises(RequestError):
         decode(b"\x81\xa4type" + b"\x91" * 100_000)
+
+
+@pytest.mark.parametrize("key", ["kind", "event_id", "type"])
+def test_a_wrong_value_of_any_depth_is_refused(key):
+    """Depths at which decoding just fits the interpreter's stack leave room for the error (984 deep, for one)."""
+    tag = b"" if key == "type" else b"\xa4type" + pack("event")
+    for depth in range(1, 1100):
+        nested = b"\x91" * depth + b"\xc0"
+        with pytest.raises(InvalidEvent) as refused:
+            decode(bytes([0x81 + bool(tag)]) + tag + pack(key) + nested, InvalidEvent)
+        assert len(str(refused.value)) < 200
+
+
+@given(values)
+def test_shown_values_are_one_short_line(value):
+    """Whatever a client sent, an error shows it on one line of at most 80 characters."""
+    text = shown(value)
+    assert len(text) <= 80
+    assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ([832, 480], "[832, 480]"),
+        ([["w"], {"a": 1.5}], "[['w'], {'a': 1.5}]"),
+        ([[["w"]], [[]]], "[[[...]], [[]]]"),
+        ([0, 1, 2, 3, 4], "[0, 1, 2, 3, ...]"),
+        ({}, "{}"),
+        (b"\x89PNG", "4 bytes"),
+        ("a\nb", "'a\\nb'"),
+        ("x" * 100, "'" + "x" * 76 + "..."),
+        (msgspec.msgpack.Ext(5, bytes(10**6)), "Ext"),
+    ],
+)
+def test_shown_values_keep_what_helps(value, text):
+    """Small values are shown whole, large ones by their beginning, pictures by their size."""
+    assert shown(value) == text
