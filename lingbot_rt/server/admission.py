@@ -1,7 +1,7 @@
-"""Who holds the engine: one live session, a line of those who wait.
+"""Gives the engine to one session at a time. Other clients wait in line.
 
-A waiting client is refused after ``wait_s``, but that clock stands while the holder is on its way out: a page that
-reloads meets its own old socket there, and freeing an interrupted chunk can take longer than the wait.
+A waiting client is refused after ``wait_s``, but not while the running session is ending. When a page reloads, its old
+session is still there, and interrupting that session's chunk can take longer than ``wait_s``.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lingbot_rt.errors import SessionBusy
 
 LEAVING_LIMIT_S = 30.0
-"""Longest a departing session may hold up the line."""
+"""Seconds beyond ``wait_s`` that a client waits for a session that is ending."""
 
 
 class Slot:
-    """What the holder has. Call ``leaving`` as soon as its client is gone."""
+    """The place of the running session. Call ``leaving`` as soon as the session begins to end."""
 
     def __init__(self) -> None:
         self.is_leaving = False
@@ -33,7 +33,7 @@ class _Ticket:
 
     granted: asyncio.Future[Slot]
     moved: Callable[[int], None]
-    position: int = field(default=0)
+    position: int = 0
 
 
 class Admission:
@@ -55,9 +55,9 @@ class Admission:
 
     @asynccontextmanager
     async def slot(self, moved: Callable[[int], None] = lambda position: None) -> AsyncIterator[Slot]:
-        """Holds the slot for the block; first come, first served.
+        """Holds the slot for the block. Clients get it in the order in which they came.
 
-        ``moved(position)`` tells each new place in line, 1 is next. Raises SessionBusy when the wait is over.
+        ``moved(position)`` is called with each new place in line; 1 is next. Raises SessionBusy when the wait is over.
         """
         slot = await self._acquire(moved)
         try:
@@ -75,7 +75,7 @@ class Admission:
         try:
             return await self._wait(ticket)
         except BaseException:
-            # Cancelled or refused in the same turn in which the slot was handed over: it goes on to the next.
+            # Cancelled or refused in the same turn in which the slot was granted: the next client gets it.
             if ticket.granted.done() and not ticket.granted.cancelled():
                 self._pass_on()
             raise
@@ -93,7 +93,7 @@ class Admission:
             leaving = self._holder is not None and self._holder.is_leaving
             if now >= (last_moment if leaving else deadline):
                 raise SessionBusy
-            # While someone leaves, look again shortly: the next in line may have become the holder.
+            # Past the deadline the wait goes on only while the holder is leaving, so look again soon.
             await asyncio.wait([ticket.granted], timeout=min(deadline - now, 1) if now < deadline else 0.05)
         return ticket.granted.result()
 

@@ -77,7 +77,7 @@ class Init(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="ini
         Any, Meta(description="the bytes of a picture, a data: URL, or a path or URL the server allows")
     ]
     model: _Text = ""
-    size: Annotated[str, Meta(description="WIDTHxHEIGHT, for example 832x480")] = "832x480"
+    size: Annotated[str, Meta(max_length=40, description="WIDTHxHEIGHT, for example 832x480")] = "832x480"
     fps: Annotated[float, _range(*FPS_RANGE, "a number")] = 16.0
     num_frames: Annotated[int, _range(1, MAX_NUM_FRAMES)] = 9
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1, description="a whole number from 0 to 2^63-1")] = 42
@@ -254,9 +254,7 @@ class EncodedBatch:
     source_width: int  # of the frames as generated
     source_height: int
     raw_size: int  # bytes of the frames before any encoding
-    delta_reference: str | None = (
-        None  # "previous-frame": XORed with the last frame of the batch before
-    )
+    delta_reference: str | None = None  # "previous-frame": XORed with the last frame of the batch before
 
 
 def batch_messages(
@@ -327,9 +325,7 @@ class ChunkStats:
     header_write_ms: float = 0.0  # writing headers, and payloads that are inline, to the socket
     raw_payload_build_ms: float = 0.0  # encoding
     raw_write_ms: float = 0.0  # writing payload messages to the socket
-    chunk_total_ms: float = (
-        0.0  # from the last frame of the previous chunk, or the start, to the last frame
-    )
+    chunk_total_ms: float = 0.0  # from the last frame of the previous chunk, or the start, to the last frame
     num_batches: int = 0
     num_frames: int = 0
     raw_bytes: int = 0

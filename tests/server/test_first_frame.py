@@ -157,7 +157,7 @@ async def test_paths_stay_inside_the_folder(tmp_path):
     for good in ("sub/a.png", "./sub/../sub/a.png", "inner.png", str(folder / "sub" / "a.png")):
         assert (await load(good, folder=str(folder)))[0, 0, 0] == 9
     for bad in ("../outside.png", "escape.png", "up/outside.png", str(tmp_path / "outside.png"), "/etc/hostname"):
-        with pytest.raises(InvalidInit, match="leaves the folder"):
+        with pytest.raises(InvalidInit, match="leads out of"):
             await load(bad, folder=str(folder))
     for missing in ("nothing.png", "sub", "", "a\0b", "x" * 5000):
         with pytest.raises(InvalidInit):
