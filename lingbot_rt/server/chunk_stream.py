@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
@@ -191,7 +190,7 @@ class ChunkStream:
             queue_wait_ms=1000 * (room_at - began_at),
             pace_wait_ms=1000 * (started_at - room_at) if self._pacer else 0.0,
         )
-        num_batches = self._session.num_batches(plan.chunk_index, self._encoder.max_batch)
+        num_batches = self._session.num_batches(plan.chunk_index, self._session.settings.output.frames_per_batch)
         return _Chunk(sampled, num_batches, stats, began_at, opens, planned_at)
 
     def _take(self, chunk: _Chunk, group: FrameGroup) -> None:
@@ -208,7 +207,7 @@ class ChunkStream:
                 chunk.first_group_s = self._first_group_s = time.monotonic() - chunk.planned_at
             if self._recorder is not None:
                 chunk.groups.append(group.pixels)
-            for pixels in _split(group.pixels, self._encoder.max_batch):
+            for pixels in self._encoder.split(group.pixels):
                 started_at = time.monotonic()
                 batch = await loop.run_in_executor(self._encoders, self._encoded, chunk, pixels)
                 chunk.stats.raw_payload_build_ms += 1000 * (time.monotonic() - started_at)
@@ -304,8 +303,3 @@ class ChunkStream:
             metrics.stage_ms.labels(stage).observe(ms)
         if stats.event_latency_ms is not None:
             metrics.event_latency_ms.observe(stats.event_latency_ms)
-
-
-def _split(pixels: npt.NDArray[np.uint8], max_batch: int) -> Iterator[npt.NDArray[np.uint8]]:
-    for start in range(0, len(pixels), max_batch):
-        yield pixels[start : start + max_batch]

@@ -17,6 +17,9 @@ from lingbot_rt.session.messages import Event, Init, shown
 from lingbot_rt.session.plan import ModelInfo, PostprocessPlan, SessionPlan
 from lingbot_rt.shapes import FrameSize, latent_frames_for
 
+ENCODED_FRAMES_PER_BATCH = 6
+RAW_FRAMES_PER_BATCH = 16
+
 MIN_SIDE = 64
 """Smallest width and height of a session in pixels."""
 
@@ -28,6 +31,16 @@ class OutputFormat:
     name: FormatName
     quality: int | None = None  # 1 to 100 for webp and jpeg; None: the default of the format
     preview_max_width: int | None = None  # wider webp and jpeg pictures are shrunk to this many pixels
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether each frame is sent as a picture file."""
+        return self.name in ("webp", "jpeg")
+
+    @property
+    def frames_per_batch(self) -> int:
+        """Largest number of frames per batch."""
+        return ENCODED_FRAMES_PER_BATCH if self.is_encoded else RAW_FRAMES_PER_BATCH
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +65,7 @@ class SessionSettings:
     extensions: frozenset[str]
     postprocess: PostprocessPlan
     pinned: Mapping[int, tuple[Event, ...]]  # chunk index -> events that this chunk samples
+    pause_limit_s: float  # longest pause
 
     @property
     def playback_fps(self) -> float:
@@ -106,6 +120,7 @@ def resolve(init: Init, info: ModelInfo, config: ServeConfig) -> SessionSettings
         extensions=frozenset(init.protocol_extensions),
         pinned=_pinned(init),
         postprocess=_postprocess(init, config.postprocess_model_dir),
+        pause_limit_s=config.pause_limit_s,
     )
 
 

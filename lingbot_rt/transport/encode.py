@@ -9,7 +9,7 @@ import importlib.util
 import io
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Literal
@@ -24,8 +24,6 @@ from lingbot_rt.session.settings import OutputFormat
 Pixels = npt.NDArray[np.uint8]
 
 DEFAULT_QUALITY = {"webp": 90, "jpeg": 95}
-_PICTURES_PER_BATCH = 6
-_RAW_FRAMES_PER_BATCH = 16
 
 _GZIP_WBITS = 31
 _HAS_SIMPLEJPEG = importlib.util.find_spec("simplejpeg") is not None
@@ -42,13 +40,13 @@ class FrameEncoder:
         self._previous: Pixels | None = None
         self._previous_event_id: int | None = None
 
-    @property
-    def max_batch(self) -> int:
-        """Largest number of frames per batch."""
-        return _PICTURES_PER_BATCH if self._output.name in DEFAULT_QUALITY else _RAW_FRAMES_PER_BATCH
+    def split(self, pixels: Pixels) -> Iterator[Pixels]:
+        """Frames [n, H, W, 3] in pieces of one batch each."""
+        step = self._output.frames_per_batch
+        return (pixels[start : start + step] for start in range(0, len(pixels), step))
 
-    def encode(self, pixels: Pixels, *, event_id: int | None) -> EncodedBatch:
-        """Encodes uint8 [n, H, W, 3], 1 <= n <= max_batch. Calls must be in the order of the stream, one at a time."""
+    def encode(self, pixels: Pixels, event_id: int | None) -> EncodedBatch:
+        """Encodes one piece of ``split``. Calls must be in the order of the stream, one at a time."""
         match self._output.name:
             case "raw":
                 return self._raw_batch("application/x-raw-rgb", "raw", pixels, np.ascontiguousarray(pixels).tobytes())

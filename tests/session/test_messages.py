@@ -69,7 +69,7 @@ def test_frame_batches_are_the_references_byte_for_byte(golden):
             OutputFormat(name, given_["output_compression"], given_["realtime_preview_max_width"] or None)
         )
         frames = pixels(given_["width"], given_["height"], list(range(given_["frames_per_batch"])))
-        parts = [frames[i : i + encoder.max_batch] for i in range(0, len(frames), encoder.max_batch)]
+        parts = list(encoder.split(frames))
         assert len(parts) == len(case["messages"]), case["name"]
         for index, (part, expected) in enumerate(zip(parts, case["messages"], strict=True)):
             messages = batch_messages(
