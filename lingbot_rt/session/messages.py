@@ -34,7 +34,7 @@ FPS_RANGE = (1, 120)
 STEPS_RANGE = (1, 50)
 
 _MAX_UINT32 = 2**32 - 1
-_MAX_EVENT_ID = 2**53  # the largest integer that every client can count to
+_MAX_EVENT_ID = 2**53  # JavaScript has no exact integers above it
 _MAX_TEXT = 2000
 _MAX_SHOWN = 80
 _MAX_ITEMS_SHOWN = 4
@@ -132,10 +132,10 @@ _ENCODER = msgspec.msgpack.Encoder()
 
 
 def decode(data: bytes, refusal: type[RequestError] = InvalidInit) -> Init | Event:
-    """One binary client message. A nil value counts as an absent key; unknown keys are ignored.
+    """One binary client message. A nil value counts as an absent key. Unknown keys are ignored.
 
-    Raises InvalidInit or InvalidEvent, and no other exception whatever the bytes; ``refusal`` for bytes that are
-    neither an init nor an event.
+    Raises InvalidInit for a wrong init, InvalidEvent for a wrong event, and ``refusal`` for bytes that are neither. No
+    other exception, whatever the bytes.
     """
     try:
         raw = _DECODER.decode(data)
@@ -146,7 +146,8 @@ def decode(data: bytes, refusal: type[RequestError] = InvalidInit) -> Init | Eve
         message = msgspec.convert(given, Init | Event)
     except msgspec.ValidationError:
         raise _explained(given, refusal) from None
-    unknown = [key for key in given if key != "type" and key not in message.__struct_fields__]
+    known = {"type", *message.__struct_fields__}
+    unknown = [key for key in given if key not in known]
     if unknown:
         log.debug("%s message: %d unknown keys ignored: %s", given["type"], len(unknown), shown(unknown))
     return message
@@ -188,7 +189,8 @@ def _is_valid(value: Any, field: msgspec.structs.FieldInfo) -> bool:
 def shown(value: object, depth: int = 2) -> str:
     """``value`` for an error message: one line of at most 80 characters, without the bytes of pictures.
 
-    Clients choose the value, so its size and depth do not change the time and the stack that this takes.
+    Clients choose the value, so time and stack are bounded: long values are cut, and so is what is nested deeper than
+    ``depth``.
     """
     match value:
         case bytes():
@@ -208,7 +210,7 @@ def shown(value: object, depth: int = 2) -> str:
 
 
 def _items(items: Iterator[str], count: int, depth: int) -> str:
-    """The first items of a list or map of ``count``; none of them when ``depth`` is used up."""
+    """The first items of a list or map that has ``count``; none of them if ``depth`` is 0."""
     if depth == 0 and count:
         return "..."
     rest = ["..."] if count > _MAX_ITEMS_SHOWN else []
