@@ -1,7 +1,7 @@
-"""One frozen configuration, built once: defaults < TOML file < environment < flags.
+"""The configuration of ``lingbot-rt serve``: one frozen object, merged from defaults < TOML file < environment < flags.
 
-Each field below is a flag of ``lingbot-rt serve`` (``--model-path``), a key of the TOML file (``model_path``) and an
-environment variable (``LINGBOT_RT_MODEL_PATH``). The help text, the range and the choices stand beside it.
+Each field of ``ServeConfig`` is a flag (``--model-path``), a key of the TOML file (``model_path``) and an environment
+variable (``LINGBOT_RT_MODEL_PATH``). Its help text, range and choices are beside it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ ENV_PREFIX = "LINGBOT_RT_"
 BUILTIN = "builtin"
 
 ENDPOINT = "/v1/realtime_video/generate"
-"""Path of the session's WebSocket."""
+"""Path of the WebSocket that carries sessions."""
 
 FormatName = Literal["webp", "jpeg", "raw", "delta-gzip"]
 OUTPUT_FORMATS: tuple[FormatName, ...] = typing.get_args(FormatName)
-"""How frames can be sent."""
+"""The formats in which frames can be sent."""
 
 
 def _option(
@@ -45,50 +45,57 @@ def _option(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     # Model
-    model_path: str = _option(BUILTIN, "builtin, a diffusers folder, or a hub id", group="model")
-    served_model_name: str | None = _option(None, "name in /v1/models (default: from the model path)", group="model")
+    model_path: str = _option(
+        BUILTIN, "model to serve: builtin, a diffusers folder or a Hugging Face hub id", group="model"
+    )
+    served_model_name: str | None = _option(
+        None, "name of the model in /v1/models (default: taken from the model path)", group="model"
+    )
     pipeline_class_name: str = _option(
-        PIPELINE_CLASS_NAME, "the only pipeline there is", choices=(PIPELINE_CLASS_NAME,), group="model"
+        PIPELINE_CLASS_NAME, "pipeline class; there is only this one", choices=(PIPELINE_CLASS_NAME,), group="model"
     )
     # Device
-    num_gpus: int = _option(1, "processes, one a GPU", low=1, high=64, group="device")
+    num_gpus: int = _option(1, "number of GPUs, with one process per GPU", low=1, high=64, group="device")
     ulysses_degree: int | None = _option(
-        None, "GPUs that share a session (default: all of them)", low=1, high=64, group="device"
+        None, "GPUs that share a session; must equal --num-gpus (default: all GPUs)", low=1, high=64, group="device"
     )
     vae_parallel: str = _option(
         "none",
-        "who decodes: none, the first GPU alone; width, all of them, each some columns of the picture",
+        "how several GPUs decode; none: the first GPU decodes alone; width: each GPU decodes some columns of the frame",
         choices=("none", "width"),
         group="device",
     )
     rank_timeout_s: float = _option(
         30.0,
-        "seconds within which the service ends after one of its processes has died, failed or stalled",
+        "seconds within which the service ends after one of its processes dies, fails or hangs",
         low=5,
         high=3600,
         group="device",
     )
-    device: str = _option("auto", "where the networks run", choices=("auto", "cuda", "cpu"), group="device")
+    device: str = _option("auto", "device that runs the networks", choices=("auto", "cuda", "cpu"), group="device")
     dtype: str = _option(
         "auto",
-        "auto: bfloat16 on cuda, float32 on cpu",
+        "number format of the networks; auto: bfloat16 on cuda, float32 on cpu",
         choices=("auto", "float32", "bfloat16"),
         group="device",
     )
     quantization: str = _option(
         "none",
-        "fp8: the blocks' linears in float8, for GPUs of compute capability 8.9 on; not exact",
+        "fp8: the linear layers of the DiT's blocks in float8; not exact; needs compute capability 8.9 or newer",
         choices=("none", "fp8"),
         group="device",
     )
     vae_dtype: str = _option(
         "float32",
-        "of the VAE; bfloat16 is quicker on a GPU and not exact",
+        "number format of the VAE; bfloat16 is faster on a GPU and not exact",
         choices=("float32", "bfloat16"),
         group="device",
     )
     compile: str = _option(
-        "auto", "run compiled code; auto: on cuda", choices=("auto", "true", "false"), group="device"
+        "auto",
+        "whether to compile the networks; auto: only on cuda",
+        choices=("auto", "true", "false"),
+        group="device",
     )
     compile_cache: str | None = _option(
         None,
@@ -96,64 +103,65 @@ class ServeConfig:
         group="device",
     )
     dit_cpu_offload: bool = _option(
-        False, "the DiT's blocks rest on the CPU; two at a time visit the device, in every forward", group="device"
+        False,
+        "keep the DiT's blocks on the CPU and move them to the device, two at a time, in every forward",
+        group="device",
     )
     text_encoder_cpu_offload: bool = _option(
-        False, "the text encoder rests on the CPU and visits the device when used", group="device"
+        False, "keep the text encoder on the CPU and move it to the device when it is used", group="device"
     )
-    vae_cpu_offload: bool = _option(False, "the VAE rests on the CPU and visits the device when used", group="device")
+    vae_cpu_offload: bool = _option(
+        False, "keep the VAE on the CPU and move it to the device when it is used", group="device"
+    )
     attention_backend: str = _option(
         "auto",
-        "self-attention kernel: torch's own, or a FlashAttention package of that generation",
+        "self-attention kernel: one of torch's own, or a FlashAttention package of that version",
         choices=("auto", "sdpa", "cudnn", "flash", "math", "flash-attn2", "flash-attn3", "flash-attn4"),
         group="device",
     )
     deterministic_noise: str = _option(
         "device",
-        "where a session's noise is drawn: cpu gives one world a seed on every device",
+        "where a session's noise is drawn; cpu: a seed gives the same noise on every device",
         choices=("device", "cpu"),
         group="device",
     )
     cpu_threads: int | None = _option(
-        None, "threads of the CPU path (default: physical cores)", low=1, high=256, group="device"
+        None, "threads for computing on the CPU (default: physical cores)", low=1, high=256, group="device"
     )
-    warmup: bool = _option(True, "run every shape once before /health says ready", group="device")
+    warmup: bool = _option(True, "run every shape once before /health reports ready", group="device")
     enable_upscaling_warmup: bool = _option(
-        False, "warm-up includes the upscaling and interpolation networks", group="device"
+        False, "include the upscaling and interpolation networks in the warm-up", group="device"
     )
     # Server
     host: str = _option("127.0.0.1", "address to listen on", group="server")
-    port: int = _option(30000, "port to listen on; 0 picks a free one", low=0, high=65535, group="server")
-    api_key: str | None = _option(None, "when set, every request must carry it", group="server")
+    port: int = _option(30000, "port to listen on; 0 picks a free port", low=0, high=65535, group="server")
+    api_key: str | None = _option(None, "key that every request must carry (default: no key is needed)", group="server")
     cors_allow_origins: str = _option(
-        "*", "comma-separated origins that may use the HTTP API and the WebSocket", group="server"
+        "*", "comma-separated origins that may use the HTTP API and the WebSocket; * is all", group="server"
     )
     default_output_format: str = _option(
         "delta-gzip",
-        "transport when an init names none",
+        "how frames are sent when an init names no format",
         choices=OUTPUT_FORMATS,
         group="server",
     )
     log_level: str = _option(
-        "info", "least severe message to log", choices=("debug", "info", "warning", "error"), group="server"
+        "info", "lowest level that is logged", choices=("debug", "info", "warning", "error"), group="server"
     )
     # Limits
-    max_message_mb: int = _option(64, "largest client message, MiB", low=1, high=1024, group="limits")
+    max_message_mb: int = _option(64, "largest message of a client, MiB", low=1, high=1024, group="limits")
     max_pixels: int = _option(
-        1280 * 720, "largest width x height of a session", low=64 * 64, high=4096 * 4096, group="limits"
+        1280 * 720, "largest width x height of a session, pixels", low=64 * 64, high=4096 * 4096, group="limits"
     )
     init_timeout_s: float = _option(
-        10.0, "seconds a client has to send a valid init", low=0.1, high=3600, group="limits"
+        10.0, "seconds within which a client must send a valid init", low=0.1, high=3600, group="limits"
     )
     session_wait_s: float = _option(
         1.0,
-        "seconds a second client waits for the slot before it is refused",
+        "seconds a client waits for the running session to end before it is refused",
         low=0,
         high=3600,
         group="limits",
-    )
-    send_timeout_s: float = _option(
-        20.0, "seconds a client may neither read nor close", low=0.5, high=3600, group="limits"
     )
     pause_limit_s: float = _option(
         300.0,
@@ -162,19 +170,41 @@ class ServeConfig:
         high=86400,
         group="limits",
     )
+    send_timeout_s: float = _option(
+        20.0,
+        "seconds after which a client that stopped reading is disconnected",
+        low=0.5,
+        high=3600,
+        group="limits",
+    )
     first_frame_dir: str | None = _option(
-        None, "folder from which an init may name its first frame by path", group="limits"
+        None, "folder from which an init may name its first frame by path (default: paths are refused)", group="limits"
     )
     postprocess_model_dir: str | None = _option(
-        None, "folder of the upscaling and interpolation models that an init may name", group="limits"
+        None,
+        "folder of the upscaling and interpolation models that an init may name (default: model paths are refused)",
+        group="limits",
     )
-    record_dir: str | None = _option(None, "folder in which sessions are recorded", group="limits")
-    record_sessions: str = _option("all", "which sessions are recorded", choices=("all", "asked"), group="limits")
+    record_dir: str | None = _option(
+        None, "folder in which sessions are recorded (default: nothing is recorded)", group="limits"
+    )
+    record_sessions: str = _option(
+        "all",
+        "which sessions are recorded: all, or only those whose init asks for it",
+        choices=("all", "asked"),
+        group="limits",
+    )
     record_max_mb: int = _option(1024, "largest record of one session, MiB", low=1, high=10**6, group="limits")
     record_total_mb: int = _option(
-        16384, "largest size of --record-dir, MiB; the oldest records make room", low=1, high=10**8, group="limits"
+        16384,
+        "largest size of --record-dir, MiB; the oldest records are deleted to make room",
+        low=1,
+        high=10**8,
+        group="limits",
     )
-    allow_remote_first_frame: bool = _option(False, "an init may name its first frame by http(s) URL", group="limits")
+    allow_remote_first_frame: bool = _option(
+        False, "allow an init to name its first frame by http(s) URL", group="limits"
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -185,8 +215,7 @@ class ServeConfig:
                 field="ulysses_degree",
             )
         if self.vae_parallel == "width" and self.num_gpus == 1:
-            raise ConfigError("--vae-parallel width: --num-gpus 1 has nothing to share", field="vae_parallel")
-
+            raise ConfigError("--vae-parallel width needs --num-gpus 2 or more", field="vae_parallel")
         if self.record_total_mb < self.record_max_mb:
             raise ConfigError(
                 f"--record-total-mb {self.record_total_mb} must be at least --record-max-mb {self.record_max_mb}",
@@ -203,7 +232,7 @@ class ServeConfig:
 
     @property
     def model_id(self) -> str:
-        """The served name: as given, else the last part of the path."""
+        """The served name: the given one, else the hub id or the folder's name."""
         if self.served_model_name:
             return self.served_model_name
         if self.model_path == BUILTIN:
@@ -217,7 +246,7 @@ def flag(name: str) -> str:
 
 
 def value_type(field: dataclasses.Field[Any]) -> type:
-    """The plain type of a field: str, int, float or bool (``X | None`` gives X)."""
+    """The type of a field: str, int, float or bool. ``X | None`` gives X."""
     hint = typing.get_type_hints(ServeConfig)[field.name]
     return next((part for part in typing.get_args(hint) if part is not type(None)), hint)
 
@@ -225,9 +254,10 @@ def value_type(field: dataclasses.Field[Any]) -> type:
 def load_config(
     flags: Mapping[str, Any], *, file: str | None = None, environment: Mapping[str, str] | None = None
 ) -> ServeConfig:
-    """Merge the sources, later ones over earlier: TOML ``file`` < ``environment`` < ``flags``.
+    """Merges the sources; flags win over the environment, and the environment wins over the TOML ``file``.
 
-    ``flags`` holds only what was given. Raises ConfigError naming the source, the field, the value and what is valid.
+    ``flags`` holds only the flags that were given. ``environment``: None reads os.environ.
+    Raises ConfigError that names the source, the field, the value and what is valid.
     """
     fields = {field.name: field for field in dataclasses.fields(ServeConfig)}
     values: dict[str, Any] = {}
@@ -242,7 +272,7 @@ def load_config(
 
 
 def parse_value(field: dataclasses.Field[Any], text: str, *, source: str) -> Any:
-    """A flag's or variable's text as the field's type; raises ConfigError with the form expected."""
+    """The text of a flag or variable as the field's type. Raises ConfigError that says what is expected."""
     kind = value_type(field)
     if kind is bool:
         lowered = text.strip().lower()

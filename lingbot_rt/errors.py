@@ -1,41 +1,41 @@
-"""Every error a user can meet, with its wire code and where it stops.
+"""Every named error: its wire code and what follows from it.
 
 LingbotError
 ├── ConfigError            a flag, an environment variable or the config file is wrong: one line, exit code 2
-├── CheckpointError        the model folder is missing, incomplete or does not fit its config: exit code 2
-├── RecordError            a session record is missing, damaged or of another format
-├── PlayFailed             a scripted session did not come to its end
-├── RequestError           what a client sent is wrong; nothing changed and the session lives on
+├── CheckpointError        the model folder is missing, incomplete or does not match its config: exit code 2
+├── RecordError            a session record is missing, damaged or in another format
+├── PlayFailed             a scripted session did not reach its end
+├── RequestError           a client message is wrong: nothing changes, and the session goes on
 │   ├── InvalidInit        -> "invalid generate request: FIELD: ..."
-│   └── InvalidEvent       -> "invalid event: ..."
-├── NotReady               the model is still loading; the client may ask again on the same socket
+│   └── InvalidEvent       -> "invalid event: FIELD: ..."
+├── NotReady               the model is still loading: the client may ask again on the same socket
 ├── Unauthorized           the API key is missing or wrong -> close 1008
-├── SessionBusy            the live session's slot is taken -> close 1008
-├── CapacityError          the session would not fit in memory; the message has the numbers
-├── PauseExpired           a session stayed paused for longer than --pause-limit-s -> close 1008
-├── MessageTooLarge        a client message is over --max-message-mb -> close 1009
-├── ShuttingDown           the server ends -> close 1001
-├── ChunkCancelled         a chunk was stopped because its session closed; never sent to a client
-├── ClientTooSlow          a client neither read nor closed for --send-timeout-s
-├── EngineFailed           the engine broke while it ran a chunk -> "error during generate loop: ...", close 1011
-│   └── PeerLost           a collective broke because another rank went away
-└── ClientError            raised by ``lingbot_rt.client`` only
-    ├── ConnectFailed      nobody listens there, or the handshake was refused
-    ├── ServerBusy         another session holds the server                    reconnectable
+├── SessionBusy            another session is running -> close 1008
+├── CapacityError          the session does not fit in memory: the message gives the numbers
+├── PauseExpired           the session stayed paused for longer than --pause-limit-s -> close 1008
+├── MessageTooLarge        a client message is larger than --max-message-mb -> close 1009
+├── ShuttingDown           the server stops -> close 1001
+├── ChunkCancelled         the session of a running chunk was closed: never sent to a client
+├── ClientTooSlow          the client did not read for --send-timeout-s
+├── EngineFailed           the engine failed while it ran a chunk -> "error during generate loop: ...", close 1011
+│   └── PeerLost           a collective failed because another rank is gone
+└── ClientError            raised only by ``lingbot_rt.client``
+    ├── ConnectFailed      no server listens there, or it refused the handshake
+    ├── ServerBusy         another session is running                          reconnectable
     ├── ServerNotReady     the server is still loading its model               reconnectable
-    ├── InitRefused        the server refused the init: its words name the field
-    ├── EventRefused       one event was refused; nothing changed and the session lives on
-    ├── SessionLost        the server ended the session, or the line broke     reconnectable
-    └── ProtocolError      what arrived is not the wire this client speaks
+    ├── InitRefused        the server refused the init: the message names the field
+    ├── EventRefused       the server refused one event: nothing changes, and the session goes on
+    ├── SessionLost        the server ended the session, or the connection broke   reconnectable
+    └── ProtocolError      the server sent something that this client cannot read
 """
 
 from __future__ import annotations
 
 
 class LingbotError(Exception):
-    """Base of all named errors. ``str(error)`` is one line: what, where, what to do.
+    """Base of all named errors. ``str(error)`` is one line: what is wrong, where, and what to do.
 
-    ``code`` is stable for programs; ``field`` names the offending field of a message or flag, when there is one.
+    ``code`` is a stable name for programs. ``field`` names the wrong field of a message or the wrong flag, if any.
     """
 
     code = "error"
@@ -46,7 +46,7 @@ class LingbotError(Exception):
 
     @property
     def wire_content(self) -> str:
-        """The one-line ``content`` of the error message a client gets."""
+        """The ``content`` of the error message that a client gets."""
         return str(self)
 
 
@@ -59,25 +59,23 @@ class CheckpointError(LingbotError):
 
 
 class RequestError(LingbotError):
-    """A client message that is refused whole."""
+    """A client message that is refused as a whole."""
+
+    subject = "invalid message"
+
+    @property
+    def wire_content(self) -> str:
+        return f"{self.subject}: {self.field}: {self}" if self.field else f"{self.subject}: {self}"
 
 
 class InvalidInit(RequestError):
     code = "invalid_init"
-
-    @property
-    def wire_content(self) -> str:
-        field = f"{self.field}: " if self.field else ""
-        return f"invalid generate request: {field}{self}"
+    subject = "invalid generate request"
 
 
 class InvalidEvent(RequestError):
     code = "invalid_event"
-
-    @property
-    def wire_content(self) -> str:
-        field = f"{self.field}: " if self.field else ""
-        return f"invalid event: {field}{self}"
+    subject = "invalid event"
 
 
 class SessionBusy(LingbotError):
@@ -112,7 +110,7 @@ class EngineFailed(LingbotError):
 
 
 class PeerLost(EngineFailed):
-    """A collective broke because another rank went away. The watchdog knows which one."""
+    """A collective failed because another rank is gone. The watchdog knows which one."""
 
 
 class RecordError(LingbotError):
@@ -147,13 +145,13 @@ class ShuttingDown(LingbotError):
 
 
 def one_line(error: BaseException) -> str:
-    """``RuntimeError: the kernel said no``: the kind of an error and the first line of its message."""
+    """The kind of an error and the first line of its message: ``OSError: [Errno 28] No space left on device``."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 class ClientError(LingbotError):
-    """Base of the client's errors. ``reconnectable``: the same call may well succeed a little later."""
+    """Base of the client's errors. ``reconnectable``: the same call may succeed a little later."""
 
     code = "client"
     reconnectable = False
@@ -186,7 +184,7 @@ class EventRefused(ClientError):
 
 
 class SessionLost(ClientError):
-    """``close_code`` is the WebSocket's, None when the line broke without one."""
+    """``close_code`` is the WebSocket's close code; None: the connection broke without one."""
 
     code = "session_lost"
     reconnectable = True

@@ -1,4 +1,4 @@
-"""Every conversion between pixels, latents and tokens; the strides 8, 4 and 2 are written nowhere else."""
+"""Every conversion between pixels, latents and tokens. The strides 8, 4 and 2 are defined only here."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import re
 from dataclasses import dataclass
 
 VAE_SPATIAL_STRIDE = 8
-"""Pixels a latent cell covers along each side."""
+"""Pixels per latent cell along each side."""
 
 VAE_TEMPORAL_STRIDE = 4
-"""Pixel frames a latent frame covers; the very first latent frame of a session covers one."""
+"""Pixel frames per latent frame. The first latent frame of a session has only one."""
 
 PATCH_SIZE = 2
-"""Latent cells a token covers along each side (it covers one latent frame in time)."""
+"""Latent cells per token along each side. A token covers one latent frame in time."""
 
 SIZE_MULTIPLE = VAE_SPATIAL_STRIDE * PATCH_SIZE
-"""Width and height are multiples of this many pixels."""
+"""The width and height of a session are multiples of this many pixels."""
 
 _SIZE = re.compile(r"\s*(\d{1,5})\s*[xX*]\s*(\d{1,5})\s*")
 
@@ -49,11 +49,11 @@ class FrameSize:
 
     @property
     def is_whole_tokens(self) -> bool:
-        """Whether both sides are a whole number of tokens."""
+        """Whether width and height are a whole number of tokens."""
         return self.width % SIZE_MULTIPLE == 0 and self.height % SIZE_MULTIPLE == 0
 
     def nearest_valid(self, minimum: int, max_pixels: int) -> FrameSize:
-        """The nearest size of whole tokens with sides >= minimum and at most max_pixels in all."""
+        """The nearest size of whole tokens with width and height >= ``minimum`` and at most ``max_pixels`` pixels."""
 
         def snap(side: int) -> int:
             return max(round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE, -(-minimum // SIZE_MULTIPLE) * SIZE_MULTIPLE)
@@ -80,33 +80,33 @@ class FrameSize:
 
     @property
     def tokens_per_frame(self) -> int:
-        """Tokens of one latent frame: 1560 at 832x480."""
+        """Tokens per latent frame: 1560 at 832x480."""
         return (self.latent_width // PATCH_SIZE) * (self.latent_height // PATCH_SIZE)
 
 
 def latent_frames_for(num_frames: int) -> int:
-    """The ``num_frames`` of a request -> latent frames a chunk, F = (num_frames - 1) // 4 + 1."""
+    """The ``num_frames`` of an init -> latent frames per chunk, F = (num_frames - 1) // 4 + 1."""
     return (num_frames - 1) // VAE_TEMPORAL_STRIDE + 1
 
 
 def num_frames_for(latent_frames: int) -> int:
-    """Latent frames a chunk -> the ``num_frames`` that asks for them: 3 -> 9."""
+    """Latent frames per chunk -> the ``num_frames`` that asks for them: 3 -> 9."""
     return VAE_TEMPORAL_STRIDE * (latent_frames - 1) + 1
 
 
 def pixel_frames_of_latent(latent_index: int) -> int:
-    """Pixel frames that latent frame ``latent_index`` of a session decodes to: 1 for the very first, then 4."""
+    """Pixel frames of latent frame ``latent_index`` of a session: 1 for the first, then 4."""
     return 1 if latent_index == 0 else VAE_TEMPORAL_STRIDE
 
 
 def pixel_frames_of_chunk(chunk_index: int, latent_frames: int) -> int:
-    """Pixel frames of a whole chunk: 9, then 12, at three latent frames a chunk."""
+    """Pixel frames of a chunk: 9, then 12, at three latent frames per chunk."""
     first = chunk_index * latent_frames
     return sum(pixel_frames_of_latent(first + i) for i in range(latent_frames))
 
 
 FOCAL_PIXELS = 500.0
-"""The same at every size: it is how the model was trained."""
+"""Focal length in pixels. The model was trained with this one at every size."""
 
 
 def intrinsics(size: FrameSize) -> tuple[float, float, float, float]:

@@ -1,4 +1,4 @@
-"""What operators see: the log on stderr and the Prometheus metrics. No torch."""
+"""The log on stderr and the Prometheus metrics. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MS_BUCKETS = (5, 10, 20, 50, 100, 200, 350, 500, 750, 1000, 1500, 2500, 5000, 1
 
 
 class HideKeys(logging.Filter):
-    """Keeps ``?api_key=`` of request lines out of the log."""
+    """Replaces the key in ``?api_key=KEY`` of request lines by ``***``."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
@@ -29,7 +29,7 @@ def _hidden(value: Any) -> Any:
 
 
 def configure_logging(level: str) -> None:
-    """Log to stderr from ``level`` on: debug, info, warning or error. Each call replaces the set-up before it."""
+    """Logs to stderr what has at least ``level``: debug, info, warning or error. Replaces an earlier configuration."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
     handler.addFilter(HideKeys())
@@ -37,14 +37,14 @@ def configure_logging(level: str) -> None:
 
 
 class Metrics:
-    """The server's Prometheus metrics, in a registry of their own."""
+    """The server's Prometheus metrics, in their own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.ready = Gauge("lingbot_rt_ready", "1 when sessions are served", registry=self.registry)
+        self.ready = Gauge("lingbot_rt_ready", "1 when the engine is ready for sessions", registry=self.registry)
         self.connections = Gauge("lingbot_rt_connections", "open WebSockets", registry=self.registry)
-        self.active = Gauge("lingbot_rt_sessions_active", "sessions that hold the engine", registry=self.registry)
-        self.waiting = Gauge("lingbot_rt_sessions_waiting", "clients in line", registry=self.registry)
+        self.active = Gauge("lingbot_rt_sessions_active", "sessions that run", registry=self.registry)
+        self.waiting = Gauge("lingbot_rt_sessions_waiting", "clients that wait for a session", registry=self.registry)
         self.sessions = Counter("lingbot_rt_sessions", "sessions opened", registry=self.registry)
         self.ends = Counter("lingbot_rt_connection_ends", "closed WebSockets", ["code"], registry=self.registry)
         self.errors = Counter("lingbot_rt_errors", "error messages sent", ["code"], registry=self.registry)
@@ -52,20 +52,20 @@ class Metrics:
         self.frames = Counter("lingbot_rt_frames", "pixel frames sent", registry=self.registry)
         self.sent_bytes = Counter("lingbot_rt_sent_bytes", "bytes of frame batches sent", registry=self.registry)
         self.chunk_ms = Histogram(
-            "lingbot_rt_chunk_ms", "wall time of a chunk", buckets=_MS_BUCKETS, registry=self.registry
+            "lingbot_rt_chunk_ms", "wall time per chunk", buckets=_MS_BUCKETS, registry=self.registry
         )
         self.stage_ms = Histogram(
-            "lingbot_rt_stage_ms", "time of a chunk's stage", ["stage"], buckets=_MS_BUCKETS, registry=self.registry
+            "lingbot_rt_stage_ms", "time per chunk and stage", ["stage"], buckets=_MS_BUCKETS, registry=self.registry
         )
         self.rank_ms = Gauge(
             "lingbot_rt_rank_ms",
-            "newest chunk of a rank, waits for other ranks left out",
+            "time of the newest chunk per rank, without waits for other ranks",
             ["rank"],
             registry=self.registry,
         )
         self.event_latency_ms = Histogram(
             "lingbot_rt_event_latency_ms",
-            "event received to first frame carrying it sent",
+            "from receiving an event to sending the first frame that carries it",
             buckets=_MS_BUCKETS,
             registry=self.registry,
         )
@@ -84,5 +84,5 @@ class Metrics:
             self.rank_ms.labels(str(rank)).set(ms)
 
     def exposition(self) -> bytes:
-        """The metrics in Prometheus' text format."""
+        """The metrics in the text format of Prometheus."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""Who may use the server: origins and the API key."""
+"""Checks who may use the server: the API key and the origin of a request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from lingbot_rt.config import ServeConfig
 
 
 def has_key(config: ServeConfig, headers: Mapping[str, str], query: Mapping[str, str] | None = None) -> bool:
-    """Whether the request carries the key, or none is asked for. ``query``: for browsers, which set no headers."""
+    """Whether the request carries the key, or the server needs none.
+
+    ``query`` is for the WebSockets of browsers, which cannot set headers.
+    """
     if config.api_key is None:
         return True
     scheme, _, token = headers.get("authorization", "").partition(" ")
@@ -22,7 +25,7 @@ def has_key(config: ServeConfig, headers: Mapping[str, str], query: Mapping[str,
 
 
 def may_connect(config: ServeConfig, headers: Mapping[str, str]) -> bool:
-    """Whether a WebSocket from this ``Origin`` is served. Programs send none; the server's own page always may."""
+    """Whether a WebSocket with this ``Origin`` is served. The server's own page and requests without one always are."""
     origin = headers.get("origin")
     allowed = config.allowed_origins
     if origin is None or "*" in allowed or origin in allowed:

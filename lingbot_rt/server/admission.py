@@ -1,7 +1,7 @@
-"""Who holds the engine: one live session, a line of those who wait.
+"""Gives the engine to one session at a time. Other clients wait in line.
 
-A waiting client is refused after ``wait_s``, but that clock stands while the holder is on its way out: a page that
-reloads meets its own old socket there, and freeing an interrupted chunk can take longer than the wait.
+A waiting client is refused after ``wait_s``, but not while the running session is ending. When a page reloads, its old
+session is still there, and interrupting that session's chunk can take longer than ``wait_s``.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from lingbot_rt.errors import SessionBusy
 
 LEAVING_LIMIT_S = 30.0
-"""Longest a departing session may hold up the line."""
+"""Seconds beyond ``wait_s`` that a client waits for a session that is ending."""
 
 
 TellPlace = Callable[[int], Awaitable[None]]
 
 
 class Slot:
-    """What the holder has. Call ``leaving`` as soon as its client is gone."""
+    """The place of the running session. Call ``leaving`` as soon as the session begins to end."""
 
     def __init__(self) -> None:
         self.is_leaving = False
@@ -58,9 +58,9 @@ class Admission:
 
     @asynccontextmanager
     async def slot(self, tell_place: TellPlace | None = None) -> AsyncIterator[Slot]:
-        """Holds the slot for the block; first come, first served.
+        """Holds the slot for the block. Clients get it in the order in which they came.
 
-        ``tell_place(position)`` is awaited with each new place in line, 1 is next. Raises SessionBusy when the wait is
+        ``tell_place(position)`` is awaited with each new place in line; 1 is next. Raises SessionBusy when the wait is
         over.
         """
         slot = await self._acquire(tell_place)
@@ -79,7 +79,7 @@ class Admission:
         try:
             return await self._wait(ticket, tell_place)
         except BaseException:
-            # Cancelled or refused in the same turn in which the slot was handed over: it goes on to the next.
+            # Cancelled or refused in the same turn in which the slot was handed over: the next client gets it.
             if ticket.slot is not None:
                 self._pass_on()
             raise
@@ -102,7 +102,7 @@ class Admission:
             leaving = self._holder is not None and self._holder.is_leaving
             if now >= (last_moment if leaving else deadline):
                 raise SessionBusy
-            # While someone leaves, look again shortly: the next in line may have become the holder.
+            # Past the deadline the wait goes on only while the holder is leaving, so look again soon.
             ticket.changed.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(deadline - now if now < deadline else 0.05):

@@ -1,6 +1,6 @@
 """The first frame of an init -> uint8 [H, W, 3] at exactly the session's size.
 
-It comes as bytes, as a data: URL, and, where the operator allows it, as a path below one folder or as a public URL.
+An init gives it as bytes or a data: URL. If the operator allows it, also as a path inside one folder or a public URL.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from lingbot_rt.errors import InvalidInit
+from lingbot_rt.errors import InvalidInit, one_line
 from lingbot_rt.server.remote_picture import fetch
 from lingbot_rt.shapes import FrameSize
 
@@ -27,34 +27,28 @@ MAX_DECODED_PIXELS = 64_000_000
 MAX_FILE_BYTES = 64 * 2**20
 
 _RUNS_PROGRAMS = {"EPS", "WMF"}
-"""Formats whose Pillow plugin hands the file to another program or to the system."""
+"""Formats whose Pillow plugin passes the file to another program or to the operating system."""
 
 _PILLOW_FAILURES = (
     *(OSError, SyntaxError, ValueError, TypeError, ArithmeticError, LookupError, EOFError, AttributeError),
-    *(
-        RuntimeError,
-        MemoryError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ),
+    *(RuntimeError, MemoryError, struct.error, zlib.error),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
-"""What Pillow's plugins raise on broken files; they agree on no base class."""
+"""What Pillow's plugins raise on broken files. These errors have no common base class."""
 
 
 async def load_first_frame(
     value: bytes | str, size: FrameSize, *, folder: str | None, allow_remote: bool
 ) -> npt.NDArray[np.uint8]:
-    """uint8 [H, W, 3]. Raises InvalidInit naming what is wrong and the option that would allow it.
+    """uint8 [H, W, 3], read and decoded in a worker thread.
 
-    Reading and decoding happen in a worker thread.
+    Raises InvalidInit that says what is wrong and, if an option would allow it, which one.
     """
     return await asyncio.to_thread(lambda: decode_picture(_read(value, folder, allow_remote), size))
 
 
 def decode_picture(data: bytes, size: FrameSize) -> npt.NDArray[np.uint8]:
-    """Any picture Pillow reads -> uint8 [H, W, 3], stretched (bicubic) to ``size``. Raises InvalidInit."""
+    """Any picture that Pillow reads -> uint8 [H, W, 3], stretched (bicubic) to ``size``. Raises InvalidInit."""
     if not data:
         raise InvalidInit("no bytes, expected a picture (PNG, JPEG, WebP, ...)", field=FIELD)
     try:
@@ -67,8 +61,7 @@ def decode_picture(data: bytes, size: FrameSize) -> npt.NDArray[np.uint8]:
             rgb = _as_rgb(ImageOps.exif_transpose(image))
             return np.asarray(rgb.resize((size.width, size.height), Image.Resampling.BICUBIC))
     except _PILLOW_FAILURES as error:
-        kind = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise InvalidInit(f"{len(data)} bytes are not a readable picture ({kind})", field=FIELD) from None
+        raise InvalidInit(f"{len(data)} bytes are not a readable picture ({one_line(error)})", field=FIELD) from None
 
 
 def _formats() -> list[str]:
@@ -78,7 +71,7 @@ def _formats() -> list[str]:
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        # Pillow would clip these to 8 bits; 16-bit grey keeps its upper byte.
+        # Pillow would clip these to 8 bits. Here 16-bit grey keeps its upper byte.
         values = np.asarray(image).astype(np.float64)
         if image.mode != "F" and (image.mode != "I" or values.max(initial=0) > 255):
             values = values // 256
@@ -98,7 +91,7 @@ def _read(value: bytes | str, folder: str | None, allow_remote: bool) -> bytes:
         return _from_data_url(value)
     if scheme.startswith(("http://", "https://")):
         if not allow_remote:
-            raise InvalidInit("URLs are off on this server (--allow-remote-first-frame); send the bytes", field=FIELD)
+            raise InvalidInit("this server takes no URLs (--allow-remote-first-frame); send the bytes", field=FIELD)
         return fetch(value)
     return _from_folder(value, folder)
 
@@ -117,16 +110,16 @@ def _from_data_url(value: str) -> bytes:
 
 def _from_folder(value: str, folder: str | None) -> bytes:
     if folder is None:
-        raise InvalidInit("paths are off on this server (--first-frame-dir FOLDER); send the bytes", field=FIELD)
+        raise InvalidInit("this server takes no paths (--first-frame-dir FOLDER); send the bytes", field=FIELD)
     root = Path(folder).resolve()
     try:
-        path = (root / value).resolve()  # follows symlinks, so what is checked is what is read
+        path = (root / value).resolve()  # follows links, so the path that is checked is the one that is read
         if not path.is_relative_to(root):
-            raise InvalidInit("the path leaves the folder of --first-frame-dir", field=FIELD)
+            raise InvalidInit("the path leads out of --first-frame-dir", field=FIELD)
         if not path.is_file():
-            raise InvalidInit("there is no such file in the folder of --first-frame-dir", field=FIELD)
+            raise InvalidInit("there is no such file in --first-frame-dir", field=FIELD)
         if path.stat().st_size > MAX_FILE_BYTES:
             raise InvalidInit(f"the file is larger than {MAX_FILE_BYTES // 2**20} MiB", field=FIELD)
         return path.read_bytes()
-    except (OSError, ValueError, RuntimeError) as error:  # unreadable, a NUL in the name, a loop of links
-        raise InvalidInit(f"the file cannot be read ({error.__class__.__name__})", field=FIELD) from None
+    except (OSError, ValueError, RuntimeError) as error:  # unreadable, a NUL in the path, a loop of links
+        raise InvalidInit(f"the file cannot be read ({type(error).__name__})", field=FIELD) from None

@@ -1,4 +1,4 @@
-"""The entry of /v1/models: everything a page needs to offer only what this server can do."""
+"""The entry of /v1/models. From it a page learns what this server can do."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ from typing import Any
 
 from lingbot_rt.config import OUTPUT_FORMATS, ServeConfig
 from lingbot_rt.server.first_frame import MAX_DECODED_PIXELS
-from lingbot_rt.session.controls import MAX_PENDING, MAX_PROMPT_CHARACTERS, TOKENS
-from lingbot_rt.session.messages import EXTENSIONS
+from lingbot_rt.session.controls import MAX_PENDING, TOKENS
+from lingbot_rt.session.messages import EXTENSIONS, FPS_RANGE, MAX_NUM_FRAMES, MAX_PROMPT_CHARACTERS, STEPS_RANGE
 from lingbot_rt.session.plan import EngineStatus, ModelInfo
 from lingbot_rt.session.settings import MIN_SIDE
-from lingbot_rt.shapes import SIZE_MULTIPLE, FrameSize, num_frames_for
+from lingbot_rt.shapes import SIZE_MULTIPLE, FrameSize, latent_frames_for, num_frames_for
 
 _COMMON_SIZES = ("832x480", "480x832", "640x640", "1280x720", "720x1280", "448x256", "256x448")
-_MAX_LATENT_FRAMES = 21
 
 
 def model_entry(config: ServeConfig, info: ModelInfo | None, status: EngineStatus, *, busy: bool) -> dict[str, Any]:
-    """``info`` is None while the model loads; what depends on it is then left out."""
+    """``info`` is None while the model loads. The fields that depend on it are then missing."""
     entry: dict[str, Any] = {
         "id": config.model_id if info is None else info.model_id,
         "object": "model",
@@ -31,7 +30,7 @@ def model_entry(config: ServeConfig, info: ModelInfo | None, status: EngineStatu
         "default_output_format": config.default_output_format,
         "extensions": list(EXTENSIONS),
         "features": {"upscaling": True, "frame_interpolation": True, "guidance": True},
-        "fps": {"default": 16, "min": 1, "max": 120},
+        "fps": {"default": 16, "min": FPS_RANGE[0], "max": FPS_RANGE[1]},
         "limits": {
             "size_multiple": SIZE_MULTIPLE,
             "min_side": MIN_SIDE,
@@ -52,11 +51,11 @@ def model_entry(config: ServeConfig, info: ModelInfo | None, status: EngineStatu
         },
     }
     if info is not None:
-        entry |= _of_card(info, config.max_pixels)
+        entry |= _of_model(info, config.max_pixels)
     return entry
 
 
-def _of_card(info: ModelInfo, max_pixels: int) -> dict[str, Any]:
+def _of_model(info: ModelInfo, max_pixels: int) -> dict[str, Any]:
     sizes = [str(info.default_size)]
     for text in _COMMON_SIZES:
         size = FrameSize.parse(text)
@@ -75,9 +74,9 @@ def _of_card(info: ModelInfo, max_pixels: int) -> dict[str, Any]:
         "latent_frames": info.latent_frames,
         "num_frames": {
             "default": num_frames_for(info.latent_frames),
-            "choices": [num_frames_for(latent) for latent in range(1, _MAX_LATENT_FRAMES + 1)],
+            "choices": [num_frames_for(latent) for latent in range(1, latent_frames_for(MAX_NUM_FRAMES) + 1)],
         },
-        "num_inference_steps": {"default": info.num_steps, "min": 1, "max": 50},
+        "num_inference_steps": {"default": info.num_steps, "min": STEPS_RANGE[0], "max": STEPS_RANGE[1]},
         "realtime_causal_sink_size": {"default": info.sink_frames},
         "realtime_causal_kv_cache_num_frames": {"default": info.window_frames},
     }

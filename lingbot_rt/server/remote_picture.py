@@ -1,7 +1,7 @@
-"""Fetches a first frame over http(s) without becoming a way into the operator's own network.
+"""Fetches a first frame over http(s). Clients cannot use it to reach the operator's own network.
 
-The host name is resolved once, every address it has must be public, and the connection goes to the address that was
-checked: a name that answers differently the second time gains nothing. Redirects pass the same check.
+The host name is resolved once and all its addresses must be public. The connection goes to an address that was checked,
+so a second, different answer of the name server has no effect. Redirects pass the same check.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def is_public(address: Address) -> bool:
-    """Whether a fetch may go there: globally routable, and no tunnel to an address that is not."""
+    """Whether ``address`` is globally routable, and not a tunnel to an address that may not be."""
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             return is_public(address.ipv4_mapped)
@@ -40,7 +40,7 @@ def is_public(address: Address) -> bool:
 
 
 def fetch(url: str, *, allowed: Callable[[Address], bool] = is_public, time_limit_s: float = TIME_LIMIT_S) -> bytes:
-    """The body behind ``url``. Raises InvalidInit: refused target, too large, too slow, not there. Blocks."""
+    """The body of ``url``. Blocks. Raises InvalidInit if the target is refused, too large, too slow or not there."""
     deadline = time.monotonic() + time_limit_s
     for _ in range(MAX_REDIRECTS + 1):
         try:
@@ -56,14 +56,14 @@ def fetch(url: str, *, allowed: Callable[[Address], bool] = is_public, time_limi
 
 
 def _get(url: str, allowed: Callable[[Address], bool], deadline: float) -> tuple[bytes, str | None]:
-    """One request: (body, None), or (b"", where a redirect points)."""
+    """One request -> (body, None), or (b"", target of the redirect)."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise InvalidInit("expected an http or https URL with a host", field=FIELD)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     address = _resolve(parts.hostname, port, allowed)
     raw = socket.create_connection((str(address), port), timeout=max(deadline - time.monotonic(), 0.001))
-    # A server that sends a byte now and then never meets a socket timeout: the whole exchange has one limit.
+    # A server that sends a byte now and then never causes a socket timeout, so the whole exchange has one limit.
     limit = threading.Timer(max(deadline - time.monotonic(), 0), raw.shutdown, [socket.SHUT_RDWR])
     limit.daemon = True
     limit.start()
@@ -96,5 +96,5 @@ def _resolve(host: str, port: int, allowed: Callable[[Address], bool]) -> Addres
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
     if not addresses or not all(allowed(address) for address in addresses):
-        raise InvalidInit("the URL points to a private or local address, which this server refuses", field=FIELD)
+        raise InvalidInit("the URL leads to a private or local address, which this server refuses", field=FIELD)
     return addresses[0]

@@ -1,85 +1,101 @@
-"""The wire's messages: one decoder for what clients send, one encoder for what they get. Pure: bytes in, bytes out.
+"""The wire's messages: decodes what clients send and encodes what they get. Bytes in, bytes out.
 
-The types below are the specification of ``init`` and ``event``: each field carries its range and, in words, what is
-expected, and both the check and the error message come from there. ``docs/wire.md`` is the same table for readers.
+The structs ``Init`` and ``Event`` specify the messages of clients. Each field has its range and says in words what it
+takes; the checks and the error messages both come from there. ``docs/wire.md`` has the same tables for readers.
 
-Existing clients read no negative integers, uint64, int8..64, str32, map32 or ext types, so nothing here sends them.
+Existing clients cannot read negative integers, uint64, int8..64, str32, map32 or ext types. No message here has them.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from itertools import islice
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta
 
 from lingbot_rt.config import OUTPUT_FORMATS, FormatName
-from lingbot_rt.errors import InvalidEvent, InvalidInit, LingbotError, RequestError
+from lingbot_rt.errors import InvalidEvent, InvalidInit, LingbotError, RequestError, one_line
 
 log = logging.getLogger(__name__)
 
 EXTENSIONS = ("session", "queue", "control_ack", "heartbeat", "pause", "pinned_events")
-"""Names an init may list in ``protocol_extensions``; others are ignored."""
+"""Names an init may list in ``protocol_extensions``. Other names are ignored."""
 
 INLINE_PAYLOAD_LIMIT = 65536
-"""A payload below this many bytes travels inside its header map, a larger one as a message of its own."""
+"""A payload below this many bytes travels inside its header map. A larger one is a message of its own."""
 
-MAX_UINT32 = 2**32 - 1
+MAX_PROMPT_CHARACTERS = 8192
+MAX_NUM_FRAMES = 81
+FPS_RANGE = (1, 120)
+STEPS_RANGE = (1, 50)
+
+_MAX_UINT32 = 2**32 - 1
+_MAX_EVENT_ID = 2**53  # JavaScript has no exact integers above it
 _MAX_TEXT = 2000
-_SHOWN = 80
+_MAX_SHOWN = 80
+_MAX_ITEMS_SHOWN = 4
 
 
-def one_of(names: Sequence[str]) -> str:
-    """``a, b or c``."""
-    return f"{', '.join(names[:-1])} or {names[-1]}"
+# --- client to server ---------------------------------------------------------------------------------------------
+
+
+def _range(low: int, high: int, what: str = "a whole number") -> Meta:
+    return Meta(ge=low, le=high, description=f"{what} from {low} to {high}")
 
 
 _Text = Annotated[str, Meta(description="a string")]
 _Flag = Annotated[bool, Meta(description="true or false")]
+_EventId = Annotated[int, Meta(ge=0, le=_MAX_EVENT_ID, description="a whole number from 0 to 2^53")]
 
 
 class PinnedEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """An event that stands in the init already: chunk ``chunk`` is the first to sample it, whatever the timing."""
+    """An event inside an init. Chunk ``chunk`` is the first that samples it, whatever the timing."""
 
-    chunk: Annotated[int, Meta(ge=0, le=MAX_UINT32)]
+    chunk: Annotated[int, Meta(ge=0, le=_MAX_UINT32)]
     kind: str
     payload: Any = None
-    event_id: Annotated[int, Meta(ge=0, le=2**53)] | None = None
+    event_id: _EventId | None = None
 
 
-class Init(msgspec.Struct, frozen=True, kw_only=True):
-    """The first message of a session. A nil value counts as an absent key."""
+class Init(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="init"):
+    """The first message of a session. Each annotation is ``Annotated[T, Meta]`` or ``Annotated[T, Meta] | None``."""
 
     prompt: Annotated[
         str,
-        Meta(min_length=1, max_length=8192, description="a sentence of 1 to 8192 characters that describes the world"),
+        Meta(
+            min_length=1,
+            max_length=MAX_PROMPT_CHARACTERS,
+            description=f"a sentence of 1 to {MAX_PROMPT_CHARACTERS} characters that describes the world "
+            "(empty counts as missing)",
+        ),
     ]
-    first_frame: Annotated[  # bytes | str, a union msgspec has not; `decode` holds it
+    first_frame: Annotated[  # bytes | str: msgspec has no such union, so `__post_init__` checks it
         Any, Meta(description="the bytes of a picture, a data: URL, or a path or URL the server allows")
     ]
     model: _Text = ""
-    size: Annotated[str, Meta(description="WIDTHxHEIGHT, for example 832x480")] = "832x480"
-    fps: Annotated[float, Meta(ge=1, le=120, description="a number from 1 to 120")] = 16.0
-    num_frames: Annotated[int, Meta(ge=1, le=81, description="a whole number from 1 to 81")] = 9
+    size: Annotated[str, Meta(max_length=40, description="WIDTHxHEIGHT, for example 832x480")] = "832x480"
+    fps: Annotated[float, _range(*FPS_RANGE, "a number")] = 16.0
+    num_frames: Annotated[int, _range(1, MAX_NUM_FRAMES)] = 9
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1, description="a whole number from 0 to 2^63-1")] = 42
-    num_inference_steps: Annotated[int, Meta(ge=1, le=50, description="a whole number from 1 to 50")] | None = None
+    num_inference_steps: Annotated[int, _range(*STEPS_RANGE)] | None = None
     guidance_scale: Annotated[float, Meta(ge=0, le=30, description="a number from 0 to 30; 1 is no guidance")] = 1.0
-    negative_prompt: Annotated[str, Meta(max_length=8192, description="a string of at most 8192 characters")] = ""
-    max_chunks: Annotated[int, Meta(ge=1, le=MAX_UINT32, description="a whole number, at least 1")] | None = None
-    realtime_causal_sink_size: (
-        Annotated[int, Meta(ge=0, le=4096, description="a whole number of latent frames, 0 to 4096")] | None
-    ) = None
-    realtime_causal_kv_cache_num_frames: (
-        Annotated[int, Meta(ge=1, le=4096, description="a whole number of latent frames, 1 to 4096")] | None
-    ) = None
-    realtime_output_format: Annotated[FormatName, Meta(description=one_of(OUTPUT_FORMATS))] | None = None
-    output_compression: Annotated[int, Meta(ge=1, le=100, description="a whole number from 1 to 100")] | None = None
+    negative_prompt: Annotated[
+        str,
+        Meta(max_length=MAX_PROMPT_CHARACTERS, description=f"a string of at most {MAX_PROMPT_CHARACTERS} characters"),
+    ] = ""
+    max_chunks: Annotated[int, Meta(ge=1, le=_MAX_UINT32, description="a whole number, at least 1")] | None = None
+    realtime_causal_sink_size: Annotated[int, _range(0, 4096, "a whole number of latent frames")] | None = None
+    realtime_causal_kv_cache_num_frames: Annotated[int, _range(1, 4096, "a whole number of latent frames")] | None = (
+        None
+    )
+    realtime_output_format: Annotated[FormatName, Meta(description=f"one of {', '.join(OUTPUT_FORMATS)}")] | None = None
+    output_compression: Annotated[int, _range(1, 100)] | None = None
     realtime_preview_max_width: (
-        Annotated[int, Meta(ge=0, le=8192, description="a whole number of pixels, 0 to 8192; 0 is none")] | None
+        Annotated[int, Meta(ge=0, le=8192, description="a whole number of pixels from 0 to 8192; 0 is no limit")] | None
     ) = None
     realtime_output_pacing: _Flag = False
     enable_upscaling: _Flag = False
@@ -98,105 +114,129 @@ class Init(msgspec.Struct, frozen=True, kw_only=True):
     ] = ()
     record: _Flag = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.first_frame, bytes | str):
+            raise TypeError("first_frame must be bytes or str")
 
-class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """Anything a client sends into a running session. ``controls.py`` looks inside ``payload``."""
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="event"):
+    """A message into a running session. ``controls.py`` checks ``payload``."""
 
     kind: Annotated[str, Meta(max_length=64, description="prompt, camera_actions or composite_input")]
     payload: Any = None
-    event_id: Annotated[int, Meta(ge=0, le=2**53, description="a whole number from 0 to 2^53")] | None = None
+    event_id: _EventId | None = None
 
 
-_TYPES: dict[str, tuple[type[Init] | type[Event], type[RequestError]]] = {
-    "init": (Init, InvalidInit),
-    "event": (Event, InvalidEvent),
-}
 _DECODER = msgspec.msgpack.Decoder(dict[str, Any])
 _ENCODER = msgspec.msgpack.Encoder()
-_FIELD = re.compile(r"\$\.(\w+)")
 
 
 def decode(data: bytes, refusal: type[RequestError] = InvalidInit) -> Init | Event:
-    """One binary client message. Raises InvalidInit or InvalidEvent; no other exception whatever the bytes.
+    """One binary client message. A nil value counts as an absent key. Unknown keys are ignored.
 
-    ``refusal`` is raised for bytes that are neither.
+    Raises InvalidInit for a wrong init, InvalidEvent for a wrong event, and ``refusal`` for bytes that are neither. No
+    other exception, whatever the bytes.
     """
     try:
         raw = _DECODER.decode(data)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError, TypeError) as error:
-        raise refusal(f"the message is not a MessagePack map: {_one_line(error)}") from None
-    tag = raw.pop("type", None)
-    if not isinstance(tag, str) or tag not in _TYPES:
-        raise refusal(f'{shown(tag)}, expected "init" or "event"', field="type")
-    struct, refusal = _TYPES[tag]
-    fields = struct.__struct_fields__
-    known = {key: _whole(value) for key, value in raw.items() if key in fields and value is not None}
-    if len(known) < len(raw):
-        unknown = [key for key in raw if key not in fields]
-        log.debug("%s message: %d unknown keys ignored: %s", tag, len(unknown), ", ".join(unknown[:10]))
+        raise refusal(f"the message is not a MessagePack map: {one_line(error)}") from None
+    given = {key: _whole(value) for key, value in raw.items() if value is not None}
     try:
-        message = msgspec.convert(known, struct)
-    except msgspec.ValidationError as error:
-        raise _refused(struct, refusal, known, str(error)) from None
-    if isinstance(message, Init) and not isinstance(message.first_frame, bytes | str):
-        raise _refused(struct, refusal, known, "$.first_frame")
+        message = msgspec.convert(given, Init | Event)
+    except msgspec.ValidationError:
+        raise _explained(given, refusal) from None
+    known = {"type", *message.__struct_fields__}
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        log.debug("%s message: %d unknown keys ignored: %s", given["type"], len(unknown), shown(unknown))
     return message
 
 
 def _whole(value: Any) -> Any:
-    """Some clients pack every integer outside -32..65535 as float64; a number field takes the integer just as well."""
+    """Some clients pack integers above 65535 or below -32 as float64, so a float without a fraction becomes an int."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _refused(
-    struct: type[Init] | type[Event], refusal: type[RequestError], known: Mapping[str, Any], text: str
-) -> RequestError:
-    match = _FIELD.search(text)
-    if match is None:  # "Object missing required field `prompt`"
-        field = text.rpartition("field ")[2].strip("`")
-        hint = " (empty strings count as missing)" if field == "prompt" else ""
-        return refusal(f"missing, expected {expected(struct, field)}{hint}", field=field)
-    field = match[1]
-    return refusal(f"{shown(known[field])}, expected {expected(struct, field)}", field=field)
+def _explained(given: Mapping[str, Any], refusal: type[RequestError]) -> RequestError:
+    """The error for a map that is neither a valid Init nor a valid Event. Names the first field that is wrong."""
+    struct: type[Init] | type[Event]
+    match given.get("type"):
+        case "init":
+            struct, refusal = Init, InvalidInit
+        case "event":
+            struct, refusal = Event, InvalidEvent
+        case tag:
+            return refusal(f'{shown(tag)}, expected "init" or "event"', field="type")
+    wrong = next(field for field in msgspec.structs.fields(struct) if not _is_valid(given.get(field.name), field))
+    problem = shown(given[wrong.name]) if wrong.name in given else "missing"
+    annotated = wrong.type if hasattr(wrong.type, "__metadata__") else get_args(wrong.type)[0]  # of ``X | None``
+    return refusal(f"{problem}, expected {annotated.__metadata__[0].description}", field=wrong.name)
 
 
-def expected(struct: type[Init] | type[Event], field: str) -> str:
-    """What a field takes, in words."""
-    kind = next(entry for entry in msgspec.inspect.type_info(struct).fields if entry.name == field).type  # type: ignore[attr-defined]
-    options = kind.types if isinstance(kind, msgspec.inspect.UnionType) else (kind,)
-    described = (
-        option.extra_json_schema for option in (*options, kind) if isinstance(option, msgspec.inspect.Metadata)
-    )
-    return next((schema["description"] for schema in described if schema), "another value")
+def _is_valid(value: Any, field: msgspec.structs.FieldInfo) -> bool:
+    if value is None:
+        return not field.required
+    if field.name == "first_frame":
+        return isinstance(value, bytes | str)
+    try:
+        msgspec.convert(value, field.type)
+    except msgspec.ValidationError:
+        return False
+    return True
 
 
-def shown(value: object) -> str:
-    """``value`` for an error message: short, on one line, without the bytes of pictures."""
-    if isinstance(value, bytes):
-        return f"{len(value)} bytes"
-    text = repr(value)
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+def shown(value: object, depth: int = 2) -> str:
+    """``value`` for an error message: one line of at most 80 characters, without the bytes of pictures.
+
+    Clients choose the value, so time and stack are bounded: long values are cut, and so is what is nested deeper than
+    ``depth``.
+    """
+    match value:
+        case bytes():
+            return f"{len(value)} bytes"
+        case str():
+            text = repr(value[:_MAX_SHOWN])
+        case None | bool() | int() | float():
+            text = repr(value)
+        case list() | tuple():
+            text = f"[{_items((shown(item, depth - 1) for item in value), len(value), depth)}]"
+        case dict():
+            pairs = (f"{shown(key, 0)}: {shown(item, depth - 1)}" for key, item in value.items())
+            text = f"{{{_items(pairs, len(value), depth)}}}"
+        case _:
+            text = type(value).__name__
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
 
 
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:_MAX_TEXT]
+def _items(items: Iterator[str], count: int, depth: int) -> str:
+    """The first items of a list or map that has ``count``; none of them if ``depth`` is 0."""
+    if depth == 0 and count:
+        return "..."
+    rest = ["..."] if count > _MAX_ITEMS_SHOWN else []
+    return ", ".join([*islice(items, _MAX_ITEMS_SHOWN), *rest])
 
 
 # --- server to client ---------------------------------------------------------------------------------------------
 
 
-def wire_int(value: int) -> int | float:
-    """A count as clients can read it: never negative, above 32 bits as float64."""
-    return max(value, 0) if value <= MAX_UINT32 else float(value)
+def _count(value: int) -> int | float:
+    """A count as clients can read it: never negative, and float64 above 32 bits."""
+    return max(value, 0) if value <= _MAX_UINT32 else float(value)
 
 
-def wire_ms(value: float) -> int | float:
+def _ms(value: float) -> int | float:
     """Milliseconds, rounded half up, never negative."""
-    return wire_int(int(value + 0.5))
+    return _count(int(value + 0.5))
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:_MAX_TEXT]
 
 
 def error_message(error: LingbotError) -> bytes:
-    message: dict[str, Any] = {"type": "error", "content": _one_line(error.wire_content), "code": error.code}
+    """``content`` is one line of at most 2000 characters; ``field`` is there only when the error names one."""
+    message: dict[str, Any] = {"type": "error", "content": _line(error.wire_content), "code": error.code}
     if error.field is not None:
         message["field"] = error.field[:_MAX_TEXT]
     return _ENCODER.encode(message)
@@ -204,19 +244,19 @@ def error_message(error: LingbotError) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class EncodedBatch:
-    """One batch's payload and everything its header says about it."""
+    """The payload of one frame batch and what its header says about it."""
 
     content_type: str
     encoding: str  # "raw", "delta-gzip", "webp", "jpeg"
     num_frames: int
     payload: bytes
-    payload_lengths: tuple[int, ...] | None  # of each encoded picture; None for raw kinds
-    width: int  # as sent
+    payload_lengths: tuple[int, ...] | None  # bytes of each picture; None for raw and delta-gzip
+    width: int  # of the frames as sent, pixels
     height: int
-    source_width: int  # as generated
+    source_width: int  # of the frames as generated
     source_height: int
     raw_size: int  # bytes of the frames before any encoding
-    delta_reference: str | None = None  # "previous-frame": the first frame is XORed with the last one sent
+    delta_reference: str | None = None  # "previous-frame": XORed with the last frame of the batch before
 
 
 def batch_messages(
@@ -228,13 +268,16 @@ def batch_messages(
     num_frame_batches: int,
     event_id: int | None,
 ) -> tuple[bytes, ...]:
-    """One batch as one ``frame_batch`` message, or as ``frame_batch_header`` and its payload, which belong together."""
+    """One batch as one ``frame_batch`` message, or as two: a ``frame_batch_header`` and, right after it, the payload.
+
+    delta-gzip batches and payloads of ``INLINE_PAYLOAD_LIMIT`` bytes or more come as two.
+    """
     is_delta = batch.encoding == "delta-gzip"
     inline = len(batch.payload) < INLINE_PAYLOAD_LIMIT and not is_delta
     header: dict[str, Any] = {
         "type": "frame_batch" if inline else "frame_batch_header",
         "request_id": request_id,
-        "chunk_index": wire_int(chunk_index),
+        "chunk_index": _count(chunk_index),
         "content_type": batch.content_type,
         "num_frames": batch.num_frames,
         "total_size": len(batch.payload),
@@ -243,7 +286,7 @@ def batch_messages(
         "is_final_frame_batch": frame_batch_index == num_frame_batches - 1,
     }
     if event_id is not None:
-        header["event_id"] = wire_int(event_id)
+        header["event_id"] = _count(event_id)
     header |= {
         "format": "rgb24" if batch.payload_lengths is None else batch.encoding,
         "width": batch.width,
@@ -272,64 +315,64 @@ def batch_messages(
 
 @dataclass(slots=True)
 class ChunkStats:
-    """One chunk's times and sizes; filled while the chunk passes through, sent after its last frame."""
+    """The times and sizes of one chunk. Filled while the chunk is made and sent; sent itself after the last frame."""
 
     session_id: str
     request_id: str
     chunk_index: int
     event_id: int | None = None
-    request_prepare_ms: float = 0.0  # sampling the conditions, walking the camera
-    scheduler_forward_ms: float = 0.0  # the engine, whole
-    pace_wait_ms: float = 0.0  # held back for realtime_output_pacing
-    header_write_ms: float = 0.0  # socket, header maps (with their payload, when inline)
+    request_prepare_ms: float = 0.0  # sampling the conditions and computing the camera poses
+    scheduler_forward_ms: float = 0.0  # the whole engine
+    pace_wait_ms: float = 0.0  # waiting because of realtime_output_pacing
+    header_write_ms: float = 0.0  # writing headers, and payloads that are inline, to the socket
     raw_payload_build_ms: float = 0.0  # encoding
-    raw_write_ms: float = 0.0  # socket, payload messages
-    chunk_total_ms: float = 0.0  # wall time from the chunk before (or this one's beginning) to the last frame sent
+    raw_write_ms: float = 0.0  # writing payload messages to the socket
+    chunk_total_ms: float = 0.0  # from the last frame of the previous chunk, or the start, to the last frame
     num_batches: int = 0
     num_frames: int = 0
     raw_bytes: int = 0
     ws_payload_bytes: int = 0
     content_type: str = ""
-    # ours
-    queue_wait_ms: float = 0.0  # waited for room in the outbox before it was planned
+    # From here on: what the reference does not send.
+    queue_wait_ms: float = 0.0  # waiting for room in the outbox before the plan
     dit_ms: float = 0.0
     vae_ms: float = 0.0
-    event_latency_ms: float | None = None  # event received -> first frame carrying it sent
-    window_frames: int = 0
-    postprocess_ms: Mapping[str, float] = field(default_factory=dict)  # upscale_ms, interpolate_ms, of what is on
-    stages: Mapping[str, float] | None = None  # with `profile`
+    event_latency_ms: float | None = None  # from receiving the event to sending the first frame that carries it
+    window_frames: int = 0  # latent frames that the last forward attended to
+    postprocess_ms: Mapping[str, float] = field(default_factory=dict)  # upscale_ms and interpolate_ms, if on
+    stages: Mapping[str, float] | None = None  # ms of each engine stage; only with `profile`
 
 
 def stats_fields(stats: ChunkStats) -> dict[str, Any]:
-    """The map of a ``chunk_stats`` message."""
+    """The map of a ``chunk_stats`` message. The reference's keys come first, in its order."""
     message: dict[str, Any] = {
         "type": "chunk_stats",
         "session_id": stats.session_id,
         "request_id": stats.request_id,
-        "chunk_index": wire_int(stats.chunk_index),
-        "event_id": None if stats.event_id is None else wire_int(stats.event_id),
-        "request_prepare_ms": wire_ms(stats.request_prepare_ms),
-        "scheduler_forward_ms": wire_ms(stats.scheduler_forward_ms),
-        "pace_wait_ms": wire_ms(stats.pace_wait_ms),
-        "header_write_ms": wire_ms(stats.header_write_ms),
-        "raw_payload_build_ms": wire_ms(stats.raw_payload_build_ms),
-        "raw_write_ms": wire_ms(stats.raw_write_ms),
-        "ws_write_ms": wire_ms(stats.header_write_ms + stats.raw_write_ms),
-        # The page divides by it.
-        "chunk_total_ms": max(wire_ms(stats.chunk_total_ms), 1),
+        "chunk_index": _count(stats.chunk_index),
+        "event_id": None if stats.event_id is None else _count(stats.event_id),
+        "request_prepare_ms": _ms(stats.request_prepare_ms),
+        "scheduler_forward_ms": _ms(stats.scheduler_forward_ms),
+        "pace_wait_ms": _ms(stats.pace_wait_ms),
+        "header_write_ms": _ms(stats.header_write_ms),
+        "raw_payload_build_ms": _ms(stats.raw_payload_build_ms),
+        "raw_write_ms": _ms(stats.raw_write_ms),
+        "ws_write_ms": _ms(stats.header_write_ms + stats.raw_write_ms),
+        # Clients divide by it.
+        "chunk_total_ms": max(_ms(stats.chunk_total_ms), 1),
         "num_batches": stats.num_batches,
         "num_frames": stats.num_frames,
-        "raw_bytes": wire_int(stats.raw_bytes),
-        "ws_payload_bytes": wire_int(stats.ws_payload_bytes),
+        "raw_bytes": _count(stats.raw_bytes),
+        "ws_payload_bytes": _count(stats.ws_payload_bytes),
         "content_type": stats.content_type,
-        "queue_wait_ms": wire_ms(stats.queue_wait_ms),
-        "dit_ms": wire_ms(stats.dit_ms),
-        "vae_ms": wire_ms(stats.vae_ms),
-        "encode_ms": wire_ms(stats.raw_payload_build_ms),
-        "event_latency_ms": None if stats.event_latency_ms is None else wire_ms(stats.event_latency_ms),
-        "window_frames": wire_int(stats.window_frames),
+        "queue_wait_ms": _ms(stats.queue_wait_ms),
+        "dit_ms": _ms(stats.dit_ms),
+        "vae_ms": _ms(stats.vae_ms),
+        "encode_ms": _ms(stats.raw_payload_build_ms),
+        "event_latency_ms": None if stats.event_latency_ms is None else _ms(stats.event_latency_ms),
+        "window_frames": _count(stats.window_frames),
     }
-    message |= {name: wire_ms(ms) for name, ms in stats.postprocess_ms.items()}
+    message |= {name: _ms(ms) for name, ms in stats.postprocess_ms.items()}
     if stats.stages is not None:
         message["stages"] = {name: max(round(ms, 3), 0.0) for name, ms in stats.stages.items()}
     return message
@@ -340,27 +383,27 @@ def stats_message(stats: ChunkStats) -> bytes:
 
 
 def session_message(session_id: str, capabilities: Mapping[str, Any]) -> bytes:
-    """Extension ``session``: once after the session is open."""
+    """Extension ``session``: sent once, when the session is open."""
     return _ENCODER.encode({"type": "session", "session_id": session_id, "capabilities": dict(capabilities)})
 
 
 def queue_message(position: int) -> bytes:
-    """Extension ``queue``: the place in line, 1 is next; 0 when the slot is taken over."""
-    return _ENCODER.encode({"type": "queue", "position": wire_int(position)})
+    """Extension ``queue``: the place in line; 1 is next."""
+    return _ENCODER.encode({"type": "queue", "position": _count(position)})
 
 
 def control_ack_message(event_id: int | None, state: Literal["received", "applied"], chunk_index: int | None) -> bytes:
-    """Extension ``control_ack``: an event came in, or a chunk was sampled with it in force."""
+    """Extension ``control_ack``: an event was received, or chunk ``chunk_index`` is the first that it applies to."""
     message: dict[str, Any] = {"type": "control_ack", "state": state}
     if event_id is not None:
-        message["event_id"] = wire_int(event_id)
+        message["event_id"] = _count(event_id)
     if chunk_index is not None:
-        message["chunk_index"] = wire_int(chunk_index)
+        message["chunk_index"] = _count(chunk_index)
     return _ENCODER.encode(message)
 
 
 def heartbeat_message(uptime_ms: float, state: str, chunk_index: int) -> bytes:
-    """Extension ``heartbeat``: the session lives although no frame is due. ``state``: "running" or "paused"."""
+    """Extension ``heartbeat``: the session is alive even when no frames come. ``state``: "running" or "paused"."""
     return _ENCODER.encode(
-        {"type": "heartbeat", "uptime_ms": wire_ms(uptime_ms), "state": state, "chunk_index": wire_int(chunk_index)}
+        {"type": "heartbeat", "uptime_ms": _ms(uptime_ms), "state": state, "chunk_index": _count(chunk_index)}
     )

@@ -1,4 +1,4 @@
-"""An init, the loaded model and the operator's limits -> what a session runs with, or the error that says the fix."""
+"""An init, the model and the server's configuration -> the checked settings of a session. Errors name the fix."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ ENCODED_FRAMES_PER_BATCH = 6
 RAW_FRAMES_PER_BATCH = 16
 
 MIN_SIDE = 64
-"""Smallest width and height of a session, pixels."""
+"""Smallest width and height of a session in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutputFormat:
-    """What a session asked its frames to be sent as."""
+    """How the frames of a session are sent."""
 
     name: FormatName
-    quality: int | None = None  # 1..100 for webp and jpeg; None: 90 and 95
-    preview_max_width: int | None = None  # encoded pictures are shrunk to it, never enlarged
+    quality: int | None = None  # 1 to 100 for webp and jpeg; None: the default of the format
+    preview_max_width: int | None = None  # wider webp and jpeg pictures are shrunk to this many pixels
 
     @property
     def is_encoded(self) -> bool:
-        """Whether every frame travels as a picture file."""
+        """Whether each frame is sent as a picture file."""
         return self.name in ("webp", "jpeg")
 
     @property
     def frames_per_batch(self) -> int:
-        """Most frames of one message."""
+        """Largest number of frames per batch."""
         return ENCODED_FRAMES_PER_BATCH if self.is_encoded else RAW_FRAMES_PER_BATCH
 
 
 @dataclass(frozen=True, slots=True)
 class SessionSettings:
-    """Everything of an init that holds for a whole session, checked, with the model's defaults filled in."""
+    """What an init fixes for the whole session, checked and completed with the model's defaults."""
 
     prompt: str
     negative_prompt: str
@@ -64,12 +64,12 @@ class SessionSettings:
     profile: bool
     extensions: frozenset[str]
     postprocess: PostprocessPlan
-    pinned: Mapping[int, tuple[Event, ...]]  # events that a chunk must sample, by its index
+    pinned: Mapping[int, tuple[Event, ...]]  # chunk index -> events that this chunk samples
     pause_limit_s: float  # longest pause
 
     @property
     def playback_fps(self) -> float:
-        """Frames a second that leave when paced, those in between included."""
+        """Frames per second sent with pacing, interpolated frames included."""
         return self.fps * self.postprocess.rate
 
     def session_plan(self, session_id: str, first_frame: npt.NDArray[np.uint8]) -> SessionPlan:
@@ -90,7 +90,7 @@ class SessionSettings:
 
 
 def resolve(init: Init, info: ModelInfo, config: ServeConfig) -> SessionSettings:
-    """Raises InvalidInit naming the field, the value and what is expected."""
+    """Raises InvalidInit that names the field, the value and what is expected."""
     if init.model not in ("", info.model_id):
         raise InvalidInit(f"{shown(init.model)} is not served here, expected {info.model_id!r}", field="model")
     if not init.prompt.strip():
@@ -142,7 +142,7 @@ def _size(text: str, max_pixels: int) -> FrameSize:
 
 
 def _window(init: Init, info: ModelInfo, latent_frames: int) -> tuple[int, int]:
-    """(sink, window) in latent frames. A window nobody asked for grows with the sink and the chunk."""
+    """(sink, window) in latent frames. The default window grows if the sink and a chunk need more."""
     sink = info.sink_frames if init.realtime_causal_sink_size is None else init.realtime_causal_sink_size
     needed = sink + latent_frames
     window = init.realtime_causal_kv_cache_num_frames
@@ -167,7 +167,7 @@ def _script(init: Init) -> Actions | None:
 
 
 def _postprocess(init: Init, model_dir: str | None) -> PostprocessPlan:
-    """What is off stays at its default, whatever its other fields say."""
+    """Fields of an upscaling or interpolation that is off are ignored."""
 
     def model(given: str | None, field: str) -> Path | None:
         return client_model_path(given, model_dir, field=field) if given else None
@@ -185,7 +185,7 @@ def _postprocess(init: Init, model_dir: str | None) -> PostprocessPlan:
 
 
 def _pinned(init: Init) -> dict[int, tuple[Event, ...]]:
-    """Pinned events by chunk, each checked now: later there is nobody to tell."""
+    """Pinned events by chunk index. They are checked now, because later errors would reach no client."""
     if not init.pinned_events:
         return {}
     if "pinned_events" not in init.protocol_extensions:
@@ -202,10 +202,10 @@ def _pinned(init: Init) -> dict[int, tuple[Event, ...]]:
 
 
 def client_model_path(given: str, model_dir: str | None, *, field: str) -> Path:
-    """A model path out of an init -> a file inside ``model_dir`` (--postprocess-model-dir).
+    """The model path of an init -> a file inside ``model_dir`` (--postprocess-model-dir).
 
-    Relative paths start there; links are followed before the check. Raises InvalidInit for an http(s) path, when no
-    folder is set, when the path leads out of it (whether or not anything is there), and when no file is there.
+    Relative paths start in ``model_dir``. Links are followed before the check. Raises InvalidInit for a URL, if
+    ``model_dir`` is None, if the path leads out of the folder (even to nothing), and if there is no such file.
     """
     if given.lower().startswith(("http://", "https://")):
         raise InvalidInit("must be a file under --postprocess-model-dir, not a URL", field=field)
@@ -225,5 +225,5 @@ def client_model_path(given: str, model_dir: str | None, *, field: str) -> Path:
     if not inside:
         raise InvalidInit("leads out of --postprocess-model-dir", field=field)
     if not found:
-        raise InvalidInit(f"no file {given!r} in --postprocess-model-dir", field=field)
+        raise InvalidInit(f"no file {shown(given)} in --postprocess-model-dir", field=field)
     return path

@@ -1,6 +1,6 @@
-"""Pixels -> the bytes of one frame batch. numpy, zlib and picture codecs; never torch.
+"""Pixels -> the payload of one frame batch. Uses numpy, zlib and picture codecs, never torch.
 
-n frames of uint8 [H, W, 3]. Runs in worker threads: WebP, simplejpeg, gzip and the XOR all release the GIL.
+Runs in worker threads: WebP, simplejpeg, gzip and the XOR all release the GIL.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _GZIP_WBITS = 31
 _HAS_SIMPLEJPEG = importlib.util.find_spec("simplejpeg") is not None
 _HAS_ISAL = importlib.util.find_spec("isal") is not None
 _encoders = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="encode")
-"""Frames of one batch are encoded side by side."""
+"""Encodes the pictures of one batch in parallel."""
 
 
 class FrameEncoder:
-    """One session's encoder; it remembers the last frame sent, which the next delta refers to."""
+    """The encoder of one session. It keeps the last frame, because the next delta refers to it."""
 
     def __init__(self, output: OutputFormat) -> None:
         self._output = output
@@ -41,18 +41,15 @@ class FrameEncoder:
         self._previous_event_id: int | None = None
 
     def split(self, pixels: Pixels) -> Iterator[Pixels]:
-        """Frames [n, H, W, 3] in pieces that are one batch each."""
+        """Frames [n, H, W, 3] in pieces of one batch each."""
         step = self._output.frames_per_batch
         return (pixels[start : start + step] for start in range(0, len(pixels), step))
 
     def encode(self, pixels: Pixels, event_id: int | None) -> EncodedBatch:
-        """``pixels`` [n, H, W, 3], 1 <= n <= output.frames_per_batch, in the order of the stream.
-
-        Not to be called concurrently.
-        """
+        """Encodes one piece of ``split``. Calls must be in the order of the stream, one at a time."""
         match self._output.name:
             case "raw":
-                return self._raw_kind("application/x-raw-rgb", "raw", pixels, np.ascontiguousarray(pixels).tobytes())
+                return self._raw_batch("application/x-raw-rgb", "raw", pixels, np.ascontiguousarray(pixels).tobytes())
             case "delta-gzip":
                 return self._delta(pixels, event_id)
             case "webp" | "jpeg" as name:
@@ -78,22 +75,22 @@ class FrameEncoder:
         )
 
     def _delta(self, pixels: Pixels, event_id: int | None) -> EncodedBatch:
-        """gzip of the frames, each XORed bytewise with the one before it.
+        """gzip of the frames, each XORed with the frame before it.
 
-        The session's first frame and the first one of a new event id are key frames, XORed with nothing.
+        The first frame of a session and the first frame of each new event id are sent as they are.
         """
         is_key = self._previous is None or event_id != self._previous_event_id
         reference = None if is_key else self._previous
-        deltas = np.empty(pixels.shape, np.uint8)  # contiguous, whatever the strides of pixels
+        deltas = np.empty(pixels.shape, np.uint8)  # contiguous even if `pixels` is not
         np.bitwise_xor(pixels[1:], pixels[:-1], out=deltas[1:])
         deltas[0] = pixels[0] if reference is None else pixels[0] ^ reference
         self._previous, self._previous_event_id = pixels[-1].copy(), event_id
         kind = "application/x-raw-rgb-delta-gzip"
-        return self._raw_kind(
+        return self._raw_batch(
             kind, "delta-gzip", pixels, _gzip(deltas), None if reference is None else "previous-frame"
         )
 
-    def _raw_kind(
+    def _raw_batch(
         self, content_type: str, encoding: str, pixels: Pixels, payload: bytes, delta_reference: str | None = None
     ) -> EncodedBatch:
         count, height, width, _ = pixels.shape
@@ -113,7 +110,7 @@ class FrameEncoder:
 
 
 def preview_size(width: int, height: int, max_width: int | None) -> tuple[int, int]:
-    """(width, height) of the pictures sent: at most ``max_width`` wide at the same aspect, never enlarged."""
+    """(width, height) of the pictures sent: at most ``max_width`` wide, with the aspect kept, never enlarged."""
     if not max_width or max_width >= width:
         return width, height
     return max_width, max(1, round(height * max_width / width))
@@ -143,7 +140,7 @@ def _jpeg(pixels: Pixels, *, size: tuple[int, int], quality: int) -> bytes:
 
 
 def _gzip(data: Pixels) -> bytes:
-    """Level 1: the delta is mostly zeros, and time matters more than the last tenth of size."""
+    """gzip at level 1: deltas are mostly zeros, and higher levels take longer to save about a tenth of the size."""
     if _HAS_ISAL:
         from isal import isal_zlib
 

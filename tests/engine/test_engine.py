@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lingbot_rt.config import ServeConfig
+from lingbot_rt.engine import chunk_runner
 from lingbot_rt.engine import engine as engine_module
 from lingbot_rt.engine.engine import Engine
 from lingbot_rt.engine.memory import plan_memory, window_bytes
@@ -24,7 +25,7 @@ from lingbot_rt.models.dit import DiTConfig
 from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.postprocess import loader
 from lingbot_rt.postprocess.stage import PostprocessNetworks
-from lingbot_rt.session.plan import ChunkPlan, PostprocessPlan
+from lingbot_rt.session.plan import ChunkPlan, ChunkResult, PostprocessPlan
 from lingbot_rt.shapes import FrameSize
 
 
@@ -40,17 +41,22 @@ def chunk(plan, index: int = 0) -> ChunkPlan:
     return ChunkPlan(plan.session_id, index, plan.prompt, None, None)
 
 
+async def finish(run) -> ChunkResult:
+    """Takes every frame of a chunk."""
+    count = sum([len(group.pixels) async for group in run])
+    assert count == run.result.num_frames
+    return run.result
+
+
 async def test_a_session_runs_and_leaves(engine, session_plan):
     """open, run and close work in turn; a closed session cannot run and closing twice is no error."""
     plan = session_plan({})
-    groups = []
     await engine.open(plan)
-    result = await engine.run(chunk(plan), groups.append)
-    assert result.num_frames == sum(len(group.pixels) for group in groups) == 9
+    assert (await finish(engine.run(chunk(plan)))).num_frames == 9
     await engine.close(plan.session_id)
     await engine.close(plan.session_id)
     with pytest.raises(EngineFailed, match="not open"):
-        await engine.run(chunk(plan, 1), groups.append)
+        await finish(engine.run(chunk(plan, 1)))
 
 
 async def test_warm_up_reports_and_ends_ready(small_config):
@@ -80,15 +86,24 @@ async def test_a_missing_model_is_said_by_status_and_error(tmp_path):
 
 
 async def test_close_interrupts_the_chunk_in_work(engine, session_plan):
-    """close during a chunk makes run raise ChunkCancelled, and returns once the state is free."""
+    """close during a chunk makes its iteration raise ChunkCancelled, and returns once the state is free."""
     plan = session_plan({})
     await engine.open(plan)
-    loop, started = asyncio.get_running_loop(), asyncio.Event()
-    running = asyncio.create_task(engine.run(chunk(plan), lambda group: loop.call_soon_threadsafe(started.set)))
-    await started.wait()
+    run = engine.run(chunk(plan))
+    await anext(aiter(run))
     await engine.close(plan.session_id)
     with pytest.raises(ChunkCancelled):
-        await running
+        await finish(run)
+
+
+async def test_a_chunk_runs_whether_or_not_its_frames_are_taken(engine, session_plan):
+    """A chunk begins at once and ends by itself; its frames wait for whoever comes for them later."""
+    plan = session_plan({})
+    await engine.open(plan)
+    runs = [engine.run(chunk(plan, index)) for index in range(2)]
+    ended_at = [await run.finished() for run in runs]
+    assert ended_at == sorted(ended_at)
+    assert [(await finish(run)).num_frames for run in runs] == [9, 12]
 
 
 async def test_close_while_opening_leaves_nothing(engine, session_plan):
@@ -101,15 +116,66 @@ async def test_close_while_opening_leaves_nothing(engine, session_plan):
     assert engine._sessions == {}
 
 
-async def test_a_closed_session_frees_its_state(engine, session_plan):
-    """Nothing keeps the KV window or the VAE features of a session that ended, cancelled in mid-chunk or not."""
+def allocated(state) -> list[weakref.ref]:
+    """The tensors that make a session large."""
+    tensors = [state.cache._kv_LSBNHD, state.negative.cache._kv_LSBNHD, state.condition(0)]
+    tensors += [slot for slot in state.features.slots if isinstance(slot, torch.Tensor)]
+    tensors += [tensor for pair in state.text_kv("A quiet street.") for tensor in pair]
+    return [weakref.ref(tensor) for tensor in tensors]
+
+
+@pytest.mark.parametrize("ending", ["between chunks", "in mid-chunk", "broken"])
+async def test_a_closed_session_frees_its_memory_at_once(engine, session_plan, ending, monkeypatch):
+    """Its tensors are gone when close returns: without the garbage collector, and whoever keeps the session, the chunk
+    or the error with its traceback."""
+    plan = session_plan({}, guidance_scale=2.0)
+    await engine.open(plan)
+    state = engine._sessions[plan.session_id]
+    await finish(engine.run(chunk(plan)))
+    gc.disable()
+    try:
+        if ending == "broken":
+            monkeypatch.setattr(chunk_runner.FrameReadback, "push", lambda *args: 1 / 0)
+        run, kept = engine.run(chunk(plan, 1)), []
+        if ending != "between chunks":
+            if ending == "in mid-chunk":
+                state.cancel()
+            try:
+                await finish(run)
+            except (ChunkCancelled, EngineFailed) as error:
+                kept.append(error)
+        else:
+            await finish(run)
+        tensors = allocated(state)
+        assert len(tensors) > 10
+        await engine.close(plan.session_id)
+        assert [tensor() is None for tensor in tensors] == [True] * len(tensors)
+        assert bool(kept) == (ending != "between chunks")
+    finally:
+        gc.enable()
+
+
+async def test_an_error_that_is_kept_holds_nothing_of_its_chunk(engine, session_plan, monkeypatch):
+    """The frames of a broken chunk's traceback hold latents and camera modulation: they are emptied."""
     plan = session_plan({})
     await engine.open(plan)
-    state = weakref.ref(engine._sessions[plan.session_id])
-    await engine.run(chunk(plan), lambda group: None)
-    await engine.close(plan.session_id)
-    gc.collect()
-    assert state() is None
+    latents = []
+
+    def watched(*args):
+        made = denoise(*args)
+        latents.append(weakref.ref(made))
+        return made
+
+    def broken(self, pixels, *place):
+        raise RuntimeError("the kernel said no")
+
+    denoise = chunk_runner.denoise
+    monkeypatch.setattr(chunk_runner, "denoise", watched)
+    monkeypatch.setattr(chunk_runner.FrameReadback, "push", broken)
+    with pytest.raises(EngineFailed, match="the kernel said no") as kept:
+        await finish(engine.run(chunk(plan)))
+    assert kept.value.__cause__ is not None
+    assert latents[0]() is None
 
 
 async def test_a_broken_chunk_is_named_and_the_engine_lives(engine, session_plan, monkeypatch):
@@ -123,11 +189,11 @@ async def test_a_broken_chunk_is_named_and_the_engine_lives(engine, session_plan
     with monkeypatch.context() as patch:
         patch.setattr(engine_module, "run_chunk", broken)
         with pytest.raises(EngineFailed, match=r"^RuntimeError: the kernel said no$"):
-            await engine.run(chunk(plan), lambda group: None)
+            await finish(engine.run(chunk(plan)))
     await engine.close(plan.session_id)
     again = session_plan({}, session_id="again")
     await engine.open(again)
-    assert (await engine.run(chunk(again), lambda group: None)).num_frames == 9
+    assert (await finish(engine.run(chunk(again)))).num_frames == 9
 
 
 async def test_a_session_that_cannot_fit_is_refused_with_numbers(engine, session_plan, monkeypatch):

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from lingbot_rt.engine import frame_outlet
+from lingbot_rt.engine import frame_readback
 from lingbot_rt.engine.frame_readback import FrameReadback
 from lingbot_rt.postprocess.stage import PostProcessor
 from lingbot_rt.session.plan import PostprocessPlan
@@ -28,14 +28,14 @@ class Arrival:
 
 @pytest.fixture
 def arrivals(monkeypatch) -> list[Arrival]:
-    """Copies that stay on their way until the test lets them arrive, one a push."""
+    """Copies that stay on their way until the test lets them arrive, one per push."""
     made: list[Arrival] = []
 
     def start_copy(frames):
         made.append(Arrival())
         return frames, made[-1]
 
-    monkeypatch.setattr(frame_outlet, "start_copy", start_copy)
+    monkeypatch.setattr(frame_readback, "start_copy", start_copy)
     return made
 
 

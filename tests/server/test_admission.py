@@ -1,4 +1,4 @@
-"""The slot and its line, with a loop but no sockets."""
+"""The slot and its line, without sockets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ async def hold(admission: Admission, entered: asyncio.Event, leave: asyncio.Even
 
 
 async def test_the_slot_is_passed_on_in_order():
-    """Those who wait are served first come, first served, and told each step ahead."""
+    """Clients get the slot in the order in which they came, and learn each new place in line."""
     admission = Admission(wait_s=5)
     served, places = [], []
 
@@ -40,7 +40,7 @@ async def test_the_slot_is_passed_on_in_order():
 
 
 async def test_the_wait_is_limited():
-    """After ``wait_s`` the client is refused, and the line is as if it had never come."""
+    """After ``wait_s`` the client is refused and no longer in line."""
     admission = Admission(wait_s=0.05)
     async with admission.slot():
         with pytest.raises(SessionBusy):
@@ -51,7 +51,7 @@ async def test_the_wait_is_limited():
 
 
 async def test_without_a_wait_the_refusal_is_immediate():
-    """--session-wait-s 0 is allowed and means no waiting."""
+    """With --session-wait-s 0 nobody waits."""
     admission = Admission(wait_s=0)
     async with admission.slot():
         with pytest.raises(SessionBusy):
@@ -59,8 +59,8 @@ async def test_without_a_wait_the_refusal_is_immediate():
                 pass
 
 
-async def test_a_leaving_holder_stops_the_clock():
-    """Whoever waits for a departing session is not refused, but not kept for ever either."""
+async def test_a_leaving_holder_extends_the_wait():
+    """A client that waits for a session that is ending is refused only after ``leaving_limit_s`` more."""
     admission = Admission(wait_s=0.02, leaving_limit_s=0.3)
     async with admission.slot() as slot:
         slot.leaving()
@@ -77,8 +77,8 @@ async def test_a_leaving_holder_stops_the_clock():
                 pass
 
 
-async def test_only_one_profits_from_a_leaving_holder():
-    """The next in line becomes the holder; the one behind it is refused after its wait as usual."""
+async def test_only_the_next_in_line_waits_longer():
+    """The next in line becomes the holder. The client behind it is refused after its wait as usual."""
     admission = Admission(wait_s=0.05)
     async with admission.slot() as slot:
         slot.leaving()
@@ -96,7 +96,7 @@ async def test_only_one_profits_from_a_leaving_holder():
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans()), min_size=1, max_size=8))
 def test_the_slot_never_gets_lost(clients):
-    """However clients come, leave and are cancelled at any turn: one holder at a time, and free in the end."""
+    """Whenever clients come, leave or are cancelled, there is one holder at a time, and the slot is free at the end."""
 
     async def play() -> None:
         admission = Admission(wait_s=1)

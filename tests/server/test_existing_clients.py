@@ -1,10 +1,9 @@
-"""Clients that exist: the cookbook's own sketch, and the room rule that keeps start-up quick."""
+"""The client that the reference documents works unchanged, and docs/wire.md names every field."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -40,7 +39,7 @@ ws.send_binary(msgspec.msgpack.encode({
     "payload": {"mode": "state", "transitions": [{"actions": ["w"], "client_ts_ms": 0}]},
 }))
 """
-"""Word for word from the reference's documentation."""
+"""Copied from the reference's documentation."""
 
 
 READ_ON = """
@@ -53,7 +52,7 @@ ws.close()
 
 
 async def test_the_cookbooks_sketch_works_as_it_stands(serve, tmp_path):
-    """The documented client gets WebP frames of its size, carrying its event, in types that old clients read."""
+    """The documented client gets WebP frames of its size with its event id, in types that existing clients read."""
     server = await serve(FakeEngine(group_s=0.02))
     Image.fromarray(np.full((480, 832, 3), 90, np.uint8)).save(tmp_path / "reference.jpg")
     code = SKETCH.replace("30000", str(server.port)) + READ_ON
@@ -75,12 +74,6 @@ async def test_the_cookbooks_sketch_works_as_it_stands(serve, tmp_path):
     assert {(header["width"], header["height"]) for header in headers} == {(832, 480)}
     assert headers[-1]["event_id"] == 1
     await server.idle()
-
-
-def test_the_server_imports_no_torch():
-    """The whole of server/ and telemetry loads without torch, so that errors in flags come at once."""
-    code = "import sys, lingbot_rt.server.app, lingbot_rt.telemetry; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 
 def test_the_field_tables_name_every_field():

@@ -1,4 +1,4 @@
-"""Pictures as clients send them, good and bad."""
+"""First frames: which pictures are read, and where they may come from."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_what_is_no_picture_is_refused(data):
 
 
 def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded():
-    """A small file that would unpack to gigabytes costs nothing."""
+    """A small file that would unpack to gigabytes is refused by its header."""
     bomb = saved(Image.new("1", (9000, 8000)))
     assert len(bomb) < 50_000
     with pytest.raises(InvalidInit, match="9000x8000 pixels are too many"):
@@ -122,7 +122,7 @@ GOOD = [saved(flat(1, 2, 3, size=(8, 8)), kind) for kind in ("PNG", "JPEG", "GIF
     cut=st.integers(0, 400),
 )
 def test_broken_files_only_raise_invalid_init(data, changes, cut):
-    """Whatever is wrong inside a file, the client gets an error message and not the server a crash."""
+    """Whatever is wrong inside a file, the only exception is InvalidInit."""
     broken = bytearray(data)
     for at, value in changes:
         broken[at % len(broken)] = value
@@ -134,7 +134,7 @@ def test_broken_files_only_raise_invalid_init(data, changes, cut):
 
 
 async def test_a_data_url_is_as_good_as_bytes():
-    """With base64 or percent signs; a broken one is refused."""
+    """Base64 and percent encoding are read. A broken URL is refused."""
     data = saved(flat(5, 6, 7))
     url = "data:image/png;base64," + base64.b64encode(data).decode()
     np.testing.assert_array_equal(await load(url), decode_picture(data, SIZE))
@@ -146,7 +146,7 @@ async def test_a_data_url_is_as_good_as_bytes():
 
 
 async def test_paths_stay_inside_the_folder(tmp_path):
-    """Inside the folder a path or an inner link is read; nothing else is, and links are followed before the check."""
+    """A path or link is read only if it ends inside the folder. Links are followed before the check."""
     folder = tmp_path / "frames"
     (folder / "sub").mkdir(parents=True)
     (folder / "sub" / "a.png").write_bytes(saved(flat(9, 9, 9)))
@@ -157,7 +157,7 @@ async def test_paths_stay_inside_the_folder(tmp_path):
     for good in ("sub/a.png", "./sub/../sub/a.png", "inner.png", str(folder / "sub" / "a.png")):
         assert (await load(good, folder=str(folder)))[0, 0, 0] == 9
     for bad in ("../outside.png", "escape.png", "up/outside.png", str(tmp_path / "outside.png"), "/etc/hostname"):
-        with pytest.raises(InvalidInit, match="leaves the folder"):
+        with pytest.raises(InvalidInit, match="leads out of"):
             await load(bad, folder=str(folder))
     for missing in ("nothing.png", "sub", "", "a\0b", "x" * 5000):
         with pytest.raises(InvalidInit):
@@ -195,7 +195,7 @@ def test_private_addresses_are_refused_in_every_disguise(address):
 
 
 def test_public_addresses_are_allowed():
-    """The rule is not simply no."""
+    """Public addresses pass, also as an IPv4 address inside IPv6."""
     assert is_public(ip_address("8.8.8.8"))
     assert is_public(ip_address("2606:4700::1111"))
     assert is_public(ip_address("::ffff:8.8.8.8"))
@@ -261,7 +261,7 @@ def only_this_one(address) -> bool:
 
 
 async def test_a_loopback_url_is_refused_even_when_urls_are_allowed(web):
-    """The server cannot be sent into its own network, by address or by a name that leads there."""
+    """Neither an address nor a name gives access to the server's own network."""
     with pytest.raises(InvalidInit, match="private or local"):
         await load(f"{web}/good.png?a=1", allow_remote=True)
     with pytest.raises(InvalidInit, match="private or local"):
@@ -269,7 +269,7 @@ async def test_a_loopback_url_is_refused_even_when_urls_are_allowed(web):
 
 
 def test_a_picture_is_fetched_and_redirects_are_followed(web):
-    """Query strings are kept, a redirect leads to the same picture."""
+    """A fetch keeps the query string and follows redirects."""
     assert decode_picture(fetch(f"{web}/good.png?a=1", allowed=only_this_one), SIZE)[0, 0, 0] == 3
     assert fetch(f"{web}/moved", allowed=only_this_one) == fetch(f"{web}/good.png?a=1", allowed=only_this_one)
 
@@ -290,7 +290,7 @@ def test_redirects_pass_the_same_check(web, path, words):
 
 
 def test_size_and_time_are_limited(web, monkeypatch):
-    """A body above the limit and one that trickles on are both cut off."""
+    """A body that is too large and one that comes too slowly are refused."""
     monkeypatch.setattr(remote_picture, "MAX_BYTES", 2000)
     with pytest.raises(InvalidInit, match="larger than"):
         fetch(f"{web}/large", allowed=only_this_one)
@@ -299,7 +299,7 @@ def test_size_and_time_are_limited(web, monkeypatch):
 
 
 def test_the_checked_address_is_the_one_connected_to(web, monkeypatch):
-    """The name is resolved once: an answer that changes between check and connection gains nothing."""
+    """The name is resolved once, so an answer that changes after the check has no effect."""
     answers = iter(["127.0.0.1", "127.0.0.2", "127.0.0.2"])
     port = int(web.rpartition(":")[2])
 
@@ -324,6 +324,6 @@ def test_the_checked_address_is_the_one_connected_to(web, monkeypatch):
 
 
 def test_formats_that_run_programs_are_never_tried():
-    """Pillow would hand PostScript to an interpreter."""
+    """Pillow would pass PostScript to an interpreter."""
     assert "EPS" not in module._formats()
     assert "PNG" in module._formats()

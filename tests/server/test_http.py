@@ -1,4 +1,4 @@
-"""What answers over HTTP: models, health, metrics, the page; who may ask."""
+"""HTTP: models, health, metrics, the page, and who may use them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def test_models_tells_what_the_page_can_offer(serve):
 
 
 async def test_every_offered_size_opens(serve):
-    """No size in /v1/models is one that an init would be refused for."""
+    """Every size in /v1/models is accepted in an init."""
     server = await serve(max_pixels=640 * 640)
     for size in (await get(server, "/v1/models")).json()["data"][0]["sizes"]:
         async with server.client(init(size=size, num_frames=1, max_chunks=1)) as client:
@@ -66,7 +66,7 @@ async def test_every_offered_size_opens(serve):
 
 
 async def test_an_unknown_model_is_an_openai_error(serve):
-    """404 with the body that OpenAI clients read, also for names with a slash."""
+    """The answer is 404 with the body that OpenAI clients read, also for names with a slash."""
     server = await serve()
     for name in ("nobody", "some/hub-id"):
         answer = await get(server, f"/v1/models/{name}")
@@ -77,7 +77,7 @@ async def test_an_unknown_model_is_an_openai_error(serve):
 
 
 async def test_health_follows_the_engine(serve):
-    """503 with stage and progress while loading, 200 when ready; /liveness is 200 all along."""
+    """/health is 503 with stage and progress while loading and 200 when ready. /liveness is always 200."""
     server = await serve(FakeEngine(loading=EngineStatus("loading weights", 0.63)))
     before = await get(server, "/health")
     assert before.status_code == 503
@@ -91,7 +91,7 @@ async def test_health_follows_the_engine(serve):
 
 
 async def test_an_engine_that_cannot_start_ends_the_server():
-    """The error is kept for the command line and the server stops by itself."""
+    """The server stops and keeps the error for the command line."""
     error = CheckpointError("transformer/config.json is missing")
     config = ServeConfig(port=0, log_level="warning")
     app = create_app(config, FakeEngine(start_error=error))
@@ -122,7 +122,7 @@ async def test_metrics_count_what_was_served(serve):
 
 
 async def test_the_page_is_served_with_types_browsers_accept(serve, page):
-    """index.html at /, modules as JavaScript, everything revalidated after an update."""
+    """/ is index.html, modules are JavaScript, and browsers revalidate every file."""
     server = await serve(page=page)
     expected = {
         "/": "text/html",
@@ -152,7 +152,7 @@ async def test_the_page_is_served_with_types_browsers_accept(serve, page):
     ],
 )
 async def test_the_page_has_no_way_out_of_its_folder(serve, page, path):
-    """Neither dots in any spelling nor links lead to a file outside the folder."""
+    """No spelling of dots and no link leads to a file outside the folder."""
     server = await serve(page=page)
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
@@ -163,7 +163,7 @@ async def test_the_page_has_no_way_out_of_its_folder(serve, page, path):
 
 
 async def test_the_api_key_guards_the_api_and_nothing_else(serve, page):
-    """Models and metrics need the key; health, liveness and the page stay open."""
+    """Models and metrics need the key. Health, liveness and the page do not."""
     server = await serve(api_key="secret", page=page)
     for path in ("/v1/models", "/v1/models/fake-world", "/metrics"):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
@@ -177,7 +177,7 @@ async def test_the_api_key_guards_the_api_and_nothing_else(serve, page):
 
 
 async def test_pages_from_elsewhere_may_ask_unless_narrowed(serve):
-    """CORS allows every origin by default and only the listed ones when narrowed."""
+    """CORS allows every origin by default, and only the listed ones with --cors-allow-origins."""
     origin = {"Origin": "https://a.example"}
     server = await serve()
     assert (await get(server, "/v1/models", headers=origin)).headers["access-control-allow-origin"] == "*"
@@ -203,7 +203,7 @@ async def test_a_page_elsewhere_may_send_its_key(serve):
 
 
 def test_the_log_never_shows_a_key(capsys):
-    """A key in a request line is hidden, wherever in the record it stands."""
+    """A key in a request line is hidden, in the message and in the arguments of a log record."""
     record = logging.LogRecord("x", 20, "f", 1, "%s opened", ("/v1/x?api_key=secret&a=1",), None)
     HideKeys().filter(record)
     assert record.getMessage() == "/v1/x?api_key=***&a=1 opened"

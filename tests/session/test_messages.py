@@ -1,4 +1,4 @@
-"""Bytes in, bytes out: what is accepted, what is refused and how, what is sent to the byte."""
+"""The wire's messages: what is accepted, how the rest is refused, and the exact bytes that are sent."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import EngineFailed, InvalidEvent, InvalidInit, RequestError, SessionBusy
 from lingbot_rt.session.messages import (
     ChunkStats,
@@ -24,9 +25,12 @@ from lingbot_rt.session.messages import (
     heartbeat_message,
     queue_message,
     session_message,
+    shown,
     stats_message,
 )
+from lingbot_rt.session.settings import resolve
 from lingbot_rt.transport.encode import EncodedBatch, FrameEncoder, OutputFormat
+from tests.server.fake_engine import CARD
 from tests.server.wire_types import check_old_clients_can_read
 
 pack = msgspec.msgpack.encode
@@ -130,7 +134,7 @@ def test_delta_gzip_messages_have_the_references_headers(golden):
 
 
 def test_chunk_stats_begin_with_the_references_keys_and_rounding(golden):
-    """The known keys come first, in the known order, rounded half up and never negative; ours follow."""
+    """The reference's keys come first, in its order, rounded half up and never negative. Ours follow."""
     record = json.loads(golden("transport/control_messages.json").read_text())
     given_, expected = record["inputs"], record["chunk_stats"]["message"]
     stats = ChunkStats("SID", "RID", 2, num_batches=1, num_frames=9, raw_bytes=100, ws_payload_bytes=333)
@@ -154,19 +158,19 @@ def test_chunk_stats_begin_with_the_references_keys_and_rounding(golden):
 
 
 def test_profile_adds_the_stages_at_the_end():
-    """With ``profile`` the stages of the engine come by name, otherwise nothing of them is sent."""
+    """With ``profile`` the message has the engine's stages by name; without it, no such key."""
     stats = ChunkStats("s", "r", 0, stages={"denoise": 12.3456})
     assert msgspec.msgpack.decode(stats_message(stats))["stages"] == {"denoise": 12.346}
     assert "stages" not in msgspec.msgpack.decode(stats_message(ChunkStats("s", "r", 0)))
 
 
 def test_a_chunk_never_lasts_zero_milliseconds():
-    """The page divides by chunk_total_ms."""
+    """Clients divide by chunk_total_ms."""
     assert msgspec.msgpack.decode(stats_message(ChunkStats("s", "r", 0, chunk_total_ms=0.2)))["chunk_total_ms"] == 1
 
 
 def test_errors_carry_code_and_field_behind_what_clients_know(golden):
-    """An error is the reference's map, one line of content, followed by code and field."""
+    """An error has the reference's keys, with one line of content, and then code and field."""
     message = msgspec.msgpack.decode(error_message(InvalidInit("a\nb", field="size")))
     assert list(message.items()) == [
         ("type", "error"),
@@ -186,7 +190,7 @@ times = st.floats(-1e3, 1e12)
 
 @given(index=counts, event_id=ids, size=st.integers(0, 80000), name=st.sampled_from(["raw", "delta-gzip", "webp"]))
 def test_old_clients_read_every_batch(index, event_id, size, name):
-    """No batch header uses a MessagePack type that existing clients fail on, whatever its numbers."""
+    """No batch header has a MessagePack type that existing clients cannot read, whatever its numbers."""
     lengths = (size,) if name == "webp" else None
     batch = EncodedBatch("x", name, 1, bytes(size), lengths, 4096, 4096, 4096, 4096, size)
     messages = batch_messages(
@@ -198,7 +202,7 @@ def test_old_clients_read_every_batch(index, event_id, size, name):
 
 @given(index=counts, event_id=ids, ms=times, size=counts, text=st.text(max_size=100000))
 def test_old_clients_read_every_other_message(index, event_id, ms, size, text):
-    """Nor does any other message, with times below zero, above 32 bits, and endless texts."""
+    """No other message has one either, with times below zero or above 32 bits and very long texts."""
     stats = ChunkStats("s", "r", index, event_id, ms, ms, ms, ms, ms, ms, ms, 3, 12, size, size, "x", ms, ms, ms, ms)
     stats.stages = {"denoise": ms}
     for message in (
@@ -216,7 +220,7 @@ def test_old_clients_read_every_other_message(index, event_id, ms, size, text):
 
 
 def test_integral_floats_count_as_integers():
-    """Some clients pack 70000 as float64; every integer field takes it."""
+    """Some clients pack 70000 as float64. Integer fields take it."""
     message = decode(pack(GOOD | {"seed": 70000.0, "num_frames": 9.0, "max_chunks": 3.0, "fps": 25}))
     assert isinstance(message, Init)
     assert (message.seed, message.num_frames, message.max_chunks, message.fps) == (70000, 9, 3, 25.0)
@@ -225,10 +229,10 @@ def test_integral_floats_count_as_integers():
 
 
 def test_unknown_keys_and_nil_are_as_good_as_absent(caplog):
-    """A client of another version is served; what was not understood is counted in the debug log."""
+    """Clients of other versions are served. The debug log names the keys that were ignored."""
     with caplog.at_level("DEBUG"):
         assert decode(pack(GOOD | {"newer": 1, "seed": None, "max_chunks": None})) == decode(pack(GOOD))
-    assert "1 unknown keys ignored: newer" in caplog.text
+    assert "1 unknown keys ignored: ['newer']" in caplog.text
 
 
 WRONG = {
@@ -266,7 +270,7 @@ WRONG = {
 
 
 def test_the_table_of_wrong_values_has_every_field():
-    """A new field cannot be forgotten below."""
+    """A new field must be added to the table of wrong values."""
     assert set(WRONG) == set(Init.__struct_fields__)
 
 
@@ -283,8 +287,8 @@ def test_a_wrong_value_is_refused_by_name(field, value):
 
 
 @pytest.mark.parametrize("missing", ["prompt", "first_frame"])
-def test_what_is_required_is_said_to_be_missing(missing):
-    """Clients drop empty strings, so a missing prompt says that it may have been empty."""
+def test_a_missing_field_is_refused_by_name(missing):
+    """Clients drop empty strings, so the error for a missing prompt says that empty counts as missing."""
     with pytest.raises(InvalidInit, match="missing, expected") as refused:
         decode(pack({key: value for key, value in GOOD.items() if key != missing}))
     assert refused.value.field == missing
@@ -302,7 +306,7 @@ def test_what_is_required_is_said_to_be_missing(missing):
     ],
 )
 def test_a_wrong_event_is_an_invalid_event(message, field):
-    """Errors about events begin as the reference's do and name the field."""
+    """An error about an event begins like the reference's and names the field."""
     with pytest.raises(InvalidEvent) as refused:
         decode(pack(message))
     assert refused.value.field == field
@@ -311,7 +315,7 @@ def test_a_wrong_event_is_an_invalid_event(message, field):
 
 @pytest.mark.parametrize("message", [{}, {"type": "hello"}, {"type": 3}, {"type": None}, [1], 3, None, "init"])
 def test_what_is_neither_init_nor_event_is_refused(message):
-    """Anything else is an error of the kind that the caller's state asks for."""
+    """The caller chooses the error for messages that are neither."""
     with pytest.raises(InvalidInit):
         decode(pack(message))
     with pytest.raises(InvalidEvent):
@@ -328,7 +332,7 @@ names = st.sampled_from([*Init.__struct_fields__, *Event.__struct_fields__, "oth
 
 @given(tag=st.sampled_from(["init", "event"]), fields=st.dictionaries(names, values))
 def test_no_map_breaks_the_decoder(tag, fields):
-    """Whatever a map holds, it is an Init, an Event or a RequestError."""
+    """Every map gives an Init, an Event or a RequestError."""
     try:
         assert isinstance(decode(pack({"type": tag} | fields)), Init | Event)
     except RequestError as error:
@@ -337,7 +341,7 @@ def test_no_map_breaks_the_decoder(tag, fields):
 
 @given(st.binary(max_size=200))
 def test_no_bytes_break_the_decoder(data):
-    """Nor do bytes that are no MessagePack at all."""
+    """Bytes that are not MessagePack, or no map, are refused."""
     with pytest.raises(RequestError):
         decode(data)
 
@@ -346,3 +350,60 @@ def test_deep_nesting_is_refused():
     """A message nested deeper than the interpreter's stack is an error like any other."""
     with pytest.raises(RequestError):
         decode(b"\x81\xa4type" + b"\x91" * 100_000)
+
+
+@pytest.mark.parametrize("key", ["kind", "event_id", "type"])
+def test_a_wrong_value_of_any_depth_is_refused(key):
+    """Also at depths that decoding just manages, such as 984: making the error needs no deeper stack."""
+    tag = b"" if key == "type" else b"\xa4type" + pack("event")
+    for depth in range(1, 1100):
+        nested = b"\x91" * depth + b"\xc0"
+        with pytest.raises(InvalidEvent) as refused:
+            decode(bytes([0x81 + bool(tag)]) + tag + pack(key) + nested, InvalidEvent)
+        assert len(str(refused.value)) < 200
+
+
+@given(values)
+def test_shown_values_are_one_short_line(value):
+    """Whatever a client sent, an error shows it on one line of at most 80 characters."""
+    text = shown(value)
+    assert len(text) <= 80
+    assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ([832, 480], "[832, 480]"),
+        ([["w"], {"a": 1.5}], "[['w'], {'a': 1.5}]"),
+        ([[["w"]], [[]]], "[[[...]], [[]]]"),
+        ([0, 1, 2, 3, 4], "[0, 1, 2, 3, ...]"),
+        ({}, "{}"),
+        (b"\x89PNG", "4 bytes"),
+        ("a\nb", "'a\\nb'"),
+        ("x" * 100, "'" + "x" * 76 + "..."),
+        (msgspec.msgpack.Ext(5, bytes(10**6)), "Ext"),
+    ],
+)
+def test_shown_values_keep_what_helps(value, text):
+    """Errors show small values whole, the beginning of large ones, and the size of pictures."""
+    assert shown(value) == text
+
+
+# --- the script of an init ---
+
+
+@pytest.mark.parametrize(
+    ("script", "place", "text"),
+    [
+        ("w", "", "'w'"),
+        ([["w"], ["x"]], "[1]", "'x'"),
+        ([["w"]] * 513, "", "513"),
+    ],
+)
+def test_a_wrong_script_is_refused_by_its_place_in_the_init(script, place, text):
+    """The error is an InvalidInit, names the place from the top of the init and shows what is wrong there."""
+    init = decode(pack(GOOD | {"condition_inputs": {"camera_actions": script}}))
+    with pytest.raises(InvalidInit, match=text) as refused:
+        resolve(init, CARD, ServeConfig())
+    assert refused.value.field == f"condition_inputs.camera_actions{place}"

@@ -113,7 +113,7 @@ def test_a_prompt_has_a_limit():
         ("prompt", "  ", "prompt", "'  ' is not a non-empty string"),
         ("prompt", 7, "prompt", "7 is not a non-empty string"),
         ("camera_actions", "w", "camera_actions", r"'w' is not list\[list\[str\]\]"),
-        ("camera_actions", ["w"], "camera_actions", r"a list of 1 is not list\[list\[str\]\]"),
+        ("camera_actions", ["w"], "camera_actions", r"\['w'\] is not list\[list\[str\]\]"),
         ("camera_actions", {"mode": "hold"}, "camera_actions", "'hold'.*\"state\""),
         ("camera_actions", {"mode": "state"}, "camera_actions.transitions", "None is not a list"),
         ("camera_actions", STATE | {"transitions": [["w"]]}, "camera_actions.transitions[0]", "actions and client_ts"),

@@ -41,7 +41,7 @@ def golden_frames(given: dict) -> np.ndarray:
 
 
 def pictures_of(batch: EncodedBatch) -> list[Image.Image]:
-    """What a client decodes; the lengths split the payload without rest."""
+    """What a client decodes. The lengths add up to the payload."""
     ends = list(itertools.accumulate(batch.payload_lengths))
     assert ends[-1] == len(batch.payload)
     starts = [0, *ends[:-1]]
@@ -50,7 +50,7 @@ def pictures_of(batch: EncodedBatch) -> list[Image.Image]:
 
 @pytest.mark.parametrize("case", SENT, ids=[case["name"] for case in SENT])
 def test_batches_of_the_reference(case):
-    """Batch by batch: content type, sizes and raw bytes are the reference's, pictures decode at the sizes told."""
+    """Content type, sizes and raw bytes of each batch are the reference's; pictures have the sizes in the header."""
     given = case["input"]
     encoder = FrameEncoder(
         OutputFormat(given["realtime_output_format"], given["output_compression"], given["realtime_preview_max_width"])
@@ -81,7 +81,7 @@ def test_batches_of_the_reference(case):
 
 
 def test_delta_messages_of_the_reference():
-    """The golden delta stream: same key frames, same references, same inflated bytes."""
+    """The golden delta stream has the same key frames, references and inflated bytes."""
     frames = [np.frombuffer(base64.b64decode(text), np.uint8).reshape(4, 6, 3) for text in DELTA["frames_b64"]]
     encoder = FrameEncoder(OutputFormat("delta-gzip"))
     for message in DELTA["messages"]:
@@ -162,7 +162,7 @@ def test_pictures_decode_close_to_the_frames(monkeypatch, name, has_simplejpeg):
 )
 @settings(deadline=None, max_examples=40)
 def test_lengths_split_the_payload(name, pixels, limit):
-    """Whatever the count and size, the payload is exactly one picture a frame, each of the size told."""
+    """Whatever the count and size, the payload is exactly one picture per frame, each of the size in the header."""
     batch = FrameEncoder(OutputFormat(name, preview_max_width=limit)).encode(pixels, event_id=None)
     pictures = pictures_of(batch)
     assert len(pictures) == batch.num_frames == len(pixels)
@@ -195,7 +195,7 @@ def test_strides_of_the_frames_do_not_matter(name):
 
 
 def test_the_delta_reference_is_the_encoders_own():
-    """A caller that reuses its buffer for the next frames does not spoil the next delta."""
+    """A caller may reuse its buffer for the next frames: the next delta stays right."""
     encoder, buffer = FrameEncoder(OutputFormat("delta-gzip")), np.full((1, 2, 2, 3), 9, np.uint8)
     encoder.encode(buffer, event_id=None)
     buffer[:] = 5
@@ -206,10 +206,10 @@ def test_the_delta_reference_is_the_encoders_own():
 
 @pytest.mark.parametrize(("name", "most"), [("webp", 6), ("jpeg", 6), ("raw", 16), ("delta-gzip", 16)])
 def test_frames_per_batch(name, most):
-    """Six encoded or sixteen raw frames per message, as existing clients expect."""
+    """Six encoded or sixteen raw frames per message, as existing clients expect; the rest comes last."""
     encoder = FrameEncoder(OutputFormat(name))
-    batches = [encoder.encode(part, event_id=None) for part in encoder.split(np.zeros((most + 1, 2, 3, 3), np.uint8))]
-    assert [batch.num_frames for batch in batches] == [most, 1]
+    pieces = encoder.split(np.zeros((2 * most + 1, 2, 3, 3), np.uint8))
+    assert [encoder.encode(pixels, event_id=None).num_frames for pixels in pieces] == [most, most, 1]
 
 
 @given(st.integers(1, 4096), st.integers(1, 4096), st.integers(1, 5000))
