@@ -418,6 +418,30 @@ async def test_pause_holds_the_world_and_resume_goes_on(serve):
     assert chunk.stats["chunk_index"] == planned
 
 
+async def test_a_pause_that_lasts_too_long_ends_the_session(serve):
+    """The error names the flag, the close is 1008, and whoever waits gets the slot."""
+    server = await serve(FakeEngine(group_s=SLOW), pause_limit_s=1, session_wait_s=10)
+    async with server.client(init(protocol_extensions=["pause"]), event("pause")) as client:
+        async with server.client(init(max_chunks=1)) as waiting:
+            assert len((await waiting.chunk()).frames) == 9
+        error = await client.until("error")
+        assert (error["code"], "--pause-limit-s" in error["content"]) == ("pause_expired", True)
+        assert (await client.closed())[0] == 1008
+
+
+async def test_every_event_of_a_chunk_comes_back_as_applied(serve):
+    """Twenty events while one chunk runs: twenty "received", then twenty "applied" by the next chunk, in order."""
+    server = await serve(FakeEngine(group_s=SLOW))
+    async with server.client(init(protocol_extensions=["control_ack"])) as client:
+        await client.receive()
+        for number in range(20):
+            await client.send(event("camera_actions", state("w" if number % 2 else "d"), number))
+        while len(client.seen) < 40:
+            await client.chunk()
+    for acknowledged in ("received", "applied"):
+        assert [ack["event_id"] for ack in client.seen if ack["state"] == acknowledged] == list(range(20))
+
+
 async def test_a_heartbeat_comes_while_nothing_else_does(serve, monkeypatch):
     """A paused session with the extension ``heartbeat`` still shows that it lives."""
     monkeypatch.setattr("lingbot_rt.session.session.HEARTBEAT_S", 0.05)
@@ -458,7 +482,24 @@ async def test_narrowed_origins_hold_for_the_websocket_too(serve):
 async def test_messages_above_the_limit_close_the_socket(serve):
     """--max-message-mb bounds what a client can make the server hold."""
     server = await serve(max_message_mb=1)
+    too_large = msgspec.msgpack.encode(init(first_frame=png() + bytes(2**20)))
     async with server.client() as client:
-        await client.socket.send(msgspec.msgpack.encode(init(first_frame=png() + bytes(2**20))))
+        await client.socket.send(too_large)
+        error = await client.error()
+        assert error["code"] == "message_too_large"
+        assert error["content"] == "the message is larger than 1 MiB (--max-message-mb)"
         assert (await client.closed())[0] == 1009
     await server.idle()
+
+
+async def test_a_message_above_the_limit_ends_a_running_session_in_words(serve):
+    """The error stands between two batches, also of those whose payload is a message of its own; the slot is free."""
+    server = await serve(FakeEngine(group_s=SLOW), max_message_mb=1)
+    async with server.client(init(size="256x160")) as client:
+        await client.chunk()
+        await client.socket.send(bytes(2**20 + 1))
+        assert (await client.until("error"))["code"] == "message_too_large"
+        assert (await client.closed())[0] == 1009
+    await server.idle()
+    async with server.client(init(max_chunks=1)) as client:
+        assert len((await client.chunk()).frames) == 9
