@@ -103,5 +103,5 @@ async def test_what_counts_as_sent_is_nearly_at_the_client(serve, monkeypatch):
             received += len(payload or b"")
     # The chunk that leaves and the one that was prefetched go out first; an event may just miss the next one.
     assert received <= 3 * 12 * FRAME
-    # The transport's buffer, the kernel's, and both ends' of the link.
-    assert max(in_between) <= 2 * UNSENT_BYTES + 4 * RECEIVE_BUFFER
+    # The transport's buffer, the kernel's, and what the relay holds. Unbounded, megabytes stand in the kernel.
+    assert max(in_between) <= 2 * UNSENT_BYTES + 10 * RECEIVE_BUFFER
