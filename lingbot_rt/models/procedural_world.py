@@ -1,4 +1,4 @@
-"""The built-in world's procedural weights. They are untrained, but they show a picture that answers to keys and prompts.
+"""The built-in world's procedural weights: untrained, but the picture answers to keys and prompts.
 
 Most weights are small random noise. A few are set by hand. Those of the VAE encode and decode the coarse colours of a
 picture. Those of the DiT predict, for every latent frame, the session's first picture: attention finds it, the camera's
@@ -29,8 +29,8 @@ _NORM_FLOOR = 8.0  # a constant channel this large makes a norm over channels ne
 _CELLS = PATCH_SIZE**2
 
 
-# VAE channels: 0..2 are red, green and blue, 3..5 their negatives, 6 a constant. silu(x) - silu(-x) = x, and the constant
-# dominates the norms, so the last norm and silu of the encoder and of the decoder lose nothing.
+# VAE channels: 0..2 are red, green and blue, 3..5 their negatives, 6 a constant. silu(x) - silu(-x) = x, and the
+# constant dominates the norms, so the last norm and silu of the encoder and of the decoder lose nothing.
 
 
 def init_vae(vae: Network) -> None:
@@ -61,7 +61,7 @@ def init_vae(vae: Network) -> None:
             width = vae.decoder.conv_out.weight.shape[1]
             for column in range(2):
                 for row in range(2):
-                    kernel = torch.outer(_interpolation_taps(row), _interpolation_taps(column)) * sign * _NORM_FLOOR / width**0.5
+                    kernel = torch.outer(_lerp_taps(row), _lerp_taps(column)) * sign * _NORM_FLOOR / width**0.5
                     vae.decoder.conv_out.weight[4 * colour + 2 * column + row, channel, -1] = kernel
     for side in (vae.encoder, vae.decoder):
         side.conv_in.bias[6] = _NORM_FLOOR
@@ -87,7 +87,7 @@ def _init_resample(module: Network) -> None:
         convolution.weight[channel, channel] = kernel
 
 
-def _interpolation_taps(side: int) -> Tensor:
+def _lerp_taps(side: int) -> Tensor:
     """Linear interpolation taps of the first (0) or second (1) of two samples inside a cell."""
     taps = torch.tensor([0.25, 0.75, 0.0])
     return taps if side == 0 else taps.flip(0)
