@@ -1,4 +1,4 @@
-"""What every test may use: the golden data, and one thread a process so that parallel tests do not fight for cores."""
+"""For all tests: the path of golden data, one torch thread per process, and no deadlines in hypothesis."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hypothesis import settings
 
-# A loaded machine is slow, not wrong.
+# A busy machine may be slow.
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
 

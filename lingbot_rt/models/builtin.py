@@ -1,7 +1,7 @@
-"""The model that ships with the package: the real architecture at tiny size, so that a plain CPU runs it in real time.
+"""The model that ships with the package: the full architecture at a size that a CPU runs in real time.
 
-Its configuration and tokenizer are package data. Its weights are drawn from a fixed seed at first start and kept in a
-user cache as an ordinary checkpoint folder, which every other part of the package loads like any other.
+Its configuration and tokenizer are package data. Its weights are procedural and untrained: the first start makes them
+from a fixed seed and keeps them in a user cache as a checkpoint folder. The package loads it like any other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from lingbot_rt.models import drawn_world
+from lingbot_rt.models import procedural_world
 from lingbot_rt.models.dit import CausalDiT, DiTConfig, split_qkv
 
 _SOURCE = Path(__file__).parent.parent / "builtin"
@@ -34,7 +34,7 @@ def cache_root() -> Path:
 
 
 def builtin_folder() -> Path:
-    """The built-in checkpoint folder, made when it is not there. Safe when several processes start at once."""
+    """The built-in checkpoint folder. It is made if it does not exist; several processes may call this at once."""
     folder = cache_root() / f"builtin-{_key()}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -44,16 +44,16 @@ def builtin_folder() -> Path:
             try:
                 made.rename(folder)
             except OSError:
-                # Another process was first; both drew the same bytes.
+                # Another process was first; both made the same bytes.
                 if not folder.exists():
                     raise
     return folder
 
 
 def _key() -> str:
-    """Names what the weights depend on: the configuration, how they are drawn, and torch's generator."""
+    """A hash of what the weights depend on: the configuration, the code that makes them, and torch's generator."""
     digest = hashlib.sha256(f"{_SEED} {torch.__version__}".encode())
-    for path in (Path(__file__), Path(drawn_world.__file__), *sorted(_SOURCE.rglob("*.json"))):
+    for path in (Path(__file__), Path(procedural_world.__file__), *sorted(_SOURCE.rglob("*.json"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -67,9 +67,9 @@ def _make(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
         torch.manual_seed(_SEED)
         dit = CausalDiT(DiTConfig.from_dict(config("transformer")))
-        drawn_world.draw_dit(dit)
+        procedural_world.init_dit(dit)
         vae = AutoencoderKLWan.from_config(config("vae"))
-        drawn_world.draw_vae(vae)
+        procedural_world.init_vae(vae)
         text_encoder = UMT5EncoderModel(UMT5Config.from_dict(config("text_encoder")))
         _save(split_qkv(dit.state_dict()), folder / "transformer" / "diffusion_pytorch_model.safetensors")
         _save(vae.state_dict(), folder / "vae" / "diffusion_pytorch_model.safetensors")

@@ -1,1 +1,1 @@
-"""Training of the built-in world: README.md of this folder says what runs in which order, and for how long."""
+"""Training of the built-in world. docs/training.md describes the stages, their order and their durations."""

@@ -1,4 +1,4 @@
-"""The sizes of the world that is trained, as they go into its checkpoint folder."""
+"""Sizes of the trained world: the configurations in its checkpoint folder."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from lingbot_rt.models.dit import DiTConfig
 from lingbot_rt.models.i2v_condition import MASK_CHANNELS
 from lingbot_rt.shapes import FrameSize
 
+CHUNK_FRAMES = 3
+"""Latent frames per chunk."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorldConfig:
-    """README.md gives the reasons."""
+    """docs/training.md gives the reasons."""
 
     size: FrameSize = field(default_factory=lambda: FrameSize(160, 96))
     z_dim: int = 24
@@ -26,7 +29,7 @@ class WorldConfig:
     vocabulary: int = 1200
     shift: float = 2.0
     steps: tuple[int, ...] = (1000, 800, 500, 200)
-    slots: int = 9  # chunks of a training sample: the first of its session and eight in a row
+    sample_chunks: int = 9  # per training sample: the first of its session and eight in a row
     supersample: int = 2
 
     @property
@@ -51,7 +54,7 @@ class WorldConfig:
             "qk_norm": "rms_norm_across_heads",
             "eps": 1e-6,
             "sink_size": 3,
-            "num_frames_per_block": 3,
+            "num_frames_per_block": CHUNK_FRAMES,
             "sliding_window_num_frames": 12,
         }
 
@@ -126,14 +129,21 @@ TINY = WorldConfig(
     text_dim=32,
     text_len=24,
     vocabulary=400,
-    slots=4,
+    sample_chunks=4,
     supersample=1,
 )
-"""For tests: every part, at a size that a CPU trains a step of in a blink."""
+"""For tests: every part, at a size that trains in milliseconds per step on a CPU."""
 
 SMALL = WorldConfig(
-    size=FrameSize(80, 48), z_dim=16, vae_width=16, dit_heads=2, dit_head_dim=64, dit_layers=4, text_len=32, slots=5
+    size=FrameSize(80, 48),
+    z_dim=16,
+    vae_width=16,
+    dit_heads=2,
+    dit_head_dim=64,
+    dit_layers=4,
+    text_len=32,
+    sample_chunks=5,
 )
-"""To see every stage learn within minutes on a CPU; not a world to walk in."""
+"""Every stage learns within minutes on a CPU. Too small for a usable world."""
 
 CONFIGS = {"full": FULL, "small": SMALL, "tiny": TINY}

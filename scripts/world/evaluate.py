@@ -1,10 +1,10 @@
-"""Measures a trained world through the serving code, against the bars, and draws contact sheets.
+"""Measures a trained world through the serving code, compares it with the bars, and makes a contact sheet.
 
     python -m scripts.world.evaluate --model runs/world/model --out runs/world/evaluation
     python -m scripts.world.evaluate --model runs/world/model --short            # about a minute on two cores
 
 Writes figures.json, evaluation.md and sheet.jpg (true rows above generated rows, columns in time) into --out. The exit
-code is 1 when a bar is missed.
+code is 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from PIL import Image
 from lingbot_rt.bench.serve import Visit, serve_report, visit
 from lingbot_rt.models.checkpoint import open_checkpoint
 from lingbot_rt.shapes import FrameSize
-from scripts.world.measures import contact_sheet, long_walk, obedience, prompt_switch, rollouts, vae_psnr
-from scripts.world.players import BREAKS, ServedWorld
+from scripts.world.metrics import contact_sheet, long_rollout, obedience, prompt_switch, rollouts, vae_psnr
 from scripts.world.render import Renderer
+from scripts.world.worlds import ABLATIONS, ServedWorld
 
 START_LIMIT_S = 180
 SPEED_CHUNKS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Effort:
-    """How much is measured; ``easier`` is taken off every bar but the speed's, for samples this small."""
+class EvaluationSize:
+    """How many cases are measured. ``slack`` lowers every bar but the speed's, because few cases scatter more."""
 
     clips: int
     states: int
     late_states: int
     switches: int
-    walks: int
+    trajectories: int
     chunks: tuple[int, ...]
-    long_walks: int
-    easier: float
+    long_rollouts: int
+    slack: float
 
 
-FULL = Effort(32, 48, 16, 40, 12, (1, 3, 6, 12, 24), 4, 0.0)
-SHORT = Effort(4, 2, 1, 4, 2, (1, 3, 6), 0, 0.15)
+FULL = EvaluationSize(32, 48, 16, 40, 12, (1, 3, 6, 12, 24), 4, 0.0)
+SHORT = EvaluationSize(4, 2, 1, 4, 2, (1, 3, 6), 0, 0.15)
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A figure and what it should be: at least ``bar`` (``aim``), or for ratios within them of 1."""
+    """A figure with its bar and its aim: lower limits, or for a ratio the largest distance from 1."""
 
     name: str
     value: float
@@ -73,34 +73,34 @@ class Bar:
         return abs(self.value - 1) <= self.aim if self.ratio else self.value >= self.aim
 
 
-def measure(world: ServedWorld, effort: Effort, out: Path) -> tuple[list[Bar], dict[str, Any]]:
-    """Everything but the speed: the bars, and all figures for figures.json."""
-    renderer, ease = world.renderer, 1 - effort.easier
-    figures: dict[str, Any] = {"vae_psnr": vae_psnr(world.pipeline.vae, renderer, effort.clips)}
-    rolled = rollouts(world, renderer, effort.walks, effort.chunks, neutral=effort is FULL)
-    figures["rollout_psnr"] = rolled.scores
+def measure(world: ServedWorld, size: EvaluationSize, out: Path) -> tuple[list[Bar], dict[str, Any]]:
+    """Everything but the speed: the bars, and the content of figures.json."""
+    renderer, ease = world.renderer, 1 - size.slack
+    figures: dict[str, Any] = {"vae_psnr": vae_psnr(world.pipeline.vae, renderer, size.clips)}
+    rollout = rollouts(world, renderer, size.trajectories, size.chunks, neutral=size is FULL)
+    figures["rollout_psnr"] = rollout.scores
     out.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(contact_sheet(rolled.sheet)).save(out / "sheet.jpg", quality=92)
-    soon = obedience(world, renderer, effort.states, after=1)
-    late = obedience(world, renderer, effort.late_states, after=8)
+    Image.fromarray(contact_sheet(rollout.sheet)).save(out / "sheet.jpg", quality=92)
+    early = obedience(world, renderer, size.states, after=1)
+    late = obedience(world, renderer, size.late_states, after=8)
     figures["obedience_1"], figures["obedience_8"] = (
-        soon.by_key | {"all": soon.share},
+        early.by_key | {"all": early.share},
         late.by_key | {"all": late.share},
     )
-    figures["prompt_switch"] = prompt_switch(world, renderer, effort.switches)
-    got = rolled.scores["generated"]
+    figures["prompt_switch"] = prompt_switch(world, renderer, size.switches)
+    got = rollout.scores["generated"]
     bars = [
         Bar("VAE PSNR, dB", figures["vae_psnr"], 31 * ease, 34),
         Bar("roll-out PSNR, chunk 1, dB", got[1], 24 * ease, 27),
         Bar("roll-out PSNR, chunk 6, dB", got[6], 19 * ease, 22),
-        Bar("obedience after 1 chunk", soon.share, 0.95 * ease, 0.98),
+        Bar("obedience after 1 chunk", early.share, 0.95 * ease, 0.98),
         Bar("obedience after 8 chunks, pose fitted", late.share, 0.85 * ease, 0.95),
         Bar("prompt switch within 2 chunks", figures["prompt_switch"], 0.95 * ease, 0.99),
     ]
-    if effort is FULL:
-        bars.append(Bar("least obeyed key", min(soon.by_key.values()), 0.88, 0.88))
-    if effort.long_walks:
-        figures["after_60_chunks"] = ratios = long_walk(world, renderer, effort.long_walks)
+    if size is FULL:
+        bars.append(Bar("least obeyed key", min(early.by_key.values()), 0.88, 0.88))
+    if size.long_rollouts:
+        figures["after_60_chunks"] = ratios = long_rollout(world, renderer, size.long_rollouts)
         bars += [
             Bar(f"after 60 chunks, {name} over the truth's", ratios[name], 0.25, 0.1, True)
             for name in ("std", "gradient")
@@ -109,7 +109,7 @@ def measure(world: ServedWorld, effort: Effort, out: Path) -> tuple[list[Bar], d
 
 
 def speed(folder: Path, size: FrameSize, threads: int = 2) -> dict[str, float | None]:
-    """Frames per second at a client's end of a socket, float32 on the CPU."""
+    """Frames per second and latency as a client receives them, float32 on the CPU."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -161,13 +161,13 @@ def _grey_picture(size: FrameSize) -> bytes:
 def as_markdown(bars: list[Bar], figures: dict[str, Any]) -> str:
     lines = ["| | measured | bar | aim | |", "|---|---|---|---|---|"]
     for bar in bars:
-        verdict = "aim" if bar.aimed else "bar" if bar.reached else "missed"
+        reached = "aim" if bar.aimed else "bar" if bar.reached else "missed"
         within = "within " if bar.ratio else ""
-        lines.append(f"| {bar.name} | {bar.value:.3g} | {within}{bar.bar:.3g} | {within}{bar.aim:.3g} | {verdict} |")
+        lines.append(f"| {bar.name} | {bar.value:.3g} | {within}{bar.bar:.3g} | {within}{bar.aim:.3g} | {reached} |")
     chunks = list(next(iter(figures["rollout_psnr"].values())))
     lines += ["", "| PSNR at chunk | " + " | ".join(map(str, chunks)) + " |", "|---" * (len(chunks) + 1) + "|"]
-    for who, scores in figures["rollout_psnr"].items():
-        lines.append(f"| {who} | " + " | ".join(f"{scores[chunk]:.1f}" for chunk in chunks) + " |")
+    for source, scores in figures["rollout_psnr"].items():
+        lines.append(f"| {source} | " + " | ".join(f"{scores[chunk]:.1f}" for chunk in chunks) + " |")
     keys = list(figures["obedience_1"])
     lines += ["", "| obedience | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
     for name, of in (("after 1 chunk", "obedience_1"), ("after 8", "obedience_8")):
@@ -181,21 +181,21 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/world/evaluation"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--short", action="store_true", help="a minute on two cores, with lower bars, without the speed"
+        "--short", action="store_true", help="about a minute on two cores: fewer cases, lower bars, no speed"
     )
-    parser.add_argument("--break", dest="broken", choices=BREAKS, help="break one part first: the bars must notice")
-    said = parser.parse_args()
+    parser.add_argument("--break", dest="ablation", choices=ABLATIONS, help="disable a part: a bar must then be missed")
+    args = parser.parse_args()
     began = time.monotonic()
-    size = open_checkpoint(str(said.model)).default_size
-    world = ServedWorld(said.model, said.device, Renderer(size, said.device), said.broken)
-    bars, figures = measure(world, SHORT if said.short else FULL, said.out)
-    if not said.short:
-        figures["speed"] = speed(said.model, size)
+    size = open_checkpoint(str(args.model)).default_size
+    world = ServedWorld(args.model, args.device, Renderer(size, args.device), args.ablation)
+    bars, figures = measure(world, SHORT if args.short else FULL, args.out)
+    if not args.short:
+        figures["speed"] = speed(args.model, size)
         bars.append(Bar("frames/s through the socket, CPU, 2 threads", figures["speed"]["frames_per_s"] or 0.0, 16, 24))
     figures["seconds"] = round(time.monotonic() - began, 1)
     text = as_markdown(bars, figures)
-    (said.out / "evaluation.md").write_text(text, encoding="utf-8")
-    (said.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    (args.out / "evaluation.md").write_text(text, encoding="utf-8")
+    (args.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(text)
     return 0 if all(bar.reached for bar in bars) else 1
 

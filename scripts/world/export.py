@@ -1,8 +1,8 @@
-"""Stage 7: a run's model/ -> a checkpoint folder to ship, whole and within its limits.
+"""Stage 8: copies a run's model/ to a checkpoint folder to ship, after checking that it loads and its size.
 
     python -m scripts.world.export --to lingbot_rt/builtin
 
-The stages have written all networks in float16 already; this counts bytes and copies.
+The training stages have written all networks in float16 already.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
 
 
 def complete(model: Path, config: WorldConfig) -> None:
-    """Writes model_index.json and scheduler/ beside the networks, then loads all as serving does.
+    """Writes model_index.json and scheduler/ beside the networks, then loads every network as serving does.
 
-    Raises CheckpointError.
+    Raises CheckpointError if one does not load.
     """
     index = {
         "_class_name": "LingBotWorldCausalDMDPipeline",
@@ -48,7 +48,7 @@ def complete(model: Path, config: WorldConfig) -> None:
 
 
 def export(model: Path, config: WorldConfig, to: Path) -> int:
-    """Bytes written. Raises ValueError for a file or a folder that is too large to ship."""
+    """Copies ``model`` to ``to`` and returns the bytes written. Raises ValueError if it is too large."""
     complete(model, config)
     files = [path for path in sorted(model.rglob("*")) if path.is_file()]
     large = [f"{path.name}: {path.stat().st_size}" for path in files if path.stat().st_size > MAX_FILE_BYTES]
@@ -65,10 +65,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/world"))
     parser.add_argument("--config", choices=CONFIGS, default="full")
-    parser.add_argument("--to", type=Path, required=True, help="the folder to write, or to write over")
-    said = parser.parse_args()
-    total = export(said.run / "model", CONFIGS[said.config], said.to)
-    print(f"{said.to}: {total / 1e6:.1f} MB")
+    parser.add_argument("--to", type=Path, required=True, help="the folder to write; parts that exist are replaced")
+    args = parser.parse_args()
+    total = export(args.run / "model", CONFIGS[args.config], args.to)
+    print(f"{args.to}: {total / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
-"""Where rays meet the scene's convex shapes. Every argument broadcasts; rays and origins are (x, h, z) components, the
-origin relative to the shape's centre. Distances are inf where a ray misses or starts inside."""
+"""Ray intersections with the scene's convex shapes.
+
+All arguments broadcast. Rays and origins are (x, h, z) components; origins are relative to the shape's centre. The
+result is a distance, inf where a ray misses or starts inside.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ Components = Sequence[Tensor]
 _NEAR = 0.01
 
 
-def meet_solid(planes: Sequence[Components], origin: Components, ray: Components) -> Tensor:
-    """``planes``: (normal x, h, z, offset) of each; planes of zeros and a positive offset cut nothing."""
+def intersect_polyhedron(planes: Sequence[Components], origin: Components, ray: Components) -> Tensor:
+    """``planes``: (normal x, h, z, offset) of each. A plane with a zero normal and a positive offset cuts nothing."""
     enter = leave = None
     for nx, nh, nz, offset in planes:
         toward = nx * ray[0] + nh * ray[1] + nz * ray[2]
         inside = offset - (nx * origin[0] + nh * origin[1] + nz * origin[2])
         at = inside / toward
-        # A ray along a plane meets it nowhere: it is inside for ever or never.
+        # A ray parallel to a plane is inside it along its whole length or nowhere.
         entering = torch.where(toward < 0, at, torch.where((toward == 0) & (inside < 0), math.inf, -math.inf))
         leaving = torch.where(toward > 0, at, math.inf)
         enter = entering if enter is None else torch.maximum(enter, entering)
@@ -31,7 +34,7 @@ def meet_solid(planes: Sequence[Components], origin: Components, ray: Components
     return torch.where((enter < leave) & (enter > _NEAR), enter, math.inf)
 
 
-def meet_round(low: Tensor, high: Tensor, half: Tensor, origin: Components, ray: Components) -> Tensor:
+def intersect_frustum(low: Tensor, high: Tensor, half: Tensor, origin: Components, ray: Components) -> Tensor:
     """A truncated cone: radius ``low`` at h = -half, ``high`` at h = half."""
     slope = (high - low) / (2 * half)
     radius = (low + high) / 2 + slope * origin[1]
@@ -46,8 +49,8 @@ def meet_round(low: Tensor, high: Tensor, half: Tensor, origin: Components, ray:
         h = origin[1] + side * ray[1]
         good = hits & (h.abs() <= half) & (side > _NEAR) & (radius + growth * side >= 0)
         # The nearer root is an entrance; the farther one is seen only from inside.
-        met = torch.where(good, side, math.inf)
-        best = met if best is None else torch.minimum(best, met)
+        hit = torch.where(good, side, math.inf)
+        best = hit if best is None else torch.minimum(best, hit)
     assert best is not None
     for lid, width in ((half, high), (-half, low)):
         at = (lid - origin[1]) / ray[1]
@@ -56,7 +59,7 @@ def meet_round(low: Tensor, high: Tensor, half: Tensor, origin: Components, ray:
     return best
 
 
-def meet_ball(radius: Tensor, half: Tensor, origin: Components, ray: Components) -> Tensor:
+def intersect_ellipsoid(radius: Tensor, half: Tensor, origin: Components, ray: Components) -> Tensor:
     """An ellipsoid of radius ``radius`` and height 2 ``half``."""
     squash = radius / half
     oh, rh = origin[1] * squash, ray[1] * squash

@@ -1,10 +1,13 @@
-"""Stage 3: walks through the world, rendered and encoded once, for the DiT to train on.
+"""Stage 3: renders and encodes random trajectories, the DiT's training data.
 
     python -m scripts.world.make_latents --minutes 2.5
 
-Each walk is seen in two looks. A file of the run's latents/ holds, for W walks of n latent frames:
-    latents   [W, 2, z, n, h, w]  float16, normalised        first, later  [W, 2, z, 3, h, w]  the image conditions
-    relative  [W, n, 4, 4]        as the serving code scales them     looks  [W, 2]
+Every trajectory is rendered in two looks. A file of the run's latents/ holds, for N trajectories of n latent frames:
+    latents   [N, 2, z, n, h, w]   float16, normalised
+    first     [N, 2, z, 3, h, w]   float16, the latents of the image condition in the first chunk
+    later     [N, 2, z, 3, h, w]   float16, those in later chunks
+    relative  [N, n, 4, 4]         float32, relative poses, scaled as in serving
+    looks     [N, 2]
 """
 
 from __future__ import annotations
@@ -18,63 +21,67 @@ from torch import Tensor
 from lingbot_rt.models.checkpoint import CheckpointFolder, load_vae
 from lingbot_rt.models.i2v_condition import MASK_CHANNELS
 from lingbot_rt.models.vae import StreamingVAE
+from scripts.world.config import CHUNK_FRAMES
 from scripts.world.render import Renderer
 from scripts.world.scene import LOOKS
-from scripts.world.stage import Options, append_line
 from scripts.world.train_vae import video
-from scripts.world.walks import random_actions, start_view, walk
+from scripts.world.training_loop import Options, append_line
+from scripts.world.trajectories import make_trajectory, random_actions, start_view
 
 CHUNKS = 12
 
 
 def checkpoint(options: Options) -> CheckpointFolder:
-    """The run's model/ as far as it is there."""
+    """The run's model/, of which some parts may not exist yet."""
     config = options.config
     return CheckpointFolder(options.model, config.dit, config.shift, config.steps, config.size)
 
 
-def encode_walks(
-    vae: StreamingVAE, renderer: Renderer, rng: np.random.Generator, walks: int, chunks: int
+def encode_trajectories(
+    vae: StreamingVAE, renderer: Renderer, rng: np.random.Generator, count: int, chunks: int
 ) -> dict[str, Tensor]:
-    """One file's content."""
-    made = [walk(start_view(rng), random_actions(rng, 3 * chunks)) for _ in range(walks)]
-    poses = np.stack([one.view.between().poses() for one in made])
-    looks = torch.from_numpy(np.stack([rng.permutation(len(LOOKS))[:2] for _ in made]))
-    found: dict[str, list[Tensor]] = {"latents": [], "first": [], "later": []}
+    """The tensors of one file: ``count`` trajectories of ``chunks`` chunks."""
+    trajectories = [make_trajectory(start_view(rng), random_actions(rng, CHUNK_FRAMES * chunks)) for _ in range(count)]
+    poses = np.stack([one.view.pixel_frames().poses() for one in trajectories])
+    looks = torch.from_numpy(np.stack([rng.permutation(len(LOOKS))[:2] for _ in trajectories]))
+    parts: dict[str, list[Tensor]] = {"latents": [], "first": [], "later": []}
     for i in range(2):
         look_of_frame = looks[:, i].repeat_interleave(poses.shape[1])
         pictures = renderer.render(poses.reshape(-1, 4, 4), look_of_frame)
         clips = video(pictures.unflatten(0, poses.shape[:2]))
-        found["latents"].append(vae.encode(clips))
-        first, later = vae.encode_condition(clips[:, :, 0], 3)
-        found["first"].append(first[:, MASK_CHANNELS:])
-        found["later"].append(later[:, MASK_CHANNELS:])
-    tensors = {name: torch.stack(parts, 1).half().cpu() for name, parts in found.items()}
-    return tensors | {"relative": torch.from_numpy(np.stack([one.relative for one in made])).float(), "looks": looks}
+        parts["latents"].append(vae.encode(clips))
+        first, later = vae.encode_condition(clips[:, :, 0], CHUNK_FRAMES)
+        parts["first"].append(first[:, MASK_CHANNELS:])
+        parts["later"].append(later[:, MASK_CHANNELS:])
+    tensors = {name: torch.stack(tensors, 1).half().cpu() for name, tensors in parts.items()}
+    return tensors | {
+        "relative": torch.from_numpy(np.stack([one.relative for one in trajectories])).float(),
+        "looks": looks,
+    }
 
 
 @torch.no_grad()
-def make(options: Options, walks: int, chunks: int = CHUNKS) -> None:
-    """Adds files until the stage's time is over, or ``options.steps`` of them."""
+def make(options: Options, count: int, chunks: int = CHUNKS) -> None:
+    """Adds files of ``count`` trajectories until the stage's minutes are spent or ``options.steps`` files are added."""
     folder = options.run / "latents"
     folder.mkdir(parents=True, exist_ok=True)
     vae = load_vae(checkpoint(options), torch.float32, options.device)
     renderer = Renderer(options.config.size, options.device, options.config.supersample)
-    began, made = time.monotonic(), 0
+    began, added = time.monotonic(), 0
     number = len(list(folder.glob("*.pt")))
-    while time.monotonic() - began < 60 * options.minutes and (options.steps is None or made < options.steps):
-        tensors = encode_walks(vae, renderer, np.random.default_rng((options.seed, 2, number)), walks, chunks)
+    while time.monotonic() - began < 60 * options.minutes and (options.steps is None or added < options.steps):
+        tensors = encode_trajectories(vae, renderer, np.random.default_rng((options.seed, 2, number)), count, chunks)
         scratch = folder / "new"
         torch.save(tensors, scratch)
         scratch.rename(folder / f"{number:04}.pt")
-        number, made = number + 1, made + 1
-        frames = 2 * tensors["relative"].shape[0] * (4 * (3 * chunks - 1) + 1)
-        rate = made * frames / (time.monotonic() - began)
+        number, added = number + 1, added + 1
+        frames = 2 * tensors["relative"].shape[0] * (4 * (CHUNK_FRAMES * chunks - 1) + 1)
+        rate = added * frames / (time.monotonic() - began)
         append_line(options.run, {"stage": "latents", "files": number, "pictures_per_s": round(rate, 1)})
 
 
 if __name__ == "__main__":
-    options, said = Options.parse(
-        __doc__, minutes=2.5, extra=(("--walks", {"type": int, "default": 16, "help": "of a file"}),)
+    options, args = Options.parse(
+        __doc__, minutes=2.5, extra=(("--trajectories", {"type": int, "default": 16, "help": "per file"}),)
     )
-    make(options, said.walks)
+    make(options, args.trajectories)

@@ -1,6 +1,7 @@
-"""Prompts in ordinary English and the look each asks for, for training; HELD_OUT's wordings are kept for evaluation.
+"""Random English prompts for training, each with the look that it asks for, and HELD_OUT prompts for evaluation.
 
-Night outweighs snow and snow outweighs sunset ("a snowy night" is night). What names none of them is day.
+If a prompt names several looks, night wins over snow and snow over sunset ("a snowy night" is night). A prompt that
+names none is day.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import numpy as np
 DAY, SUNSET, NIGHT, SNOW = range(4)
 
 
-def _listed(text: str) -> list[str]:
+def _split(text: str) -> list[str]:
     return text.split("; ")
 
 
@@ -18,75 +19,75 @@ def _words(text: str) -> list[str]:
     return text.split()
 
 
-_BEFORE = {
-    DAY: _listed("sunny; bright; clear; fair; sunlit; summer; spring; midday; daytime; morning; pleasant"),
-    SUNSET: _listed("sunset; dusky; golden-hour; evening; twilight; orange-lit; sundown; late-evening; dusk"),
-    NIGHT: _listed("moonlit; nighttime; starlit; nocturnal; midnight; dark; starry; night; lamplit"),
-    SNOW: _listed("snowy; wintry; snow-covered; frozen; frosty; winter; icy; white winter; snowbound"),
+_ADJECTIVES = {
+    DAY: _split("sunny; bright; clear; fair; sunlit; summer; spring; midday; daytime; morning; pleasant"),
+    SUNSET: _split("sunset; dusky; golden-hour; evening; twilight; orange-lit; sundown; late-evening; dusk"),
+    NIGHT: _split("moonlit; nighttime; starlit; nocturnal; midnight; dark; starry; night; lamplit"),
+    SNOW: _split("snowy; wintry; snow-covered; frozen; frosty; winter; icy; white winter; snowbound"),
 }
-_AFTER = {
-    DAY: _listed(
+_PHRASES = {
+    DAY: _split(
         "by day; at noon; on a sunny day; on a bright day; under a blue sky; in the morning; in summer; in broad "
         "daylight; in the sunshine; on a clear day; in spring; with white clouds; in the afternoon; in warm "
         "sunlight"
     ),
-    SUNSET: _listed(
+    SUNSET: _split(
         "at sunset; at dusk; in the evening; at sundown; in the golden hour; at twilight; at nightfall; in the "
         "evening glow; under an orange sky; as the sun goes down; with a low orange sun; at dawn; with a pink and "
         "orange sky; in the last light of the day; at sunrise; while the sun is setting; in warm evening light; "
         "with long shadows of the evening"
     ),
-    NIGHT: _listed(
+    NIGHT: _split(
         "at night; by night; at midnight; under the stars; in the moonlight; after dark; in the dark; under a "
         "starry sky; under the moon; late at night; with glowing windows at night; under a full moon; with a dark "
         "sky full of stars; in the middle of the night; with lamps glowing in the dark"
     ),
-    SNOW: _listed(
+    SNOW: _split(
         "in winter; in the snow; under snow; covered in snow; after a snowfall; on a snowy day; in frost; with "
         "snow on the roofs; buried in snow; in a white winter; with fresh snow on the ground; in january; in the "
         "cold of winter; while snow is falling; at christmas; under a blanket of snow; in a blizzard"
     ),
 }
-_ALONE = {
-    DAY: _listed("day; daylight; noon; sunshine; a sunny day; blue sky; make it day again; morning; let the sun shine"),
-    SUNSET: _listed(
+_STANDALONE = {
+    DAY: _split("day; daylight; noon; sunshine; a sunny day; blue sky; make it day again; morning; let the sun shine"),
+    SUNSET: _split(
         "sunset; dusk; evening; golden hour; twilight; the sun goes down; make it sunset; evening falls; sunset "
         "over the {place}; the sun sets behind the {place}; dusk falls over the {place}; sunrise; the sky turns "
         "orange over the {place}; an orange evening sky"
     ),
-    NIGHT: _listed(
+    NIGHT: _split(
         "night; midnight; moonlight; stars; night falls; make it night; it gets dark; a starry night; night over "
         "the {place}; the moon over the {place}; stars above the {place}; darkness; a dark night; night falls "
         "over the {place}; the moon rises"
     ),
-    SNOW: _listed(
+    SNOW: _split(
         "snow; winter; frost; it snows; make it snow; winter comes; snow everywhere; snowfall; snow falls on the "
         "{place}; the {place} lies under snow; winter in the {place}; ice and snow; let it snow; everything is "
         "white with snow"
     ),
 }
-_PLACES = _listed(
+_PLACES = _split(
     "village; plaza; town; park; garden; square; meadow; island; world; little world; valley; town square; "
     "landscape; place; street; path; lighthouse; windmill; pond; harbor; countryside; castle; lawn; market; lake; "
     "hills; house; fountain; pavilion; toy village; playground; forest"
 )
-_WITH = _listed(
+_OBJECTS = _split(
     "a lighthouse; a red gate; a windmill; a hot-air balloon; a giant mushroom; cherry trees; pine trees; a "
     "fountain; a house with a red roof; a teal dome; a small castle; street lamps; a pond; winding paths; a "
     "striped balloon; green hills; a stone tower; a pavilion; a wooden bridge; flowers; people walking"
 )
 _OPENINGS = [""] * 3 + [
     f"{text} "
-    for text in _listed(
+    for text in _split(
         "a photo of; a view of; a painting of; walking through; a walk through; exploring; pixel art of; first-person "
         "view of; a low-poly view of; we walk across; a game world:; a video of; standing in; show me"
     )
 ]
-_ENDINGS = [""] * 3 + _listed(
+_ENDINGS = [""] * 3 + _split(
     ". Steady camera at eye height; , high detail; , cinematic; , soft colours; , stylised; . Wide angle; , calm "
     "and quiet; , peaceful; . A gentle breeze; , low poly; , toy-like; , 4k; . No people"
 )
-_OTHER = _words(
+_UNRELATED = _words(
     "robot banana guitar teacher ocean rocket library dragon coffee pizza horse train desert jungle city street "
     "car dancing sleeping running blue green yellow purple tiny enormous ancient modern wooden metal glass paper "
     "happy sad quick slow music mountain river bridge kitchen window mirror cat dog elephant bird fish butterfly "
@@ -103,11 +104,11 @@ _GIBBERISH = _words(
 )
 
 
-def sample(rng: np.random.Generator) -> tuple[str, int]:
+def sample_prompt(rng: np.random.Generator) -> tuple[str, int]:
     """A prompt and its look."""
     kind = rng.random()
     if kind < 0.14:
-        return _styled(rng, " ".join(rng.choice(_OTHER) for _ in range(rng.integers(1, 12)))), DAY
+        return _styled(rng, " ".join(rng.choice(_UNRELATED) for _ in range(rng.integers(1, 12)))), DAY
     if kind < 0.19:
         words = ["".join(rng.choice(_GIBBERISH) for _ in range(rng.integers(1, 4))) for _ in range(rng.integers(1, 6))]
         return _styled(rng, " ".join(words)), DAY
@@ -116,15 +117,15 @@ def sample(rng: np.random.Generator) -> tuple[str, int]:
     look = int(rng.integers(4))
     form = rng.random()
     if form < 0.2:
-        text = str(rng.choice(_ALONE[look])).format(place=rng.choice(_PLACES))
+        text = str(rng.choice(_STANDALONE[look])).format(place=rng.choice(_PLACES))
     elif form < 0.45:
-        text = _scene(rng, str(rng.choice(_BEFORE[look])))
+        text = _scene(rng, str(rng.choice(_ADJECTIVES[look])))
     elif form < 0.8:
-        text = f"{_scene(rng)}{rng.choice([' ', ' ', ', '])}{rng.choice(_AFTER[look])}"
+        text = f"{_scene(rng)}{rng.choice([' ', ' ', ', '])}{rng.choice(_PHRASES[look])}"
     else:
-        text = f"{rng.choice(_AFTER[look])}, {_scene(rng)}"
+        text = f"{rng.choice(_PHRASES[look])}, {_scene(rng)}"
     if rng.random() < 0.15:
-        text += " " + " ".join(rng.choice(_OTHER) for _ in range(rng.integers(1, 6)))
+        text += " " + " ".join(rng.choice(_UNRELATED) for _ in range(rng.integers(1, 6)))
     if rng.random() < 0.12:
         text, look = _with_second(rng, text, look)
     return _styled(rng, text), look
@@ -136,15 +137,15 @@ def _scene(rng: np.random.Generator, adjective: str = "") -> str:
     text = f"{rng.choice(_OPENINGS)}{article} {place}"
     for joint in (" with ", " and "):
         if rng.random() < 0.4:
-            text += joint + str(rng.choice(_WITH))
+            text += joint + str(rng.choice(_OBJECTS))
     return text
 
 
 def _with_second(rng: np.random.Generator, text: str, look: int) -> tuple[str, int]:
-    """Two looks in one prompt: the stronger one wins; day is what a sentence may say besides."""
+    """Adds a second look. The stronger one wins; day is the weakest."""
     second = int(rng.integers(4))
     order = (DAY, SUNSET, SNOW, NIGHT)
-    return f"{text}, {rng.choice(_AFTER[second])}", max(look, second, key=order.index)
+    return f"{text}, {rng.choice(_PHRASES[second])}", max(look, second, key=order.index)
 
 
 def _styled(rng: np.random.Generator, text: str) -> str:

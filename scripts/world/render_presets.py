@@ -1,8 +1,8 @@
-"""Renders the page's places to begin: six views of the true world.
+"""Renders the page's presets: six views of the true world, from which a session can start.
 
     python -m scripts.world.render_presets [names ...]
 
-The pictures and presets.json's lines go together: a preset of a look has words that ask for it.
+Also writes presets.json, in which every prompt asks for the look of its picture.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 from lingbot_rt.shapes import FrameSize
 from scripts.world.render import Renderer
 from scripts.world.scene import LOOKS
-from scripts.world.walks import View
+from scripts.world.trajectories import View
 
 OUT = Path(__file__).parents[2] / "webui" / "presets"
 SIZE = FrameSize(840, 504)  # 5:3, the built-in world's own shape

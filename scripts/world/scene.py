@@ -1,7 +1,7 @@
-"""The world itself: what stands where, and the four looks. Data only; render.py draws it.
+"""The world's data: landmarks, their positions, and the four looks. render.py renders it.
 
-Axes: x right, h up, z forward. A torus of PERIOD x PERIOD units: whoever walks on comes back, and there is no edge.
-Landmarks are large, of few flat colours, and each of its own kind, so that one of them tells where one is.
+Axes: x right, h up, z forward. The world is a torus of PERIOD x PERIOD units, so it has no edge. Landmarks are large
+and have few flat colours. Each kind is different, so that one landmark in view tells the position.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ def rgb(text: str) -> Colour:
 @dataclass(frozen=True, slots=True)
 class Paint:
     colour: Colour
-    second: Colour | None = None  # of every other band or panel
+    second: Colour | None = None  # colour of every other band or panel
     bands: int = 0  # equal slices over the height
     panels: int = 0  # equal slices around the vertical axis
-    glow: float = 0.0  # light of its own after dark
-    snow: bool = True  # white where it faces the sky, in the snow look
+    glow: float = 0.0  # share of its own light in dark looks
+    snow: bool = True  # white on top in the snow look
 
 
 @dataclass(frozen=True, slots=True)
-class Solid:
-    """A convex solid: points p with normal . (p - centre) <= offset for each of at most six planes."""
+class Polyhedron:
+    """Convex: the points p with normal . (p - centre) <= offset for each of at most six planes."""
 
     centre: tuple[float, float, float]
     planes: tuple[tuple[float, float, float, float], ...]  # unit normal and offset
-    reach: float  # no point is farther from the centre
+    bounding_radius: float  # largest distance of a point from the centre
     half_height: float
     paint: Paint
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
-    """A truncated cone around a vertical axis: a cylinder or a cone too."""
+class Frustum:
+    """A truncated cone around a vertical axis; also cylinders and cones."""
 
-    centre: tuple[float, float, float]  # half-way up
+    centre: tuple[float, float, float]  # at half its height
     low: float  # radius at the foot
     high: float  # radius at the top
     half_height: float
@@ -53,7 +53,7 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
-class Ball:
+class Ellipsoid:
     """An ellipsoid of revolution around a vertical axis."""
 
     centre: tuple[float, float, float]
@@ -62,57 +62,57 @@ class Ball:
     paint: Paint
 
 
-Shape = Solid | Round | Ball
+Shape = Polyhedron | Frustum | Ellipsoid
 
 
 @dataclass(frozen=True, slots=True)
 class Landmark:
-    """Shapes around a place of the ground. It sinks into the ground before a viewer who comes nearer than ``bows``."""
+    """Shapes at a position on the ground. They sink into it when the camera comes nearer than ``sink_radius``."""
 
     x: float
     z: float
     shapes: tuple[Shape, ...]
-    bows: float  # distance from its axis at which it begins to sink; gone a little nearer
+    sink_radius: float  # distance at which it begins to sink; at 65 % of it, it is below the ground
 
     @property
     def height(self) -> float:
         return max(shape.centre[1] + shape.half_height for shape in self.shapes)
 
 
-def box(x: float, h: float, z: float, size: tuple[float, float, float], paint: Paint, turn: float = 0) -> Solid:
-    """``size`` = width (x), height, depth (z); ``h`` its foot; ``turn`` degrees around the vertical."""
+def box(x: float, h: float, z: float, size: tuple[float, float, float], paint: Paint, turn: float = 0) -> Polyhedron:
+    """``size`` = width (x), height, depth (z); ``h`` is the foot, ``turn`` degrees around the vertical axis."""
     c, s = math.cos(math.radians(turn)), math.sin(math.radians(turn))
     w, t, d = (side / 2 for side in size)
     planes = ((c, 0, s, w), (-c, 0, -s, w), (0, 1, 0, t), (0, -1, 0, t), (-s, 0, c, d), (s, 0, -c, d))
-    return Solid((x, h + t, z), planes, math.hypot(w, t, d), t, paint)
+    return Polyhedron((x, h + t, z), planes, math.hypot(w, t, d), t, paint)
 
 
-def gable(x: float, h: float, z: float, size: tuple[float, float, float], paint: Paint) -> Solid:
-    """A roof whose ridge runs along x."""
+def gable(x: float, h: float, z: float, size: tuple[float, float, float], paint: Paint) -> Polyhedron:
+    """A roof with its ridge along x."""
     w, t, d = (side / 2 for side in size)
     slope = math.hypot(2 * t, d)
     a, b, low = d / slope, 2 * t / slope, t * d / slope
     planes = ((0, a, b, low), (0, a, -b, low), (0, -1, 0, t), (1, 0, 0, w), (-1, 0, 0, w))
-    return Solid((x, h + t, z), planes, math.hypot(w, t, d), t, paint)
+    return Polyhedron((x, h + t, z), planes, math.hypot(w, t, d), t, paint)
 
 
-def pyramid(x: float, h: float, z: float, side: float, height: float, paint: Paint, turn: float = 0) -> Solid:
+def pyramid(x: float, h: float, z: float, side: float, height: float, paint: Paint, turn: float = 0) -> Polyhedron:
     t, half = height / 2, side / 2
     slope = math.hypot(height, half)
     a, b, low = half / slope, height / slope, t * half / slope
     c, s = math.cos(math.radians(turn)), math.sin(math.radians(turn))
     around = ((c, s), (-c, -s), (-s, c), (s, -c))
     planes = (*((b * nx, a, b * nz, low) for nx, nz in around), (0.0, -1.0, 0.0, t))
-    return Solid((x, h + t, z), planes, math.hypot(t, half * math.sqrt(2)), t, paint)
+    return Polyhedron((x, h + t, z), planes, math.hypot(t, half * math.sqrt(2)), t, paint)
 
 
-def cone(x: float, h: float, z: float, low: float, high: float, height: float, paint: Paint) -> Round:
-    return Round((x, h + height / 2, z), low, high, height / 2, paint)
+def cone(x: float, h: float, z: float, low: float, high: float, height: float, paint: Paint) -> Frustum:
+    return Frustum((x, h + height / 2, z), low, high, height / 2, paint)
 
 
-def ball(x: float, h: float, z: float, radius: float, paint: Paint, half_height: float | None = None) -> Ball:
-    """``h`` its middle."""
-    return Ball((x, h, z), radius, half_height or radius, paint)
+def ball(x: float, h: float, z: float, radius: float, paint: Paint, half_height: float | None = None) -> Ellipsoid:
+    """``h`` is its centre."""
+    return Ellipsoid((x, h, z), radius, half_height or radius, paint)
 
 
 WHITE, CREAM, STONE = rgb("#f6f1e6"), rgb("#ead9b8"), rgb("#b9b4ac")
@@ -147,7 +147,7 @@ def _house() -> tuple[Shape, ...]:
 
 def _windmill() -> tuple[Shape, ...]:
     blades = [
-        Solid(
+        Polyhedron(
             (reach * math.cos(a), 0.62 + reach * math.sin(a), -0.17),
             tuple(_turned_box(a, (0.36, 0.085, 0.02))),
             0.19,
@@ -242,7 +242,7 @@ def _lamp() -> tuple[Shape, ...]:
 
 
 def _post(lintel: bool) -> tuple[Shape, ...]:
-    """One of the gate's two posts; the first carries the beams too, well over a walker's head."""
+    """One of the gate's two posts. ``lintel`` adds the beams, above eye height."""
     beams = (
         box(0.24, 0.66, 0, (0.78, 0.065, 0.07), Paint(RED)),
         box(0.24, 0.53, 0, (0.62, 0.045, 0.05), Paint(RED)),
@@ -285,15 +285,15 @@ LANDMARKS = (
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Light, air and ground of one kind of day. Directions are (x, h, z), towards the light."""
+    """Colours and light of one time or weather. Directions are (x, h, z), towards the light."""
 
     name: str
     sun: tuple[float, float, float]
-    light: Colour  # of the sun or the moon, on a surface that faces it
+    light: Colour  # of sun or moon, on a surface that faces it
     shade: Colour  # of the sky, on every surface
     zenith: Colour
     horizon: Colour
-    haze: Colour  # what distance fades into
+    haze: Colour  # colour of the fog
     near_hills: Colour
     far_hills: Colour
     cloud: Colour
@@ -301,7 +301,7 @@ class Look:
     disc: Colour
     disc_radius: float  # radians
     halo: float
-    glow: float  # how much of a shape's own light shows
+    glow: float  # factor on the glow of shapes
     stars: float
     snow: float
     grass: Colour

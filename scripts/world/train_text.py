@@ -1,9 +1,9 @@
-"""Stage 1: the tokenizer, and a UMT5 whose every row tells the look that a prompt asks for. A CPU does it in minutes.
+"""Stage 1: trains the tokenizer and the UMT5 text encoder. A CPU does it in minutes.
 
     python -m scripts.world.train_text
 
-The encoder is trained here, by a linear reading of each of its rows, and stays as it is afterwards: the DiT learns to
-read it, and each prompt is encoded once for the whole training.
+A linear layer classifies the prompt's look from each of the encoder's rows. Later stages do not train the encoder, so
+each prompt is encoded once.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from lingbot_rt.models.text_encoder import TextEncoder, clean_prompt
 from scripts.world.config import WorldConfig
-from scripts.world.prompts import HELD_OUT, sample
+from scripts.world.prompts import HELD_OUT, sample_prompt
 from scripts.world.scene import LOOKS
-from scripts.world.stage import Options, Stage, learning_rate, save_part, set_rate
+from scripts.world.training_loop import Options, TrainingLoop, learning_rate, save_part, set_learning_rate
 
 BATCH = 96
 PEAK_RATE = 2e-3
@@ -29,7 +29,7 @@ _PAD, _END, _UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
 def train_tokenizer(folder: Path, config: WorldConfig) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, so that every text has tokens; pieces from the prompts of prompts.py. Made once a run."""
+    """A BPE trained on random prompts. Its bytes give every text tokens. If ``folder`` has one, that is loaded."""
     if (folder / "tokenizer_config.json").exists():
         return PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer = Tokenizer(models.BPE(unk_token=_UNKNOWN))
@@ -42,7 +42,7 @@ def train_tokenizer(folder: Path, config: WorldConfig) -> PreTrainedTokenizerFas
         show_progress=False,
     )
     rng = np.random.default_rng(0)
-    tokenizer.train_from_iterator((sample(rng)[0] for _ in range(2000)), trainer)
+    tokenizer.train_from_iterator((sample_prompt(rng)[0] for _ in range(2000)), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {_END}", special_tokens=[(_END, tokenizer.token_to_id(_END))]
     )
@@ -59,8 +59,8 @@ def train_tokenizer(folder: Path, config: WorldConfig) -> PreTrainedTokenizerFas
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-class Reader(nn.Module):
-    """The encoder and the linear layer that reads a look from each row."""
+class LookClassifier(nn.Module):
+    """The encoder and a linear layer that predicts the look from each of its rows."""
 
     def __init__(self, config: WorldConfig) -> None:
         super().__init__()
@@ -73,38 +73,38 @@ class Reader(nn.Module):
 
 
 def train(options: Options) -> float:
-    """The share of HELD_OUT's prompts that are understood."""
+    """Trains the text encoder and returns the share of HELD_OUT prompts whose look is predicted right."""
     config = options.config
     tokenizer = train_tokenizer(options.model / "tokenizer", config)
     torch.manual_seed(options.seed)
-    reader = Reader(config).to(options.device)
-    optimiser = torch.optim.AdamW(reader.parameters(), lr=PEAK_RATE, weight_decay=0.02)
-    stage = Stage("text", options, {"reader": reader, "optimiser": optimiser})
-    for step in stage:
-        set_rate([optimiser], learning_rate(stage, PEAK_RATE, warm_steps=50))
+    classifier = LookClassifier(config).to(options.device)
+    optimiser = torch.optim.AdamW(classifier.parameters(), lr=PEAK_RATE, weight_decay=0.02)
+    loop = TrainingLoop("text", options, {"reader": classifier, "optimiser": optimiser})
+    for step in loop:
+        set_learning_rate([optimiser], learning_rate(loop, PEAK_RATE, warm_steps=50))
         rng = np.random.default_rng((options.seed, step))
-        prompts, looks = zip(*(sample(rng) for _ in range(BATCH)), strict=True)
+        prompts, looks = zip(*(sample_prompt(rng) for _ in range(BATCH)), strict=True)
         ids, mask = (part.to(options.device) for part in _tokens(tokenizer, prompts, config))
-        logits = reader(ids, mask)
+        logits = classifier(ids, mask)
         target = torch.tensor(looks, device=options.device)[:, None].expand_as(ids)
         loss = nn.functional.cross_entropy(logits[mask.bool()], target[mask.bool()])
         optimiser.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
         optimiser.step()
-        stage.note(loss=loss)
-    state = reader.encoder.state_dict()
+        loop.record(loss=loss)
+    state = classifier.encoder.state_dict()
     state.pop("encoder.embed_tokens.weight", None)  # the same table as shared.weight
     save_part(options.model / "text_encoder", config.text_encoder, state, name="model")
     right, wrong = 0, []
-    encoder = TextEncoder(tokenizer, reader.encoder.eval(), config.text_len)
+    encoder = TextEncoder(tokenizer, classifier.encoder.eval(), config.text_len)
     with torch.no_grad():
         for prompt, look in HELD_OUT:
             rows = encoder.encode(prompt)[:, : len(encoder.token_ids(prompt))]
-            read = int(reader.look(rows).mean(1).argmax())
-            right += read == look
-            wrong += [] if read == look else [f"{prompt} -> {LOOKS[read].name}"]
-    stage.log(held_out=right / len(HELD_OUT), misread=wrong)
+            predicted = int(classifier.look(rows).mean(1).argmax())
+            right += predicted == look
+            wrong += [] if predicted == look else [f"{prompt} -> {LOOKS[predicted].name}"]
+    loop.log(held_out=right / len(HELD_OUT), misread=wrong)
     return right / len(HELD_OUT)
 
 

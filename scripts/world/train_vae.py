@@ -1,4 +1,4 @@
-"""Stage 2: the VAE, on clips of random walks that are rendered while it trains.
+"""Stage 2: trains the VAE on clips of random trajectories, which are rendered while it trains.
 
 python -m scripts.world.train_vae --minutes 8
 """
@@ -15,36 +15,44 @@ from torch import Tensor
 
 from scripts.world.render import Renderer
 from scripts.world.scene import LOOKS
-from scripts.world.stage import Average, Options, Stage, append_line, learning_rate, save_part, set_rate
-from scripts.world.walks import random_actions, start_view, walk
+from scripts.world.training_loop import (
+    EMA,
+    Options,
+    TrainingLoop,
+    append_line,
+    learning_rate,
+    save_part,
+    set_learning_rate,
+)
+from scripts.world.trajectories import make_trajectory, random_actions, start_view
 
-LATENT_FRAMES = 4  # of a clip: 13 pictures
+LATENT_FRAMES = 4  # per clip: 13 pictures
 PEAK_RATE = 1e-3
 KL_WEIGHT = 2e-5
 LATENT_NOISE = 0.03
-"""Added in training, so that the decoder forgives the DiT small errors; the latents are around 1."""
+"""Noise added to latents in training, so that the decoder tolerates small errors of the DiT. Latents are around 1."""
 
 GREY_SHARE, SWITCH_SHARE = 0.05, 0.1
-"""Clips that turn grey after their first picture, as a session's image condition does, and that change their look."""
+"""Shares of clips that turn grey after their first picture, like an image condition, and that change their look."""
 
 
 class ClipPool:
-    """Clips [N, T, H, W, 3] uint8 on the device, a few drawn anew as it goes: rendering is slower than training."""
+    """Rendered clips, uint8 [N, T, H, W, 3] on the device. Rendering is slower than training, so clips are reused."""
 
     def __init__(self, renderer: Renderer, clips: int, seed: int) -> None:
         self._renderer = renderer
         self._rng = np.random.default_rng(seed)
         self._next = 0
-        first = self._draw(min(16, clips))
+        first = self._render(min(16, clips))
         self.clips = first.new_empty(clips, *first.shape[1:])
         while self._next < clips:
             self.refresh(min(16, clips - self._next))
         self._next = 0
 
     def refresh(self, count: int) -> None:
-        """Draws the oldest ``count`` clips anew."""
-        places = (torch.arange(count) + self._next) % len(self.clips)
-        self.clips[places.to(self.clips.device)] = self._draw(count)
+        """Replaces the oldest ``count`` clips with new ones."""
+        indices = (torch.arange(count) + self._next) % len(self.clips)
+        self.clips[indices.to(self.clips.device)] = self._render(count)
         self._next += count
 
     def batch(self, count: int) -> Tensor:
@@ -52,13 +60,13 @@ class ClipPool:
         picks = torch.from_numpy(self._rng.integers(len(self.clips), size=count)).to(self.clips.device)
         return video(self.clips[picks])
 
-    def _draw(self, count: int) -> Tensor:
+    def _render(self, count: int) -> Tensor:
         poses, looks, grey = [], [], []
         frames = 4 * (LATENT_FRAMES - 1) + 1
         for _ in range(count):
-            # Every pitch is a view that somebody may have, level ones most of all.
+            # Sessions reach any pitch; most views are nearly level.
             start = start_view(self._rng, float(np.clip(self._rng.normal(0, 15), -75, 75)))
-            view = walk(start, random_actions(self._rng, LATENT_FRAMES)).view.between()
+            view = make_trajectory(start, random_actions(self._rng, LATENT_FRAMES)).view.pixel_frames()
             poses.append(view.poses())
             look = np.full(frames, self._rng.integers(len(LOOKS)))
             if self._rng.random() < SWITCH_SHARE:
@@ -77,8 +85,8 @@ def video(clips_BTHW3: Tensor) -> Tensor:
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Raw latents [B, z, F, h, w] -> pixels [B, 3, T, H, W], as StreamingVAE does it, but not clamped: a clamp has no
-    gradient where it is needed."""
+    """Raw latents [B, z, F, h, w] -> pixels [B, 3, T, H, W]. Unlike StreamingVAE it does not clamp: that would cut
+    gradients."""
     z = vae.post_quant_conv(latents)
     slots = [None] * vae._cached_conv_counts["decoder"]
     frames = [
@@ -88,7 +96,7 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 
 def picture_loss(got: Tensor, true: Tensor) -> Tensor:
-    """L1, twice the squares, and the gradients of the picture at three scales: edges count."""
+    """L1, plus twice the squared error, plus L1 between picture gradients at three scales, which sharpens edges."""
     loss = F.l1_loss(got, true) + 2 * F.mse_loss(got, true)
     a, b = (x.transpose(1, 2).flatten(0, 1) for x in (got, true))
     for _ in range(3):
@@ -99,23 +107,23 @@ def picture_loss(got: Tensor, true: Tensor) -> Tensor:
 
 
 def psnr(got: Tensor, true: Tensor) -> Tensor:
-    """dB, of pictures in [-1, 1]."""
+    """dB between pictures in [-1, 1]."""
     return -10 * torch.log10(F.mse_loss(got.clamp(-1, 1), true) / 4)
 
 
 def train(options: Options, batch: int, clips: int, refresh: int = 8) -> float:
-    """PSNR on held-out clips."""
+    """Trains the VAE and returns its PSNR on held-out clips."""
     config, device = options.config, options.device
     vae = AutoencoderKLWan.from_config(config.vae).to(device).train()
-    average = Average(vae)
+    ema = EMA(vae)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=1e-3)
-    stage = Stage("vae", options, {"vae": vae, "average": average, "optimiser": optimiser})
+    loop = TrainingLoop("vae", options, {"vae": vae, "average": ema, "optimiser": optimiser})
     renderer = Renderer(config.size, device, config.supersample)
-    pool = ClipPool(renderer, clips, seed=options.seed + 1 + stage.step)
+    pool = ClipPool(renderer, clips, seed=options.seed + 1 + loop.step)
     held_out = ClipPool(renderer, min(32, clips), seed=10**6)
-    append_line(options.run, {"stage": "vae", "pool_seconds": round(stage.seconds, 1)})
-    for step in stage:
-        set_rate([optimiser], learning_rate(stage, PEAK_RATE))
+    append_line(options.run, {"stage": "vae", "pool_seconds": round(loop.seconds, 1)})
+    for step in loop:
+        set_learning_rate([optimiser], learning_rate(loop, PEAK_RATE))
         if step % 2 == 0 and refresh:
             pool.refresh(min(refresh, clips))
         true = pool.batch(batch)
@@ -130,15 +138,15 @@ def train(options: Options, batch: int, clips: int, refresh: int = 8) -> float:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimiser.step()
-        average.update()
-        stage.note(loss=loss, kl=kl, grad=norm, psnr=psnr(got, true))
-    average.apply()
-    return _finish(options, stage, vae.eval(), held_out)
+        ema.update()
+        loop.record(loss=loss, kl=kl, grad=norm, psnr=psnr(got, true))
+    ema.apply()
+    return _finish(options, loop, vae.eval(), held_out)
 
 
 @torch.no_grad()
-def _finish(options: Options, stage: Stage, vae: Any, held_out: ClipPool) -> float:
-    """Measures, states the latents' mean and spread in the configuration, and writes vae/."""
+def _finish(options: Options, loop: TrainingLoop, vae: Any, held_out: ClipPool) -> float:
+    """Measures the PSNR on held-out clips and writes vae/. Its configuration has the latents' means and deviations."""
     latents, scores = [], []
     for clips in held_out.clips.split(8):
         true = video(clips)
@@ -153,7 +161,7 @@ def _finish(options: Options, stage: Stage, vae: Any, held_out: ClipPool) -> flo
     }
     save_part(options.model / "vae", config, vae.state_dict())
     score = torch.stack(scores).mean().item()
-    stage.log(
+    loop.log(
         held_out_psnr=round(score, 2),
         std_range=[round(rows.std(1).min().item(), 3), round(rows.std(1).max().item(), 3)],
     )
@@ -161,13 +169,13 @@ def _finish(options: Options, stage: Stage, vae: Any, held_out: ClipPool) -> flo
 
 
 if __name__ == "__main__":
-    options, said = Options.parse(
+    options, args = Options.parse(
         __doc__,
         minutes=8,
         extra=(
-            ("--batch", {"type": int, "default": 16, "help": "clips a step"}),
+            ("--batch", {"type": int, "default": 16, "help": "clips per step"}),
             ("--clips", {"type": int, "default": 4096, "help": "clips kept on the device, 0.6 MB each"}),
-            ("--refresh", {"type": int, "default": 8, "help": "clips drawn anew at every other step; 0: never"}),
+            ("--refresh", {"type": int, "default": 8, "help": "clips replaced at every other step; 0: never"}),
         ),
     )
-    train(options, said.batch, said.clips, said.refresh)
+    train(options, args.batch, args.clips, args.refresh)

@@ -1,15 +1,17 @@
-"""The built-in model: an ordinary folder, made once, that shows something."""
+"""The built-in model: a checkpoint folder like any other, made once, whose picture answers to keys and prompts."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from lingbot_rt.engine.flow_match import FlowSchedule, predict_x0, renoise
+from lingbot_rt.models import builtin
 from lingbot_rt.models.builtin import builtin_folder
 from lingbot_rt.models.checkpoint import load_dit, load_text_encoder, load_vae, open_checkpoint
 from lingbot_rt.models.i2v_condition import preprocess_image
@@ -22,7 +24,7 @@ from .conftest import CPU, new_cache
 
 @pytest.fixture(scope="module")
 def cache_dir(tmp_path_factory):
-    """A user cache of this module's own."""
+    """A user cache for this module."""
     with pytest.MonkeyPatch.context() as patch:
         path = tmp_path_factory.mktemp("cache")
         patch.setenv("LINGBOT_RT_CACHE", str(path))
@@ -44,8 +46,8 @@ def picture(size: FrameSize) -> np.ndarray:
     return pixels
 
 
-def walk(world, keys, prompt="a quiet street", chunks=2, size=None) -> np.ndarray:
-    """Frames [n, H, W, 3] in [0, 1] of a session's first chunks, with ``keys`` held, or no camera for None."""
+def roll_out(world, keys, prompt="a quiet street", chunks=2, size=None) -> np.ndarray:
+    """Frames [n, H, W, 3] in [0, 1] of a session's first chunks with ``keys`` held; None means no camera control."""
     folder, dit, vae, text = world
     size = size or folder.default_size
     cache, features, camera = new_cache(dit, 3, 12, size.tokens_per_frame), vae.new_features(), CameraPath()
@@ -68,8 +70,8 @@ def walk(world, keys, prompt="a quiet street", chunks=2, size=None) -> np.ndarra
     return torch.cat(frames, dim=2)[0].permute(1, 2, 3, 0).numpy()
 
 
-def test_an_ordinary_folder_within_bounds(world):
-    """Size, window and chunk length of the built-in model; its heads divide over 1, 2 and 4 ranks."""
+def test_sizes(world):
+    """Size, window and chunk length are as documented, and 1, 2 and 4 ranks can share the heads."""
     folder, dit, vae, _ = world
     assert folder.default_size == FrameSize(160, 96)
     assert folder.default_size.is_whole_tokens
@@ -78,8 +80,8 @@ def test_an_ordinary_folder_within_bounds(world):
     assert dit.config.in_channels == 2 * vae.z_dim + 4
 
 
-def test_made_once_and_alike(cache_dir, world, tmp_path, monkeypatch):
-    """A second start finds the folder; made anew elsewhere, its weights are the same bytes."""
+def test_made_once_and_deterministic(cache_dir, world, tmp_path, monkeypatch):
+    """A second start finds the folder. Made again elsewhere, its files have the same bytes."""
     folder = builtin_folder()
     assert folder == world[0].path
     assert [path.name for path in cache_dir.iterdir()] == [folder.name]
@@ -89,8 +91,8 @@ def test_made_once_and_alike(cache_dir, world, tmp_path, monkeypatch):
         assert part.read_bytes() == (again / part.relative_to(folder)).read_bytes(), part.name
 
 
-def test_processes_that_start_at_once(tmp_path, monkeypatch):
-    """Two processes that both make the folder end with one whole folder and no leftovers."""
+def test_processes_that_start_together(tmp_path, monkeypatch):
+    """Two processes that make the folder at the same time leave one complete folder and nothing else."""
     monkeypatch.setenv("LINGBOT_RT_CACHE", str(tmp_path))
     context = multiprocessing.get_context("spawn")
     with context.Pool(2) as pool:
@@ -100,34 +102,50 @@ def test_processes_that_start_at_once(tmp_path, monkeypatch):
     open_checkpoint(str(first))
 
 
+def test_a_process_that_is_second_takes_the_folder_of_the_first(tmp_path, monkeypatch):
+    """If another process finishes its folder while this one makes its own, this one returns the other's."""
+    monkeypatch.setenv("LINGBOT_RT_CACHE", str(tmp_path))
+    folder = tmp_path / f"builtin-{builtin._key()}"
+
+    def make_behind_another(own: Path) -> None:
+        for made, name in ((folder, "first"), (own, "second")):
+            made.mkdir()
+            (made / "maker").write_text(name)
+
+    monkeypatch.setattr(builtin, "_make", make_behind_another)
+    assert builtin_folder() == folder
+    assert (folder / "maker").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_every_character_has_a_token(world):
-    """No prompt meets the unknown token, and ordinary words are few pieces."""
+    """No prompt gives the unknown token, and ordinary words are few tokens."""
     text = world[3]
     vocabulary = json.loads((world[0].path / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
-    assert max(text.token_ids("Übergroße Städte, 城市, 😀 ∑")) < len(vocabulary)
+    assert len(vocabulary) <= text._encoder.config.vocab_size
     assert 2 not in text.token_ids("Übergroße Städte, 城市, 😀 ∑ \x00")
     assert len(text.token_ids("A stone bridge over a quiet river at sunset")) <= 20
 
 
-def test_the_picture_is_seen(world):
-    """The first frames show the given picture's colours where they are, in chunk 0 and after."""
-    frames, given = walk(world, None), picture(world[0].default_size) / 255
+def test_frames_show_the_first_picture(world):
+    """Frames of chunks 0 and 1 show the colours of the first picture where they are in it."""
+    frames, given = roll_out(world, None), picture(world[0].default_size) / 255
     assert frames.shape == (21, 96, 160, 3)
     for frame in (frames[4], frames[-1]):
         assert np.corrcoef(frame.ravel(), given.ravel())[0, 1] > 0.6
     assert frames.std() > 0.15
 
 
-def test_time_keys_and_prompt_move_it(world):
-    """The picture moves by itself; held keys and another prompt each change it."""
-    neutral = walk(world, ())
+def test_time_keys_and_prompt_change_frames(world):
+    """The picture moves without keys. A held key and another prompt each change it."""
+    neutral = roll_out(world, ())
     assert np.abs(neutral[-1] - neutral[8]).mean() > 0.02
-    assert np.abs(walk(world, ("w",)) - neutral)[9:].mean() > 0.02
-    assert np.abs(walk(world, ("l",)) - neutral)[9:].mean() > 0.02
-    assert np.abs(walk(world, (), "snow at night under stars") - neutral).mean() > 0.02
+    assert np.abs(roll_out(world, ("w",)) - neutral)[9:].mean() > 0.02
+    assert np.abs(roll_out(world, ("l",)) - neutral)[9:].mean() > 0.02
+    assert np.abs(roll_out(world, (), "snow at night under stars") - neutral).mean() > 0.02
 
 
-def test_other_sizes_work(world):
-    """A session may ask for another size of whole tokens."""
+def test_other_sizes(world):
+    """A session may ask for any size of whole tokens."""
     size = FrameSize(128, 80)
-    assert walk(world, ("w",), chunks=1, size=size).shape == (9, 80, 128, 3)
+    assert roll_out(world, ("w",), chunks=1, size=size).shape == (9, 80, 128, 3)

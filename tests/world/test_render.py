@@ -1,4 +1,4 @@
-"""The true world: the same whichever way it is drawn, without an edge, and seen by the serving code's camera."""
+"""The renderer: both of its ways agree, the world has no edge, and its camera is that of the serving code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lingbot_rt.session.camera_path import CameraPath, invert
 from lingbot_rt.shapes import FrameSize
 from scripts.world.render import Renderer
 from scripts.world.scene import LOOKS, PERIOD
-from scripts.world.walks import SINGLE, View, branch, random_actions, start_view, walk
+from scripts.world.trajectories import SINGLE_KEYS, View, branch, make_trajectory, random_actions, start_view
 
 SIZE = FrameSize(48, 32)
 
@@ -27,16 +27,16 @@ def views(count: int) -> View:
     return View(*rng.uniform(0, PERIOD, (2, count)), rng.uniform(0, 360, count), rng.normal(0, 18, count))
 
 
-def test_both_ways_to_draw_agree(renderer):
-    """Instance by instance inside their rectangles, or all at once: the same picture."""
+def test_both_ways_to_render_agree(renderer):
+    """Instance by instance in their rectangles, or all at once: the same picture."""
     poses, looks = torch.from_numpy(views(4).poses()).float(), torch.arange(4)
-    together = renderer._draw_all(poses, looks)
-    one_by_one = torch.cat([renderer._draw_one(poses[i : i + 1], looks[i : i + 1]) for i in range(4)])
+    together = renderer._render_all(poses, looks)
+    one_by_one = torch.cat([renderer._render_one(poses[i : i + 1], looks[i : i + 1]) for i in range(4)])
     assert (together.int() - one_by_one.int()).abs().max() <= 2
 
 
 def test_a_torus(renderer):
-    """One period further in any direction is the same place."""
+    """Positions that differ by whole periods look the same."""
     here = views(3)
     there = View(here.x + PERIOD, here.z - 2 * PERIOD, here.yaw - 360, here.pitch)
     a, b = (renderer.render(view.poses(), [0] * 3).float() for view in (here, there))
@@ -44,7 +44,7 @@ def test_a_torus(renderer):
 
 
 def test_the_looks_differ(renderer):
-    """From any place no two looks can be confused; night is the darkest, snow the brightest."""
+    """At every position any two looks differ clearly; night is the darkest, snow the brightest."""
     pictures = torch.stack([renderer.render(views(4).poses(), [look] * 4).float() for look in range(len(LOOKS))])
     for a, b in itertools.combinations(range(len(LOOKS)), 2):
         assert (pictures[a] - pictures[b]).abs().mean(dim=(1, 2, 3)).min() > 20
@@ -55,7 +55,7 @@ def test_the_looks_differ(renderer):
 
 
 def test_no_place_is_blind(renderer):
-    """Landmarks bow to whoever comes near: from nowhere is the picture one plain wall."""
+    """Near landmarks sink, so that no view is a plain wall."""
     rng = np.random.default_rng(1)
     starts = [start_view(rng) for _ in range(20)]
     poses = np.concatenate([start.poses() for start in starts])
@@ -64,24 +64,24 @@ def test_no_place_is_blind(renderer):
 
 
 def test_every_key_shows(renderer):
-    """The nine actions lead to nine different pictures within a chunk."""
+    """The nine actions give nine different pictures within a chunk."""
     start = View(*(np.array([value]) for value in (0.3, 0.7, 40.0, 0.0)))
-    ends = np.concatenate([branch(start, keys, 3).at(-1).poses() for keys in SINGLE])
+    ends = np.concatenate([branch(start, keys, 3).at(-1).poses() for keys in SINGLE_KEYS])
     shown = renderer.render(ends, [0] * 9).float()
     for a, b in itertools.combinations(range(9), 2):
         assert (shown[a] - shown[b]).abs().mean() > 4
 
 
 def test_the_camera_is_the_serving_codes():
-    """Ray maps are made of what CameraPath gives chunk by chunk, and the world is seen from just those poses."""
+    """Relative poses are CameraPath's, chunk by chunk, and pictures are rendered from the same poses."""
     rng = np.random.default_rng(2)
     for _ in range(5):
         actions = ((), *random_actions(rng, 14))
-        made = walk(start_view(rng), actions)
+        trajectory = make_trajectory(start_view(rng), actions)
         path = CameraPath()
         expected = np.concatenate([path.extend(actions[i : i + 3]) for i in range(0, 15, 3)])
-        assert np.array_equal(made.relative, expected)
-        poses = made.view.poses()
+        assert np.array_equal(trajectory.relative, expected)
+        poses = trajectory.view.poses()
         path, unscaled = CameraPath(), []
         for keys in actions:
             before = path.pose
@@ -92,9 +92,9 @@ def test_the_camera_is_the_serving_codes():
 
 
 def test_pictures_between_latent_frames():
-    """The fourth picture of a latent frame is its pose; those before share the way."""
-    made = walk(start_view(np.random.default_rng(3)), (("w", "l"),) * 4).view
-    pictures = made.between()
+    """The fourth pixel frame of a latent frame has its pose; the three before are interpolated."""
+    view = make_trajectory(start_view(np.random.default_rng(3)), (("w", "l"),) * 4).view
+    pictures = view.pixel_frames()
     assert len(pictures.x) == 13
-    assert np.allclose(pictures.poses()[::4], made.poses())
+    assert np.allclose(pictures.poses()[::4], view.poses())
     assert np.allclose(np.diff(pictures.yaw), 6 / 4)

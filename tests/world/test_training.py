@@ -1,4 +1,4 @@
-"""Every stage of the training at tiny size: it steps, goes on where it stopped, and ends in a folder that serves."""
+"""Every training stage at tiny size: it steps, resumes, and ends in a checkpoint folder that serves."""
 
 from __future__ import annotations
 
@@ -13,32 +13,34 @@ from lingbot_rt.engine.flow_match import predict_x0, renoise
 from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.shapes import FrameSize
 from scripts.world import make_latents, train_dit, train_text, train_vae
-from scripts.world.bank import Bank, Sample
 from scripts.world.config import TINY
 from scripts.world.export import export
-from scripts.world.forcing import forward, roll_out
-from scripts.world.players import Prompt, ServedWorld, Start
 from scripts.world.render import Renderer
-from scripts.world.stage import Options, save_part
-from scripts.world.walks import View
+from scripts.world.self_forcing import roll_out
+from scripts.world.teacher_forcing import forward
+from scripts.world.training_data import TrajectoryBatch, TrajectoryDataset
+from scripts.world.training_loop import Options, save_part
+from scripts.world.trajectories import View
+from scripts.world.worlds import Prompt, ServedWorld, Start
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run in which each stage was stopped after two steps and taken up for two more."""
+    """A run in which each stage was stopped after two steps and resumed for two more."""
     folder = tmp_path_factory.mktemp("run")
     options = Options(folder, TINY, CPU, minutes=60, steps=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("scripts.world.stage.Stage.LOG_EVERY_S", float("inf"))  # a line at each end, however slow
-        patch.setattr("scripts.world.bank.PROMPTS", 48)
+        # One log line at the end of each call, however slow the machine is.
+        patch.setattr("scripts.world.training_loop.TrainingLoop.LOG_EVERY_S", float("inf"))
+        patch.setattr("scripts.world.training_data.NUM_PROMPTS", 48)
         for _ in range(2):
             train_text.train(options)
         for _ in range(2):
             train_vae.train(options, batch=2, clips=2)
         for _ in range(2):
-            make_latents.make(Options(folder, TINY, CPU, minutes=60, steps=1), walks=1, chunks=4)
+            make_latents.make(Options(folder, TINY, CPU, minutes=60, steps=1), count=1, chunks=4)
         for phase in train_dit.PHASES:
             for _ in range(2):
                 train_dit.train(options, phase, batch=2)
@@ -46,8 +48,8 @@ def run(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("stage", ["text", "vae", *train_dit.PHASES])
-def test_a_stage_goes_on_where_it_stopped(run, stage):
-    """Its second call begins at the step where the first one ended, with finite figures."""
+def test_a_stage_resumes_where_it_stopped(run, stage):
+    """Its second call starts at the step where the first one ended, with finite figures."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     trained = [line for line in lines if line["stage"] == stage and "loss" in line]
     assert [line["step"] for line in trained] == [2, 4]
@@ -55,46 +57,46 @@ def test_a_stage_goes_on_where_it_stopped(run, stage):
     assert trained[1]["seconds"] > trained[0]["seconds"]
 
 
-def test_walks_are_added(run):
-    """Encoding goes on with another file, of other walks."""
+def test_trajectories_are_added(run):
+    """A second call of make_latents adds a file of other trajectories."""
     first, second = (torch.load(path, weights_only=True) for path in sorted((run / "latents").glob("*.pt")))
     assert first["latents"].shape == (1, 2, TINY.z_dim, 12, 4, 4)
     assert not torch.equal(first["relative"], second["relative"])
 
 
 def test_the_folder_serves(run, tmp_path):
-    """What the stages leave is a checkpoint folder like any other: exported, loaded by the serving code, played."""
+    """The stages leave a checkpoint folder that can be exported, loaded by the serving code and played."""
     total = export(run / "model", TINY, tmp_path / "world")
     assert total == sum(path.stat().st_size for path in (tmp_path / "world").rglob("*") if path.is_file())
     world = ServedWorld(tmp_path / "world", "cpu", Renderer(TINY.size, supersample=1))
     start = Start(View(*torch.tensor([[0.5], [0.5], [0.0], [0.0]]).numpy()), Prompt("a snowy village", 3), seed=0)
     session = world.start(start)
     assert session.step((("w",),) * 3, start.prompt).shape == (9, 32, 32, 3)
-    twin = session.fork()
+    fork = session.fork()
     assert session.step((("l",),) * 3, start.prompt).shape == (12, 32, 32, 3)
-    assert twin.step((("j",),) * 3, Prompt("night", 2)).shape == (12, 32, 32, 3)
+    assert fork.step((("j",),) * 3, Prompt("night", 2)).shape == (12, 32, 32, 3)
 
 
 def test_large_parts_are_split(tmp_path, monkeypatch):
-    """No file passes the limit; the index names each tensor's."""
-    monkeypatch.setattr("scripts.world.stage.MAX_FILE_BYTES", 3000)
+    """A part over the limit becomes shards with an index that lists every tensor."""
+    monkeypatch.setattr("scripts.world.training_loop.MAX_FILE_BYTES", 3000)
     save_part(tmp_path, {}, {f"w{i}": torch.full((500,), float(i)) for i in range(5)})
     index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
     assert sorted(index["weight_map"]) == [f"w{i}" for i in range(5)]
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
-def test_samples_of_the_bank(tmp_path):
-    """A slot's latents are its walk's, look's and frames'; far slots lie one after another, and what they follow is
-    not asked for."""
-    walks, chunks, slots = 3, 6, 4
-    code = 600 * torch.arange(walks)[:, None, None] + 100 * torch.arange(2)[:, None] + torch.arange(3 * chunks)
+def test_samples_of_the_dataset(tmp_path):
+    """A chunk's latents are those of its trajectory, look and frames. Far chunks are consecutive, and the first two of
+    them, which lack their context, have no weight."""
+    stored, chunks, num_chunks = 3, 6, 4
+    code = 600 * torch.arange(stored)[:, None, None] + 100 * torch.arange(2)[:, None] + torch.arange(3 * chunks)
     file = {
         "latents": code[:, :, None, :, None, None].expand(-1, -1, TINY.z_dim, -1, 4, 4).half(),
-        "first": torch.full((walks, 2, TINY.z_dim, 3, 4, 4), 7).half(),
-        "later": torch.full((walks, 2, TINY.z_dim, 3, 4, 4), 9).half(),
-        "relative": torch.eye(4).expand(walks, 3 * chunks, 4, 4),
-        "looks": torch.tensor([[0, 1]] * walks),
+        "first": torch.full((stored, 2, TINY.z_dim, 3, 4, 4), 7).half(),
+        "later": torch.full((stored, 2, TINY.z_dim, 3, 4, 4), 9).half(),
+        "relative": torch.eye(4).expand(stored, 3 * chunks, 4, 4),
+        "looks": torch.tensor([[0, 1]] * stored),
     }
     torch.save(file, tmp_path / "0000.pt")
 
@@ -102,50 +104,54 @@ def test_samples_of_the_bank(tmp_path):
         def encode(self, prompt: str) -> torch.Tensor:
             return torch.full((1, 2, 3), float(len(prompt)))
 
-    bank = Bank(tmp_path, Words(), TINY.size, CPU, seed=0)  # type: ignore[arg-type]
-    drawn = bank.sample(np.random.default_rng(0), 40, slots)
-    assert drawn.rays.shape == (40, slots, 384, 3, 4, 4)
-    code = drawn.latents[:, :, 0, :, 0, 0]
+    dataset = TrajectoryDataset(tmp_path, Words(), TINY.size, CPU, seed=0)  # type: ignore[arg-type]
+    batch = dataset.sample(np.random.default_rng(0), 40, num_chunks)
+    assert batch.rays.shape == (40, num_chunks, 384, 3, 4, 4)
+    code = batch.latents[:, :, 0, :, 0, 0]
     assert torch.equal(code, code[..., :1] + torch.arange(3))
     frame = code[..., 0] % 100
     assert (frame[:, 0] == 0).all()
     assert (frame[:, 1:].diff(dim=1) == 3).all()
-    far = drawn.start_frames[:, 1] > 3
+    far = batch.start_frames[:, 1] > 3
     assert 4 < far.sum() < 30
-    assert torch.equal(drawn.weight[far][0], torch.tensor([1.0, 0.0, 0.0, 1.0]))
-    assert (drawn.weight[~far] == 1).all()
-    assert torch.equal(frame[~far], drawn.start_frames[~far].float())
-    assert (drawn.conditions[:, 0, 4:] == 7).all()
-    assert (drawn.conditions[:, 1:, 4:] == 9).all()
-    assert drawn.conditions[0, :, 0, :, 0, 0].tolist() == [[1, 0, 0]] + [[0, 0, 0]] * (slots - 1)
+    assert torch.equal(batch.weight[far][0], torch.tensor([1.0, 0.0, 0.0, 1.0]))
+    assert (batch.weight[~far] == 1).all()
+    assert torch.equal(frame[~far], batch.start_frames[~far].float())
+    assert (batch.conditions[:, 0, 4:] == 7).all()
+    assert (batch.conditions[:, 1:, 4:] == 9).all()
+    assert batch.conditions[0, :, 0, :, 0, 0].tolist() == [[1, 0, 0]] + [[0, 0, 0]] * (num_chunks - 1)
 
 
 @pytest.fixture
 def dit():
-    """Random weights in every layer, so that nothing is hidden by a zero."""
+    """A DiT with random weights in every layer, so that no zero hides an error."""
     torch.manual_seed(0)
-    made = train_dit.fresh_dit(TINY)
-    for parameter in made.parameters():
+    dit = train_dit.new_dit(TINY)
+    for parameter in dit.parameters():
         if parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, std=0.15)
-    return made.requires_grad_(False)
+    return dit.requires_grad_(False)
 
 
-def sample(slots: int) -> Sample:
-    """Two sessions, the second without camera, their prompts changing on the way."""
+def random_batch(num_chunks: int) -> TrajectoryBatch:
+    """Two sessions whose prompts change, the second without camera."""
     z, size = TINY.z_dim, FrameSize(32, 48)
     cells = (3, size.latent_height, size.latent_width)
-    return Sample(
-        latents=torch.randn(2, slots, z, *cells),
+    return TrajectoryBatch(
+        latents=torch.randn(2, num_chunks, z, *cells),
         conditions=torch.cat(
-            [torch.randn(2, 1, z + 4, *cells), torch.randn(2, 1, z + 4, *cells).expand(2, slots - 1, -1, -1, -1, -1)], 1
+            [
+                torch.randn(2, 1, z + 4, *cells),
+                torch.randn(2, 1, z + 4, *cells).expand(2, num_chunks - 1, -1, -1, -1, -1),
+            ],
+            1,
         ),
-        rays=torch.randn(2, slots, 384, *cells),
+        rays=torch.randn(2, num_chunks, 384, *cells),
         camera=torch.tensor([1.0, 0.0]),
         prompts=torch.randn(2, TINY.text_len, TINY.text_dim),
-        prompt_of=torch.stack([(torch.arange(slots) > 3).long(), (torch.arange(slots) < 2).long()]),
-        start_frames=3 * torch.arange(slots).expand(2, slots),
-        weight=torch.ones(2, slots),
+        prompt_of=torch.stack([(torch.arange(num_chunks) > 3).long(), (torch.arange(num_chunks) < 2).long()]),
+        start_frames=3 * torch.arange(num_chunks).expand(2, num_chunks),
+        weight=torch.ones(2, num_chunks),
     )
 
 
@@ -164,45 +170,45 @@ def cache_of(dit, tokens: int) -> KVCache:
 
 
 def test_teacher_forcing_is_the_cached_roll_out(dit):
-    """All chunks at once, with concatenated keys instead of a mask, give what the serving classes give chunk by chunk
-    with their window, the window sliding: the same flow to 1e-5."""
-    slots = 7
-    given = sample(slots)
-    noisy, timesteps = torch.randn_like(given.latents), 1000 * torch.rand(2, slots).clamp(0.1, 1)
-    got = forward(dit, given, given.latents, noisy, timesteps)
+    """All chunks at once, with concatenated keys, give the flow that the serving classes give chunk by chunk with a
+    sliding window, to 1e-5."""
+    num_chunks = 7
+    batch = random_batch(num_chunks)
+    noisy, timesteps = torch.randn_like(batch.latents), 1000 * torch.rand(2, num_chunks).clamp(0.1, 1)
+    got = forward(dit, batch, batch.latents, noisy, timesteps)
     for session in range(2):
         cache = cache_of(dit, tokens=6)
-        text_kv = [dit.text_kv(prompt[None]) for prompt in given.prompts]
-        for i in range(slots):
-            kv = text_kv[int(given.prompt_of[session, i])]
-            camera = dit.camera_modulation(given.rays[session, i][None]) if given.camera[session] else None
+        text_kv = [dit.text_kv(prompt[None]) for prompt in batch.prompts]
+        for i in range(num_chunks):
+            kv = text_kv[int(batch.prompt_of[session, i])]
+            camera = dit.camera_modulation(batch.rays[session, i][None]) if batch.camera[session] else None
 
             def serve(latents, timestep, commit=False, i=i, session=session, kv=kv, camera=camera, cache=cache):
-                x = torch.cat([latents, given.conditions[session, i]])[None]
+                x = torch.cat([latents, batch.conditions[session, i]])[None]
                 return dit(x, timestep, kv, camera, cache, 3 * i, commit=commit)
 
             flow = serve(noisy[session, i], timesteps[session, i].item())
             assert (flow[0] - got[session, i]).abs().max() <= 1e-5 * max(1.0, flow.abs().max().item())
-            serve(given.latents[session, i], 0.0, commit=True)
+            serve(batch.latents[session, i], 0.0, commit=True)
 
 
 def test_roll_outs_are_the_serving_codes(dit):
-    """Two sessions at once, as they train, come to the latents of one session by itself in the serving loop."""
-    given = sample(4)
+    """Two sessions in one batch get the latents that the first of them gets alone in the serving loop."""
+    batch = random_batch(4)
     torch.manual_seed(5)
-    made = roll_out(dit, given, TINY.schedule)
+    rollout = roll_out(dit, batch, TINY.schedule)
     steps = TINY.schedule.steps_for(4)
     torch.manual_seed(5)
-    cache, text_kv = cache_of(dit, tokens=6), dit.text_kv(given.prompts[:1])
+    cache, text_kv = cache_of(dit, tokens=6), dit.text_kv(batch.prompts[:1])
     for i in range(3):
-        camera = dit.camera_modulation(given.rays[0, i][None])
-        x = torch.randn(2, *given.latents.shape[2:])[:1]
+        camera = dit.camera_modulation(batch.rays[0, i][None])
+        x = torch.randn(2, *batch.latents.shape[2:])[:1]
         for n, step in enumerate(steps):
-            assert torch.allclose(x, made.inputs[:1, i, n], atol=1e-4)
-            channels = torch.cat([x, given.conditions[:1, i]], dim=1)
+            assert torch.allclose(x, rollout.inputs[:1, i, n], atol=1e-4)
+            channels = torch.cat([x, batch.conditions[:1, i]], dim=1)
             x0 = predict_x0(x, dit(channels, step.timestep, text_kv, camera, cache, 3 * i), step.sigma)
             if n + 1 < len(steps):
-                noise = torch.randn(2, 3, *given.latents.shape[2:3], *given.latents.shape[4:])[:1].transpose(1, 2)
+                noise = torch.randn(2, 3, *batch.latents.shape[2:3], *batch.latents.shape[4:])[:1].transpose(1, 2)
                 x = renoise(x0, noise, steps[n + 1].sigma)
-        dit(torch.cat([x0, given.conditions[:1, i]], dim=1), 0.0, text_kv, camera, cache, 3 * i, commit=True)
-        assert torch.allclose(x0, made.latents[:1, i], atol=1e-4)
+        dit(torch.cat([x0, batch.conditions[:1, i]], dim=1), 0.0, text_kv, camera, cache, 3 * i, commit=True)
+        assert torch.allclose(x0, rollout.latents[:1, i], atol=1e-4)

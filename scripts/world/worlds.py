@@ -1,4 +1,4 @@
-"""Worlds that the evaluation walks in: a checkpoint folder through the serving code, and the truth itself."""
+"""The two kinds of world that the evaluation compares: a checkpoint run by the serving code, and the ground truth."""
 
 from __future__ import annotations
 
@@ -20,14 +20,12 @@ from lingbot_rt.session.camera_path import CameraPath
 from lingbot_rt.session.controls import Actions
 from lingbot_rt.session.plan import ChunkPlan, FrameGroup, SessionPlan
 from scripts.world.render import Renderer
-from scripts.world.walks import View, follow
+from scripts.world.trajectories import View, place_in_world
 
 Frames = npt.NDArray[np.uint8]
-"""[n, H, W, 3]: 9 pictures of a session's first chunk, then 12."""
+"""[n, H, W, 3]: 9 frames in a session's first chunk, then 12 per chunk."""
 
-FRAMES_OF_CHUNK = 3
-
-BREAKS = ("cache", "sink", "rays", "text")
+ABLATIONS = ("cache", "sink", "rays", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +36,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where and how a session begins."""
+    """The view, prompt and seed that a session begins with."""
 
     view: View
     prompt: Prompt
@@ -47,10 +45,10 @@ class Start:
 
 class Session(Protocol):
     def step(self, actions: Actions, prompt: Prompt) -> Frames:
-        """The next chunk."""
+        """The frames of the next chunk."""
 
     def fork(self) -> Session:
-        """A session that goes on from here by itself."""
+        """A copy that continues from here independently."""
 
 
 class World(Protocol):
@@ -58,16 +56,16 @@ class World(Protocol):
 
 
 class ServedWorld:
-    """A checkpoint folder, loaded and run by the serving code: what a client sees, less the socket.
+    """A checkpoint folder, loaded and run by the serving code in this process.
 
-    ``broken`` names one of BREAKS, to show that the evaluation notices: the window forgets every chunk (cache) or the
-    first one (sink), the camera stands still (rays), or the first prompt stays (text).
+    ``ablation``, one of ABLATIONS, disables a part to show that the evaluation notices. cache zeroes the K/V of all
+    past chunks, sink those of the first chunk, rays keeps the camera still, text keeps the first prompt.
     """
 
-    def __init__(self, folder: Path, device: str, renderer: Renderer, broken: str | None = None) -> None:
+    def __init__(self, folder: Path, device: str, renderer: Renderer, ablation: str | None = None) -> None:
         config = ServeConfig(model_path=str(folder), device=device, dtype="float32")
         self.pipeline = load_pipeline(config, lambda status: None)
-        self.renderer, self.broken = renderer, broken
+        self.renderer, self.ablation = renderer, ablation
 
     def start(self, start: Start) -> ServedSession:
         model_info = self.pipeline.model_info
@@ -97,68 +95,68 @@ class ServedSession:
     def step(self, actions: Actions, prompt: Prompt) -> Frames:
         relative = self._path.extend(actions)
         text = prompt.text
-        if self._world.broken == "rays":
+        if self._world.ablation == "rays":
             relative = np.broadcast_to(np.eye(4), relative.shape)
-        if self._world.broken == "text":
+        if self._world.ablation == "text":
             text = self._state.plan.prompt
         groups: list[Frames] = []
 
-        def keep(group: FrameGroup) -> None:
+        def emit(group: FrameGroup) -> None:
             groups.append(group.pixels.copy())
 
-        run_chunk(self._world.pipeline, self._state, ChunkPlan("evaluation", self._chunk, text, relative, None), keep)
+        run_chunk(self._world.pipeline, self._state, ChunkPlan("evaluation", self._chunk, text, relative, None), emit)
         self._chunk += 1
-        if self._world.broken in ("cache", "sink"):
-            self._forget()
+        if self._world.ablation in ("cache", "sink"):
+            self._zero_cache()
         return np.concatenate(groups)
 
     def fork(self) -> ServedSession:
-        twin = copy.copy(self)
-        twin._path = copy.deepcopy(self._path)
-        twin._state = copy.copy(self._state)
+        fork = copy.copy(self)
+        fork._path = copy.deepcopy(self._path)
+        fork._state = copy.copy(self._state)
         with torch.inference_mode():
-            twin._state.cache = copy.deepcopy(self._state.cache)
-            twin._state.features = copy.deepcopy(self._state.features)
-        return twin
+            fork._state.cache = copy.deepcopy(self._state.cache)
+            fork._state.features = copy.deepcopy(self._state.features)
+        return fork
 
-    def _forget(self) -> None:
+    def _zero_cache(self) -> None:
         cache = self._state.cache
         with torch.inference_mode():
             for layer in range(len(self._world.pipeline.dit.blocks)):
                 for side in cache.view(layer):
                     sink = side.shape[1] // cache.visible_frames * cache.sink_frames
-                    (side if self._world.broken == "cache" else side[:, :sink]).zero_()
+                    (side if self._world.ablation == "cache" else side[:, :sink]).zero_()
 
 
-class TrueWorld:
-    """The rendering itself. ``blunder`` may change the keys, the prompt or the pictures, to see what a measure says."""
+class GroundTruthWorld:
+    """The renderer as a world. ``corrupt`` may change keys and prompt, to test what a metric says of a wrong world."""
 
     def __init__(
-        self, renderer: Renderer, blunder: Callable[[Actions, Prompt], tuple[Actions, Prompt]] | None = None
+        self, renderer: Renderer, corrupt: Callable[[Actions, Prompt], tuple[Actions, Prompt]] | None = None
     ) -> None:
-        self.renderer, self.blunder = renderer, blunder
+        self.renderer, self.corrupt = renderer, corrupt
 
-    def start(self, start: Start) -> TrueSession:
-        return TrueSession(self, start)
+    def start(self, start: Start) -> GroundTruthSession:
+        return GroundTruthSession(self, start)
 
 
-class TrueSession:
-    def __init__(self, world: TrueWorld, start: Start) -> None:
+class GroundTruthSession:
+    def __init__(self, world: GroundTruthWorld, start: Start) -> None:
         self._world, self._start = world, start
         self._path = CameraPath()
         self._poses: list[npt.NDArray[np.float64]] = []
 
     def step(self, actions: Actions, prompt: Prompt) -> Frames:
-        if self._world.blunder is not None:
-            actions, prompt = self._world.blunder(actions, prompt)
+        if self._world.corrupt is not None:
+            actions, prompt = self._world.corrupt(actions, prompt)
         first = 4 * (len(self._poses) - 1) + 1 if self._poses else 0
         for keys in actions:
             self._path.extend((keys,))
             self._poses.append(self._path.pose)
-        poses = follow(self._start.view, np.stack(self._poses)).between().poses()[first:]
+        poses = place_in_world(self._start.view, np.stack(self._poses)).pixel_frames().poses()[first:]
         return self._world.renderer.render(poses, [prompt.look] * len(poses)).cpu().numpy()
 
-    def fork(self) -> TrueSession:
-        twin: Any = copy.copy(self)
-        twin._path, twin._poses = copy.deepcopy(self._path), list(self._poses)
-        return twin
+    def fork(self) -> GroundTruthSession:
+        fork: Any = copy.copy(self)
+        fork._path, fork._poses = copy.deepcopy(self._path), list(self._poses)
+        return fork

@@ -1,9 +1,9 @@
-"""What every training stage has in common: where it writes, how long it may run, how it goes on where it stopped.
+"""What all training stages share: command line, time limit, saved state, log, EMA, learning rate, weight files.
 
 A run is a folder (runs/world):
-    model/            the checkpoint folder as far as it is trained; a stage reads the parts of those before it there
-    state/STAGE.pt    all a stage needs to go on: weights, averages, optimisers, generators, seconds spent
-    log.jsonl         a line of figures every few seconds, each with its stage
+    model/            the checkpoint folder; each stage writes its part and reads those of earlier stages
+    state/STAGE.pt    what a stage needs to resume: weights, EMA, optimisers, generator, seconds spent
+    log.jsonl         one line of figures every few seconds, with the name of its stage
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from torch import Tensor, nn
 from scripts.world.config import CONFIGS, WorldConfig
 
 MAX_FILE_BYTES = 15 * 2**20
-"""Of one safetensors file; larger parts become shards with an index."""
+"""Limit per safetensors file; larger parts become shards with an index."""
 
 
 @dataclass
 class Options:
-    """What the command line of a stage says."""
+    """The command line of a stage."""
 
     run: Path
     config: WorldConfig
     device: torch.device
     minutes: float = 1.0
-    steps: int | None = None  # of this call at most
-    pause_after: float = math.inf  # minutes of this call at most
+    steps: int | None = None  # most steps of this call
+    pause_after: float = math.inf  # most minutes of this call
     seed: int = 0
 
     @property
@@ -54,26 +54,28 @@ class Options:
         parser.add_argument(
             "--config", choices=CONFIGS, default="full", help="small learns on a CPU, tiny is for tests (default: full)"
         )
-        parser.add_argument("--minutes", type=float, default=minutes, help=f"of the whole stage (default: {minutes})")
-        parser.add_argument("--steps", type=int, help="stop this call after so many steps, to go on later")
         parser.add_argument(
-            "--pause-after", type=float, default=math.inf, metavar="MINUTES", help="the same, by the clock"
+            "--minutes", type=float, default=minutes, help=f"of the whole stage, over all calls (default: {minutes})"
+        )
+        parser.add_argument("--steps", type=int, help="most steps of this call; a later call resumes")
+        parser.add_argument(
+            "--pause-after", type=float, default=math.inf, metavar="MINUTES", help="most minutes of this call"
         )
         parser.add_argument("--seed", type=int, default=0)
         parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         for name, settings in extra:
             parser.add_argument(name, **settings)
-        said = parser.parse_args()
+        args = parser.parse_args()
         options = cls(
-            said.run,
-            CONFIGS[said.config],
-            torch.device(said.device),
-            said.minutes,
-            said.steps,
-            said.pause_after,
-            said.seed,
+            args.run,
+            CONFIGS[args.config],
+            torch.device(args.device),
+            args.minutes,
+            args.steps,
+            args.pause_after,
+            args.seed,
         )
-        return options, said
+        return options, args
 
 
 class Stateful(Protocol):
@@ -82,10 +84,11 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
-class Stage:
-    """Iterate it for step numbers: it ends when the stage's time is over, and keeps ``parts`` in its state file.
+class TrainingLoop:
+    """Iterates over step numbers until the stage's minutes are spent. Saves ``parts`` and resumes from the saved state.
 
-    The share of the time that is spent, ``progress``, drives learning rates: a stage of any length ends annealed.
+    ``progress`` is the share of the minutes that is spent. Learning rates follow it, so a stage of any length anneals
+    to its end.
     """
 
     SAVE_EVERY_S = 90.0
@@ -98,7 +101,7 @@ class Stage:
         self._spent = 0.0
         self._figures: dict[str, list[Tensor]] = {}
         if self._file.exists():
-            # By way of the host: each part moves its tensors where it works, and an optimiser's counters stay here.
+            # Load on the host: each part moves its tensors to its device, and an optimiser's counters stay on the host.
             state = torch.load(self._file, map_location="cpu", weights_only=True)
             for key, part in parts.items():
                 part.load_state_dict(state["parts"][key])
@@ -110,22 +113,22 @@ class Stage:
 
     @property
     def seconds(self) -> float:
-        """Spent on the stage, earlier calls included."""
+        """Seconds spent on the stage, including earlier calls."""
         return self._spent + time.monotonic() - self._began
 
     @property
     def progress(self) -> float:
         return min(1.0, self.seconds / (60 * self._options.minutes))
 
-    def __iter__(self) -> Stage:
+    def __iter__(self) -> TrainingLoop:
         self._began = self._logged = self._saved = time.monotonic()
-        self._last = math.inf if self._options.steps is None else self.step + self._options.steps
+        self._last_step = math.inf if self._options.steps is None else self.step + self._options.steps
         self._logged_step = self.step
         return self
 
     def __next__(self) -> int:
         now = time.monotonic()
-        paused = self.step >= self._last or now - self._began > 60 * self._options.pause_after
+        paused = self.step >= self._last_step or now - self._began > 60 * self._options.pause_after
         if self.progress >= 1 or paused:
             self.log()
             self.save()
@@ -137,13 +140,13 @@ class Stage:
         self.step += 1
         return self.step - 1
 
-    def note(self, **figures: Tensor) -> None:
-        """Figures of a step, averaged into the next line; detached tensors, so that nothing waits for the device."""
+    def record(self, **figures: Tensor) -> None:
+        """Adds a step's figures to the means of the next log line. Does not wait for the device."""
         for name, value in figures.items():
             self._figures.setdefault(name, []).append(value.detach().float())
 
     def log(self, **figures: Any) -> None:
-        """A line in log.jsonl and on the terminal."""
+        """Writes a line to log.jsonl and to the terminal."""
         now = time.monotonic()
         means = {name: round(torch.stack(values).mean().item(), 6) for name, values in self._figures.items()}
         self._figures = {}
@@ -175,8 +178,8 @@ def append_line(run: Path, figures: dict[str, Any]) -> None:
 
 
 @dataclass
-class Average:
-    """An exponential moving average of a module's parameters, in float32; what is kept in the end."""
+class EMA:
+    """An exponential moving average of a module's parameters, in float32. Its values are the weights that are kept."""
 
     module: nn.Module
     decay: float = 0.999
@@ -189,13 +192,13 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         self.updates += 1
-        # Early on the average is short, so that the beginning is forgotten.
+        # A smaller decay at first, so that the initial weights are forgotten.
         decay = min(self.decay, self.updates / (self.updates + 10))
         torch._foreach_lerp_(self.values, list(self.module.parameters()), 1 - decay)
 
     @torch.no_grad()
     def apply(self) -> None:
-        """The module becomes its average."""
+        """Sets the module's parameters to their averages."""
         for parameter, value in zip(self.module.parameters(), self.values, strict=True):
             parameter.copy_(value)
 
@@ -203,18 +206,18 @@ class Average:
         return {"values": self.values, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for mine, kept in zip(self.values, state["values"], strict=True):
-            mine.copy_(kept)
+        for value, saved in zip(self.values, state["values"], strict=True):
+            value.copy_(saved)
         self.updates = state["updates"]
 
 
-def learning_rate(stage: Stage, peak: float, warm_steps: int = 200, hold: float = 0.35) -> float:
-    """Warm up over steps, hold, then fall to 2 % of ``peak`` along a cosine as the stage's time runs out."""
-    fall = max(0.0, (stage.progress - hold) / (1 - hold))
-    return peak * min(1.0, (stage.step + 1) / warm_steps) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fall)))
+def learning_rate(loop: TrainingLoop, peak: float, warm_steps: int = 200, hold: float = 0.35) -> float:
+    """Linear warm-up over steps, then ``peak``, then a cosine down to 2 % of it at the end of the stage's minutes."""
+    fall = max(0.0, (loop.progress - hold) / (1 - hold))
+    return peak * min(1.0, (loop.step + 1) / warm_steps) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fall)))
 
 
-def set_rate(optimisers: Iterable[torch.optim.Optimizer], rate: float) -> None:
+def set_learning_rate(optimisers: Iterable[torch.optim.Optimizer], rate: float) -> None:
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["lr"] = rate * group.get("scale", 1.0)
@@ -223,32 +226,32 @@ def set_rate(optimisers: Iterable[torch.optim.Optimizer], rate: float) -> None:
 def save_part(
     folder: Path, config: dict[str, Any], state: dict[str, Tensor], name: str = "diffusion_pytorch_model"
 ) -> None:
-    """config.json and float16 weights in files of at most MAX_FILE_BYTES."""
+    """Writes config.json and float16 weights in files of at most MAX_FILE_BYTES. Raises ValueError on overflow."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.safetensors*"):
         old.unlink()
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shards: list[dict[str, Tensor]] = [{}]
-    used = 0
+    shard_bytes = 0
     for key, value in state.items():
         half = value.detach().to("cpu", torch.float16).contiguous()
         if not half.isfinite().all():
             raise ValueError(f"{key} does not fit float16: the largest value is {value.abs().max().item():g}")
-        if used + half.nbytes > MAX_FILE_BYTES and shards[-1]:
+        if shard_bytes + half.nbytes > MAX_FILE_BYTES and shards[-1]:
             shards.append({})
-            used = 0
+            shard_bytes = 0
         shards[-1][key] = half
-        used += half.nbytes
+        shard_bytes += half.nbytes
     if len(shards) == 1:
         save_file(shards[0], folder / f"{name}.safetensors")
         return
-    places = {}
+    weight_map = {}
     for i, shard in enumerate(shards):
         file = f"{name}-{i + 1:05}-of-{len(shards):05}.safetensors"
         save_file(shard, folder / file)
-        places |= dict.fromkeys(shard, file)
+        weight_map |= dict.fromkeys(shard, file)
     index = {
         "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard.values())},
-        "weight_map": places,
+        "weight_map": weight_map,
     }
     (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Colours of the world: sky, ground and surfaces, in flat areas with crisp edges.
+"""Colours of sky, ground and surfaces: flat areas with sharp edges.
 
-F frames, R rays of a frame; directions and normals in the scene's axes (x, h up, z).
+F frames, R rays per frame; directions and normals in the scene's axes (x, h up, z).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scripts.world.scene import PERIOD, Look, Paint
 
-_TONES = 4  # steps of light on a surface
+_TONES = 4  # brightness levels of a lit surface
 _STARS = 90
 
 _CLOUDS = (
@@ -28,18 +28,18 @@ _CLOUDS = (
     (5.75, 0.52, 0.30, 0.12),
 )
 _PUFFS = ((0.0, 1.0, 0.52), (-0.52, 0.62, 0.38), (0.5, 0.72, 0.42))
-"""Of a cloud: place along its width, height, half-width, as shares of the cloud's."""
+"""The ellipses of a cloud: offset along its width, height, half-width, as shares of the cloud's."""
 
 
-def smooth(x: Tensor) -> Tensor:
-    """0 up to x = 0, 1 from x = 1 on, and smooth between."""
+def smoothstep(x: Tensor) -> Tensor:
+    """3 x^2 - 2 x^3, with x clamped to [0, 1]."""
     x = x.clamp(0, 1)
     return x * x * (3 - 2 * x)
 
 
 @dataclass(frozen=True)
 class LookTables:
-    """The fields of Look as tensors [F, 1, 3] or [F, 1, 1]; ``of`` makes those of all looks, ``at`` picks."""
+    """The fields of Look as tensors: ``of`` stacks all looks, ``at`` selects one per frame, [F, 1, 3] or [F, 1, 1]."""
 
     values: dict[str, Tensor]
 
@@ -66,7 +66,7 @@ class LookTables:
 
 @dataclass(frozen=True)
 class PaintTables:
-    """The fields of Paint as tensors with a row a shape; ``at`` picks rows."""
+    """The fields of Paint as tensors with one row per shape; ``at`` selects rows."""
 
     colour: Tensor
     second: Tensor
@@ -90,8 +90,8 @@ class PaintTables:
         return PaintTables(*(getattr(self, field.name)[shape] for field in fields(self)))
 
 
-def sky(ray_FR3: Tensor, look: LookTables) -> Tensor:
-    """Gradient, sun or moon, stars, clouds with flat feet, two rows of hills; of directions over the horizon."""
+def sky_colour(ray_FR3: Tensor, look: LookTables) -> Tensor:
+    """Sky gradient, sun or moon, stars, clouds with flat bases and two rows of hills, for rays above the horizon."""
     up = ray_FR3[..., 1:2].clamp(0, 1)
     azimuth = torch.atan2(ray_FR3[..., 0:1], ray_FR3[..., 2:3])
     height = torch.asin(up)
@@ -101,7 +101,7 @@ def sky(ray_FR3: Tensor, look: LookTables) -> Tensor:
     star = (ray_FR3 @ look.star).amax(-1, keepdim=True)
     colour = torch.where((star > math.cos(0.009)) & (look.stars > 0), 0.95 * torch.ones_like(colour), colour)
     colour = torch.where(facing > torch.cos(look.disc_radius), look.disc, colour)
-    # Clouds do not overlap in azimuth: each ray asks the nearest one.
+    # Clouds do not overlap in azimuth, so each ray tests only the nearest one.
     clouds = ray_FR3.new_tensor(_CLOUDS)
     from_cloud = torch.remainder(azimuth - clouds[:, 0] + math.pi, 2 * math.pi) - math.pi
     which = from_cloud.abs().argmin(-1)
@@ -117,11 +117,11 @@ def sky(ray_FR3: Tensor, look: LookTables) -> Tensor:
     near = 0.055 + 0.03 * torch.sin(3 * azimuth + 2.0) + 0.016 * torch.sin(7 * azimuth + 1.0)
     for ridge, hill in ((far, look.far_hills), (near, look.near_hills)):
         colour = torch.where(height < ridge, hill, colour)
-    return look.haze + (colour - look.haze) * smooth(height / 0.05)
+    return look.haze + (colour - look.haze) * smoothstep(height / 0.05)
 
 
-def floor(at_FR2: Tensor, shade_FR: Tensor, look: LookTables) -> Tensor:
-    """The ground at places (x, z) of the torus: lawn in two greens, two winding paths, a plaza and a pond."""
+def ground_colour(at_FR2: Tensor, shade_FR: Tensor, look: LookTables) -> Tensor:
+    """The ground at positions (x, z) of the torus: lawn in two greens, two winding paths, a plaza and a pond."""
     x, z = at_FR2[..., 0:1], at_FR2[..., 1:2]
     turn = 2 * math.pi / PERIOD
 
@@ -130,7 +130,7 @@ def floor(at_FR2: Tensor, shade_FR: Tensor, look: LookTables) -> Tensor:
 
     checks = (torch.floor(x * 2) + torch.floor(z * 2)) % 2
     colour = torch.where(checks < 0.5, look.grass, look.grass_dark)
-    # Away from the walls of the pond the paths wind by a few steps; both close over the torus.
+    # Both paths wind with the period of the torus, so they close.
     along = torch.minimum(from_middle(x - 0.1 * torch.sin(turn * z)), from_middle(z - 1.5 - 0.08 * torch.sin(turn * x)))
     colour = torch.where(along < 0.125, look.kerb, colour)
     colour = torch.where(along < 0.1, look.path, colour)
@@ -142,12 +142,12 @@ def floor(at_FR2: Tensor, shade_FR: Tensor, look: LookTables) -> Tensor:
     colour = torch.where(plaza < 0.44, look.plaza, colour)
     colour = torch.where(plaza < 0.3, look.plaza_dark, colour)
     lit = look.sun[..., 1:2] * (1 - shade_FR[..., None])
-    # Ground takes as much light as a wall half turned to it, so that no look is all dark below.
+    # The constant part keeps the ground from being dark in looks with a low sun.
     return colour * (look.shade * 1.05 + look.light * (0.35 * (1 - shade_FR[..., None]) + 0.55 * lit))
 
 
-def surface(at_FR3: Tensor, normal_FR3: Tensor, half_FR: Tensor, paint: PaintTables, look: LookTables) -> Tensor:
-    """Points of shapes, relative to their centres: bands or panels of two colours, few tones of light, snow on top."""
+def surface_colour(at_FR3: Tensor, normal_FR3: Tensor, half_FR: Tensor, paint: PaintTables, look: LookTables) -> Tensor:
+    """Points of shapes, relative to their centres: two colours in bands or panels, few brightness levels, snow."""
     x, h, z = at_FR3.unbind(-1)
     level = ((h / half_FR + 1) / 2).clamp(0, 1 - 1e-5)
     band = torch.floor(level * paint.bands) % 2

@@ -1,9 +1,9 @@
-"""Random walks through the world, by the camera of the serving code.
+"""Random camera trajectories through the world, made by the camera of the serving code.
 
-n latent frames, T = 4 (n - 1) + 1 pixel frames. A session's first latent frame is the start picture, level; what is
-walked before it (the keys of that frame) drops out, as it does of the ray map. Between two latent frames the four pixel
-frames share the way: position and angles move evenly. Nothing stops a walker: landmarks sink into the ground before one
-who comes near, so that every place has a view and every key its effect.
+n latent frames, T = 4 (n - 1) + 1 pixel frames. A session's first latent frame is the start picture; the keys of that
+frame move nothing, neither here nor in the ray maps. Position and angles of pixel frames are interpolated linearly
+between latent frames. There are no collisions: a landmark sinks into the ground when the camera comes near, so that
+every position has a view and every key an effect.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from scripts.world.scene import EYE_HEIGHT, PERIOD
 
 Array = npt.NDArray[np.float64]
 
-SINGLE: tuple[Keys, ...] = (NEUTRAL, *((key,) for key in "wasdijkl"))
-"""The nine actions that obedience is measured with."""
+SINGLE_KEYS: tuple[Keys, ...] = (NEUTRAL, *((key,) for key in "wasdijkl"))
+"""No key, and each key alone: the nine actions of the obedience measurement."""
 
 _AXES = ("ws", "ad", "jl", "ik")
-PAIRS: tuple[Keys, ...] = tuple((a, b) for one, other in itertools.combinations(_AXES, 2) for a in one for b in other)
-USUAL_PITCH = 28
-"""Degrees a walk keeps to; one in ten looks farther."""
+KEY_PAIRS: tuple[Keys, ...] = tuple(
+    (a, b) for one, other in itertools.combinations(_AXES, 2) for a in one for b in other
+)
+TYPICAL_PITCH_DEGREES = 28
+"""Limit of the pitch in nine of ten trajectories; the tenth uses the camera's own limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Places and angles (degrees) of a camera, an entry a frame; world coordinates."""
+    """Positions and angles (degrees) of a camera in the world, one entry per frame."""
 
     x: Array
     z: Array
@@ -53,11 +55,11 @@ class View:
         return pose
 
     def at(self, i: int) -> View:
-        """The frame ``i`` alone."""
+        """The view of frame ``i``."""
         return View(*(values[[i]] for values in (self.x, self.z, self.yaw, self.pitch)))
 
-    def between(self) -> View:
-        """Latent frames -> pixel frames."""
+    def pixel_frames(self) -> View:
+        """The views of the pixel frames, if these are the views of the latent frames."""
         stride = VAE_TEMPORAL_STRIDE
         steps = np.arange(stride * (len(self.x) - 1) + 1) / stride
         return View(
@@ -66,22 +68,22 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
-class Walk:
-    """A session's walk."""
+class Trajectory:
+    """The camera of one session."""
 
     actions: Actions
-    relative: Array  # [n, 4, 4], what the ray maps are made of: each chunk as the serving code scales it
+    relative: Array  # [n, 4, 4], scaled chunk by chunk as in serving: the input of the ray maps
     view: View  # of the latent frames
 
 
 def start_view(rng: np.random.Generator, pitch: float = 0.0) -> View:
-    """Anywhere in the world, looking anywhere round."""
+    """A random position and yaw."""
     x, z = rng.uniform(0, PERIOD, 2)
     return View(*(np.array([value]) for value in (x, z, rng.uniform(0, 360), pitch)))
 
 
-def walk(start: View, actions: Actions, latent_frames: int = 3) -> Walk:
-    """From ``start`` (its picture is latent frame 0), chunks of ``latent_frames``."""
+def make_trajectory(start: View, actions: Actions, latent_frames: int = 3) -> Trajectory:
+    """``actions`` from ``start``, the view of latent frame 0, in chunks of ``latent_frames``."""
     session, by_frame = CameraPath(), CameraPath()
     relative = np.concatenate(
         [session.extend(actions[i : i + latent_frames]) for i in range(0, len(actions), latent_frames)]
@@ -90,11 +92,11 @@ def walk(start: View, actions: Actions, latent_frames: int = 3) -> Walk:
     for i, keys in enumerate(actions):
         by_frame.extend((keys,))
         poses[i] = by_frame.pose
-    return Walk(actions, relative, follow(start, poses))
+    return Trajectory(actions, relative, place_in_world(start, poses))
 
 
-def follow(start: View, poses: Array) -> View:
-    """A session's poses [n, 4, 4] -> where they are in the world, the first one being ``start``."""
+def place_in_world(start: View, poses: Array) -> View:
+    """Moves a session's poses [n, 4, 4] into the world, so that the first one is ``start``."""
     yaw = np.degrees(np.unwrap(np.arctan2(poses[:, 0, 2], poses[:, 2, 2])))
     pitch = np.degrees(np.arcsin(-poses[:, 1, 2]))
     turn = math.radians(start.yaw[0] - yaw[0])
@@ -109,17 +111,17 @@ def follow(start: View, poses: Array) -> View:
 
 
 def random_actions(rng: np.random.Generator, count: int) -> Actions:
-    """Keys held for a while each: single ones, pairs, rest; the pitch mostly stays where people look."""
-    limit = PITCH_LIMIT_DEGREES if rng.random() < 0.1 else USUAL_PITCH
+    """Single keys, pairs of keys and no key, each held for a random time."""
+    limit = PITCH_LIMIT_DEGREES if rng.random() < 0.1 else TYPICAL_PITCH_DEGREES
     actions: list[Keys] = []
     pitch = 0
     while len(actions) < count:
         kind = rng.random()
         keys = NEUTRAL
         if kind < 0.52:
-            keys = SINGLE[rng.integers(1, len(SINGLE))]
+            keys = SINGLE_KEYS[rng.integers(1, len(SINGLE_KEYS))]
         elif kind < 0.9:
-            keys = PAIRS[rng.integers(len(PAIRS))]
+            keys = KEY_PAIRS[rng.integers(len(KEY_PAIRS))]
         for _ in range(1 + int(rng.geometric(0.22))):
             step = PITCH_DEGREES * (("i" in keys) - ("k" in keys))
             if abs(pitch + step) > limit:
@@ -131,10 +133,10 @@ def random_actions(rng: np.random.Generator, count: int) -> Actions:
 
 
 def branch(view: View, keys: Keys, latent_frames: int) -> View:
-    """``latent_frames`` more under ``keys`` from the one frame ``view``, that frame first."""
+    """The one-frame ``view``, then ``latent_frames`` more with ``keys`` held."""
     path = CameraPath()
     poses = [path.pose]
     for _ in range(latent_frames):
         path.extend((keys,))
         poses.append(path.pose)
-    return follow(view, np.stack(poses))
+    return place_in_world(view, np.stack(poses))

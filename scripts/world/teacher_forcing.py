@@ -1,0 +1,84 @@
+"""Teacher forcing: the flow of all chunks of a sample in one forward, each conditioned on the true chunks before it.
+
+In the cached roll-out, chunk i sees the keys and values of clean chunks 0, i - 2, i - 1 (sink 3, window 12 latent
+frames) and its own. Here every chunk has a clean copy, at t = 0, and a noisy copy. Both see the clean copies of chunks
+0, i - 2, i - 1 and themselves. Their keys are concatenated, which needs no attention mask. The result equals the cached
+roll-out's to rounding; a test holds this.
+
+B samples, S chunks, N tokens per chunk, D width, H heads, d head_dim. The clean and noisy copies are stacked as 2 B S.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lingbot_rt.models.attention import attend
+from lingbot_rt.models.dit import CameraModulation, CausalDiT, unpatchify
+from lingbot_rt.models.rope import rope_tables
+from lingbot_rt.shapes import PATCH_SIZE
+from scripts.world.config import CHUNK_FRAMES
+from scripts.world.training_data import MAX_SESSION_CHUNKS, TrajectoryBatch
+
+
+def context_of(chunk: int) -> list[int]:
+    """The clean chunks that a chunk attends to besides itself: the first one and the two before it."""
+    return sorted({0, chunk - 2, chunk - 1} & set(range(chunk)))
+
+
+def forward(dit: CausalDiT, batch: TrajectoryBatch, clean: Tensor, noisy: Tensor, timestep_BS: Tensor) -> Tensor:
+    """Flow of every noisy chunk, [B, S, z, 3, h, w] like ``clean`` and ``noisy``."""
+    count, num_chunks = clean.shape[:2]
+    channels = torch.cat([torch.stack([clean, noisy]), batch.conditions.expand(2, *batch.conditions.shape)], dim=3)
+    x = dit.patch_embedding(channels.flatten(0, 2))
+    timesteps = torch.stack([torch.zeros_like(timestep_BS), timestep_BS]).flatten()
+    time = dit.time_modulation(timesteps)
+    rope = rope_of_chunks(dit, batch, channels.shape[-2:])
+    camera = camera_modulation_of(dit, batch)
+    text_kv = dit.text_kv(batch.prompts.to(x.dtype))
+    rows = batch.prompt_of.flatten()
+    for i, block in enumerate(dit.blocks):
+        q, k, v = dit.before_attention(block, x, time.projection_B6D, *(table.repeat(2, 1, 1) for table in rope))
+        attended = attend_chunks(
+            *(part.unflatten(0, (2, count, num_chunks)) for part in (q, k, v)), dit.attention_backend
+        )
+        modulation = tuple(part.repeat(2, 1, 1) for part in camera[i])
+        text = tuple(part[rows].repeat(2, 1, 1, 1) for part in text_kv[i])
+        x = dit.after_attention(block, x, attended, time.projection_B6D, modulation, text, dit.attention_backend)
+    half = count * num_chunks
+    tokens = dit.head(x[half:], time.embedding_BD[half:])
+    height, width = (side // PATCH_SIZE for side in channels.shape[-2:])
+    return unpatchify(tokens, CHUNK_FRAMES, height, width).unflatten(0, (count, num_chunks))
+
+
+def attend_chunks(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    """[2, B, S, N, H, d] (clean, noisy) -> [2 B S, N, H, d]. One call per number of context chunks."""
+    num_chunks = q.shape[2]
+    parts = []
+    for group in [[chunk] for chunk in range(min(3, num_chunks))] + [list(range(3, num_chunks))] * (num_chunks > 3):
+        others = torch.tensor([context_of(chunk) for chunk in group], dtype=torch.long, device=q.device)
+        keys = []
+        for own in (k, v):
+            context = own[0][:, others].flatten(2, 3)  # B, group, tokens of all context chunks, H, d
+            keys.append(torch.cat([context.expand(2, *context.shape), own[:, :, group]], dim=3).flatten(0, 2))
+        out = attend(q[:, :, group].flatten(0, 2), *keys, backend)
+        parts.append(out.unflatten(0, (2, q.shape[1], len(group))))
+    return torch.cat(parts, dim=2).flatten(0, 2)
+
+
+def rope_of_chunks(dit: CausalDiT, batch: TrajectoryBatch, cells: torch.Size) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B S, N, d / 2] at the chunks' positions in their sessions."""
+    height, width = (side // PATCH_SIZE for side in cells)
+    head_dim = dit.config.attention_head_dim
+    # Tables of all positions: the same arguments at every step, so rope_tables caches them.
+    last = CHUNK_FRAMES * (MAX_SESSION_CHUNKS + batch.start_frames.shape[1])
+    tables = rope_tables(head_dim, 0, last, height, width, batch.start_frames.device)
+    frames = batch.start_frames.flatten()[:, None] + torch.arange(CHUNK_FRAMES, device=batch.start_frames.device)
+    return tuple(table.unflatten(0, (last, height * width))[frames].flatten(1, 2) for table in tables)  # type: ignore[return-value]
+
+
+def camera_modulation_of(dit: CausalDiT, batch: TrajectoryBatch) -> CameraModulation:
+    """Scale and shift [B S, N, D] of every block. They are zero in samples without camera, which changes nothing."""
+    keep = batch.camera.repeat_interleave(batch.rays.shape[1])[:, None, None]
+    modulation = dit.camera_modulation(batch.rays.flatten(0, 1).to(dit.head.head.weight.dtype))
+    return [(scale * keep.to(scale.dtype), shift * keep.to(shift.dtype)) for scale, shift in modulation]
