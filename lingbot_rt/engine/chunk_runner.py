@@ -1,4 +1,4 @@
-"""THE PAGE TO READ: one chunk, from sampled conditions to frames on their way out."""
+"""THE PAGE TO READ: one chunk on the device, from its sampled conditions to frames on the host."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lingbot_rt.session.plan import ChunkPlan, ChunkResult, ChunkTimings, FrameG
 def run_chunk(
     pipeline: Pipeline, session: SessionState, plan: ChunkPlan, emit: Callable[[FrameGroup], None]
 ) -> ChunkResult:
-    """Denoise, decode, hand out and commit one chunk; ``emit`` gets the frames of each latent frame once decoded.
+    """Denoises, decodes and commits one chunk. ``emit`` gets the frames of each latent frame when they are on the host.
 
-    Raises ChunkCancelled when the session was closed meanwhile.
+    Raises ChunkCancelled if the session was closed meanwhile.
     """
     clock = StageClock(pipeline.device)
     pipeline.ranks.begin_chunk()
@@ -41,7 +41,7 @@ def run_chunk(
         latents = denoise(forward, pipeline.schedule, session.plan.num_steps, session.draw)
 
     with FrameReadback(pipeline.device, session.postprocessor, emit) as readback:
-        # The frames leave before the context pass: on an accelerator decode runs beside it, on a stream of its own.
+        # The frames leave before the context pass. On an accelerator, decode runs beside it on a stream of its own.
         with pipeline.vae_placement.at_work(), readback.decoding(latents), clock.stage("vae"):
             for i in range(session.plan.latent_frames):
                 session.raise_if_cancelled()

@@ -1,8 +1,8 @@
-"""Pixels of a decoded latent frame -> uint8 on the host, in order, without holding up the device.
+"""Pixels of a decoded latent frame -> uint8 on the host, in order, without blocking the device.
 
-On a CPU a group is handed out inside ``push``. On an accelerator ``push`` only starts the copy to pinned memory on the
-decode stream; a thread of the readback's own waits for each copy in turn and hands it out, while the engine thread is
-still launching the context pass: the launch queue holds about a forward, and a full one would hold up the frames.
+On a CPU, ``push`` hands out the frames itself. On an accelerator, ``push`` starts the copy to pinned memory on the
+decode stream. A thread waits for each copy in turn and hands out the frames. The engine thread cannot: it launches the
+context pass meanwhile, and it blocks whenever the launch queue is full, which is after about one forward.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from lingbot_rt.session.plan import FrameGroup
 
 
 class FrameReadback:
-    """One chunk's way out; ``num_frames`` counts the pixel frames pushed.
+    """Reads back the frames of one chunk. ``num_frames`` counts the pixel frames pushed.
 
-    On an accelerator ``emit`` is called on the readback's thread. Leaving it waits for all that was pushed, and raises
-    what ``emit`` raised.
+    On an accelerator, ``emit`` is called on the readback's own thread. Leaving the context waits until everything
+    pushed was handed out, and raises what ``emit`` raised.
     """
 
     def __init__(self, device: torch.device, postprocessor: PostProcessor, emit: Callable[[FrameGroup], None]) -> None:
@@ -32,7 +32,7 @@ class FrameReadback:
         self._postprocessor = postprocessor
         self._emit = emit
         self._waiter: ThreadPoolExecutor | None = None
-        self._on_their_way: list[Future[None]] = []
+        self._copies: list[Future[None]] = []
         self.num_frames = 0
 
     def __enter__(self) -> FrameReadback:
@@ -44,12 +44,12 @@ class FrameReadback:
         if self._waiter is not None:
             self._waiter.shutdown(cancel_futures=error is not None)
         if error is None:
-            for handed_out in self._on_their_way:
+            for handed_out in self._copies:
                 handed_out.result()
 
     @contextmanager
     def decoding(self, latents: Tensor) -> Iterator[None]:
-        """What runs inside goes to the decode stream, after ``latents`` are there."""
+        """Work launched inside runs on the decode stream, after ``latents`` are complete."""
         if self._device.type != "cuda":
             yield
             return
@@ -60,8 +60,10 @@ class FrameReadback:
             yield
 
     def push(self, pixels: Tensor, chunk_index: int, group_index: int, num_groups: int) -> None:
-        """``pixels`` [1, 3, n, H, W] in [0, 1] leave as uint8 [n, H, W, 3], truncated as the reference does, then
-        interpolated and enlarged as the session asked."""
+        """``pixels`` [1, 3, n, H, W] in [0, 1] -> uint8 [n, H, W, 3], interpolated and upscaled as the session asked.
+
+        Values are truncated, not rounded, as in the reference.
+        """
         frames = self._postprocessor.process(to_uint8(pixels))
         self.num_frames += frames.shape[0]
         place = (chunk_index, group_index, num_groups)
@@ -71,7 +73,7 @@ class FrameReadback:
         host, copied = start_copy(frames)
         if self._waiter is None:
             self._waiter = ThreadPoolExecutor(1, thread_name_prefix="frames")
-        self._on_their_way.append(self._waiter.submit(self._hand_out, host, copied, place))
+        self._copies.append(self._waiter.submit(self._hand_out, host, copied, place))
 
     def _hand_out(self, host: Tensor, copied: torch.cuda.Event, place: tuple[int, int, int]) -> None:
         copied.synchronize()
@@ -84,7 +86,7 @@ def _decode_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def start_copy(frames: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-    """``frames`` on their way to pinned host memory, behind the current stream's work, and the event of arrival."""
+    """Starts the copy of ``frames`` to pinned host memory on the current stream; the copy and the event of its end."""
     host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
     host.copy_(frames, non_blocking=True)
     copied = torch.cuda.Event()

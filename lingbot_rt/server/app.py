@@ -37,7 +37,8 @@ SHUTDOWN_LIMIT_S = 3.0
 
 CLOSE_HANDSHAKE_S = 0.3
 """How long clients have to answer the close at a shutdown."""
-_ENCODE_THREADS = 2
+
+ENCODER_THREADS = 2
 
 _MIME_TYPES = {
     ".html": "text/html",
@@ -50,20 +51,20 @@ _MIME_TYPES = {
     ".webp": "image/webp",
     ".woff2": "font/woff2",
 }
-"""Stated here because some systems' tables say text/plain for scripts, which browsers refuse to run."""
+"""Some systems' tables say text/plain for scripts, and browsers refuse to run those."""
 
 
 def create_app(config: ServeConfig, engine: EnginePort, page: Path | None = None) -> FastAPI:
-    """The whole server. ``page`` is the folder of the web page, by default the one that belongs to the package.
+    """The whole server. ``page`` is the folder of the web page (default: the package's own).
 
-    ``app.state.service.failure`` holds the error when the engine could not start or has lost one of its ranks.
+    ``app.state.service.failure`` holds the error if the engine did not start or lost one of its ranks.
     """
-    encoders = ThreadPoolExecutor(_ENCODE_THREADS, thread_name_prefix="batches")
+    encoders = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="batches")
     service = Service(config, engine, Admission(config.session_wait_s), Metrics(), encoders)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        # In the background: /health answers while the model loads.
+        # The model loads in the background, so that /health answers meanwhile.
         starting = asyncio.create_task(_start(service), name="engine start")
         yield
         await service.close_all(SHUTDOWN_LIMIT_S)
@@ -96,7 +97,8 @@ async def _start(service: Service) -> None:
         service.failure = error
 
 
-def _card(engine: EnginePort) -> ModelInfo | None:
+def _info(engine: EnginePort) -> ModelInfo | None:
+    """None while the model loads."""
     try:
         return engine.model_info
     except LingbotError:
@@ -127,7 +129,7 @@ def _keyed_routes(service: Service) -> APIRouter:
 
     def entry() -> dict[str, Any]:
         engine = service.engine
-        return model_entry(service.config, _card(engine), engine.status, busy=service.admission.is_busy)
+        return model_entry(service.config, _info(engine), engine.status, busy=service.admission.is_busy)
 
     @routes.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -169,7 +171,7 @@ _OPENAI_ERRORS = {401: ("authentication_error", "invalid_api_key"), 404: ("inval
 
 
 async def _openai_error(request: Request, error: Exception) -> JSONResponse:
-    """HTTP errors in the form OpenAI clients read."""
+    """An HTTP error in the form that OpenAI clients read."""
     assert isinstance(error, HTTPException)
     kind, code = _OPENAI_ERRORS.get(error.status_code, ("invalid_request_error", None))
     body = {"error": {"message": error.detail, "type": kind, "param": None, "code": code}}
@@ -177,14 +179,14 @@ async def _openai_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def page_folder() -> Path | None:
-    """The web page: inside an installed package, beside it in a checkout."""
+    """The folder of the web page: inside an installed package, or beside the package in a checkout."""
     package = Path(lingbot_rt.__file__).parent
     candidates = (package / "webui", package.parent / "webui")
     return next((folder for folder in candidates if (folder / "index.html").is_file()), None)
 
 
 class _Page(StaticFiles):
-    """Static files that browsers ask for again after an update."""
+    """Static files. Browsers ask again before they use a cached one, so an update is seen at once."""
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
@@ -193,7 +195,7 @@ class _Page(StaticFiles):
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with sessions told before their sockets are closed, and an end when the engine is lost."""
+    """uvicorn, but clients are told before their sockets close, and a lost engine ends the server."""
 
     def __init__(self, app: FastAPI, config: ServeConfig) -> None:
         self._service: Service = app.state.service
@@ -215,8 +217,8 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if not hasattr(socket, "TCP_USER_TIMEOUT"):
             return
-        # The kernel drops peers that acknowledge nothing; without it, what is buffered for a client that stopped
-        # reading would stay for as long as the client does. Accepted sockets inherit the option.
+        # The kernel drops peers that acknowledge nothing. Without it, the data buffered for a client that stopped
+        # reading would stay as long as the client does. Accepted sockets inherit the option.
         limit_ms = int(2000 * self._service.config.send_timeout_s)
         for server in self.servers:
             for listener in server.sockets:
@@ -234,6 +236,6 @@ class Server(uvicorn.Server):
         had_clients = bool(self._service.connections)
         await self._service.close_all(SHUTDOWN_LIMIT_S)
         if had_clients:
-            # A client whose answer to the close finds the line gone may throw away what it has not read: last words.
+            # A client that answers the close on a socket that is gone may throw away what it has not read yet.
             await asyncio.sleep(CLOSE_HANDSHAKE_S)
         await super().shutdown(sockets)
