@@ -1,4 +1,4 @@
-// Three numbers, a small chart, and behind a toggle where the time of every chunk went.
+// The meters: three readings, a chart, and the time breakdown of the last chunks.
 
 import { h } from "./dom.js";
 
@@ -6,20 +6,20 @@ const POINTS = 120;
 const SHOWN_CHUNKS = 8;
 const PARTS = [
   ["queue", "Waiting"],
-  ["dit", "Dreaming"],
-  ["vae", "Painting"],
-  ["encode", "Packing"],
-  ["wire", "Travelling"],
-  ["draw", "Showing"],
+  ["dit", "DiT"],
+  ["vae", "VAE decode"],
+  ["encode", "Encoding"],
+  ["wire", "Sending"],
+  ["draw", "Display"],
 ];
 const CHUNK_TABLE = [
-  ["chunk_total_ms", "Whole step"], ["queue_wait_ms", "Waiting for room"], ["pace_wait_ms", "Keeping the pace"],
-  ["request_prepare_ms", "Reading your keys"], ["scheduler_forward_ms", "Model in all"], ["dit_ms", "Dreaming"], ["vae_ms", "Painting"],
-  ["encode_ms", "Packing"], ["ws_write_ms", "Sending"], ["event_latency_ms", "Key to sending"],
+  ["chunk_total_ms", "Whole chunk"], ["queue_wait_ms", "Queue wait"], ["pace_wait_ms", "Pacing wait"],
+  ["request_prepare_ms", "Sampling inputs"], ["scheduler_forward_ms", "Engine total"], ["dit_ms", "DiT"], ["vae_ms", "VAE decode"],
+  ["encode_ms", "Encoding"], ["ws_write_ms", "Sending"], ["event_latency_ms", "Key to send"],
 ];
 
-/** chunk_stats and the page's own times -> {queue, dit, vae, encode, wire, draw} in ms. */
-export function chunkParts(stats, drawMs) {
+/** chunk_stats and the page's own display time -> {queue, dit, vae, encode, wire, draw} in ms. */
+function chunkParts(stats, drawMs) {
   return {
     queue: (stats.queue_wait_ms ?? 0) + (stats.pace_wait_ms ?? 0),
     dit: stats.dit_ms ?? stats.scheduler_forward_ms ?? 0,
@@ -30,10 +30,10 @@ export function chunkParts(stats, drawMs) {
   };
 }
 
-const LATENCY_PARTS = [["wait", "waiting for the next step"], ["make", "making"], ["decode", "unpacking"], ["draw", "showing"]];
+const LATENCY_PARTS = [["wait", "waiting for the next chunk"], ["generate", "generating"], ["decode", "decoding"], ["draw", "display"]];
 
-/** The parts of a latency sample in words: "waiting for the next step 310 ms, making 240 ms, ...". */
-export const latencyWords = (parts) => LATENCY_PARTS.map(([name, label]) => `${label} ${Math.round(parts[name])} ms`).join(", ");
+/** The parts of a latency sample as text: "waiting for the next chunk 310 ms, generating 240 ms, ...". */
+export const latencyText = (parts) => LATENCY_PARTS.map(([name, label]) => `${label} ${Math.round(parts[name])} ms`).join(", ");
 
 export class MetersView {
   #root;
@@ -74,7 +74,7 @@ export class MetersView {
       },
     });
     this.#root.append(
-      h("div", { className: "readings" }, reading("latency", "key to picture"), reading("fps", "pictures a second"), reading("buffer", "in hand"), this.#chartBox),
+      h("div", { className: "readings" }, reading("latency", "key to frame"), reading("fps", "frames per second"), reading("buffer", "buffered"), this.#chartBox),
       more,
       this.#stages,
     );
@@ -84,13 +84,14 @@ export class MetersView {
     return !this.#root.hidden;
   }
 
-  async open(wanted) {
-    this.#root.hidden = !wanted;
-    if (wanted && !this.#chart) await this.#makeChart();
-    if (wanted) this.#drawStages();
+  async toggle() {
+    this.#root.hidden = !this.#root.hidden;
+    if (!this.isOpen) return;
+    if (!this.#chart) await this.#makeChart();
+    this.#drawStages();
   }
 
-  /** About twice a second while a world is live. */
+  /** New readings, a few per second while the session is live. */
   update({ now, latencyMs, fps, bufferMs }) {
     this.#times.push(now / 1000);
     this.#latencies.push(latencyMs);
@@ -122,12 +123,12 @@ export class MetersView {
   }
 
   #moreText() {
-    return this.#showStages ? "Hide where the time goes" : "Where the time goes";
+    return this.#showStages ? "Hide the time breakdown" : "Show the time breakdown";
   }
 
   #drawStages() {
     if (!this.#chunks.length) {
-      this.#stages.replaceChildren(h("p", { className: "hint", textContent: "Fills while a world is live." }));
+      this.#stages.replaceChildren(h("p", { className: "hint", textContent: "Available while a session is live." }));
       return;
     }
     const sum = ({ parts }) => PARTS.reduce((total, [name]) => total + parts[name], 0);
@@ -151,7 +152,7 @@ export class MetersView {
     const entries = [...known.map(([key, label]) => [label, this.#latest[key]]), ...stages];
     const table = entries.map(([label, ms]) => h("div", {}, h("dt", { textContent: label }), h("dd", { textContent: `${ms} ms` })));
     const summary = this.#summary;
-    const spread = summary && `Key to picture: usually ${Math.round(summary.medianMs)} ms, at most ${Math.round(summary.slowestMs)} ms of ${summary.count}. Usually ${latencyWords(summary.parts)}.`;
+    const spread = summary && `Key to frame: median ${Math.round(summary.medianMs)} ms, slowest of ${summary.count} ${Math.round(summary.slowestMs)} ms. Medians: ${latencyText(summary.parts)}.`;
     this.#stages.replaceChildren(
       ...(spread ? [h("p", { className: "hint", textContent: spread })] : []),
       h("div", { className: "waterfall" }, ...rows),
@@ -174,7 +175,7 @@ export class MetersView {
       padding: [6, 4, 4, 0],
       scales: { y: { range: (_, __, max) => [0, Math.max(max || 0, 200) * 1.1] } },
       axes: [{ show: false }, { ...axis, size: 54, splits: (_, __, low, high) => [0, roundHalf(high / 2)].filter((v) => v >= low), values: (_, all) => all.map((v) => `${v} ms`) }],
-      series: [{}, line("key to picture", color("--accent"), 2), line("in hand", color("--soft"), 1)],
+      series: [{}, line("key to frame", color("--accent"), 2), line("buffered", color("--soft"), 1)],
     };
     this.#chart = new globalThis.uPlot(options, [this.#times, this.#latencies, this.#buffers], this.#chartBox);
     new ResizeObserver(() => this.#chart.setSize(size())).observe(this.#chartBox);

@@ -1,4 +1,4 @@
-// The advanced settings as a form, built from the table in settings.js.
+// The advanced settings as a form, built from the fields in settings.js.
 
 import { h } from "./dom.js";
 import { allValid, fieldsFor, validValue } from "./settings.js";
@@ -25,12 +25,13 @@ export class SettingsForm {
     return this.#values;
   }
 
-  /** Offer what this model can do, with what was remembered where it is still valid. */
+  /** Builds the form for a model, with stored values where they are still valid. */
   build(model) {
     this.#fields = fieldsFor(model);
     this.#values = allValid(this.#fields, this.#store.get(`values:${model.id}`, {}));
     this.model = model;
-    const groups = Map.groupBy ? Map.groupBy(this.#fields, ({ group }) => group) : grouped(this.#fields);
+    const groups = new Map();
+    for (const field of this.#fields) groups.set(field.group, [...(groups.get(field.group) ?? []), field]);
     this.#rows.clear();
     this.#form.replaceChildren(
       ...[...groups].map(([name, fields]) =>
@@ -87,10 +88,4 @@ export class SettingsForm {
 function unitText(field) {
   const range = field.kind === "number" && field.unit && !field.unit.includes("to") ? `${field.min} to ${field.max} ${field.unit}` : field.unit;
   return range ? h("small", { textContent: range }) : null;
-}
-
-function grouped(fields) {
-  const groups = new Map();
-  for (const field of fields) groups.set(field.group, [...(groups.get(field.group) ?? []), field]);
-  return groups;
 }
