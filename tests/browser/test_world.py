@@ -42,11 +42,11 @@ def test_one_click_starts_a_world_and_keys_steer_it(visitor, server):
     visitor.step_inside()
     visitor.wait_for_change(visitor.pixels())
     page.keyboard.down("w")
-    page.wait_for_selector(".pad.held[data-token=w]")
+    page.wait_for_selector(".pad.held[data-action=w]")
     page.wait_for_selector("#latency-pill:visible")
     assert re.fullmatch(r"\d+ ms", page.inner_text("#latency-text"))
     page.keyboard.down("ArrowLeft")
-    page.wait_for_selector(".pad.held[data-token=j]")
+    page.wait_for_selector(".pad.held[data-action=j]")
     page.keyboard.up("ArrowLeft")
     page.keyboard.up("w")
     assert page.locator(".pad.held").count() == 0
@@ -60,7 +60,7 @@ def test_who_starts_before_the_picture_is_there_waits_for_it(visitor, server):
     page.route("**/presets/*.webp", lambda it: it.continue_() if gate_is_open.is_set() else held_back.append(it))
     visitor.open(server.http)
     page.click("#start")
-    page.wait_for_selector("#start:disabled:has-text('One moment')")
+    page.wait_for_selector("#start:disabled:has-text('Loading the image')")
     gate_is_open.set()
     for request in held_back:
         request.continue_()
@@ -79,7 +79,7 @@ def test_nothing_stays_held_when_the_page_loses_attention(visitor, server):
     assert page.locator(".pad.held").count() == 0
     page.keyboard.up("w")
     page.keyboard.down("d")
-    page.wait_for_selector(".pad.held[data-token=d]")
+    page.wait_for_selector(".pad.held[data-action=d]")
     page.focus("#prompt")
     assert page.locator(".pad.held").count() == 0
     page.keyboard.up("d")
@@ -112,12 +112,12 @@ def test_keys_can_be_changed_and_sticks_of_a_gamepad_walk(visitor, server):
     page.wait_for_selector("#start:enabled")
     visitor.step_inside()
     page.keyboard.down("z")
-    page.wait_for_selector(".pad.held[data-token=w]")
+    page.wait_for_selector(".pad.held[data-action=w]")
     page.keyboard.up("z")
     assert page.locator(".pad.held").count() == 0
     page.evaluate(GAMEPAD, [0, -1, 1, 0])
-    page.wait_for_selector(".pad.held[data-token=w]")
-    page.wait_for_selector(".pad.held[data-token=l]")
+    page.wait_for_selector(".pad.held[data-action=w]")
+    page.wait_for_selector(".pad.held[data-action=l]")
     page.evaluate(GAMEPAD, [0, 0, 0, 0])
     page.wait_for_selector(".pad.held", state="detached")
 
@@ -160,7 +160,7 @@ def test_a_pause_holds_the_world_and_a_restart_begins_it_again(visitor, server):
     page.fill("#seed", "7")
     visitor.begins_anew(lambda: page.click("#restart"))
     assert page.locator("#timeline li").count() == 1
-    page.click("#keep summary")
+    page.click("#export summary")
     with page.expect_download() as saved:
         page.click("#save-session")
     init = json.loads(Path(saved.value.path()).read_text())["init"]
@@ -182,7 +182,7 @@ def test_record_screenshot_and_session_are_kept(visitor, server, tmp_path):
     page.click("#record")
     page.wait_for_selector("#open-gallery:enabled")
     page.click("#screenshot")
-    page.click("#keep summary")
+    page.click("#export summary")
     with page.expect_download() as saved:
         page.click("#save-session")
     session = tmp_path / "session.json"
@@ -239,12 +239,12 @@ def test_a_refused_beginning_says_which_words_to_change(visitor, server):
     visitor.open(server.http)
     page.fill("#prompt", "  ")
     page.click("#start")
-    assert "Words are needed" in page.inner_text("[data-key=session]")
+    assert "A prompt is needed" in page.inner_text("[data-key=session]")
     page.click("[data-key=session] .close")
     assert page.locator(".card").count() == 0
     page.set_input_files("#first-file", {"name": "note.png", "mimeType": "image/png", "buffer": b"not a picture"})
-    page.wait_for_selector("[data-key=picture]")
-    page.click("[data-key=picture] .close")
+    page.wait_for_selector("[data-key=image]")
+    page.click("[data-key=image] .close")
     page.evaluate(DROP, list((WEBUI / "presets" / "windmill.webp").read_bytes()))
     page.wait_for_selector("[data-preset][aria-pressed=true]", state="detached")
     assert page.locator(".card").count() == 0
@@ -284,7 +284,7 @@ def test_on_a_phone_thumbs_walk_and_settings_are_a_sheet(make_visitor, server):
     page.mouse.move(x, y)
     page.mouse.down()
     page.mouse.move(x, y - 50)
-    page.wait_for_selector(".pad.held[data-token=w]", state="attached")
+    page.wait_for_selector(".pad.held[data-action=w]", state="attached")
     page.mouse.up()
     assert page.locator(".pad.held").count() == 0
 

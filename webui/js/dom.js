@@ -2,7 +2,7 @@
 
 export const $ = (id) => document.getElementById(id);
 
-/** Creates an element. Names that start with "on" and those in PROPERTIES are set as properties, the rest as attributes. */
+/** Creates an element. Sets names with "on" and those in PROPERTIES as properties, the rest as attributes. */
 export function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {

@@ -17,14 +17,22 @@ export class ErrorCards {
   show({ key, title, detail = "", advice = "", actions = [], minor = false }) {
     this.dismiss(key);
     const buttons = actions.map(([label, run], i) =>
-      h("button", { className: i ? "button" : "button accent", textContent: label, onclick: () => (this.dismiss(key), run()) }),
+      h("button", {
+        className: i ? "button" : "button accent",
+        textContent: label,
+        onclick: () => (this.dismiss(key), run()),
+      }),
     );
     const card = h(
       "article",
       { className: minor ? "card minor" : "card", "data-key": key },
       icon("triangle-alert"),
       h("h3", { textContent: title }),
-      h("button", { className: "icon-button close", "aria-label": "Dismiss", onclick: () => this.dismiss(key) }, icon("x")),
+      h(
+        "button",
+        { className: "icon-button close", "aria-label": "Dismiss", onclick: () => this.dismiss(key) },
+        icon("x"),
+      ),
       h(
         "div",
         { className: "body" },

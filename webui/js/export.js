@@ -22,7 +22,10 @@ export class ExportMenu {
     $("screenshot").onclick = async () => gallery.addImage(new Blob([await canvasPng(canvas)], { type: "image/png" }));
     $("open-gallery").onclick = () => $("gallery-dialog").showModal();
     $("save-session").onclick = () =>
-      download(new Blob([JSON.stringify(getLog(), null, 1)], { type: "application/json" }), `world-${timestamp()}.json`);
+      download(
+        new Blob([JSON.stringify(getLog(), null, 1)], { type: "application/json" }),
+        `world-${timestamp()}.json`,
+      );
     $("load-session").onchange = ({ target }) => {
       if (target.files[0]) void this.#replayFile(target.files[0]);
       target.value = "";
@@ -37,7 +40,12 @@ export class ExportMenu {
       await this.#onReplay(parseSession(await file.text()));
     } catch (error) {
       if (!(error instanceof SessionFileError) && error.name !== "InvalidStateError") throw error;
-      this.#errors.show({ key: "replay", title: "This session cannot be replayed", detail: error.message, advice: "Choose a file that this page saved." });
+      this.#errors.show({
+        key: "replay",
+        title: "This session cannot be replayed",
+        detail: error.message,
+        advice: "Choose a file that this page saved.",
+      });
     }
   }
 

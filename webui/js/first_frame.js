@@ -4,7 +4,7 @@ import { canvasPng } from "./dom.js";
 
 const KEY_STEPS = { ArrowLeft: [-0.05, 0], ArrowRight: [0.05, 0], ArrowUp: [0, -0.05], ArrowDown: [0, 0.05] };
 
-/** The largest part of width x height with the target's aspect ratio, at `focus` (0..1 per axis): {x, y, width, height}. */
+/** The largest part {x, y, width, height} with the target's aspect ratio, placed by `focus` (0..1 per axis). */
 export function cropFor(width, height, target, focus) {
   const aspect = target.width / target.height;
   const isWide = width / height > aspect;
@@ -57,8 +57,8 @@ export class FirstFrame {
   }
 
   /**
-   * Takes any image the browser can read (a File, a Blob, a canvas, a video), or a promise of one. The newest call wins.
-   * Returns whether this call did. Throws InvalidStateError if the source is not an image.
+   * Takes any image the browser can read (a File, a Blob, a canvas, a video), or a promise of one. The newest call
+   * wins. Returns whether this call did. Throws InvalidStateError if the source is not an image.
    */
   use(source) {
     const loading = this.#read(source, ++this.#newest);
@@ -68,7 +68,7 @@ export class FirstFrame {
 
   /** Resolves when no image is loading. */
   async settled() {
-    for (let seen; seen !== this.#pending; ) await (seen = this.#pending);
+    for (let seen; seen !== this.#pending;) await (seen = this.#pending);
   }
 
   /** The cropped image at the session's size, as PNG bytes. */
@@ -96,16 +96,26 @@ export class FirstFrame {
     const { width, height } = this.#target;
     // The poster keeps the image's own resolution, which may be higher than that of the session.
     const scale = Math.max(1, Math.min(832 / width, this.#bitmap.width / width));
-    drawCropped(this.#poster, this.#bitmap, { width: Math.round(width * scale), height: Math.round(height * scale) }, this.#focus);
+    drawCropped(
+      this.#poster,
+      this.#bitmap,
+      { width: Math.round(width * scale), height: Math.round(height * scale) },
+      this.#focus,
+    );
     const small = 320 / Math.max(width, height);
-    drawCropped(this.#preview, this.#bitmap, { width: Math.round(width * small), height: Math.round(height * small) }, this.#focus);
+    drawCropped(
+      this.#preview,
+      this.#bitmap,
+      { width: Math.round(width * small), height: Math.round(height * small) },
+      this.#focus,
+    );
     this.#preview.classList.toggle("fits", this.#fits());
     this.#preview.tabIndex = this.#fits() ? -1 : 0;
     this.#onChange({ cropped: !this.#fits() });
   }
 
   #fits() {
-    const crop = cropFor(this.#bitmap.width, this.#bitmap.height, this.#target);
+    const crop = cropFor(this.#bitmap.width, this.#bitmap.height, this.#target, this.#focus);
     return this.#bitmap.width - crop.width < 2 && this.#bitmap.height - crop.height < 2;
   }
 

@@ -30,10 +30,12 @@ export class RawDecoder {
       throw new BadBatch(`${rgb.length} bytes are not ${header.num_frames} frames of ${frameBytes}`);
     }
     if (isDelta) this.#undelta(header, rgb, frameBytes);
-    return Array.from({ length: header.num_frames }, (_, i) => toRgba(rgb.subarray(i * frameBytes, (i + 1) * frameBytes)));
+    return Array.from({ length: header.num_frames }, (_, i) =>
+      toRgba(rgb.subarray(i * frameBytes, (i + 1) * frameBytes)),
+    );
   }
 
-  /** Each frame is XORed with the frame before it. The first one is XORed with the previous batch's last frame, or not at all. */
+  /** Each frame is XORed with the one before; the first one with the last frame of the previous batch, if any. */
   #undelta(header, rgb, frameBytes) {
     if (header.delta_reference === "previous-frame") {
       const previous = this.#previous;

@@ -34,7 +34,8 @@ export class Gallery {
 
   #draw() {
     this.#root.replaceChildren(...this.#items.map((item) => this.#figure(item)));
-    if (!this.#items.length) this.#root.append(h("p", { className: "hint", textContent: "No clips or screenshots yet." }));
+    if (!this.#items.length)
+      this.#root.append(h("p", { className: "hint", textContent: "No clips or screenshots yet." }));
     this.#onChange(this.#items.length);
   }
 
@@ -42,7 +43,10 @@ export class Gallery {
     const view = item.isClip
       ? h("video", { src: item.url, controls: true, loop: true, playsinline: true, preload: "auto" })
       : h("img", { src: item.url, alt: "Screenshot" });
-    const size = item.blob.size < 1e6 ? `${Math.max(1, Math.round(item.blob.size / 1e3))} KB` : `${(item.blob.size / 1e6).toFixed(1)} MB`;
+    const size =
+      item.blob.size < 1e6
+        ? `${Math.max(1, Math.round(item.blob.size / 1e3))} KB`
+        : `${(item.blob.size / 1e6).toFixed(1)} MB`;
     return h(
       "figure",
       {},
@@ -51,8 +55,20 @@ export class Gallery {
         "figcaption",
         {},
         h("span", { textContent: `${item.label} · ${size}` }),
-        h("button", { className: "icon-button", "aria-label": `Download ${item.name}`, onclick: () => download(item.blob, item.name) }, icon("download")),
-        h("button", { className: "icon-button", "aria-label": `Delete ${item.name}`, onclick: () => this.#remove(item) }, icon("trash-2")),
+        h(
+          "button",
+          {
+            className: "icon-button",
+            "aria-label": `Download ${item.name}`,
+            onclick: () => download(item.blob, item.name),
+          },
+          icon("download"),
+        ),
+        h(
+          "button",
+          { className: "icon-button", "aria-label": `Delete ${item.name}`, onclick: () => this.#remove(item) },
+          icon("trash-2"),
+        ),
       ),
     );
   }

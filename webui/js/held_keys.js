@@ -3,8 +3,8 @@
 const ACTION_ORDER = ["w", "a", "s", "d", "i", "j", "k", "l"];
 
 /**
- * Combines several sources: keyboard keys, on-screen buttons, sticks, the mouse. An action is held while any source holds
- * it. A source that ends (pointer cancel, a disconnected gamepad) releases only its own actions.
+ * Combines several sources: keyboard keys, on-screen buttons, sticks, the mouse. An action is held while any source
+ * holds it. A source that ends (pointer cancel, a disconnected gamepad) releases only its own actions.
  */
 export class HeldKeys {
   #sources = new Map();

@@ -25,12 +25,31 @@ export class HelpView {
     this.#root.replaceChildren(
       h("p", { className: "hint", textContent: "Click a key, then press the new one. Escape cancels." }),
       h("div", { className: "key-table" }, ...ACTIONS.map((known) => this.#row(known))),
-      h("div", { className: "actions" }, h("button", { className: "button quiet", textContent: "Reset keys", onclick: () => this.#change(defaultBindings()) })),
-      this.#section("Controls on the video", h("div", { className: "choices" }, ...this.#pads.options.map((option) => this.#padChoice(option)))),
+      h(
+        "div",
+        { className: "actions" },
+        h("button", {
+          className: "button quiet",
+          textContent: "Reset keys",
+          onclick: () => this.#change(defaultBindings()),
+        }),
+      ),
+      this.#section(
+        "Controls on the video",
+        h("div", { className: "choices" }, ...this.#pads.options.map((option) => this.#padChoice(option))),
+      ),
       this.#section(
         "Mouse, gamepad and shortcuts",
-        h("p", { className: "hint", textContent: "Mouse: click the mouse button below the video and move the mouse to look around. Escape releases the mouse. Gamepad: the left stick walks, the right stick looks." }),
-        h("p", { className: "hint", textContent: "Space: pause. F: full screen. T: theatre mode. R: record. P: screenshot. ?: this help." }),
+        h("p", {
+          className: "hint",
+          textContent:
+            "Mouse: click the mouse button below the video and move the mouse to look around. Escape releases it. " +
+              "Gamepad: the left stick walks, the right stick looks.",
+        }),
+        h("p", {
+          className: "hint",
+          textContent: "Space: pause. F: full screen. T: theatre mode. R: record. P: screenshot. ?: this help.",
+        }),
       ),
     );
   }
@@ -56,7 +75,12 @@ export class HelpView {
 
   #padChoice([value, label]) {
     const chosen = this.#pads.value() === value;
-    return h("button", { className: "button", "aria-pressed": String(chosen), textContent: label, onclick: () => (this.#pads.choose(value), this.draw()) });
+    return h("button", {
+      className: "button",
+      "aria-pressed": String(chosen),
+      textContent: label,
+      onclick: () => (this.#pads.choose(value), this.draw()),
+    });
   }
 
   #listen(button, action, slot) {

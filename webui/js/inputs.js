@@ -71,7 +71,10 @@ export class MouseLook {
   #pulse(axis, action) {
     clearTimeout(this.#timers.get(axis));
     this.#held.hold(`mouse:${axis}`, [action]);
-    this.#timers.set(axis, setTimeout(() => this.#held.release(`mouse:${axis}`), MOUSE_HOLD_MS));
+    this.#timers.set(
+      axis,
+      setTimeout(() => this.#held.release(`mouse:${axis}`), MOUSE_HOLD_MS),
+    );
   }
 
   #releaseAll() {

@@ -6,8 +6,8 @@ const KEPT = 240;
  * Times every event from its sending to the first drawn frame that carries it. A frame carries its own event and all
  * older ones.
  *
- * A sample's parts add up to its total: `wait` until a chunk applied the event, `generate` until its first frame arrived,
- * `decode`, and `draw` until the frame was on the canvas. Without control_ack `wait` is part of `generate`.
+ * A sample's parts add up to its total: `wait` until a chunk applied the event, `generate` until its first frame
+ * arrived, `decode`, and `draw` until the frame was on the canvas. Without control_ack `wait` is part of `generate`.
  */
 export class LatencyMeter {
   #pending = new Map();
@@ -62,7 +62,8 @@ export class LatencyMeter {
   summary() {
     if (!this.samples.length) return null;
     const parts = {};
-    for (const name of ["wait", "generate", "decode", "draw"]) parts[name] = median(this.samples.map((sample) => sample.parts[name]));
+    for (const name of ["wait", "generate", "decode", "draw"])
+      parts[name] = median(this.samples.map((sample) => sample.parts[name]));
     const totals = this.samples.map((sample) => sample.totalMs);
     return { count: totals.length, medianMs: median(totals), slowestMs: Math.max(...totals), parts };
   }

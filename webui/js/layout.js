@@ -5,7 +5,11 @@ import { $, h, isTyping } from "./dom.js";
 import { HelpView } from "./help_view.js";
 import { MouseLook, listenToKeyboard, padButton, releaseOnBlur, touchStick } from "./inputs.js";
 
-const PAD_OPTIONS = [["keys", "Keys"], ["sticks", "Sticks"], ["none", "Nothing"]];
+const PAD_OPTIONS = [
+  ["keys", "Keys"],
+  ["sticks", "Sticks"],
+  ["none", "Nothing"],
+];
 
 const SHORTCUTS = {
   Space: () => $("pause").click(),
@@ -19,7 +23,7 @@ export class Layout {
   #store;
   #onChange;
 
-  /** `isLive()` says whether keys steer the session now. `onChange()` runs when the user chooses other on-screen controls. */
+  /** `isLive()` says whether keys steer the session now. `onChange()` runs when other on-screen controls are chosen. */
   constructor({ store, held, isLive, onChange }) {
     this.#store = store;
     this.#onChange = onChange;
@@ -44,7 +48,8 @@ export class Layout {
   }
 
   #connectView() {
-    $("theatre").onclick = () => $("theatre").setAttribute("aria-pressed", String(document.body.toggleAttribute("data-theatre")));
+    $("theatre").onclick = () =>
+      $("theatre").setAttribute("aria-pressed", String(document.body.toggleAttribute("data-theatre")));
     $("fullscreen").onclick = () => {
       if (document.fullscreenElement) void document.exitFullscreen();
       else void document.querySelector(".world").requestFullscreen();
@@ -57,10 +62,19 @@ export class Layout {
   #connectInputs(held, isLive) {
     listenToKeyboard(held, { bindings: () => this.#bindings, isActive: isLive });
     releaseOnBlur(held);
-    for (const [root, actions] of [["pads-move", "wasd"], ["pads-look", "ijkl"]])
+    for (const [root, actions] of [
+      ["pads-move", "wasd"],
+      ["pads-look", "ijkl"],
+    ])
       for (const action of actions) {
         const { label, icon } = ACTIONS.find((known) => known.action === action);
-        const button = h("button", { className: "pad", "data-action": action, "aria-label": label, title: label, textContent: icon });
+        const button = h("button", {
+          className: "pad",
+          "data-action": action,
+          "aria-label": label,
+          title: label,
+          textContent: icon,
+        });
         padButton(button, held, action);
         $(root).append(button);
       }

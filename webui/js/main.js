@@ -24,7 +24,8 @@ const MAX_SEED = 2 ** 32;
 
 const store = new SettingsStore(browserStorage());
 const held = new HeldKeys((actions) => {
-  for (const pad of document.querySelectorAll(".pad")) pad.classList.toggle("held", actions.includes(pad.dataset.action));
+  for (const pad of document.querySelectorAll(".pad"))
+    pad.classList.toggle("held", actions.includes(pad.dataset.action));
   player.hold(actions);
 });
 const errors = new ErrorCards($("errors"));
@@ -54,7 +55,11 @@ new ExportMenu({
   errors,
   canvas: $("canvas"),
   getLog: () => player.log,
-  getSnippetInput: async () => ({ base: server.base, hasKey: server.apiKey !== "", init: player.isRunning ? player.init : await initFromPage() }),
+  getSnippetInput: async () => ({
+    base: server.base,
+    hasKey: server.apiKey !== "",
+    init: player.isRunning ? player.init : await initFromPage(),
+  }),
   onReplay: replay,
 });
 
@@ -84,8 +89,21 @@ const player = new Player($("canvas"), {
   },
   stats: (stats, drawMs) => meters.chunk(stats, drawMs),
   tick,
-  skipped: (detail) => errors.show({ key: "skipped", title: "Some frames were skipped", detail, advice: "The session continues.", minor: true }),
-  refused: (detail) => errors.show({ key: "refused", title: "The server refused the last change", detail, advice: "The session continues unchanged." }),
+  skipped: (detail) =>
+    errors.show({
+      key: "skipped",
+      title: "Some frames were skipped",
+      detail,
+      advice: "The session continues.",
+      minor: true,
+    }),
+  refused: (detail) =>
+    errors.show({
+      key: "refused",
+      title: "The server refused the last change",
+      detail,
+      advice: "The session continues unchanged.",
+    }),
   ended: sessionEnded,
 });
 
@@ -95,7 +113,13 @@ async function start({ saved = null } = {}) {
   if (isStarting) return;
   if (!server.model?.ready) {
     const advice = "Try again when it is ready. The top of the page shows its state.";
-    errors.show({ key: "session", title: "The server is not ready", detail: server.status, advice, actions: [["Try again", () => start({ saved })]] });
+    errors.show({
+      key: "session",
+      title: "The server is not ready",
+      detail: server.status,
+      advice,
+      actions: [["Try again", () => start({ saved })]],
+    });
     return;
   }
   isStarting = true;
@@ -105,7 +129,11 @@ async function start({ saved = null } = {}) {
     // The user may click Start while the first frame is still loading.
     if (!saved) await firstFrame.settled();
     if (!saved && !firstFrame.exists) {
-      errors.show({ key: "session", title: "A first frame is needed", advice: "Choose a preset, or use an image of your own." });
+      errors.show({
+        key: "session",
+        title: "A first frame is needed",
+        advice: "Choose a preset, or use an image of your own.",
+      });
       return;
     }
     const init = saved?.init ?? (await initFromPage());
@@ -203,8 +231,17 @@ function showStart(isOpening, progress) {
   const button = $("start");
   const action = { paused: "Resume", ended: "Start again", lost: "Start again" }[state] ?? "Start";
   button.disabled = isOpening || isStarting || (state !== "paused" && !model?.ready);
-  $("start-text").textContent = isOpening ? progress : isStarting ? "Loading the image" : state === "paused" || model?.ready ? action : server.shortStatus;
-  setText($("start-note"), !isOpening && model?.ready && model.busy && !player.isRunning ? "The server is in use. You will wait in line." : "");
+  $("start-text").textContent = isOpening
+    ? progress
+    : isStarting
+      ? "Loading the image"
+      : state === "paused" || model?.ready
+        ? action
+        : server.shortStatus;
+  setText(
+    $("start-note"),
+    !isOpening && model?.ready && model.busy && !player.isRunning ? "The server is in use. You will wait in line." : "",
+  );
 }
 
 // --- prompt ---
@@ -235,7 +272,8 @@ function applyPrompt() {
 
 async function choosePreset(chosen) {
   if (player.isRunning) {
-    $("preset-text").textContent = `Start a new session from the preset “${chosen.name}”, or send only its prompt to this session.`;
+    $("preset-text").textContent =
+      `Start a new session from the preset “${chosen.name}”, or send only its prompt to this session.`;
     const answer = await ask($("preset-dialog"));
     if (answer !== "restart" && answer !== "prompt") return;
     setPrompt(chosen.prompt);
@@ -285,9 +323,18 @@ function showServer() {
   chip.dataset.tone = server.tone;
   $("server-chip-text").textContent = server.status;
   const model = server.model;
-  const facts = model ? [["Model", model.id], ["Device", model.device || "unknown"], ["State", server.status], ["Frame size", model.defaultSize.replace("x", " × ")]] : [["State", server.status]];
+  const facts = model
+    ? [
+        ["Model", model.id],
+        ["Device", model.device || "unknown"],
+        ["State", server.status],
+        ["Frame size", model.defaultSize.replace("x", " × ")],
+      ]
+    : [["State", server.status]];
   facts.unshift(["Address", server.base]);
-  $("server-facts").replaceChildren(...facts.flatMap(([name, value]) => [h("dt", { textContent: name }), h("dd", { textContent: value })]));
+  $("server-facts").replaceChildren(
+    ...facts.flatMap(([name, value]) => [h("dt", { textContent: name }), h("dd", { textContent: value })]),
+  );
   showState();
 }
 
@@ -300,7 +347,12 @@ async function openServer() {
     errors.dismiss("server");
   } catch (error) {
     if (!(error instanceof TypeError)) throw error;
-    errors.show({ key: "server", title: "This is not an address", detail: $("server-address").value, advice: "Enter a host and a port, for example 127.0.0.1:30000." });
+    errors.show({
+      key: "server",
+      title: "This is not an address",
+      detail: $("server-address").value,
+      advice: "Enter a host and a port, for example 127.0.0.1:30000.",
+    });
   }
 }
 
@@ -308,7 +360,13 @@ async function openServer() {
 
 async function replay(saved) {
   if (saved.model !== server.model?.id)
-    errors.show({ key: "replay", minor: true, title: "This session was made with another model", detail: saved.model, advice: "It plays here, but it will look different." });
+    errors.show({
+      key: "replay",
+      minor: true,
+      title: "This session was made with another model",
+      detail: saved.model,
+      advice: "It plays here, but it will look different.",
+    });
   await firstFrame.use(new Blob([saved.init.first_frame], { type: saved.firstFrameType }));
   setPrompt(saved.init.prompt);
   setSeed(saved.init.seed);

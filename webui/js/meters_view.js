@@ -13,9 +13,16 @@ const PARTS = [
   ["draw", "Display"],
 ];
 const CHUNK_TABLE = [
-  ["chunk_total_ms", "Whole chunk"], ["queue_wait_ms", "Queue wait"], ["pace_wait_ms", "Pacing wait"],
-  ["request_prepare_ms", "Sampling inputs"], ["scheduler_forward_ms", "Engine total"], ["dit_ms", "DiT"], ["vae_ms", "VAE decode"],
-  ["encode_ms", "Encoding"], ["ws_write_ms", "Sending"], ["event_latency_ms", "Key to send"],
+  ["chunk_total_ms", "Whole chunk"],
+  ["queue_wait_ms", "Queue wait"],
+  ["pace_wait_ms", "Pacing wait"],
+  ["request_prepare_ms", "Sampling inputs"],
+  ["scheduler_forward_ms", "Engine total"],
+  ["dit_ms", "DiT"],
+  ["vae_ms", "VAE decode"],
+  ["encode_ms", "Encoding"],
+  ["ws_write_ms", "Sending"],
+  ["event_latency_ms", "Key to send"],
 ];
 
 /** chunk_stats and the page's own display time -> {queue, dit, vae, encode, wire, draw} in ms. */
@@ -30,10 +37,16 @@ function chunkParts(stats, drawMs) {
   };
 }
 
-const LATENCY_PARTS = [["wait", "waiting for the next chunk"], ["generate", "generating"], ["decode", "decoding"], ["draw", "display"]];
+const LATENCY_PARTS = [
+  ["wait", "waiting for the next chunk"],
+  ["generate", "generating"],
+  ["decode", "decoding"],
+  ["draw", "display"],
+];
 
 /** The parts of a latency sample as text: "waiting for the next chunk 310 ms, generating 240 ms, ...". */
-export const latencyText = (parts) => LATENCY_PARTS.map(([name, label]) => `${label} ${Math.round(parts[name])} ms`).join(", ");
+export const latencyText = (parts) =>
+  LATENCY_PARTS.map(([name, label]) => `${label} ${Math.round(parts[name])} ms`).join(", ");
 
 export class MetersView {
   #root;
@@ -74,7 +87,14 @@ export class MetersView {
       },
     });
     this.#root.append(
-      h("div", { className: "readings" }, reading("latency", "key to frame"), reading("fps", "frames per second"), reading("buffer", "buffered"), this.#chartBox),
+      h(
+        "div",
+        { className: "readings" },
+        reading("latency", "key to frame"),
+        reading("fps", "frames per second"),
+        reading("buffer", "buffered"),
+        this.#chartBox,
+      ),
       more,
       this.#stages,
     );
@@ -144,15 +164,27 @@ export class MetersView {
         at += share;
         track.append(bar);
       }
-      return h("div", { className: "fall" }, h("span", { textContent: `#${chunk.index}` }), track, h("span", { textContent: `${chunk.total} ms` }));
+      return h(
+        "div",
+        { className: "fall" },
+        h("span", { textContent: `#${chunk.index}` }),
+        track,
+        h("span", { textContent: `${chunk.total} ms` }),
+      );
     });
     const legend = PARTS.map(([name, label]) => h("span", {}, h("i", { className: `p-${name}` }), label));
     const known = CHUNK_TABLE.filter(([key]) => typeof this.#latest[key] === "number");
     const stages = Object.entries(this.#latest.stages ?? {}).map(([name, ms]) => [name, Math.round(ms * 10) / 10]);
     const entries = [...known.map(([key, label]) => [label, this.#latest[key]]), ...stages];
-    const table = entries.map(([label, ms]) => h("div", {}, h("dt", { textContent: label }), h("dd", { textContent: `${ms} ms` })));
+    const table = entries.map(([label, ms]) =>
+      h("div", {}, h("dt", { textContent: label }), h("dd", { textContent: `${ms} ms` })),
+    );
     const summary = this.#summary;
-    const spread = summary && `Key to frame: median ${Math.round(summary.medianMs)} ms, slowest of ${summary.count} ${Math.round(summary.slowestMs)} ms. Medians: ${latencyText(summary.parts)}.`;
+    const total = (ms) => `${Math.round(ms)} ms`;
+    const spread =
+      summary &&
+      `Key to frame over ${summary.count} events: median ${total(summary.medianMs)}, ` +
+        `slowest ${total(summary.slowestMs)}. Medians of the parts: ${latencyText(summary.parts)}.`;
     this.#stages.replaceChildren(
       ...(spread ? [h("p", { className: "hint", textContent: spread })] : []),
       h("div", { className: "waterfall" }, ...rows),
@@ -167,14 +199,27 @@ export class MetersView {
     const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
     const line = (label, stroke, width) => ({ label, stroke, width, spanGaps: true, points: { show: false } });
     const size = () => ({ width: Math.max(this.#chartBox.clientWidth, 100), height: 76 });
-    const axis = { stroke: color("--soft"), grid: { stroke: color("--line"), width: 1 }, ticks: { show: false }, font: "11px Inter" };
+    const axis = {
+      stroke: color("--soft"),
+      grid: { stroke: color("--line"), width: 1 },
+      ticks: { show: false },
+      font: "11px Inter",
+    };
     const options = {
       ...size(),
       legend: { show: false },
       cursor: { show: false },
       padding: [6, 4, 4, 0],
       scales: { y: { range: (_, __, max) => [0, Math.max(max || 0, 200) * 1.1] } },
-      axes: [{ show: false }, { ...axis, size: 54, splits: (_, __, low, high) => [0, roundHalf(high / 2)].filter((v) => v >= low), values: (_, all) => all.map((v) => `${v} ms`) }],
+      axes: [
+        { show: false },
+        {
+          ...axis,
+          size: 54,
+          splits: (_, __, low, high) => [0, roundHalf(high / 2)].filter((v) => v >= low),
+          values: (_, all) => all.map((v) => `${v} ms`),
+        },
+      ],
       series: [{}, line("key to frame", color("--accent"), 2), line("buffered", color("--soft"), 1)],
     };
     this.#chart = new globalThis.uPlot(options, [this.#times, this.#latencies, this.#buffers], this.#chartBox);

@@ -26,7 +26,12 @@ export function mp4File({ width, height, description, samples, end }) {
         "mdia",
         full("mdhd", 0, 0, u32(0, 0, TIMESCALE, total), u16(0x55c4, 0)), // language "und"
         full("hdlr", 0, 0, u32(0), text("vide"), u32(0, 0, 0), text("Video\0")),
-        box("minf", full("vmhd", 0, 1, u16(0, 0, 0, 0)), box("dinf", full("dref", 0, 0, u32(1), full("url ", 0, 1))), table),
+        box(
+          "minf",
+          full("vmhd", 0, 1, u16(0, 0, 0, 0)),
+          box("dinf", full("dref", 0, 0, u32(1), full("url ", 0, 1))),
+          table,
+        ),
       ),
     ),
   );

@@ -69,7 +69,8 @@ export function decode(data) {
   const bytes = data instanceof Uint8Array ? data : new Uint8Array(data);
   const reader = new Reader(bytes);
   const value = reader.value(0);
-  if (reader.at !== bytes.length) throw new RangeError(`${bytes.length - reader.at} bytes follow the MessagePack value`);
+  const extra = bytes.length - reader.at;
+  if (extra) throw new RangeError(`${extra} bytes follow the MessagePack value`);
   return value;
 }
 

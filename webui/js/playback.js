@@ -16,8 +16,8 @@ const STALL_MS = 700;
 /**
  * A queue of frames {eventId, chunkIndex, ...} whose target delay follows the jitter of the arrivals.
  *
- * `targetDelay` is how much should still be queued when a batch arrives. The playback rate moves towards it, between 0.8
- * and 1.25 of the stream's frame rate. Frames that carry a newer event are drawn at once: older queued frames are
+ * `targetDelay` is how much should still be queued when a batch arrives. The playback rate moves towards it, between
+ * 0.8 and 1.25 of the stream's frame rate. Frames that carry a newer event are drawn at once: older queued frames are
  * dropped, and the delay grows back while the new ones play.
  */
 export class Playback {
@@ -61,7 +61,7 @@ export class Playback {
     return Math.min(Math.max(baseDelay + jitterFactor * jitter, minDelay), maxDelay);
   }
 
-  /** A chunk took `totalMs` for `numFrames`. Adapts the frame interval; a paced stream never plays faster than its fps. */
+  /** A chunk took `totalMs` for `numFrames`. Adapts the frame interval. A paced stream never exceeds its fps. */
   chunkTook(totalMs, numFrames) {
     const measured = totalMs / numFrames;
     const target = this.#paced ? Math.max(measured, this.#nominal) : measured;

@@ -65,7 +65,12 @@ export class Player {
     this.init = init;
     this.firstDrawnAt = null;
     this.log = new SessionLog({ model: model.id, init, firstFrameType, startedAt: new Date().toISOString() });
-    this.#playback = new Playback({ fps: init.fps, paced: init.realtime_output_pacing, mode, drop: ({ image }) => image.close() });
+    this.#playback = new Playback({
+      fps: init.fps,
+      paced: init.realtime_output_pacing,
+      mode,
+      drop: ({ image }) => image.close(),
+    });
     const sentInit = this.#prepareReplay(init, events, model);
     const session = new Session({
       socket: new WebSocket(url),
@@ -106,7 +111,12 @@ export class Player {
 
   meters(now) {
     const last = this.latency?.samples.at(-1);
-    return { now, latencyMs: last?.totalMs ?? null, fps: this.#fps.perSecond(now), bufferMs: this.#playback?.bufferedMs ?? 0 };
+    return {
+      now,
+      latencyMs: last?.totalMs ?? null,
+      fps: this.#fps.perSecond(now),
+      bufferMs: this.#playback?.bufferedMs ?? 0,
+    };
   }
 
   #sendKeys(transitions) {
@@ -130,7 +140,15 @@ export class Player {
       return init;
     }
     const known = events.filter(({ chunk_index: chunk }) => chunk !== null);
-    return { ...init, pinned_events: known.map(({ chunk_index: chunk, kind, payload, event_id }) => ({ chunk, kind, payload, event_id })) };
+    return {
+      ...init,
+      pinned_events: known.map(({ chunk_index: chunk, kind, payload, event_id }) => ({
+        chunk,
+        kind,
+        payload,
+        event_id,
+      })),
+    };
   }
 
   #sessionEvents() {
@@ -144,7 +162,8 @@ export class Player {
       },
       queue: (position) => this.#on.queue(position),
       frames: (frames) => {
-        for (const event of this.#replay?.takeDue(frames.at(-1).chunkIndex) ?? []) this.#session.sendEvent(event.kind, event.payload);
+        for (const event of this.#replay?.takeDue(frames.at(-1).chunkIndex) ?? [])
+          this.#session.sendEvent(event.kind, event.payload);
         this.#playback.push(frames, clock.now());
       },
       stats: (stats) => {

@@ -106,7 +106,9 @@ export class ServerPoller {
       return { reachable: false, model: null, problem: "No server answers" };
     }
     const needsKey = answer.status === 401 || answer.status === 403;
-    const problem = needsKey ? "This server needs a key" : `This address is not a LingBot server (HTTP ${answer.status})`;
+    const problem = needsKey
+      ? "This server needs a key"
+      : `This address is not a LingBot server (HTTP ${answer.status})`;
     return { reachable: false, model: null, problem };
   }
 }
@@ -167,9 +169,10 @@ export class Server {
     this.#poller.setServer(this.base, apiKey);
   }
 
-  /** This page's session ended. The server may report itself busy a moment longer; that is not somebody else's session. */
+  /** This page's session ended. Shows the server as free although it may report busy until it has cleaned up. */
   sessionEnded() {
-    if (this.model) this.#update({ reachable: this.reachable, model: { ...this.model, busy: false }, problem: this.status });
+    if (this.model)
+      this.#update({ reachable: this.reachable, model: { ...this.model, busy: false }, problem: this.status });
     this.#poller.pollIn(CLOSING_MS);
   }
 
@@ -191,7 +194,14 @@ export class Server {
     this.status = reachable ? this.#statusText(model) : problem;
     this.#onChange();
     if (!reachable) return;
-    const capabilities = JSON.stringify({ ...model, busy: null, progress: null, stage: null, detail: null, ready: null });
+    const capabilities = JSON.stringify({
+      ...model,
+      busy: null,
+      progress: null,
+      stage: null,
+      detail: null,
+      ready: null,
+    });
     if (capabilities === this.#capabilities) return;
     this.#capabilities = capabilities;
     this.#onModel(model);

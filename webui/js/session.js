@@ -10,9 +10,9 @@ const SLEPT_MS = 5_000; // a timer this late means that the computer slept; rece
 /**
  * States: connecting -> (waiting) -> opening -> live <-> paused -> ended | lost.
  *
- * `on` has the callbacks state(name), queue(position), frames(frames), stats(chunk_stats), applied(eventId, chunkIndex),
- * skipped(detail) for data that could not be read, refused(detail) for an event that the server refused, and
- * ended({normal, code, message, errorCode, wasLive}).
+ * `on` has the callbacks state(name), queue(position), frames(frames), stats(chunk_stats),
+ * applied(eventId, chunkIndex), skipped(detail) for data that could not be read, refused(detail) for an event that the
+ * server refused, and ended({normal, code, message, errorCode, wasLive}).
  */
 export class Session {
   #socket;

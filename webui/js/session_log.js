@@ -58,8 +58,15 @@ export function parseSession(text) {
     throw new SessionFileError("This file is not a saved session: it is not JSON.");
   }
   if (saved?.format !== FORMAT) throw new SessionFileError("This page did not save this file.");
-  if (saved.version !== VERSION) throw new SessionFileError(`This session has the file version ${saved.version}. This page reads version ${VERSION}.`);
-  if (typeof saved.init?.prompt !== "string" || typeof saved.first_frame?.base64 !== "string" || !Array.isArray(saved.events))
+  if (saved.version !== VERSION)
+    throw new SessionFileError(
+      `This session has the file version ${saved.version}. This page reads version ${VERSION}.`,
+    );
+  if (
+    typeof saved.init?.prompt !== "string" ||
+    typeof saved.first_frame?.base64 !== "string" ||
+    !Array.isArray(saved.events)
+  )
     throw new SessionFileError("This saved session is incomplete.");
   let bytes;
   try {
@@ -85,7 +92,10 @@ export class Replay {
   constructor(events) {
     let chunk = 0;
     // An event without a known chunk is sent with the event before it.
-    this.#waiting = events.map((event) => ({ ...event, chunk_index: (chunk = Math.max(event.chunk_index ?? chunk, chunk)) }));
+    this.#waiting = events.map((event) => ({
+      ...event,
+      chunk_index: (chunk = Math.max(event.chunk_index ?? chunk, chunk)),
+    }));
   }
 
   /** Takes out the events to send now, in order. `chunkIndex` is the newest chunk that arrived, -1 at the start. */

@@ -11,78 +11,81 @@ const FORMAT_NAMES = {
 
 /**
  * The fields for a model, each {key, group, label, unit, help, kind, ...}. `kind` is number (min, max, step), choice
- * (options [[value, label]]), text or switch. `fallback` is the default; `optional` numbers may be empty. Only fields
- * with `wire` are sent to the server. A field with `when` applies only if when(values) is true.
+ * (options [[value, label]]), text or switch. `fallback` is the default; `optional` numbers may be empty. A field
+ * with `when` applies only if when(values) is true. Fields with `isLocal` are not sent to the server.
  */
 export function fieldsFor(model) {
-  const latentWindow = (help) => ({ group: "Memory", unit: "latent frames", kind: "number", min: 0, max: 64, step: 1, wire: true, help });
+  const latentFrames = { group: "Memory", unit: "latent frames", kind: "number", min: 0, max: 64, step: 1 };
   const fields = [
     {
-      key: "size", group: "Video", label: "Size", unit: "pixels", kind: "choice", fallback: model.defaultSize, wire: true,
+      key: "size", group: "Video", label: "Size", unit: "pixels", kind: "choice", fallback: model.defaultSize,
       options: model.sizes.map((size) => [size, size.replace("x", " × ")]),
       help: "Width and height of the frames. Larger frames take longer.",
     },
     {
-      key: "fps", group: "Video", label: "Frame rate", unit: "frames/s", kind: "number", step: 1, wire: true,
+      key: "fps", group: "Video", label: "Frame rate", unit: "frames/s", kind: "number", step: 1,
       min: model.fps.min, max: model.fps.max, fallback: model.fps.default,
       help: "Frames per second of video.",
     },
     {
-      key: "num_frames", group: "Video", label: "Chunk length", unit: "frames", kind: "choice", wire: true,
+      key: "num_frames", group: "Video", label: "Chunk length", unit: "frames", kind: "choice",
       fallback: model.frames.default, options: model.frames.choices.map((count) => [count, String(count)]),
-      help: `Frames generated at once. The model was trained with ${model.frames.default}. Shorter chunks react sooner.`,
+      help:
+        `Frames in the first chunk. Later chunks have 3 more. The model was trained with ${model.frames.default}. ` +
+        "Shorter chunks react sooner.",
     },
     {
-      key: "num_inference_steps", group: "Video", label: "Denoising steps", unit: "steps", kind: "number", step: 1, wire: true,
+      key: "num_inference_steps", group: "Video", label: "Denoising steps", unit: "steps", kind: "number", step: 1,
       min: 1, max: Math.min(model.steps.max, model.steps.default), fallback: model.steps.default,
       help: "Denoising steps per chunk. Fewer steps are faster and show less detail.",
     },
     {
-      key: "realtime_output_format", group: "Transport", label: "Format", kind: "choice", wire: true,
+      key: "realtime_output_format", group: "Transport", label: "Format", kind: "choice",
       fallback: model.formats.includes("webp") ? "webp" : model.formats[0],
       options: model.formats.map((format) => [format, FORMAT_NAMES[format] ?? format]),
       help: "How the server encodes the frames.",
     },
     {
-      key: "output_compression", group: "Transport", label: "Quality", unit: "1 to 100", kind: "number", step: 1, wire: true,
+      key: "output_compression", group: "Transport", label: "Quality", unit: "1 to 100", kind: "number", step: 1,
       min: 1, max: 100, fallback: 92, when: (values) => ["webp", "jpeg"].includes(values.realtime_output_format),
       help: "Quality of WebP and JPEG. Lower quality needs less bandwidth.",
     },
     {
-      key: "realtime_preview_max_width", group: "Transport", label: "Maximum width", unit: "pixels", kind: "number", step: 16,
-      min: 16, max: 4096, optional: true, wire: true, when: (values) => ["webp", "jpeg"].includes(values.realtime_output_format),
+      key: "realtime_preview_max_width", group: "Transport", label: "Maximum width", unit: "pixels", kind: "number",
+      step: 16, min: 16, max: 4096, optional: true, when: (values) => ["webp", "jpeg"].includes(values.realtime_output_format),
       help: "The server shrinks wider frames before it sends them. Empty: full size.",
     },
     {
-      key: "playback", group: "Transport", label: "Playback", kind: "choice", fallback: "low-latency",
+      key: "playback", group: "Transport", label: "Playback", kind: "choice", fallback: "low-latency", isLocal: true,
       options: [["low-latency", "Low latency"], ["smooth", "Smooth: larger buffer"]],
       help: "How much video is buffered. Smooth suits unsteady networks.",
     },
     {
-      key: "realtime_output_pacing", group: "Transport", label: "Real-time pacing", kind: "switch", fallback: true, wire: true,
+      key: "realtime_output_pacing", group: "Transport", label: "Real-time pacing", kind: "switch", fallback: true,
       help: "The server does not generate ahead of playback. Keys take effect sooner.",
     },
     {
-      key: "realtime_causal_sink_size", label: "Sink size", optional: true, placeholder: model.sink,
-      ...latentWindow("How much of the session's start always stays in the K/V cache. Empty: the model's default."),
+      key: "realtime_causal_sink_size", label: "Sink size", optional: true, placeholder: model.sink, ...latentFrames,
+      help: "How much of the session's start always stays in the K/V cache. Empty: the model's default.",
     },
     {
       key: "realtime_causal_kv_cache_num_frames", label: "Window size", optional: true, placeholder: model.window,
-      ...latentWindow("How much the K/V cache holds in all, the sink included. Empty: the model's default."),
+      ...latentFrames, help: "How much the K/V cache holds in all, the sink included. Empty: the model's default.",
     },
     {
-      key: "max_chunks", group: "Session", label: "Stop after", unit: "chunks", kind: "number", min: 1, max: 100000, step: 1,
-      optional: true, wire: true, help: "The session ends after this many chunks. Empty: no limit.",
+      key: "max_chunks", group: "Session", label: "Stop after", unit: "chunks", kind: "number", min: 1, max: 100000,
+      step: 1, optional: true, help: "The session ends after this many chunks. Empty: no limit.",
     },
   ];
   if (model.hasGuidance) {
     fields.push(
       {
-        key: "guidance_scale", group: "Prompt", label: "Guidance scale", unit: "strength", kind: "number", min: 1, max: 15, step: 0.5,
-        fallback: 1, wire: true, help: "How closely the video follows the prompt. 1: no guidance. Above 1, each chunk takes twice as long.",
+        key: "guidance_scale", group: "Prompt", label: "Guidance scale", unit: "strength", kind: "number", min: 1,
+        max: 15, step: 0.5, fallback: 1,
+        help: "How closely the video follows the prompt. 1: no guidance. Above 1, each chunk takes twice as long.",
       },
       {
-        key: "negative_prompt", group: "Prompt", label: "Negative prompt", kind: "text", fallback: "", wire: true, maxLength: 8192,
+        key: "negative_prompt", group: "Prompt", label: "Negative prompt", kind: "text", fallback: "", maxLength: 8192,
         when: (values) => values.guidance_scale > 1, help: "What the video should not show.",
       },
     );
@@ -90,24 +93,26 @@ export function fieldsFor(model) {
   if (model.hasUpscaling) {
     fields.push(
       {
-        key: "enable_upscaling", group: "Postprocessing", label: "Upscale", kind: "switch", fallback: false, wire: true,
+        key: "enable_upscaling", group: "Postprocessing", label: "Upscale", kind: "switch", fallback: false,
         help: "A second model enlarges every frame.",
       },
       {
-        key: "upscaling_scale", group: "Postprocessing", label: "Upscaling factor", unit: "times", kind: "choice", fallback: 4, wire: true,
-        options: [[2, "2"], [3, "3"], [4, "4"]], when: (values) => values.enable_upscaling, help: "Width and height are multiplied by this.",
+        key: "upscaling_scale", group: "Postprocessing", label: "Upscaling factor", unit: "times", kind: "choice",
+        fallback: 4, options: [[2, "2"], [3, "3"], [4, "4"]], when: (values) => values.enable_upscaling,
+        help: "Width and height are multiplied by this.",
       },
     );
   }
   if (model.hasInterpolation) {
     fields.push(
       {
-        key: "enable_frame_interpolation", group: "Postprocessing", label: "Interpolate frames", kind: "switch", fallback: false, wire: true,
-        help: "Adds frames in between for smoother motion.",
+        key: "enable_frame_interpolation", group: "Postprocessing", label: "Interpolate frames", kind: "switch",
+        fallback: false, help: "Adds frames in between for smoother motion.",
       },
       {
-        key: "frame_interpolation_exp", group: "Postprocessing", label: "Interpolation factor", unit: "times", kind: "choice", fallback: 1, wire: true,
-        options: [[1, "2"], [2, "4"], [3, "8"]], when: (values) => values.enable_frame_interpolation, help: "Multiplies the number of frames.",
+        key: "frame_interpolation_exp", group: "Postprocessing", label: "Interpolation factor", unit: "times",
+        kind: "choice", fallback: 1, options: [[1, "2"], [2, "4"], [3, "8"]],
+        when: (values) => values.enable_frame_interpolation, help: "Multiplies the number of frames.",
       },
     );
   }
@@ -134,11 +139,12 @@ export function validValue(field, value) {
   }
 }
 
-export const allValid = (fields, values) => Object.fromEntries(fields.map((field) => [field.key, validValue(field, values[field.key])]));
+export const allValid = (fields, values) =>
+  Object.fromEntries(fields.map((field) => [field.key, validValue(field, values[field.key])]));
 
 /** The values that go into the init message. */
 export function wireValues(fields, values) {
-  const sent = fields.filter((field) => field.wire && values[field.key] !== null && (field.when?.(values) ?? true));
+  const sent = fields.filter((field) => !field.isLocal && values[field.key] !== null && (field.when?.(values) ?? true));
   return Object.fromEntries(sent.map((field) => [field.key, values[field.key]]));
 }
 

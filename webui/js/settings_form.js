@@ -56,7 +56,13 @@ export class SettingsForm {
     const id = `set-${field.key}`;
     const input = this.#input(field, id);
     const label = h("span", {}, field.label, unitText(field));
-    const row = h("label", { className: `field ${field.kind}`, for: id }, label, input, h("small", { id: `${id}-help`, textContent: field.help }));
+    const row = h(
+      "label",
+      { className: `field ${field.kind}`, for: id },
+      label,
+      input,
+      h("small", { id: `${id}-help`, textContent: field.help }),
+    );
     this.#rows.set(field.key, { row, input });
     return row;
   }
@@ -64,14 +70,32 @@ export class SettingsForm {
   #input(field, id) {
     const common = { id, name: field.key, "aria-describedby": `${id}-help` };
     if (field.kind === "switch")
-      return h("input", { ...common, type: "checkbox", onchange: ({ target }) => this.set({ [field.key]: target.checked }) });
+      return h("input", {
+        ...common,
+        type: "checkbox",
+        onchange: ({ target }) => this.set({ [field.key]: target.checked }),
+      });
     const change = ({ target }) => this.set({ [field.key]: validValue(field, target.value) });
     if (field.kind === "choice")
-      return h("select", { ...common, onchange: change }, ...field.options.map(([value, text]) => h("option", { value, textContent: text })));
-    if (field.kind === "text") return h("input", { ...common, type: "text", maxlength: field.maxLength, onchange: change });
+      return h(
+        "select",
+        { ...common, onchange: change },
+        ...field.options.map(([value, text]) => h("option", { value, textContent: text })),
+      );
+    if (field.kind === "text")
+      return h("input", { ...common, type: "text", maxlength: field.maxLength, onchange: change });
     const { min, max, step, placeholder } = field;
     const empty = placeholder ?? (field.optional ? "none" : undefined);
-    return h("input", { ...common, type: "number", inputmode: "decimal", min, max, step, placeholder: empty, onchange: change });
+    return h("input", {
+      ...common,
+      type: "number",
+      inputmode: "decimal",
+      min,
+      max,
+      step,
+      placeholder: empty,
+      onchange: change,
+    });
   }
 
   #refresh() {
@@ -86,6 +110,9 @@ export class SettingsForm {
 }
 
 function unitText(field) {
-  const range = field.kind === "number" && field.unit && !field.unit.includes("to") ? `${field.min} to ${field.max} ${field.unit}` : field.unit;
+  const range =
+    field.kind === "number" && field.unit && !field.unit.includes("to")
+      ? `${field.min} to ${field.max} ${field.unit}`
+      : field.unit;
   return range ? h("small", { textContent: range }) : null;
 }

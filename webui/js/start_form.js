@@ -16,7 +16,8 @@ export class StartForm {
   firstFrame = new FirstFrame({
     preview: $("first-preview"),
     poster: $("poster"),
-    onChange: ({ cropped }) => this.hint(cropped ? "Drag the image to choose the visible part." : "Drop or paste an image anywhere."),
+    onChange: ({ cropped }) =>
+      this.hint(cropped ? "Drag the image to choose the visible part." : "Drop or paste an image anywhere."),
   });
 
   /** `onPreset(preset)` runs when a preset is clicked, `onImage()` after the user's own image has been loaded. */
@@ -63,7 +64,12 @@ export class StartForm {
       if (!(await this.firstFrame.use(presetImage(preset)))) return;
     } catch (error) {
       const title = `The image of the preset “${preset.name}” could not be loaded`;
-      this.#errors.show({ key: "image", title, detail: error.message, advice: "Choose the preset again, or use an image of your own." });
+      this.#errors.show({
+        key: "image",
+        title,
+        detail: error.message,
+        advice: "Choose the preset again, or use an image of your own.",
+      });
       return;
     }
     this.#store.set("preset", preset.id);
@@ -75,7 +81,11 @@ export class StartForm {
       if (!(await this.firstFrame.use(source))) return;
     } catch (error) {
       if (error.name !== "InvalidStateError") throw error;
-      this.#errors.show({ key: "image", title: "The browser cannot read this file as an image", advice: "Choose a JPEG, PNG or WebP file." });
+      this.#errors.show({
+        key: "image",
+        title: "The browser cannot read this file as an image",
+        advice: "Choose a JPEG, PNG or WebP file.",
+      });
       return;
     }
     this.#mark(null);

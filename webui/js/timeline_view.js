@@ -32,7 +32,12 @@ export class PromptTimeline {
   }
 
   #entry(prompt, time) {
-    const entry = h("li", { className: time ? "" : "waiting", title: prompt }, h("time", { textContent: time ?? "…" }), h("span", { textContent: prompt }));
+    const entry = h(
+      "li",
+      { className: time ? "" : "waiting", title: prompt },
+      h("time", { textContent: time ?? "…" }),
+      h("span", { textContent: prompt }),
+    );
     this.#root.append(entry);
     entry.scrollIntoView({ block: "nearest", inline: "end" });
     return entry;

@@ -8,7 +8,7 @@ const WEBM_TYPES = ["video/webm;codecs=vp9", "video/webm;codecs=vp8", "video/web
 
 export const MAX_RECORDING_MS = 600_000;
 
-/** Starts a recorder with frame(now), stop(now) -> Promise<Blob> and `extension`. Null if the browser has no encoder. */
+/** Starts a recorder with frame(now), stop(now) -> Promise<Blob> and `extension`. Null without an encoder. */
 export async function startRecording(canvas, now) {
   const config = await h264Config(canvas.width, canvas.height);
   if (config) return new Mp4Recorder(canvas, config, now);
@@ -16,7 +16,8 @@ export async function startRecording(canvas, now) {
   return mimeType ? new WebmRecorder(canvas, mimeType) : null;
 }
 
-export const canRecord = () => Boolean(globalThis.VideoEncoder || (globalThis.MediaRecorder && HTMLCanvasElement.prototype.captureStream));
+export const canRecord = () =>
+  Boolean(globalThis.VideoEncoder || (globalThis.MediaRecorder && HTMLCanvasElement.prototype.captureStream));
 
 async function h264Config(width, height) {
   if (!globalThis.VideoEncoder || width % 2 || height % 2) return null;

@@ -8,8 +8,8 @@ const STATIC_PAGE_PORT = "18080";
 const SERVER_PORT = "30000";
 
 /**
- * The server's base URL, "http://host:port" without a trailing slash. `typed` may be a host, a host and port, an http(s)
- * or ws(s) URL, or the endpoint's URL; empty means the page's own host. Throws TypeError.
+ * The server's base URL, "http://host:port" without a trailing slash. `typed` may be a host, a host and port, an
+ * http(s) or ws(s) URL, or the endpoint's URL; empty means the page's own host. Throws TypeError.
  */
 export function serverBase(typed, page) {
   const text = typed.trim();
@@ -41,8 +41,9 @@ export const statePayload = (transitions) => ({
 });
 
 /**
- * A new prompt together with the keys held now, as one composite event. Both take effect in the same chunk and share one
- * event id. The first frame with this id shows the prompt, also on servers that echo the held keys' id before a prompt's.
+ * A new prompt together with the keys held now, as one composite event. Both take effect in the same chunk and share
+ * one event id. The first frame with this id shows the prompt, also on servers that echo the id of held keys instead of
+ * a newer prompt's id.
  */
 export const promptPayload = (prompt, actions, at) => ({
   input_types: ["camera_actions", "prompt"],
