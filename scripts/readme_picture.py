@@ -77,19 +77,22 @@ def _is_healthy(url: str) -> bool:
 
 
 class Screencast:
-    """Screenshots of the page, one per visible change: (seconds, PNG bytes)."""
+    """Screenshots of the page, one per change of the video or its controls: (seconds, image)."""
 
     def __init__(self, page: Page) -> None:
         self._page = page
-        self._shots: list[tuple[float, bytes]] = []
+        self._shots: list[tuple[float, Image.Image]] = []
+        box = page.locator("#frame").bounding_box()
+        assert box is not None
+        self._video = (int(box["x"]), int(box["y"]), int(box["x"] + box["width"]), int(box["y"] + box["height"]))
         self._session = page.context.new_cdp_session(page)
         self._session.on("Page.screencastFrame", self._add)
         self._session.send("Page.startScreencast", {"format": "png", "everyNthFrame": 1})
 
     def _add(self, event: dict[str, Any]) -> None:
-        png = base64.b64decode(event["data"])
-        if not self._shots or png != self._shots[-1][1]:
-            self._shots.append((event["metadata"]["timestamp"], png))
+        image = _from_png(base64.b64decode(event["data"]))
+        if not self._shots or image.crop(self._video) != self._shots[-1][1].crop(self._video):
+            self._shots.append((event["metadata"]["timestamp"], image))
         self._session.send("Page.screencastFrameAck", {"sessionId": event["sessionId"]})
 
     def wait_for(self, count: int) -> None:
@@ -101,21 +104,25 @@ class Screencast:
                 raise SystemExit("the video stands still")
             self._page.wait_for_timeout(20)
 
-    def stop(self) -> list[tuple[float, bytes]]:
+    def stop(self) -> list[tuple[float, Image.Image]]:
         """Ends the capture. Returns the images in the order of their time."""
         self._session.send("Page.stopScreencast")
-        return sorted(self._shots)
+        return sorted(self._shots, key=lambda shot: shot[0])
 
 
-def capture(page: Page, preset: str, size: str) -> tuple[list[bytes], list[int]]:
-    """Plays a short session. Returns PNG images and how long each is shown, in ms."""
+def _from_png(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def capture(page: Page, preset: str, size: str) -> tuple[list[Image.Image], list[int]]:
+    """Plays a short session. Returns screenshots and how long each is shown, in ms."""
     page.click("#advanced summary")
     page.select_option("#set-size", size)
     page.click("#advanced summary")
     page.click(f"[data-preset={preset}]")
     page.wait_for_selector(f"[data-preset={preset}][aria-pressed=true]")
     page.evaluate(HIDE_TIMING)
-    idle = page.screenshot()
+    idle = _from_png(page.screenshot())
     page.click("#start")
     page.wait_for_selector("body[data-state=live]")
     screencast = Screencast(page)
@@ -127,7 +134,7 @@ def capture(page: Page, preset: str, size: str) -> tuple[list[bytes], list[int]]
     times = [at for at, _ in shots]
     gaps = [round(1000 * (later - earlier)) for earlier, later in pairwise(times)]
     durations = [min(max(gap, 1), LONGEST_MS) for gap in gaps]
-    return [idle, *(png for _, png in shots)], [IDLE_MS, *durations, LONGEST_MS]
+    return [idle, *(image for _, image in shots)], [IDLE_MS, *durations, LONGEST_MS]
 
 
 def main() -> None:
@@ -137,10 +144,11 @@ def main() -> None:
     parser.add_argument("--size", default="448x256")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    with running_server(options.device) as url, chromium_page(url, viewport=PAGE, color_scheme="dark") as page:
-        pngs, durations = capture(page, options.preset, options.size)
+    look = {"viewport": PAGE, "color_scheme": "dark", "reduced_motion": "reduce"}
+    with running_server(options.device) as url, chromium_page(url, **look) as page:
+        shots, durations = capture(page, options.preset, options.size)
     size = (WIDTH, WIDTH * PAGE["height"] // PAGE["width"])
-    images = [Image.open(io.BytesIO(png)).convert("RGB").resize(size, Image.Resampling.LANCZOS) for png in pngs]
+    images = [shot.resize(size, Image.Resampling.LANCZOS) for shot in shots]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for quality in QUALITIES:
         images[0].save(

@@ -52,7 +52,8 @@ export function fieldsFor(model) {
     },
     {
       key: "realtime_preview_max_width", group: "Transport", label: "Maximum width", unit: "pixels", kind: "number",
-      step: 16, min: 16, max: 4096, optional: true, when: (values) => ["webp", "jpeg"].includes(values.realtime_output_format),
+      step: 16, min: 16, max: 4096, optional: true,
+      when: (values) => ["webp", "jpeg"].includes(values.realtime_output_format),
       help: "The server shrinks wider frames before it sends them. Empty: full size.",
     },
     {
