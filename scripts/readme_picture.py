@@ -124,7 +124,7 @@ def capture(page: Page, preset: str, size: str) -> tuple[list[Image.Image], list
     page.evaluate(HIDE_TIMING)
     idle = _from_png(page.screenshot())
     page.click("#start")
-    page.wait_for_selector("body[data-state=live]")
+    page.wait_for_selector("body[data-state=live]", timeout=1000 * CAPTURE_LIMIT_S)
     screencast = Screencast(page)
     for key in "wl":
         page.keyboard.down(key)
