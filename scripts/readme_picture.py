@@ -54,7 +54,7 @@ def running_server(device: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    flags = ["--model-path", "builtin", "--device", device, "--port", str(port)]
+    flags = ["--model-path", "builtin", "--device", device, "--port", str(port), "--warmup", "false"]
     with subprocess.Popen([sys.executable, "-m", "lingbot_rt", "serve", *flags]) as process:
         try:
             url = f"http://127.0.0.1:{port}"
