@@ -1,9 +1,9 @@
-"""Key to picture on the page, by its own meter, in headless Chromium.
+"""Measures key-to-frame latency on the page, in headless Chromium, with the page's own meters.
 
     lingbot-rt serve & python scripts/bench_page.py http://127.0.0.1:30000 --taps 40
 
-Each tap is a key pressed and let go at irregular times; both are measured, from the event's sending to the first drawn
-picture that carries it. Needs Chromium and the playwright package (`scripts/install dev`).
+Each tap presses and releases a random key at irregular times. Both events are measured, from the sending of the event
+to the first drawn frame that carries it. Needs Chromium and the playwright package (`scripts/install dev`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import argparse
 import random
 import shutil
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
 
@@ -19,30 +22,39 @@ KEYS = "wasdijkl"
 LIMIT_MS = 60_000
 
 
+@contextmanager
+def chromium_page(url: str, **context: Any) -> Iterator[Page]:
+    """Opens ``url`` in headless Chromium and waits until a session can be started."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(**context)
+        page.set_default_timeout(LIMIT_MS)
+        page.goto(url)
+        page.wait_for_selector("#start:enabled")
+        yield page
+        browser.close()
+
+
 def tap(page: Page, random_: random.Random) -> float:
-    """Presses and lets go of a key -> what the latest chunk took the model, in ms."""
+    """Presses and releases a key. Returns the engine's time for the latest chunk, in ms."""
     key = random_.choice(KEYS)
     page.keyboard.down(key)
     page.wait_for_timeout(random_.uniform(80, 500))
     page.keyboard.up(key)
     page.wait_for_timeout(random_.uniform(400, 1200))
-    return float(page.inner_text(".stage-table div:has(dt:text('Model in all')) dd").removesuffix(" ms"))
+    return float(page.inner_text(".stage-table div:has(dt:text('Engine total')) dd").removesuffix(" ms"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("url", help="a served page")
+    parser.add_argument("url", help="address of a running server")
     parser.add_argument("--taps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     random_ = random.Random(options.seed)
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 1440, "height": 900})
-        page.set_default_timeout(LIMIT_MS)
-        page.goto(options.url)
-        page.click("#start:enabled")
+    with chromium_page(options.url, viewport={"width": 1440, "height": 900}) as page:
+        page.click("#start")
         page.wait_for_selector("body[data-state=live]")
         page.click("#toggle-meters")
         page.click(".meters-more")
@@ -50,8 +62,7 @@ def main() -> None:
         chunks = [tap(page, random_) for _ in range(options.taps)]
         page.wait_for_timeout(2000)
         print(page.inner_text(".stages > .hint"))
-        print(f"Model time of a chunk: median {statistics.median(chunks):.0f} ms, longest {max(chunks):.0f} ms")
-        browser.close()
+        print(f"Engine time per chunk: median {statistics.median(chunks):.0f} ms, longest {max(chunks):.0f} ms")
 
 
 if __name__ == "__main__":

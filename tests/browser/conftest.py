@@ -22,10 +22,10 @@ FLAGS = [
 ]
 
 DESKTOP = {"width": 1440, "height": 900}
-BUILTIN = ("--model-path", "builtin", "--device", "cpu", "--session-wait-s", "5", "--warmup", "false")
+BUILTIN = ("--model-path", "builtin", "--device", "cpu", "--session-wait-s", "10", "--warmup", "false")
 
-LIMIT_MS = 60_000
-"""How long anything may take: a busy machine makes these pages slow, and a test that passes never waits so long."""
+LIMIT_MS = 120_000
+"""Time limit of every wait. It is generous, since a loaded machine is slow. A passing test does not reach it."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,9 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator:
-    """One browser for a module; a test has a context of its own, as a fresh visitor has.
+    """One browser per module. Each test has its own context, like a new visitor.
 
-    Playwright keeps an event loop running in this thread: the asyncio tests of other modules must not meet it.
+    Module scope, since Playwright keeps an event loop running in this thread and asyncio tests of other modules fail
+    beside it.
     """
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
@@ -56,14 +57,14 @@ def server(chromium, tmp_path_factory) -> Iterator[Server]:
 
 
 class Visitor:
-    """A page and everything it said that nobody wanted to hear."""
+    """A page and the problems it reported on the console."""
 
     def __init__(self, browser, **context) -> None:
         self.context = browser.new_context(**{"viewport": DESKTOP, "reduced_motion": "reduce", **context})
         self.context.set_default_timeout(LIMIT_MS)
         self.page = self.context.new_page()
         self.problems: list[str] = []
-        self.expected: str | None = None  # what a problem may contain without being one
+        self.expected: str | None = None  # problems that contain this text are ignored
         self.requests: list[str] = []
         self.page.on("console", self._heard)
         self.page.on("pageerror", lambda error: self.problems.append(f"uncaught: {error}"))
@@ -78,12 +79,12 @@ class Visitor:
         self.page.goto(url, wait_until="commit")
         self.page.wait_for_selector("#start:enabled")
 
-    def step_inside(self) -> None:
+    def start(self) -> None:
         self.page.click("#start")
         self.wait_for_state("live")
 
     def wait_for_state(self, state: str) -> None:
-        """Waits for the world to be in ``state``; when it is not, says what the page shows instead."""
+        """Waits until the session is in ``state``. The error says what the page shows instead."""
         try:
             self.page.wait_for_selector(f"body[data-state={state}]")
         except Exception as error:
@@ -91,15 +92,15 @@ class Visitor:
             error.add_note("\n".join([shown, *self.problems]))
             raise
 
-    def begins_anew(self, begin: Callable[[], object]) -> None:
-        """Does ``begin`` and waits until the world that it starts is live. The one before may be live at first too."""
+    def restart_by(self, restart: Callable[[], object]) -> None:
+        """Calls ``restart`` and waits until the new session is live. The old one may be live when this is called."""
         self.page.evaluate("() => document.querySelectorAll('#timeline li').forEach((entry) => (entry.id = 'before'))")
-        begin()
+        restart()
         self.page.wait_for_selector("#timeline li:not(#before)", state="attached")
         self.wait_for_state("live")
 
     def pixels(self) -> list[int]:
-        """The picture on the page, shrunk to 20x20 RGBA."""
+        """The current video frame, shrunk to 20x20 RGBA."""
         return self.page.evaluate(
             """() => {
                 const copy = new OffscreenCanvas(20, 20);
@@ -110,17 +111,17 @@ class Visitor:
         )
 
     def wait_for_change(self, before: list[int]) -> list[int]:
-        return self._wait_for_pixels(lambda now: now != before, "the picture stands still")
+        return self._wait_for_pixels(lambda now: now != before, "the video stands still")
 
     def wait_for_stillness(self, calm_ms: int = 500) -> list[int]:
-        """Until the picture is the same twice, ``calm_ms`` apart."""
+        """Waits until the video shows the same frame twice, ``calm_ms`` apart."""
         seen: list[list[int]] = []
 
         def is_still(now: list[int]) -> bool:
             seen.append(now)
             return seen[-2:-1] == [now]
 
-        return self._wait_for_pixels(is_still, "the picture moves on", calm_ms)
+        return self._wait_for_pixels(is_still, "the video goes on", calm_ms)
 
     def _wait_for_pixels(self, accept: Callable[[list[int]], bool], failure: str, every_ms: int = 50) -> list[int]:
         limit = time.monotonic() + LIMIT_MS / 1000
@@ -134,7 +135,7 @@ class Visitor:
 
 @pytest.fixture
 def make_visitor(chromium) -> Iterator:
-    """Visitors whose console must stay clean."""
+    """Makes visitors. The test fails if a page reports a problem."""
     visitors: list[Visitor] = []
 
     def make(**context) -> Visitor:

@@ -1,4 +1,4 @@
-"""A visit, from the first glance to a kept clip."""
+"""What a user does on the page, from the start to a saved clip."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import re
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import msgspec
 import pytest
-from websockets.sync.client import connect
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
 
-from tests.browser.conftest import BUILTIN
+from tests.browser.conftest import BUILTIN, LIMIT_MS
 
 WEBUI = Path(__file__).parents[2] / "webui"
 PAGE_LIMIT_BYTES = 400_000
@@ -26,7 +28,7 @@ DROP = """(bytes) => {
     transfer.items.add(new File([new Uint8Array(bytes)], "windmill.webp", { type: "image/webp" }));
     dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, cancelable: true }));
 }"""
-"""Drops a picture on the page, as a hand would."""
+"""Drops an image file on the page."""
 
 GAMEPAD = """(axes) => {
     navigator.getGamepads = () => [{ index: 0, axes }];
@@ -35,32 +37,39 @@ GAMEPAD = """(axes) => {
 """A gamepad with its sticks at ``axes``: left x and y, right x and y."""
 
 
-def test_one_click_starts_a_world_and_keys_steer_it(visitor, server):
-    """The picture moves after one click, a key is answered and shown, and the world goes on when it is let go."""
+def read_all(socket: ClientConnection) -> None:
+    """Reads until the connection is closed: the server closes clients that do not read."""
+    with suppress(ConnectionClosed):
+        while True:
+            socket.recv()
+
+
+def test_one_click_starts_a_session_and_keys_steer_it(visitor, server):
+    """The video moves after one click. A held key is shown and its latency measured. The video goes on after it."""
     page = visitor.page
     visitor.open(server.http)
-    visitor.step_inside()
+    visitor.start()
     visitor.wait_for_change(visitor.pixels())
     page.keyboard.down("w")
-    page.wait_for_selector(".pad.held[data-token=w]")
+    page.wait_for_selector(".pad.held[data-action=w]")
     page.wait_for_selector("#latency-pill:visible")
     assert re.fullmatch(r"\d+ ms", page.inner_text("#latency-text"))
     page.keyboard.down("ArrowLeft")
-    page.wait_for_selector(".pad.held[data-token=j]")
+    page.wait_for_selector(".pad.held[data-action=j]")
     page.keyboard.up("ArrowLeft")
     page.keyboard.up("w")
     assert page.locator(".pad.held").count() == 0
     visitor.wait_for_change(visitor.pixels())
 
 
-def test_who_starts_before_the_picture_is_there_waits_for_it(visitor, server):
-    """Start is there as soon as the model is; a first picture that is still loading is no reason to refuse."""
+def test_start_waits_for_a_first_frame_that_is_still_loading(visitor, server):
+    """Start is enabled as soon as the model is ready. The session starts once the first frame has loaded."""
     page = visitor.page
     held_back, gate_is_open = [], threading.Event()
     page.route("**/presets/*.webp", lambda it: it.continue_() if gate_is_open.is_set() else held_back.append(it))
     visitor.open(server.http)
     page.click("#start")
-    page.wait_for_selector("#start:disabled:has-text('One moment')")
+    page.wait_for_selector("#start:disabled:has-text('Loading the image')")
     gate_is_open.set()
     for request in held_back:
         request.continue_()
@@ -68,18 +77,18 @@ def test_who_starts_before_the_picture_is_there_waits_for_it(visitor, server):
     assert page.locator(".card").count() == 0
 
 
-def test_nothing_stays_held_when_the_page_loses_attention(visitor, server):
-    """Blur and a field that takes the focus release the keys, and a key typed into a field does not walk."""
+def test_nothing_stays_held_when_the_page_loses_the_keyboard(visitor, server):
+    """Blur and a focused text field release the keys. A key typed into a field does not walk."""
     page = visitor.page
     visitor.open(server.http)
-    visitor.step_inside()
+    visitor.start()
     page.keyboard.down("w")
     page.wait_for_selector(".pad.held")
     page.evaluate("() => dispatchEvent(new Event('blur'))")
     assert page.locator(".pad.held").count() == 0
     page.keyboard.up("w")
     page.keyboard.down("d")
-    page.wait_for_selector(".pad.held[data-token=d]")
+    page.wait_for_selector(".pad.held[data-action=d]")
     page.focus("#prompt")
     assert page.locator(".pad.held").count() == 0
     page.keyboard.up("d")
@@ -87,11 +96,11 @@ def test_nothing_stays_held_when_the_page_loses_attention(visitor, server):
     assert page.locator(".pad.held").count() == 0
 
 
-def test_new_words_take_effect_and_the_timeline_says_when(visitor, server):
-    """A prompt sent while a key is held is marked with the time of the first picture that shows it."""
+def test_a_new_prompt_takes_effect_and_the_timeline_says_when(visitor, server):
+    """A new prompt gets the time of the first drawn frame that carries it."""
     page = visitor.page
     visitor.open(server.http)
-    visitor.step_inside()
+    visitor.start()
     page.fill("#prompt", "The same valley under deep snow.")
     page.click("#apply-prompt")
     page.wait_for_selector("#timeline li:nth-child(2):not(.waiting)")
@@ -99,8 +108,8 @@ def test_new_words_take_effect_and_the_timeline_says_when(visitor, server):
     assert page.locator("#apply-prompt").is_hidden()
 
 
-def test_keys_can_be_changed_and_sticks_of_a_gamepad_walk(visitor, server):
-    """A key chosen in the help walks, and is remembered; a gamepad's sticks hold what they point at."""
+def test_keys_can_be_changed_and_a_gamepad_walks(visitor, server):
+    """A key chosen in the help walks and is remembered. A gamepad's sticks hold their directions."""
     page = visitor.page
     visitor.open(server.http)
     page.keyboard.press("?")
@@ -110,33 +119,33 @@ def test_keys_can_be_changed_and_sticks_of_a_gamepad_walk(visitor, server):
     page.keyboard.press("Escape")
     page.reload()
     page.wait_for_selector("#start:enabled")
-    visitor.step_inside()
+    visitor.start()
     page.keyboard.down("z")
-    page.wait_for_selector(".pad.held[data-token=w]")
+    page.wait_for_selector(".pad.held[data-action=w]")
     page.keyboard.up("z")
     assert page.locator(".pad.held").count() == 0
     page.evaluate(GAMEPAD, [0, -1, 1, 0])
-    page.wait_for_selector(".pad.held[data-token=w]")
-    page.wait_for_selector(".pad.held[data-token=l]")
+    page.wait_for_selector(".pad.held[data-action=w]")
+    page.wait_for_selector(".pad.held[data-action=l]")
     page.evaluate(GAMEPAD, [0, 0, 0, 0])
     page.wait_for_selector(".pad.held", state="detached")
 
 
-def test_all_four_transports_show_the_world(visitor, server):
-    """WebP, JPEG, uncompressed and lossless each bring moving pictures, and what was chosen is remembered."""
+def test_all_four_formats_show_the_video(visitor, server):
+    """WebP, JPEG, raw and delta-gzip each show a moving video, and the choice is remembered."""
     page = visitor.page
     visitor.open(server.http)
     page.click("#advanced summary")
     for name in ("webp", "jpeg", "raw", "delta-gzip"):
         page.select_option("#set-realtime_output_format", name)
         assert page.locator("#set-output_compression").is_visible() == (name in ("webp", "jpeg"))
-        visitor.step_inside()
+        visitor.start()
         page.keyboard.down("w")
         page.wait_for_selector("#latency-pill:visible")
         page.keyboard.up("w")
         picture = visitor.wait_for_change(visitor.pixels())
         colors = [value for i, value in enumerate(picture) if i % 4 != 3]
-        assert max(colors) - min(colors) > 20, f"{name}: an empty picture"
+        assert max(colors) - min(colors) > 20, f"{name}: an empty frame"
         page.click("#stop")
         visitor.wait_for_state("ended")
     assert page.locator(".card").count() == 0
@@ -145,11 +154,11 @@ def test_all_four_transports_show_the_world(visitor, server):
     assert page.input_value("#set-realtime_output_format") == "delta-gzip"
 
 
-def test_a_pause_holds_the_world_and_a_restart_begins_it_again(visitor, server):
-    """Nothing is drawn while paused, and that is no stall; a restart begins with what the page shows, the seed too."""
+def test_pause_resume_and_restart(visitor, server):
+    """Nothing is drawn while paused, and no stall is shown. A restart uses the prompt and seed shown on the page."""
     page = visitor.page
     visitor.open(server.http)
-    visitor.step_inside()
+    visitor.start()
     page.keyboard.press("Space")
     visitor.wait_for_state("paused")
     still = visitor.wait_for_stillness()
@@ -158,9 +167,9 @@ def test_a_pause_holds_the_world_and_a_restart_begins_it_again(visitor, server):
     visitor.wait_for_state("live")
     visitor.wait_for_change(still)
     page.fill("#seed", "7")
-    visitor.begins_anew(lambda: page.click("#restart"))
+    visitor.restart_by(lambda: page.click("#restart"))
     assert page.locator("#timeline li").count() == 1
-    page.click("#keep summary")
+    page.click("#export summary")
     with page.expect_download() as saved:
         page.click("#save-session")
     init = json.loads(Path(saved.value.path()).read_text())["init"]
@@ -168,21 +177,21 @@ def test_a_pause_holds_the_world_and_a_restart_begins_it_again(visitor, server):
     assert init["prompt"] == page.input_value("#prompt")
 
 
-def test_record_screenshot_and_session_are_kept(visitor, server, tmp_path):
-    """A clip plays in the gallery and downloads, so does a picture; the saved session names every key's chunk."""
+def test_clip_screenshot_and_session_are_saved(visitor, server, tmp_path):
+    """A clip plays in the gallery and downloads. The saved session has every key event, with its chunk, and replays."""
     page = visitor.page
     visitor.open(server.http)
-    visitor.step_inside()
+    visitor.start()
     page.click("#record")
     page.wait_for_selector("#rec-pill:visible")
     page.keyboard.down("w")
     page.wait_for_selector("#latency-pill:visible")
     page.keyboard.up("w")
-    page.wait_for_timeout(1200)
+    page.wait_for_function("() => document.getElementById('rec-text').textContent >= '0:01'")
     page.click("#record")
     page.wait_for_selector("#open-gallery:enabled")
     page.click("#screenshot")
-    page.click("#keep summary")
+    page.click("#export summary")
     with page.expect_download() as saved:
         page.click("#save-session")
     session = tmp_path / "session.json"
@@ -202,12 +211,12 @@ def test_record_screenshot_and_session_are_kept(visitor, server, tmp_path):
     assert length > 1
     page.keyboard.press("Escape")
 
-    visitor.begins_anew(lambda: page.set_input_files("#load-session", session))
+    visitor.restart_by(lambda: page.set_input_files("#load-session", session))
     assert page.locator(".card").count() == 0
 
 
-def test_one_that_comes_second_sees_its_place_and_then_why(make_visitor, server):
-    """A world that someone else holds: the place in line while waiting, then a card that stays until dismissed."""
+def test_a_second_user_waits_in_line_and_is_then_refused(make_visitor, server):
+    """While another client holds the session, the page shows its queue position, then an error card that stays."""
     visitor = make_visitor()
     visitor.open(server.http)
     init = {
@@ -220,7 +229,8 @@ def test_one_that_comes_second_sees_its_place_and_then_why(make_visitor, server)
     }
     with connect(server.ws, max_size=None, compression=None, close_timeout=0.2) as holder:
         holder.send(msgspec.msgpack.encode(init))
-        holder.recv(timeout=30)
+        holder.recv(timeout=LIMIT_MS / 1000)
+        threading.Thread(target=read_all, args=(holder,)).start()
         visitor.page.click("#start")
         visitor.page.wait_for_selector("#start-text:has-text('You are next')")
         visitor.wait_for_state("lost")
@@ -233,47 +243,48 @@ def test_one_that_comes_second_sees_its_place_and_then_why(make_visitor, server)
     assert visitor.page.locator(".card").count() == 0
 
 
-def test_a_refused_beginning_says_which_words_to_change(visitor, server):
-    """No words and no picture are told before anything is sent; a file that is no picture too; a drop is taken."""
+def test_missing_prompts_and_bad_images_are_reported(visitor, server):
+    """An empty prompt and a file that is not an image are reported before anything is sent. A dropped image is used."""
     page = visitor.page
     visitor.open(server.http)
+    page.wait_for_selector("[data-preset][aria-pressed=true]")
     page.fill("#prompt", "  ")
     page.click("#start")
-    assert "Words are needed" in page.inner_text("[data-key=session]")
+    assert "A prompt is needed" in page.inner_text("[data-key=session]")
     page.click("[data-key=session] .close")
     assert page.locator(".card").count() == 0
     page.set_input_files("#first-file", {"name": "note.png", "mimeType": "image/png", "buffer": b"not a picture"})
-    page.wait_for_selector("[data-key=picture]")
-    page.click("[data-key=picture] .close")
+    page.wait_for_selector("[data-key=image]")
+    page.click("[data-key=image] .close")
     page.evaluate(DROP, list((WEBUI / "presets" / "windmill.webp").read_bytes()))
     page.wait_for_selector("[data-preset][aria-pressed=true]", state="detached")
     assert page.locator(".card").count() == 0
 
 
-def test_a_preset_chosen_inside_asks_first(visitor, server):
-    """Only its words, or a new beginning with its picture: both do what they say."""
+def test_a_preset_chosen_during_a_session_asks_first(visitor, server):
+    """The dialog's buttons send only the preset's prompt, or start a new session from it."""
     page = visitor.page
     visitor.open(server.http)
-    visitor.step_inside()
+    visitor.start()
     page.click("[data-preset=night]")
     page.click("#preset-dialog button[value=prompt]")
     page.wait_for_selector("#timeline li:nth-child(2):not(.waiting)")
     page.click("[data-preset=windmill]")
-    visitor.begins_anew(lambda: page.click("#preset-dialog button[value=restart]"))
+    visitor.restart_by(lambda: page.click("#preset-dialog button[value=restart]"))
     assert page.get_attribute("[data-preset=windmill]", "aria-pressed") == "true"
     assert page.locator("#timeline li").count() == 1
     assert "lighthouse" in page.inner_text("#timeline")
 
 
-def test_on_a_phone_thumbs_walk_and_settings_are_a_sheet(make_visitor, server):
-    """The picture is as wide as the screen, a stick holds its direction until the finger leaves, the sheet opens."""
+def test_a_phone_has_sticks_and_a_settings_sheet(make_visitor, server):
+    """The video is as wide as the screen. A stick holds its direction until released. The sheet opens and closes."""
     visitor = make_visitor(**PHONE)
     page = visitor.page
     visitor.open(server.http)
     assert page.locator("#frame").bounding_box()["width"] == pytest.approx(390, abs=1)
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
     assert page.locator("#prompt").is_visible()
-    visitor.step_inside()
+    visitor.start()
     page.wait_for_selector("#prompt", state="hidden")
     page.click("#open-sheet")
     page.wait_for_selector("#prompt:visible")
@@ -284,20 +295,20 @@ def test_on_a_phone_thumbs_walk_and_settings_are_a_sheet(make_visitor, server):
     page.mouse.move(x, y)
     page.mouse.down()
     page.mouse.move(x, y - 50)
-    page.wait_for_selector(".pad.held[data-token=w]", state="attached")
+    page.wait_for_selector(".pad.held[data-action=w]", state="attached")
     page.mouse.up()
     assert page.locator(".pad.held").count() == 0
 
 
-def test_the_page_is_small_and_asks_nobody_else(visitor, server):
-    """Everything it loads comes from the server, and without the presets' pictures weighs less than 400 KB."""
+def test_the_page_is_small_and_loads_only_from_its_server(visitor, server):
+    """All requests go to the server. Without the preset images the page has less than 400 KB."""
     page = visitor.page
     sizes: dict[str, int] = {}
     page.on("response", lambda answer: sizes.update({answer.url: int(answer.headers.get("content-length", 0))}))
     visitor.open(server.http)
     page.click("#toggle-meters")
     page.wait_for_selector(".uplot", state="attached")
-    visitor.step_inside()
+    visitor.start()
     hosts = {url.split("/")[2] for url in visitor.requests if not url.startswith(("blob:", "data:"))}
     assert hosts == {server.http.removeprefix("http://")}
     page_bytes = sum(size for url, size in sizes.items() if "/presets/" not in url and "/v1/" not in url)
@@ -305,7 +316,7 @@ def test_the_page_is_small_and_asks_nobody_else(visitor, server):
 
 
 def test_any_static_server_can_serve_the_page(visitor, server):
-    """From another origin, with ?server= pointing at the world."""
+    """The page works from another origin, with ?server= naming the server."""
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args: object) -> None:
@@ -316,7 +327,7 @@ def test_any_static_server_can_serve_the_page(visitor, server):
         thread.start()
         try:
             visitor.open(f"http://127.0.0.1:{static.server_port}/?server=127.0.0.1:{server.port}")
-            visitor.step_inside()
+            visitor.start()
             visitor.wait_for_change(visitor.pixels())
             visitor.page.click("#stop")
         finally:
@@ -325,15 +336,15 @@ def test_any_static_server_can_serve_the_page(visitor, server):
 
 
 def test_the_page_survives_a_server_restart(visitor, server):
-    """A lost line is a card with the way on, the page finds the server again, and what was typed is kept.
+    """A lost connection is an error card with actions. The page finds the server again and keeps the prompt.
 
-    Last of all, since it ends the server.
+    The last test, since it ends the server.
     """
     page = visitor.page
     visitor.open(server.http)
-    visitor.expected = "ERR_CONNECTION"  # a browser reports every request that nobody answered
+    visitor.expected = "net::ERR_"  # the browser reports every failed request: refused, reset or empty
     page.fill("#prompt", "A harbour in the fog.")
-    visitor.step_inside()
+    visitor.start()
     server.process.kill()
     server.process.wait()
     visitor.wait_for_state("lost")

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { beforeEach, test } from "node:test";
 
-import { defaultBindings, rebind, stickTokens, tokenFor, LOOK, MOVE } from "../../webui/js/bindings.js";
+import { defaultBindings, rebind, stickActions, actionFor, LOOK, MOVE } from "../../webui/js/bindings.js";
 import { HeldKeys, TransitionSender } from "../../webui/js/held_keys.js";
 import { FakeClock } from "./helpers.js";
 
@@ -14,7 +14,7 @@ beforeEach(() => {
   held = new HeldKeys((actions) => sender.change(actions));
 });
 
-test("the first transition leaves at once, those within 16 ms leave together and in order", () => {
+test("the first transition is sent at once, those within 16 ms are sent together and in order", () => {
   held.hold("key:w", ["w"]);
   assert.deepEqual(sent, [{ at: 1000, keys: ["w"] }]);
   clock.advance(5);
@@ -30,7 +30,7 @@ test("the first transition leaves at once, those within 16 ms leave together and
   assert.deepEqual(sent[2], { at: clock.time, keys: ["d"] });
 });
 
-test("an action stays held until its last source lets go", () => {
+test("an action stays held until its last source releases it", () => {
   held.hold("key:KeyW", ["w"]);
   held.hold("stick", ["w", "d"]);
   held.release("key:KeyW");
@@ -39,7 +39,7 @@ test("an action stays held until its last source lets go", () => {
   assert.deepEqual(held.actions, []);
 });
 
-test("releasing all tells the server once, and again nothing", () => {
+test("releasing all tells the server once", () => {
   held.hold("key:w", ["w"]);
   held.hold("pad", ["l"]);
   clock.advance(50);
@@ -50,7 +50,7 @@ test("releasing all tells the server once, and again nothing", () => {
   assert.deepEqual(sent.map(({ keys }) => keys.at(-1)), ["w", "wl", ""]);
 });
 
-test("held keys are sent again every 250 ms only when the server opted in, and never after the end", () => {
+test("held keys are resent every 250 ms only if the server asks for it, and never after the end", () => {
   held.hold("key:w", ["w"]);
   clock.advance(2000);
   assert.equal(sent.length, 1);
@@ -67,7 +67,7 @@ test("held keys are sent again every 250 ms only when the server opted in, and n
   assert.equal(sent.length, 7);
 });
 
-test("whatever is pressed and released in whatever order, the last thing said is the truth", () => {
+test("after any sequence of presses and releases, the last message holds the held actions", () => {
   let seed = 7;
   const random = (n) => (seed = (seed * 48271) % 2147483647) % n;
   for (let step = 0; step < 3000; step++) {
@@ -84,20 +84,20 @@ test("whatever is pressed and released in whatever order, the last thing said is
   for (let i = 1; i < sent.length; i++) assert.ok(sent[i].at - sent[i - 1].at >= 16);
 });
 
-test("arrows look around, a rebound key is taken from where it was", () => {
+test("arrows look around, a rebound key is removed from its old action", () => {
   let bindings = defaultBindings();
-  assert.equal(tokenFor(bindings, "KeyW"), "w");
-  assert.equal(tokenFor(bindings, "ArrowLeft"), "j");
+  assert.equal(actionFor(bindings, "KeyW"), "w");
+  assert.equal(actionFor(bindings, "ArrowLeft"), "j");
   bindings = rebind(bindings, "w", 1, "ArrowUp");
-  assert.equal(tokenFor(bindings, "ArrowUp"), "w");
-  assert.equal(tokenFor(bindings, "KeyW"), "w");
+  assert.equal(actionFor(bindings, "ArrowUp"), "w");
+  assert.equal(actionFor(bindings, "KeyW"), "w");
   assert.deepEqual(bindings.i, ["KeyI"]);
   bindings = rebind(bindings, "w", 0, "KeyZ");
-  assert.equal(tokenFor(bindings, "KeyW"), null);
+  assert.equal(actionFor(bindings, "KeyW"), null);
 });
 
-test("a stick within its dead zone is at rest, beyond it both directions count", () => {
-  assert.deepEqual(stickTokens(0.3, -0.3, ...MOVE), []);
-  assert.deepEqual(stickTokens(0.9, -0.9, ...MOVE), ["d", "w"]);
-  assert.deepEqual(stickTokens(-0.5, 0.5, ...LOOK), ["j", "k"]);
+test("a stick in its dead zone holds nothing, beyond it both directions count", () => {
+  assert.deepEqual(stickActions(0.3, -0.3, ...MOVE), []);
+  assert.deepEqual(stickActions(0.9, -0.9, ...MOVE), ["d", "w"]);
+  assert.deepEqual(stickActions(-0.5, 0.5, ...LOOK), ["j", "k"]);
 });

@@ -1,4 +1,4 @@
-// What the page's tests share.
+// Helpers of the page's tests.
 
 import { readFileSync } from "node:fs";
 
@@ -6,7 +6,7 @@ export const golden = (name) => JSON.parse(readFileSync(new URL(`../golden/trans
 
 export const fromBase64 = (text) => new Uint8Array(Buffer.from(text, "base64"));
 
-/** A clock that only moves when told, with timers. */
+/** A clock with timers that moves only by advance() and sleep(). */
 export class FakeClock {
   time = 1000;
   #timers = new Map();
@@ -19,7 +19,7 @@ export class FakeClock {
   };
   clearTimeout = (id) => this.#timers.delete(id);
 
-  /** Time goes by and no timer runs until it is over. */
+  /** Time passes without timers; those that are due run at the end. */
   sleep(ms) {
     this.time += ms;
     this.advance(0);

@@ -4,7 +4,7 @@ import { test } from "node:test";
 import { decode, encode } from "../../webui/js/msgpack.js";
 import { fromBase64, golden } from "./helpers.js";
 
-test("the reference's statistics and error bytes decode to its maps, and the page encodes the same bytes", () => {
+test("the golden chunk_stats and error bytes decode to their maps, and the page encodes the same bytes", () => {
   const messages = golden("control_messages");
   for (const name of ["chunk_stats", "error"]) {
     const { message, msgpack_b64: bytes } = messages[name];
@@ -13,7 +13,7 @@ test("the reference's statistics and error bytes decode to its maps, and the pag
   }
 });
 
-test("values of every size come back as they went", () => {
+test("values of every size survive encode and decode", () => {
   const values = [
     null, true, false, 0, 1, 127, 128, 255, 256, 65535, 65536, 0xffffffff, 2 ** 40, Number.MAX_SAFE_INTEGER, -1, -32, -33, -70000, 0.1, -1e300, Infinity,
     "", "ä€😀", "x".repeat(31), "x".repeat(32), "x".repeat(256), "x".repeat(70000), [], [[], [1, [2]]], Array(16).fill(7), Array(70000).fill(1),
@@ -22,7 +22,7 @@ test("values of every size come back as they went", () => {
   for (const value of values) assert.deepEqual(decode(encode(value)), value);
 });
 
-test("bytes of every size come back, as views of the message", () => {
+test("byte strings of every size survive encode and decode", () => {
   for (const length of [0, 255, 256, 65535, 65536]) {
     const bytes = new Uint8Array(length).fill(9);
     const back = decode(encode({ payload: bytes })).payload;
@@ -30,7 +30,7 @@ test("bytes of every size come back, as views of the message", () => {
   }
 });
 
-test("integers no client reads are never written: beyond 32 bits and below -32 they go as float64", () => {
+test("integers beyond 32 bits and below -32 are written as float64, since some clients cannot read them", () => {
   for (const value of [2 ** 32, 2 ** 53 - 1, -33, -1000]) assert.equal(encode(value)[0], 0xcb);
 });
 
@@ -38,7 +38,7 @@ test("a key whose value is undefined is left out", () => {
   assert.deepEqual(decode(encode({ a: 1, event_id: undefined })), { a: 1 });
 });
 
-test("a message that is cut off or goes on too long is refused, whatever the cut", () => {
+test("a truncated message and one with trailing bytes are refused", () => {
   const whole = encode({ type: "error", content: "words", list: [1, 2.5, "x"], bin: new Uint8Array(40) });
   for (let length = 0; length < whole.length; length++) assert.throws(() => decode(whole.subarray(0, length)), RangeError);
   assert.throws(() => decode(new Uint8Array([...whole, 0])), RangeError);

@@ -23,7 +23,7 @@ function play(trace, { mode = "low-latency", paced = true, until } = {}) {
     while (waiting.length && waiting[0].at <= now) {
       const { count, eventId = null, chunk = 0, totalMs } = waiting.shift();
       playback.push(Array.from({ length: count }, () => ({ id: id++, eventId, chunkIndex: chunk })), now);
-      if (totalMs) playback.pace(totalMs, 12);
+      if (totalMs) playback.chunkTook(totalMs, 12);
     }
     const frame = playback.take(now);
     if (frame) drawn.push({ at: now, id: frame.id, eventId: frame.eventId });
@@ -44,7 +44,7 @@ function paced(batches, { jitter = () => 0, eventId = () => null, start = 0 } = 
 
 const gaps = (drawn) => drawn.slice(1).map(({ at }, i) => at - drawn[i].at);
 
-test("a steady stream is drawn whole, in order, at its own pace", () => {
+test("a steady stream is drawn in full, in order, at its frame rate", () => {
   const { drawn, dropped, stalls } = play(paced(60));
   assert.equal(dropped.length, 0);
   assert.deepEqual(drawn.map(({ id }) => id), [...drawn.keys()]);
@@ -55,32 +55,32 @@ test("a steady stream is drawn whole, in order, at its own pace", () => {
   assert.ok(stalls <= 20, "only the end of the trace counts as a stall");
 });
 
-test("the first picture of a session is drawn at once", () => {
+test("the first frame of a session is drawn at once", () => {
   const { drawn } = play([{ at: 100, count: 1 }, { at: 160, count: 4 }, { at: 300, count: 4 }]);
   assert.ok(drawn[0].at - 100 <= REFRESH);
 });
 
-test("the lead settles at its least where nothing jitters, and nothing accumulates", () => {
+test("without jitter the target delay is at its minimum, and no delay accumulates", () => {
   const { playback, drawn } = play(paced(200));
-  assert.equal(playback.lead, 150);
+  assert.equal(playback.targetDelay, 150);
   const arrival = (id) => Math.floor(id / 4) * 4 * FRAME;
   const delays = drawn.slice(400, 700).map(({ at, id }) => at - arrival(id));
   assert.ok(Math.max(...delays) < 150 + 4 * FRAME + 80, `a frame waited ${Math.max(...delays)} ms`);
   assert.ok(Math.min(...delays) > 60, `the margin was ${Math.min(...delays)} ms`);
 });
 
-test("jitter widens the lead, up to 600 ms and not beyond; smooth mode keeps more", () => {
+test("jitter raises the target delay up to 600 ms; smooth mode keeps more", () => {
   let seed = 3;
   const jitter = (most) => () => ((seed = (seed * 48271) % 2147483647) % 1000) * (most / 1000);
   const rough = play(paced(120, { jitter: jitter(220) }));
-  assert.ok(rough.playback.lead > 200 && rough.playback.lead <= 600, `lead ${rough.playback.lead}`);
+  assert.ok(rough.playback.targetDelay > 200 && rough.playback.targetDelay <= 600, `target delay ${rough.playback.targetDelay}`);
   const wild = play(paced(120, { jitter: (i) => (i % 9 === 0 ? 1500 : 0) }).sort((a, b) => a.at - b.at));
-  assert.equal(wild.playback.lead, 600);
+  assert.equal(wild.playback.targetDelay, 600);
   const smooth = play(paced(120, { jitter: jitter(220) }), { mode: "smooth" });
-  assert.ok(smooth.playback.lead >= 500);
+  assert.ok(smooth.playback.targetDelay >= 500);
 });
 
-test("jitter that the lead covers leaves no visible pause once it has been seen", () => {
+test("jitter within the target delay causes no visible pause once it has been measured", () => {
   let seed = 5;
   const jitter = () => ((seed = (seed * 48271) % 2147483647) % 1000) * 0.12;
   const { drawn } = play(paced(240, { jitter }));
@@ -88,7 +88,7 @@ test("jitter that the lead covers leaves no visible pause once it has been seen"
   assert.equal(late.length, 0, `pauses of ${late} ms`);
 });
 
-test("frames that carry a newer event are drawn at once and what waited before them is dropped", () => {
+test("frames that carry a newer event are drawn at once, and older queued frames are dropped", () => {
   const trace = paced(20, { eventId: (i) => (i < 9 ? null : 7) });
   // The server answers the event at once: its first batch comes 240 ms early.
   for (const batch of trace.slice(9)) batch.at -= 240;
@@ -97,10 +97,10 @@ test("frames that carry a newer event are drawn at once and what waited before t
   assert.ok(drawn[firstNew].at - trace[9].at <= REFRESH, `waited ${drawn[firstNew].at - trace[9].at} ms`);
   assert.ok(dropped.length > 0);
   assert.ok(dropped.every((id) => id < 36), "only older frames are dropped");
-  assert.ok(drawn.slice(firstNew).every(({ eventId }) => eventId === 7), "the old world never returns");
+  assert.ok(drawn.slice(firstNew).every(({ eventId }) => eventId === 7), "no older frame is drawn afterwards");
 });
 
-test("after a cutover the stream goes on without a pause and the lead grows back", () => {
+test("after a cutover the stream goes on without a pause and the delay grows back", () => {
   const trace = paced(60, { eventId: (i) => (i < 9 ? null : 7) });
   for (const batch of trace.slice(9)) batch.at -= 240;
   const { drawn } = play(trace);
@@ -108,7 +108,7 @@ test("after a cutover the stream goes on without a pause and the lead grows back
   assert.ok(Math.max(...gaps(after)) <= 2.2 * FRAME, `pause of ${Math.max(...gaps(after))} ms`);
   const last = after.at(-1);
   const delay = last.at - trace[Math.floor(last.id / 4)].at;
-  assert.ok(delay > 80, `lead after the cutover ${delay} ms`);
+  assert.ok(delay > 80, `delay after the cutover ${delay} ms`);
 });
 
 test("several events in a row each cut over, and an event seen before does not", () => {
@@ -117,14 +117,14 @@ test("several events in a row each cut over, and an event seen before does not",
   assert.deepEqual([...new Set(drawn.map(({ eventId }) => eventId))], [null, 1, 2, 3]);
 });
 
-test("an interruption is said after 0.7 s and over when frames come again", () => {
+test("a stall is reported after 0.7 s and ends when frames arrive again", () => {
   const trace = [...paced(12), ...paced(12, { start: 12 * 4 * FRAME + 3000 })];
   const { stalls, drawn } = play(trace, { until: trace.at(-1).at + 400 });
-  assert.ok(stalls > 60 && stalls < 180, `${stalls} screen refreshes said so`);
+  assert.ok(stalls > 60 && stalls < 180, `${stalls} screen refreshes reported it`);
   assert.equal(drawn.at(-1).id > 80, true);
 });
 
-test("a slow server is played at its own speed, not in bursts", () => {
+test("a slow server is played at its own rate, not in bursts", () => {
   // 12 frames every 1500 ms, all within 60 ms; the statistics say so.
   const trace = [];
   for (let chunk = 0; chunk < 14; chunk++)
@@ -134,7 +134,7 @@ test("a slow server is played at its own speed, not in bursts", () => {
   assert.ok(Math.max(...later) < 320, `longest gap ${Math.max(...later)} ms, the pace is 125`);
 });
 
-test("a server that is faster than the pictures' rate, unpaced, is played as fast as it makes them", () => {
+test("an unpaced server that is faster than the frame rate is played at its own speed", () => {
   const trace = [];
   for (let chunk = 0; chunk < 40; chunk++)
     for (let batch = 0; batch < 3; batch++) trace.push({ at: chunk * 300 + batch * 100, count: 4, chunk, totalMs: batch === 2 ? 300 : 0 });

@@ -2,8 +2,8 @@ import assert from "node:assert/strict";
 import { beforeEach, test } from "node:test";
 
 import { decode, encode } from "../../webui/js/msgpack.js";
-import { WorldSession } from "../../webui/js/session.js";
-import { explainEnd, stateWords } from "../../webui/js/words.js";
+import { Session } from "../../webui/js/session.js";
+import { explainEnd, stateText } from "../../webui/js/messages.js";
 import { FakeClock } from "./helpers.js";
 
 let clock, socket, worker, seen, session;
@@ -33,7 +33,7 @@ class FakeWorker {
   }
   done(count = 4) {
     const { id } = this.jobs.shift();
-    this.onmessage({ data: { id, images: Array.from({ length: count }, () => ({ close() {} })), decodeMs: 1 } });
+    this.onmessage({ data: { id, images: Array.from({ length: count }, () => ({ close() {} })) } });
   }
 }
 
@@ -41,9 +41,9 @@ beforeEach(() => {
   clock = new FakeClock();
   socket = new FakeSocket();
   worker = new FakeWorker();
-  seen = { states: [], over: [], frames: [], stats: [], applied: [], skipped: [], refused: [], queue: [] };
+  seen = { states: [], ended: [], frames: [], stats: [], applied: [], skipped: [], refused: [], queue: [] };
   let eventId = 40;
-  session = new WorldSession({
+  session = new Session({
     socket,
     worker,
     clock,
@@ -51,13 +51,13 @@ beforeEach(() => {
     nextEventId: () => eventId++,
     on: {
       state: (state) => seen.states.push(state),
-      queue: (place) => seen.queue.push(place),
+      queue: (position) => seen.queue.push(position),
       frames: (frames) => seen.frames.push(...frames),
       stats: (stats) => seen.stats.push(stats),
       applied: (...applied) => seen.applied.push(applied),
-      skipped: (words) => seen.skipped.push(words),
-      refused: (words) => seen.refused.push(words),
-      over: (end) => seen.over.push(end),
+      skipped: (detail) => seen.skipped.push(detail),
+      refused: (detail) => seen.refused.push(detail),
+      ended: (end) => seen.ended.push(end),
     },
   });
 });
@@ -70,7 +70,7 @@ function goLive() {
   worker.done();
 }
 
-test("init goes first, then a session comes alive with its first decoded pictures", () => {
+test("init is sent first; the session is live with its first decoded frames", () => {
   assert.equal(session.sendKeys([{ actions: ["w"], at: 0 }]), null);
   goLive();
   assert.equal(socket.sent[0].type, "init");
@@ -80,7 +80,7 @@ test("init goes first, then a session comes alive with its first decoded picture
   assert.equal(seen.frames[0].eventId, null);
 });
 
-test("a place in line is told, and left behind when the session opens", () => {
+test("the queue position is reported until the session opens", () => {
   socket.onopen();
   socket.says({ type: "queue", position: 2 });
   socket.says({ type: "queue", position: 0 });
@@ -102,12 +102,12 @@ test("latency runs from the send to the frame that is drawn with the event, and 
   worker.done();
   clock.advance(10);
   const [sample] = session.latency.drawn(id, clock.now());
-  assert.deepEqual(sample, { eventId: 40, chunkIndex: 3, totalMs: 315, parts: { wait: 100, make: 200, decode: 5, draw: 10 } });
+  assert.deepEqual(sample, { eventId: 40, chunkIndex: 3, totalMs: 315, parts: { wait: 100, generate: 200, decode: 5, draw: 10 } });
   assert.deepEqual(seen.applied, [[40, 3]]);
   assert.deepEqual(session.latency.drawn(id, clock.now() + 9), []);
 });
 
-test("a newer event answers for older ones that no chunk took up by themselves", () => {
+test("a frame with a newer event also completes older events", () => {
   goLive();
   session.sendKeys([{ actions: ["w"], at: 0 }]);
   clock.advance(30);
@@ -117,7 +117,7 @@ test("a newer event answers for older ones that no chunk took up by themselves",
   assert.equal(session.latency.summary().slowestMs, 100);
 });
 
-test("a batch that cannot be read is skipped and said, and the session goes on", () => {
+test("a batch that cannot be read is skipped and reported, and the session continues", () => {
   goLive();
   socket.says(batch());
   worker.onmessage({ data: { id: worker.jobs.shift().id, error: "broken" } });
@@ -129,7 +129,7 @@ test("a batch that cannot be read is skipped and said, and the session goes on",
   assert.equal(seen.frames.length, 8);
 });
 
-test("messages nobody has heard of change nothing", () => {
+test("unknown messages are ignored", () => {
   goLive();
   socket.says({ type: "confetti", amount: 7 });
   socket.says({ type: "heartbeat", uptime_ms: 5 });
@@ -137,44 +137,44 @@ test("messages nobody has heard of change nothing", () => {
   assert.deepEqual(seen.skipped, []);
 });
 
-test("only a clean close is a normal end; any other carries the server's last words", () => {
+test("only a clean close is a normal end; any other reports the server's last error", () => {
   goLive();
   socket.says({ type: "error", content: "error during generate loop: out of memory", code: "engine_failed" });
   socket.onclose({ code: 1011, reason: "engine error" });
-  assert.deepEqual(seen.over, [{ normal: false, code: 1011, words: "error during generate loop: out of memory", errorCode: "engine_failed", wasLive: true }]);
+  assert.deepEqual(seen.ended, [{ normal: false, code: 1011, message: "error during generate loop: out of memory", errorCode: "engine_failed", wasLive: true }]);
   assert.equal(session.state, "lost");
   assert.ok(worker.ended);
 });
 
-test("a world that is complete ends normally, a line that breaks does not", () => {
+test("a complete session ends normally", () => {
   goLive();
   socket.onclose({ code: 1000, reason: "generation complete" });
-  assert.equal(seen.over[0].normal, true);
+  assert.equal(seen.ended[0].normal, true);
   assert.deepEqual(seen.states.at(-1), "ended");
 });
 
-test("a broken line is never a normal end, before and after the first picture", () => {
+test("a broken connection is not a normal end, also before the first frame", () => {
   socket.onopen();
   socket.onclose({ code: 1006, reason: "" });
-  assert.deepEqual(seen.over, [{ normal: false, code: 1006, words: "", errorCode: null, wasLive: false }]);
+  assert.deepEqual(seen.ended, [{ normal: false, code: 1006, message: "", errorCode: null, wasLive: false }]);
 });
 
-test("a refused event is said while the world goes on; a refused init ends the attempt", () => {
+test("a refused event is reported and the session continues", () => {
   goLive();
   socket.says({ type: "error", content: "invalid event: kind", code: "invalid_event" });
   assert.deepEqual(seen.refused, ["invalid event: kind"]);
   assert.equal(session.state, "live");
 });
 
-test("a refused init closes the socket and tells why", () => {
+test("a refused init closes the socket and reports the reason", () => {
   socket.onopen();
   socket.says({ type: "error", content: "invalid generate request: size: 3x3", code: "invalid_init" });
   assert.equal(socket.closedWith.code, 1000);
-  assert.equal(seen.over[0].words, "invalid generate request: size: 3x3");
-  assert.equal(seen.over[0].normal, false);
+  assert.equal(seen.ended[0].message, "invalid generate request: size: 3x3");
+  assert.equal(seen.ended[0].normal, false);
 });
 
-test("pause and resume are events of their own; leaving is a normal end, told once", () => {
+test("pause and resume are events; stopping is a normal end, reported once", () => {
   goLive();
   session.pause(true);
   session.pause(false);
@@ -182,13 +182,13 @@ test("pause and resume are events of their own; leaving is a normal end, told on
   assert.deepEqual(seen.states.slice(-2), ["paused", "live"]);
   session.stop();
   session.stop();
-  assert.equal(seen.over.length, 1);
+  assert.equal(seen.ended.length, 1);
   assert.equal(session.sendKeys([{ actions: ["w"], at: 0 }]), null);
   socket.says(batch());
   assert.equal(worker.jobs.length, 0);
 });
 
-test("a line that died without a close is noticed by the silence of a server whose heart beats", () => {
+test("a connection that broke without a close is noticed by missing heartbeats", () => {
   socket.onopen();
   socket.says({ type: "session", session_id: "x", capabilities: { extensions: ["heartbeat"] } });
   socket.says(batch());
@@ -197,26 +197,26 @@ test("a line that died without a close is noticed by the silence of a server who
     clock.advance(5000);
     socket.says({ type: "heartbeat", uptime_ms: 1, state: "running", chunk_index: i });
   }
-  assert.deepEqual(seen.over, []);
+  assert.deepEqual(seen.ended, []);
   clock.advance(29_000);
-  assert.deepEqual(seen.over, []);
+  assert.deepEqual(seen.ended, []);
   clock.advance(2000);
-  assert.equal(seen.over.length, 1);
-  assert.equal(seen.over[0].normal, false);
-  assert.match(seen.over[0].words, /Nothing was heard/);
+  assert.equal(seen.ended.length, 1);
+  assert.equal(seen.ended[0].normal, false);
+  assert.match(seen.ended[0].message, /sent nothing/);
   assert.equal(socket.closedWith.code, 1000);
 });
 
-test("a computer that slept reads what came meanwhile before it gives the server up", () => {
+test("a computer that slept reads the received messages before it ends the session", () => {
   socket.onopen();
   socket.says({ type: "session", session_id: "x", capabilities: { extensions: ["heartbeat"] } });
   clock.sleep(3_600_000);
   socket.says({ type: "heartbeat", uptime_ms: 1, state: "running", chunk_index: 0 });
   clock.advance(29_000);
-  assert.deepEqual(seen.over, []);
+  assert.deepEqual(seen.ended, []);
 });
 
-test("a payload that is part of its message is not handed over with the buffer it lies in", () => {
+test("a payload inside its message is copied to the worker; a separate one is transferred", () => {
   socket.onopen();
   let handed = null;
   worker.postMessage = (job, transfer) => (handed = transfer);
@@ -227,9 +227,9 @@ test("a payload that is part of its message is not handed over with the buffer i
   assert.equal(handed.length, 1);
 });
 
-test("a place in line and every end read as a sentence with something to do", () => {
-  assert.deepEqual([1, 2, 3, 4, 11, 21].map((place) => stateWords("waiting", place)), ["You are next", "2nd in line", "3rd in line", "4th in line", "11th in line", "21st in line"]);
-  const titles = [1001, 1006, 1008, 1011].map((code) => explainEnd({ code, words: "", errorCode: null, wasLive: true }));
+test("queue positions are ordinals, and every end has a title and advice", () => {
+  assert.deepEqual([1, 2, 3, 4, 11, 21].map((position) => stateText("waiting", position)), ["You are next", "2nd in line", "3rd in line", "4th in line", "11th in line", "21st in line"]);
+  const titles = [1001, 1006, 1008, 1011].map((code) => explainEnd({ code, message: "", errorCode: null, wasLive: true }));
   for (const { title, advice } of titles) assert.ok(title && advice);
-  assert.match(explainEnd({ code: 1008, words: "another realtime session is already active", errorCode: "session_busy", wasLive: false }).title, /Someone else/);
+  assert.match(explainEnd({ code: 1008, message: "another realtime session is already active", errorCode: "session_busy", wasLive: false }).title, /in use/);
 });

@@ -3,8 +3,8 @@ import { readFileSync, statSync } from "node:fs";
 import { test } from "node:test";
 
 import { presetsFor } from "../../webui/js/presets.js";
-import { ServerWatcher, readModel } from "../../webui/js/server_info.js";
-import { Remembered, allValid, fieldsFor, validValue, wireValues } from "../../webui/js/settings.js";
+import { ServerPoller, readModel } from "../../webui/js/server.js";
+import { SettingsStore, allValid, fieldsFor, validValue, wireValues } from "../../webui/js/settings.js";
 import { FakeClock } from "./helpers.js";
 
 const entry = {
@@ -44,25 +44,25 @@ test("the page's own settings, empty fields and those that do not apply are neve
   assert.equal(wireValues(fields, allValid(fields, { guidance_scale: 3, negative_prompt: "blur" })).negative_prompt, "blur");
 });
 
-test("what is remembered survives damage and a browser without storage", () => {
+test("the settings store works with damaged values and without storage", () => {
   const storage = new Map();
   const fake = { getItem: (key) => storage.get(key) ?? null, setItem: (key, value) => storage.set(key, value) };
-  new Remembered(fake).set("seed", 7);
-  assert.equal(new Remembered(fake).get("seed", 1), 7);
+  new SettingsStore(fake).set("seed", 7);
+  assert.equal(new SettingsStore(fake).get("seed", 1), 7);
   storage.set("lingbot-rt.settings", "{damaged");
-  assert.equal(new Remembered(fake).get("seed", 1), 1);
-  const none = new Remembered(null);
+  assert.equal(new SettingsStore(fake).get("seed", 1), 1);
+  const none = new SettingsStore(null);
   none.set("seed", 3);
   assert.equal(none.get("seed", 1), 3);
 });
 
-test("a server of another make, which tells only its name, can still be used", () => {
+test("a server that reports only its model's name can be used", () => {
   const bare = readModel({ id: "other", object: "model" });
   assert.equal(bare.ready, true);
   assert.equal(allValid(fieldsFor(bare), {}).size, "832x480");
 });
 
-test("six places ship with the page for the built-in world, each with words and a small picture", () => {
+test("six presets ship for the built-in world, each with a prompt and a small image", () => {
   const folder = new URL("../../webui/presets/", import.meta.url);
   const presets = presetsFor(JSON.parse(readFileSync(new URL("presets.json", folder), "utf8")), model.id);
   assert.equal(presets.length, 6);
@@ -75,18 +75,18 @@ test("six places ship with the page for the built-in world, each with words and 
   assert.deepEqual(presetsFor(own, "other").map(({ id }) => id), ["b"]);
 });
 
-test("a server is asked again with growing patience, and at once when it is pointed elsewhere", async () => {
+test("a server is polled with growing intervals, and at once when another server is set", async () => {
   const clock = new FakeClock();
   const asked = [];
   const found = [];
   let answer = () => Promise.reject(new TypeError("refused"));
-  const watcher = new ServerWatcher({
+  const poller = new ServerPoller({
     fetch: (url, { headers }) => (asked.push({ at: clock.time - 1000, url, headers }), answer()),
     timers: clock,
     onChange: (state) => found.push(state),
   });
   const settle = () => new Promise(setImmediate);
-  watcher.point("http://a", "");
+  poller.setServer("http://a", "");
   for (let i = 0; i < 40; i++) {
     await settle();
     clock.advance(250);
@@ -94,14 +94,14 @@ test("a server is asked again with growing patience, and at once when it is poin
   assert.deepEqual(asked.map(({ at }) => at), [0, 500, 1500, 3500, 7500]);
   assert.equal(found.at(-1).reachable, false);
   answer = () => Promise.resolve({ ok: true, json: () => Promise.resolve({ data: [entry] }) });
-  watcher.point("http://b", "secret");
+  poller.setServer("http://b", "secret");
   await settle();
   assert.deepEqual(asked.at(-1), { at: 10000, url: "http://b/v1/models", headers: { Authorization: "Bearer secret" } });
   await settle();
   assert.equal(found.at(-1).model.id, "lingbot-rt-builtin");
   answer = () => Promise.resolve({ ok: false, status: 401 });
-  watcher.askNow();
+  poller.pollNow();
   await settle();
   await settle();
-  assert.match(found.at(-1).words, /key/);
+  assert.match(found.at(-1).problem, /key/);
 });

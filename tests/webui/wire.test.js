@@ -1,14 +1,14 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { RawDecoder, splitPictures } from "../../webui/js/frames.js";
+import { RawDecoder, splitImages } from "../../webui/js/frames.js";
 import { decode, encode } from "../../webui/js/msgpack.js";
 import { MessageReader, eventMessage, promptPayload, serverBase, socketUrl, statePayload } from "../../webui/js/wire.js";
 import { fromBase64, golden } from "./helpers.js";
 
 const cases = golden("frame_batch_cases").cases;
 
-test("every small message of the reference is read as its header and a payload of the stated length", () => {
+test("every small golden message is read as its header and a payload of the stated length", () => {
   let read = 0;
   for (const { messages } of cases)
     for (const { form, header, payload_bytes: length, msgpack_b64: bytes } of messages) {
@@ -30,7 +30,7 @@ test("a header and the message after it are one batch", () => {
   assert.deepEqual(reader.read(encode({ type: "from the future" })), { message: { type: "from the future" } });
 });
 
-test("the lossless stream of the reference comes back to its frames, byte for byte", async () => {
+test("the golden delta-gzip stream decodes to its frames, byte for byte", async () => {
   const { frames_b64: frames, messages } = golden("delta_gzip");
   const decoder = new RawDecoder();
   for (const { header, payload_b64: payload, frames: indices } of messages) {
@@ -40,7 +40,7 @@ test("the lossless stream of the reference comes back to its frames, byte for by
   }
 });
 
-test("raw frames follow the reference's formula, opaque", async () => {
+test("raw frames decode to the golden pattern, opaque", async () => {
   const one = cases.find(({ name }) => name === "raw_small");
   const { header, payload } = new MessageReader().read(fromBase64(one.messages[0].msgpack_b64));
   const decoded = await new RawDecoder().decode(header, payload);
@@ -61,16 +61,16 @@ test("a batch whose sizes do not add up is refused, and so is a delta without it
   const second = messages.find(({ header: h }) => h.delta_reference === "previous-frame");
   await assert.rejects(new RawDecoder().decode(second.header, fromBase64(second.payload_b64)), /missing/);
   const broken = { ...second.header, delta_reference: undefined };
-  await assert.rejects(new RawDecoder().decode(broken, new Uint8Array([1, 2, 3])), /unpacked/);
-  assert.throws(() => splitPictures({ payload_lengths: [3, 4] }, new Uint8Array(8)), /add up/);
+  await assert.rejects(new RawDecoder().decode(broken, new Uint8Array([1, 2, 3])), /decompressed/);
+  assert.throws(() => splitImages({ payload_lengths: [3, 4] }, new Uint8Array(8)), /add up/);
 });
 
-test("pictures are split at their lengths", () => {
-  const parts = splitPictures({ payload_lengths: [1, 3] }, new Uint8Array([1, 2, 3, 4]));
+test("images are split at their lengths", () => {
+  const parts = splitImages({ payload_lengths: [1, 3] }, new Uint8Array([1, 2, 3, 4]));
   assert.deepEqual(parts.map((part) => [...part]), [[1], [2, 3, 4]]);
 });
 
-test("events have the form the interface documents; without an id there is no key for it", () => {
+test("events have the documented form; without an id there is no event_id key", () => {
   const transitions = [{ actions: ["w"], at: 5 }, { actions: [], at: 9 }];
   const expected = { mode: "state", transitions: [{ actions: ["w"], client_ts_ms: 5 }, { actions: [], client_ts_ms: 9 }] };
   assert.deepEqual(decode(eventMessage("camera_actions", statePayload(transitions), 3)), { type: "event", kind: "camera_actions", payload: expected, event_id: 3 });
@@ -78,7 +78,7 @@ test("events have the form the interface documents; without an id there is no ke
   assert.deepEqual(promptPayload("Snow.", ["w"], 1).input_types, ["camera_actions", "prompt"]);
 });
 
-test("the server is the page's own host unless another is typed, in any of the usual forms", () => {
+test("the server is the page's own host unless an address is typed, in any of the usual forms", () => {
   const page = new URL("http://10.0.0.5:30000/");
   assert.equal(serverBase("", page), "http://10.0.0.5:30000");
   assert.equal(serverBase("", new URL("http://10.0.0.5:18080/")), "http://10.0.0.5:30000");

@@ -1,30 +1,30 @@
-// Which key does what. Codes are places on the keyboard (KeyW), so WASD stays a cross on every layout.
+// Key bindings. Codes name positions (KeyW), so WASD has the same shape on every keyboard layout.
 
 export const ACTIONS = [
-  { token: "w", label: "Walk forward", icon: "W", keys: ["KeyW"] },
-  { token: "s", label: "Walk back", icon: "S", keys: ["KeyS"] },
-  { token: "a", label: "Step left", icon: "A", keys: ["KeyA"] },
-  { token: "d", label: "Step right", icon: "D", keys: ["KeyD"] },
-  { token: "i", label: "Look up", icon: "I", keys: ["KeyI", "ArrowUp"] },
-  { token: "k", label: "Look down", icon: "K", keys: ["KeyK", "ArrowDown"] },
-  { token: "j", label: "Look left", icon: "J", keys: ["KeyJ", "ArrowLeft"] },
-  { token: "l", label: "Look right", icon: "L", keys: ["KeyL", "ArrowRight"] },
+  { action: "w", label: "Walk forward", icon: "W", keys: ["KeyW"] },
+  { action: "s", label: "Walk back", icon: "S", keys: ["KeyS"] },
+  { action: "a", label: "Step left", icon: "A", keys: ["KeyA"] },
+  { action: "d", label: "Step right", icon: "D", keys: ["KeyD"] },
+  { action: "i", label: "Look up", icon: "I", keys: ["KeyI", "ArrowUp"] },
+  { action: "k", label: "Look down", icon: "K", keys: ["KeyK", "ArrowDown"] },
+  { action: "j", label: "Look left", icon: "J", keys: ["KeyJ", "ArrowLeft"] },
+  { action: "l", label: "Look right", icon: "L", keys: ["KeyL", "ArrowRight"] },
 ];
 
-export const defaultBindings = () => Object.fromEntries(ACTIONS.map(({ token, keys }) => [token, [...keys]]));
+export const defaultBindings = () => Object.fromEntries(ACTIONS.map(({ action, keys }) => [action, [...keys]]));
 
-/** Key code -> token. */
-export function tokenFor(bindings, code) {
-  return ACTIONS.find(({ token }) => bindings[token]?.includes(code))?.token ?? null;
+/** The action bound to a key code, or null. */
+export function actionFor(bindings, code) {
+  return ACTIONS.find(({ action }) => bindings[action]?.includes(code))?.action ?? null;
 }
 
-/** New bindings with `code` at place `slot` of `token`; it is taken away from whatever had it. */
-export function rebind(bindings, token, slot, code) {
+/** New bindings with `code` in slot `slot` of `action`. The action that had it loses it. */
+export function rebind(bindings, action, slot, code) {
   const next = {};
-  for (const { token: name } of ACTIONS) next[name] = (bindings[name] ?? []).filter((existing) => existing !== code);
-  next[token] = [...next[token]];
-  if (slot < next[token].length) next[token][slot] = code;
-  else next[token].push(code);
+  for (const { action: name } of ACTIONS) next[name] = (bindings[name] ?? []).filter((existing) => existing !== code);
+  next[action] = [...next[action]];
+  if (slot < next[action].length) next[action][slot] = code;
+  else next[action].push(code);
   return next;
 }
 
@@ -32,12 +32,12 @@ const NAMES = { ArrowUp: "↑", ArrowDown: "↓", ArrowLeft: "←", ArrowRight: 
 
 export const keyName = (code) => NAMES[code] ?? code.replace(/^(Key|Digit)/, "").replace(/^Numpad/, "Num ");
 
-/** A stick's deflection, -1..1 with y down, as tokens. `horizontal` and `vertical` are [negative, positive]. */
-export function stickTokens(x, y, horizontal, vertical, deadZone = 0.35) {
-  const tokens = [];
-  if (Math.abs(x) > deadZone) tokens.push(horizontal[x > 0 ? 1 : 0]);
-  if (Math.abs(y) > deadZone) tokens.push(vertical[y > 0 ? 1 : 0]);
-  return tokens;
+/** A stick's deflection, -1..1 with y down, as actions. `horizontal` and `vertical` are [negative, positive]. */
+export function stickActions(x, y, horizontal, vertical, deadZone = 0.35) {
+  const actions = [];
+  if (Math.abs(x) > deadZone) actions.push(horizontal[x > 0 ? 1 : 0]);
+  if (Math.abs(y) > deadZone) actions.push(vertical[y > 0 ? 1 : 0]);
+  return actions;
 }
 
 export const MOVE = [["a", "d"], ["w", "s"]];

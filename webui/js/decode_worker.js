@@ -1,6 +1,6 @@
-// Batches in, pictures out, strictly in order. One worker lives for one session.
+// The decode worker: frame batches in, ImageBitmaps out, in order. Each session has its own worker.
 
-import { BadBatch, RawDecoder, isRaw, splitPictures } from "./frames.js";
+import { BadBatch, RawDecoder, isRaw, splitImages } from "./frames.js";
 
 const raw = new RawDecoder();
 let last = Promise.resolve();
@@ -10,12 +10,11 @@ self.onmessage = ({ data }) => {
 };
 
 async function answer({ id, header, payload }) {
-  const began = performance.now();
   try {
     const images = await decodeBatch(header, payload);
-    self.postMessage({ id, images, decodeMs: performance.now() - began }, images);
+    self.postMessage({ id, images }, images);
   } catch (error) {
-    // The edge of the worker: one batch that cannot be read is reported and skipped, the session goes on.
+    // A bad batch is reported and skipped. The session goes on.
     self.postMessage({ id, error: error.message || String(error) });
   }
 }
@@ -25,7 +24,7 @@ async function decodeBatch(header, payload) {
     const frames = await raw.decode(header, payload);
     return Promise.all(frames.map((rgba) => createImageBitmap(new ImageData(rgba, header.width, header.height))));
   }
-  if (!header.content_type.startsWith("image/")) throw new BadBatch(`${header.content_type} is not a picture`);
-  const pictures = splitPictures(header, payload);
-  return Promise.all(pictures.map((bytes) => createImageBitmap(new Blob([bytes], { type: header.content_type }))));
+  if (!header.content_type.startsWith("image/")) throw new BadBatch(`${header.content_type} is not an image`);
+  const images = splitImages(header, payload);
+  return Promise.all(images.map((bytes) => createImageBitmap(new Blob([bytes], { type: header.content_type }))));
 }

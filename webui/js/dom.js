@@ -1,8 +1,8 @@
-// The few DOM helpers the views share.
+// DOM helpers that several modules share.
 
 export const $ = (id) => document.getElementById(id);
 
-/** An element with attributes, properties (on*, and those in PROPERTIES) and children. */
+/** Creates an element. Sets names with "on" and those in PROPERTIES as properties, the rest as attributes. */
 export function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -28,16 +28,16 @@ export function icon(name) {
 
 export const setIcon = (button, name) => button.querySelector("use").setAttribute("href", `#icon-${name}`);
 
-/** Writes only what is new: a live region that is written again is read aloud again. */
+/** Sets the text if it differs: screen readers repeat a live region at every write. */
 export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** Whether a key pressed there belongs to a field, not to the world. */
+/** Whether a key pressed there is text input. */
 export const isTyping = (target) =>
   target instanceof HTMLElement && (target.isContentEditable || /^(INPUT|TEXTAREA|SELECT)$/.test(target.tagName));
 
-/** Opens a dialog -> the value of the button that closed it. */
+/** Opens a dialog. Resolves to the value of the button that closed it. */
 export function ask(dialog) {
   dialog.returnValue = "";
   dialog.showModal();
@@ -50,10 +50,16 @@ export function download(blob, name) {
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
 
-/** 20261124-131502, for file names. */
-export const stamp = (date = new Date()) =>
-  date.toISOString().slice(0, 19).replace(/[-:]/g, "").replace("T", "-");
+/** The canvas as PNG bytes. */
+export async function canvasPng(canvas) {
+  const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+  return new Uint8Array(await blob.arrayBuffer());
+}
 
+/** The current UTC time as 20261124-131502, for file names. */
+export const timestamp = () => new Date().toISOString().slice(0, 19).replace(/[-:]/g, "").replace("T", "-");
+
+/** Milliseconds as 1:05. */
 export function clockText(ms) {
   const seconds = Math.floor(ms / 1000);
   return `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}`;

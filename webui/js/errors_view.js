@@ -1,4 +1,4 @@
-// Errors stay until they are dismissed: what happened, the server's words, what to do.
+// Error cards: what happened, the detail from the server or browser, what to do. They stay until dismissed.
 
 import { h, icon } from "./dom.js";
 
@@ -11,24 +11,32 @@ export class ErrorCards {
   }
 
   /**
-   * A card; one with the same `key` is replaced. `actions` are [label, run] pairs, the first is the way on. `mild`
-   * cards report something that was got over.
+   * Shows a card and replaces the one with the same `key`. `actions` are [label, run] pairs; the first is highlighted.
+   * `minor` cards report a problem that did not end the session.
    */
-  show({ key, title, words = "", advice = "", actions = [], mild = false }) {
+  show({ key, title, detail = "", advice = "", actions = [], minor = false }) {
     this.dismiss(key);
     const buttons = actions.map(([label, run], i) =>
-      h("button", { className: i ? "button" : "button accent", textContent: label, onclick: () => (this.dismiss(key), run()) }),
+      h("button", {
+        className: i ? "button" : "button accent",
+        textContent: label,
+        onclick: () => (this.dismiss(key), run()),
+      }),
     );
     const card = h(
       "article",
-      { className: mild ? "card mild" : "card", "data-key": key },
+      { className: minor ? "card minor" : "card", "data-key": key },
       icon("triangle-alert"),
       h("h3", { textContent: title }),
-      h("button", { className: "icon-button close", "aria-label": "Dismiss", onclick: () => this.dismiss(key) }, icon("x")),
+      h(
+        "button",
+        { className: "icon-button close", "aria-label": "Dismiss", onclick: () => this.dismiss(key) },
+        icon("x"),
+      ),
       h(
         "div",
         { className: "body" },
-        words ? h("blockquote", { textContent: words }) : null,
+        detail ? h("blockquote", { textContent: detail }) : null,
         advice ? h("p", { textContent: advice }) : null,
         buttons.length ? h("div", { className: "card-actions" }, ...buttons) : null,
       ),

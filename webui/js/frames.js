@@ -1,4 +1,4 @@
-// The payload of a frame batch -> encoded pictures or RGBA pixels. No DOM: the worker and the tests share it.
+// The payload of a frame batch -> encoded images or RGBA pixels. No DOM: the worker and the tests use it.
 
 const RAW = "application/x-raw-rgb";
 const DELTA = "application/x-raw-rgb-delta-gzip";
@@ -7,20 +7,20 @@ export class BadBatch extends Error {}
 
 export const isRaw = (header) => header.content_type === RAW || header.content_type === DELTA;
 
-/** The encoded pictures of a webp or jpeg batch, as views of the payload. Throws BadBatch. */
-export function splitPictures(header, payload) {
+/** The encoded images of a webp or jpeg batch, as views of the payload. Throws BadBatch. */
+export function splitImages(header, payload) {
   const lengths = header.payload_lengths ?? [payload.length];
   if (lengths.reduce((sum, length) => sum + length, 0) !== payload.length)
-    throw new BadBatch(`the pictures' lengths do not add up to ${payload.length} bytes`);
+    throw new BadBatch(`payload_lengths do not add up to ${payload.length} bytes`);
   let at = 0;
   return lengths.map((length) => payload.subarray(at, (at += length)));
 }
 
-/** Raw and delta-gzip batches of one session, in order; keeps the frame which the next delta refers to. */
+/** Decodes the raw and delta-gzip batches of one session, in order. Keeps the last frame for the next delta. */
 export class RawDecoder {
   #previous = null;
 
-  /** -> one Uint8ClampedArray RGBA a frame. Throws BadBatch. */
+  /** Returns RGBA pixels, one Uint8ClampedArray per frame. Throws BadBatch. */
   async decode(header, payload) {
     const isDelta = header.content_type === DELTA;
     const rgb = isDelta ? await gunzip(payload) : payload;
@@ -30,14 +30,16 @@ export class RawDecoder {
       throw new BadBatch(`${rgb.length} bytes are not ${header.num_frames} frames of ${frameBytes}`);
     }
     if (isDelta) this.#undelta(header, rgb, frameBytes);
-    return Array.from({ length: header.num_frames }, (_, i) => toRgba(rgb.subarray(i * frameBytes, (i + 1) * frameBytes)));
+    return Array.from({ length: header.num_frames }, (_, i) =>
+      toRgba(rgb.subarray(i * frameBytes, (i + 1) * frameBytes)),
+    );
   }
 
-  /** Each frame was XORed with the one before it; the first with the last frame of the batch before, or nothing. */
+  /** Each frame is XORed with the one before; the first one with the last frame of the previous batch, if any. */
   #undelta(header, rgb, frameBytes) {
     if (header.delta_reference === "previous-frame") {
       const previous = this.#previous;
-      if (previous?.length !== frameBytes) throw new BadBatch("the frame this batch builds on is missing");
+      if (previous?.length !== frameBytes) throw new BadBatch("the reference frame of this delta is missing");
       for (let i = 0; i < frameBytes; i++) rgb[i] ^= previous[i];
     }
     for (let i = frameBytes; i < rgb.length; i++) rgb[i] ^= rgb[i - frameBytes];
@@ -50,7 +52,7 @@ async function gunzip(payload) {
   try {
     return new Uint8Array(await new Response(stream).arrayBuffer());
   } catch (error) {
-    throw new BadBatch(`the packed frames cannot be unpacked: ${error.message}`);
+    throw new BadBatch(`gzip cannot be decompressed: ${error.message}`);
   }
 }
 

@@ -1,6 +1,6 @@
-// Clips and pictures of this visit, in memory until the page is closed.
+// Clips and screenshots, in memory until the page is closed.
 
-import { clockText, download, h, icon, stamp } from "./dom.js";
+import { clockText, download, h, icon, timestamp } from "./dom.js";
 
 export class Gallery {
   #root;
@@ -13,16 +13,12 @@ export class Gallery {
     this.#draw();
   }
 
-  get count() {
-    return this.#items.length;
-  }
-
   addClip(blob, extension, durationMs) {
-    this.#add({ blob, name: `world-${stamp()}.${extension}`, label: clockText(durationMs), isClip: true });
+    this.#add({ blob, name: `world-${timestamp()}.${extension}`, label: clockText(durationMs), isClip: true });
   }
 
-  addPicture(blob) {
-    this.#add({ blob, name: `world-${stamp()}.png`, label: "Picture", isClip: false });
+  addImage(blob) {
+    this.#add({ blob, name: `world-${timestamp()}.png`, label: "Screenshot", isClip: false });
   }
 
   #add(item) {
@@ -38,15 +34,19 @@ export class Gallery {
 
   #draw() {
     this.#root.replaceChildren(...this.#items.map((item) => this.#figure(item)));
-    if (!this.#items.length) this.#root.append(h("p", { className: "hint", textContent: "Nothing kept yet." }));
+    if (!this.#items.length)
+      this.#root.append(h("p", { className: "hint", textContent: "No clips or screenshots yet." }));
     this.#onChange(this.#items.length);
   }
 
   #figure(item) {
     const view = item.isClip
       ? h("video", { src: item.url, controls: true, loop: true, playsinline: true, preload: "auto" })
-      : h("img", { src: item.url, alt: "Kept picture" });
-    const size = item.blob.size < 1e6 ? `${Math.max(1, Math.round(item.blob.size / 1e3))} KB` : `${(item.blob.size / 1e6).toFixed(1)} MB`;
+      : h("img", { src: item.url, alt: "Screenshot" });
+    const size =
+      item.blob.size < 1e6
+        ? `${Math.max(1, Math.round(item.blob.size / 1e3))} KB`
+        : `${(item.blob.size / 1e6).toFixed(1)} MB`;
     return h(
       "figure",
       {},
@@ -55,8 +55,20 @@ export class Gallery {
         "figcaption",
         {},
         h("span", { textContent: `${item.label} · ${size}` }),
-        h("button", { className: "icon-button", "aria-label": `Download ${item.name}`, onclick: () => download(item.blob, item.name) }, icon("download")),
-        h("button", { className: "icon-button", "aria-label": `Delete ${item.name}`, onclick: () => this.#remove(item) }, icon("trash-2")),
+        h(
+          "button",
+          {
+            className: "icon-button",
+            "aria-label": `Download ${item.name}`,
+            onclick: () => download(item.blob, item.name),
+          },
+          icon("download"),
+        ),
+        h(
+          "button",
+          { className: "icon-button", "aria-label": `Delete ${item.name}`, onclick: () => this.#remove(item) },
+          icon("trash-2"),
+        ),
       ),
     );
   }

@@ -1,16 +1,16 @@
-// Which actions are held, by whom, and how they are told to the server. No DOM, no clock of its own.
+// Which actions are held, and the state events that tell the server. No DOM; the clock is given.
 
-export const TOKENS = ["w", "a", "s", "d", "i", "j", "k", "l"];
+const ACTION_ORDER = ["w", "a", "s", "d", "i", "j", "k", "l"];
 
 /**
- * Actions held by several sources at once: a keyboard key, a finger, a stick. An action is held while any source holds
- * it, and a source that goes away (blur, pointer cancel, a pulled gamepad) releases only what it held.
+ * Combines several sources: keyboard keys, on-screen buttons, sticks, the mouse. An action is held while any source
+ * holds it. A source that ends (pointer cancel, a disconnected gamepad) releases only its own actions.
  */
 export class HeldKeys {
   #sources = new Map();
   #actions = [];
 
-  /** `onChange(actions)` gets the held actions in the order of TOKENS, only when they really changed. */
+  /** `onChange(actions)` gets the held actions in the order of ACTION_ORDER, only when they changed. */
   constructor(onChange) {
     this.onChange = onChange;
   }
@@ -19,9 +19,9 @@ export class HeldKeys {
     return this.#actions;
   }
 
-  /** `source` now holds exactly `tokens`; an empty list releases it. */
-  hold(source, tokens) {
-    if (tokens.length) this.#sources.set(source, new Set(tokens));
+  /** `source` now holds exactly `actions`; an empty list releases it. */
+  hold(source, actions) {
+    if (actions.length) this.#sources.set(source, new Set(actions));
     else this.#sources.delete(source);
     this.#update();
   }
@@ -36,7 +36,7 @@ export class HeldKeys {
   }
 
   #update() {
-    const held = TOKENS.filter((token) => [...this.#sources.values()].some((tokens) => tokens.has(token)));
+    const held = ACTION_ORDER.filter((action) => [...this.#sources.values()].some((actions) => actions.has(action)));
     if (held.join() === this.#actions.join()) return;
     this.#actions = held;
     this.onChange(held);
@@ -47,8 +47,8 @@ const COALESCE_MS = 16;
 const RESEND_MS = 250;
 
 /**
- * Held actions -> state events. The first transition leaves at once, those that follow within 16 ms leave together, in
- * order. `send(transitions)`; `clock` has now(), setTimeout and clearTimeout.
+ * Sends changes of the held actions. The first change is sent at once; changes within the next 16 ms are sent together,
+ * in order. `send(transitions)` gets [{actions, at}]; `clock` has now(), setTimeout() and clearTimeout().
  */
 export class TransitionSender {
   #send;
@@ -75,13 +75,13 @@ export class TransitionSender {
     else this.#timer ??= this.#clock.setTimeout(() => this.#flush(), wait);
   }
 
-  /** Repeat held keys as state every 250 ms, for a server that forgets them. */
-  set resend(wanted) {
-    this.#resend = wanted;
+  /** Whether to resend held keys every 250 ms, for servers that ask for it. */
+  set resend(isOn) {
+    this.#resend = isOn;
     this.#scheduleResend();
   }
 
-  /** The session is over: nothing more is sent. */
+  /** Sends nothing more. */
   stop() {
     if (this.#timer !== null) this.#clock.clearTimeout(this.#timer);
     if (this.#resendTimer !== null) this.#clock.clearTimeout(this.#resendTimer);

@@ -1,4 +1,4 @@
-// Keys and how to change them.
+// The help dialog: keys and how to change them.
 
 import { ACTIONS, defaultBindings, keyName, rebind } from "./bindings.js";
 import { h } from "./dom.js";
@@ -23,14 +23,33 @@ export class HelpView {
   draw() {
     this.#stopListening?.();
     this.#root.replaceChildren(
-      h("p", { className: "hint", textContent: "Click a key, then press the one you prefer. Escape leaves it as it is." }),
-      h("div", { className: "key-table" }, ...ACTIONS.map((action) => this.#row(action))),
-      h("div", { className: "actions" }, h("button", { className: "button quiet", textContent: "Back to the usual keys", onclick: () => this.#change(defaultBindings()) })),
-      this.#section("On the picture", h("div", { className: "choices" }, ...this.#pads.options.map((option) => this.#padChoice(option)))),
+      h("p", { className: "hint", textContent: "Click a key, then press the new one. Escape cancels." }),
+      h("div", { className: "key-table" }, ...ACTIONS.map((known) => this.#row(known))),
+      h(
+        "div",
+        { className: "actions" },
+        h("button", {
+          className: "button quiet",
+          textContent: "Reset keys",
+          onclick: () => this.#change(defaultBindings()),
+        }),
+      ),
       this.#section(
-        "Other ways",
-        h("p", { className: "hint", textContent: "Mouse: the mouse button below the picture lets you look around, Escape gives it back. Gamepad: left stick walks, right stick looks." }),
-        h("p", { className: "hint", textContent: "Space pauses, F fills the screen, T is theatre, R records, P keeps a picture, ? shows this page." }),
+        "Controls on the video",
+        h("div", { className: "choices" }, ...this.#pads.options.map((option) => this.#padChoice(option))),
+      ),
+      this.#section(
+        "Mouse, gamepad and shortcuts",
+        h("p", {
+          className: "hint",
+          textContent:
+            "Mouse: click the mouse button below the video and move the mouse to look around. Escape releases it. " +
+              "Gamepad: the left stick walks, the right stick looks.",
+        }),
+        h("p", {
+          className: "hint",
+          textContent: "Space: pause. F: full screen. T: theatre mode. R: record. P: screenshot. ?: this help.",
+        }),
       ),
     );
   }
@@ -39,8 +58,8 @@ export class HelpView {
     return h("section", { className: "help-section" }, h("h3", { textContent: title }), ...content);
   }
 
-  #row({ token, label }) {
-    const codes = this.#getBindings()[token];
+  #row({ action, label }) {
+    const codes = this.#getBindings()[action];
     const keys = Array.from({ length: SLOTS }, (_, slot) => {
       const code = codes[slot];
       const name = code ? keyName(code) : "+";
@@ -48,7 +67,7 @@ export class HelpView {
         className: code ? "key" : "key free",
         textContent: name,
         "aria-label": code ? `${label}: ${name}, change` : `${label}: add a key`,
-        onclick: ({ currentTarget }) => this.#listen(currentTarget, token, slot),
+        onclick: ({ currentTarget }) => this.#listen(currentTarget, action, slot),
       });
     });
     return h("div", { className: "key-row" }, h("span", { textContent: label }), h("div", {}, ...keys));
@@ -56,10 +75,15 @@ export class HelpView {
 
   #padChoice([value, label]) {
     const chosen = this.#pads.value() === value;
-    return h("button", { className: "button", "aria-pressed": String(chosen), textContent: label, onclick: () => (this.#pads.choose(value), this.draw()) });
+    return h("button", {
+      className: "button",
+      "aria-pressed": String(chosen),
+      textContent: label,
+      onclick: () => (this.#pads.choose(value), this.draw()),
+    });
   }
 
-  #listen(button, token, slot) {
+  #listen(button, action, slot) {
     this.#stopListening?.();
     button.classList.add("listening");
     button.textContent = "…";
@@ -67,7 +91,7 @@ export class HelpView {
       event.preventDefault();
       event.stopPropagation();
       if (event.code === "Escape") this.draw();
-      else this.#change(rebind(this.#getBindings(), token, slot, event.code));
+      else this.#change(rebind(this.#getBindings(), action, slot, event.code));
     };
     addEventListener("keydown", onKey, { capture: true });
     this.#stopListening = () => {

@@ -1,31 +1,31 @@
-// Keyboard, mouse, gamepad and fingers -> HeldKeys. Whatever takes the attention away releases what it held.
+// Keyboard, mouse, gamepad and touch -> HeldKeys.
 
-import { LOOK, MOVE, stickTokens, tokenFor } from "./bindings.js";
+import { LOOK, MOVE, stickActions, actionFor } from "./bindings.js";
 import { isTyping } from "./dom.js";
 
-const MOUSE_PIXELS = 3; // movement that counts, a mouse event
+const MOUSE_PIXELS = 3; // smaller movements are ignored, per mouse event
 const MOUSE_HOLD_MS = 110;
 
-/** Keys held on the keyboard. `isActive()` says whether they belong to the world now. */
+/** Holds the actions of pressed keys. `isActive()` says whether keys steer the session now. */
 export function listenToKeyboard(held, { bindings, isActive }) {
   const source = (code) => `key:${code}`;
   addEventListener("keydown", (event) => {
     if (event.defaultPrevented) return;
-    const token = tokenFor(bindings(), event.code);
-    if (!token || event.repeat || event.ctrlKey || event.metaKey || event.altKey) {
-      if (token && event.repeat && isActive() && !isTyping(event.target)) event.preventDefault();
+    const action = actionFor(bindings(), event.code);
+    if (!action || event.repeat || event.ctrlKey || event.metaKey || event.altKey) {
+      if (action && event.repeat && isActive() && !isTyping(event.target)) event.preventDefault();
       return;
     }
     if (!isActive() || isTyping(event.target) || event.target.closest?.("dialog")) return;
     event.preventDefault();
-    held.hold(source(event.code), [token]);
+    held.hold(source(event.code), [action]);
   });
-  // Wherever the key comes up, also in a field that took the focus meanwhile.
+  // Captured: a text field that took the focus meanwhile must not hide the release.
   addEventListener("keyup", (event) => held.release(source(event.code)), true);
 }
 
-/** Nothing stays held when the page loses attention: another window, a hidden tab, a field that takes the focus. */
-export function releaseWhenInattentive(held) {
+/** Releases everything when the page loses the keyboard: another window, a hidden tab, a focused text field. */
+export function releaseOnBlur(held) {
   addEventListener("blur", () => held.releaseAll());
   addEventListener("pagehide", () => held.releaseAll());
   document.addEventListener("visibilitychange", () => document.hidden && held.releaseAll());
@@ -33,7 +33,7 @@ export function releaseWhenInattentive(held) {
   document.addEventListener("fullscreenchange", () => held.releaseAll());
 }
 
-/** Looks around with the captured pointer: a movement holds its direction for a moment. */
+/** Looks around with the captured pointer. Each movement holds its direction for MOUSE_HOLD_MS. */
 export class MouseLook {
   #held;
   #element;
@@ -49,7 +49,7 @@ export class MouseLook {
     element.addEventListener("mousemove", (event) => this.isOn && this.#moved(event.movementX, event.movementY));
   }
 
-  static get exists() {
+  static get isSupported() {
     return "requestPointerLock" in Element.prototype && matchMedia("(pointer: fine)").matches;
   }
 
@@ -68,10 +68,13 @@ export class MouseLook {
     if (Math.abs(y) >= MOUSE_PIXELS) this.#pulse("y", y > 0 ? down : up);
   }
 
-  #pulse(axis, token) {
+  #pulse(axis, action) {
     clearTimeout(this.#timers.get(axis));
-    this.#held.hold(`mouse:${axis}`, [token]);
-    this.#timers.set(axis, setTimeout(() => this.#held.release(`mouse:${axis}`), MOUSE_HOLD_MS));
+    this.#held.hold(`mouse:${axis}`, [action]);
+    this.#timers.set(
+      axis,
+      setTimeout(() => this.#held.release(`mouse:${axis}`), MOUSE_HOLD_MS),
+    );
   }
 
   #releaseAll() {
@@ -82,7 +85,7 @@ export class MouseLook {
   }
 }
 
-/** Left stick walks, right stick looks. `poll` is called once an animation frame while a world is live. */
+/** The left stick walks, the right stick looks. Call `poll` once per animation frame while the session is live. */
 export class Gamepads {
   #held;
   #connected = 0;
@@ -101,16 +104,16 @@ export class Gamepads {
     for (const pad of navigator.getGamepads()) {
       if (!pad) continue;
       const [x = 0, y = 0, lookX = 0, lookY = 0] = pad.axes;
-      this.#held.hold(`pad:${pad.index}`, [...stickTokens(x, y, ...MOVE), ...stickTokens(lookX, lookY, ...LOOK)]);
+      this.#held.hold(`pad:${pad.index}`, [...stickActions(x, y, ...MOVE), ...stickActions(lookX, lookY, ...LOOK)]);
     }
   }
 }
 
-/** A round stick under a thumb. */
+/** An on-screen stick. */
 export function touchStick(element, held, [horizontal, vertical]) {
   const knob = element.querySelector(".knob");
   const source = `stick:${element.id}`;
-  const follow = (event) => {
+  const move = (event) => {
     const box = element.getBoundingClientRect();
     const radius = box.width / 2;
     let x = (event.clientX - box.left - radius) / radius;
@@ -118,11 +121,11 @@ export function touchStick(element, held, [horizontal, vertical]) {
     const length = Math.hypot(x, y);
     if (length > 1) [x, y] = [x / length, y / length];
     knob.style.translate = `${x * radius * 0.6}px ${y * radius * 0.6}px`;
-    held.hold(source, stickTokens(x, y, horizontal, vertical));
+    held.hold(source, stickActions(x, y, horizontal, vertical));
   };
   pressable(element, {
-    down: follow,
-    move: follow,
+    down: move,
+    move,
     up: () => {
       knob.style.translate = "";
       held.release(source);
@@ -130,18 +133,18 @@ export function touchStick(element, held, [horizontal, vertical]) {
   });
 }
 
-/** A key on the picture. */
-export function padButton(button, held, token) {
-  const source = `pad-button:${token}`;
-  pressable(button, { down: () => held.hold(source, [token]), move: () => {}, up: () => held.release(source) });
+/** An on-screen key. */
+export function padButton(button, held, action) {
+  const source = `pad-button:${action}`;
+  pressable(button, { down: () => held.hold(source, [action]), move: () => {}, up: () => held.release(source) });
   button.addEventListener("keydown", ({ key, repeat }) => {
-    if ((key === " " || key === "Enter") && !repeat) held.hold(source, [token]);
+    if ((key === " " || key === "Enter") && !repeat) held.hold(source, [action]);
   });
   button.addEventListener("keyup", () => held.release(source));
   button.addEventListener("blur", () => held.release(source));
 }
 
-/** One captured pointer at a time; `up` follows every `down`, whatever ends it. */
+/** Tracks one captured pointer at a time. `up` follows every `down`, also after a pointer cancel. */
 function pressable(element, { down, move, up }) {
   let pointer = null;
   element.addEventListener("pointerdown", (event) => {

@@ -1,12 +1,13 @@
-// From a key to the picture that carries it, measured on this page, and where the time went.
+// Key-to-frame latency as the page measures it, and its parts.
 
 const KEPT = 240;
 
 /**
- * Event ids on their way. `drawn` closes every event that the drawn frame carries (its own and all older ones).
+ * Times every event from its sending to the first drawn frame that carries it. A frame carries its own event and all
+ * older ones.
  *
- * A sample's parts add up to its total: `wait` until a chunk took the event up, `make` until its first frame arrived,
- * `decode`, and `draw` until the frame was on the canvas. Without control_ack `wait` is part of `make`.
+ * A sample's parts add up to its total: `wait` until a chunk applied the event, `generate` until its first frame
+ * arrived, `decode`, and `draw` until the frame was on the canvas. Without control_ack `wait` is part of `generate`.
  */
 export class LatencyMeter {
   #pending = new Map();
@@ -29,7 +30,7 @@ export class LatencyMeter {
     this.#mark(eventId, "decoded", now);
   }
 
-  /** -> the samples this frame completed, oldest event first. */
+  /** A frame was drawn. Returns the samples it completed, oldest event first. */
   drawn(eventId, now) {
     const done = [];
     if (eventId === null) return done;
@@ -44,7 +45,7 @@ export class LatencyMeter {
         eventId: id,
         chunkIndex: entry.chunkIndex ?? null,
         totalMs: now - sent,
-        parts: { wait: applied - sent, make: arrived - applied, decode: decoded - arrived, draw: now - decoded },
+        parts: { wait: applied - sent, generate: arrived - applied, decode: decoded - arrived, draw: now - decoded },
       });
     }
     this.samples.push(...done);
@@ -52,19 +53,19 @@ export class LatencyMeter {
     return done;
   }
 
-  /** Events that will never be answered: the session is over. */
-  forget() {
+  /** The session ended: the pending events will not be answered. */
+  clearPending() {
     this.#pending.clear();
   }
 
-  /** {count, medianMs, slowestMs, parts} of the last `count` samples, or null. */
-  summary(count = KEPT) {
-    const recent = this.samples.slice(-count);
-    if (!recent.length) return null;
+  /** {count, medianMs, slowestMs, parts} of the last 240 samples, or null; `parts` are medians. */
+  summary() {
+    if (!this.samples.length) return null;
     const parts = {};
-    for (const name of ["wait", "make", "decode", "draw"]) parts[name] = median(recent.map((s) => s.parts[name]));
-    const totals = recent.map((sample) => sample.totalMs);
-    return { count: recent.length, medianMs: median(totals), slowestMs: Math.max(...totals), parts };
+    for (const name of ["wait", "generate", "decode", "draw"])
+      parts[name] = median(this.samples.map((sample) => sample.parts[name]));
+    const totals = this.samples.map((sample) => sample.totalMs);
+    return { count: totals.length, medianMs: median(totals), slowestMs: Math.max(...totals), parts };
   }
 
   #mark(eventId, name, now) {
@@ -73,13 +74,13 @@ export class LatencyMeter {
   }
 }
 
-export function median(values) {
+function median(values) {
   const sorted = [...values].sort((a, b) => a - b);
   const middle = sorted.length >> 1;
   return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
 }
 
-/** Frames drawn in the last second. */
+/** Counts frames drawn in the last second. */
 export class RateMeter {
   #times = [];
 

@@ -1,124 +1,152 @@
-// The page: what is on it, and what happens when it is used.
+// The page: creates its parts, connects them, and handles its controls.
 
-import { Beginnings } from "./beginnings.js";
 import { $, ask, h, setIcon, setText } from "./dom.js";
 import { ErrorCards } from "./errors_view.js";
+import { ExportMenu } from "./export.js";
 import { Gallery } from "./gallery.js";
 import { HeldKeys } from "./held_keys.js";
 import { Gamepads } from "./inputs.js";
-import { Keeping } from "./keeping.js";
-import { MetersView, latencyWords } from "./meters_view.js";
+import { Layout } from "./layout.js";
+import { explainEnd, stateText } from "./messages.js";
+import { MetersView, latencyText } from "./meters_view.js";
 import { Player } from "./player.js";
-import { canRecord } from "./recorder.js";
-import { RecordingControl } from "./recording_control.js";
-import { ServerLink } from "./server_link.js";
-import { Remembered, pageStorage, wireValues } from "./settings.js";
+import { RecordButton } from "./record_button.js";
+import { Server } from "./server.js";
+import { SettingsStore, browserStorage, wireValues } from "./settings.js";
 import { SettingsForm } from "./settings_form.js";
-import { Surroundings } from "./surroundings.js";
+import { StartForm } from "./start_form.js";
 import { PromptTimeline } from "./timeline_view.js";
+import { canRecord } from "./video_recorder.js";
 import { socketUrl } from "./wire.js";
-import { explainEnd, stateWords } from "./words.js";
 
-const METER_MS = 400;
+const METERS_INTERVAL_MS = 400;
 const MAX_SEED = 2 ** 32;
 
-const store = new Remembered(pageStorage());
+const store = new SettingsStore(browserStorage());
 const held = new HeldKeys((actions) => {
-  for (const pad of document.querySelectorAll(".pad")) pad.classList.toggle("held", actions.includes(pad.dataset.token));
+  for (const pad of document.querySelectorAll(".pad"))
+    pad.classList.toggle("held", actions.includes(pad.dataset.action));
   player.hold(actions);
 });
 const errors = new ErrorCards($("errors"));
 const timeline = new PromptTimeline($("timeline"));
 const meters = new MetersView($("meters"), store);
 const gamepads = new Gamepads(held);
-const beginnings = new Beginnings({ store, errors, onChosen: choosePreset, onPicture: pictureTaken });
-const { first } = beginnings;
+const startForm = new StartForm({ store, errors, onPreset: choosePreset, onImage: imageChosen });
+const { firstFrame } = startForm;
 const gallery = new Gallery($("gallery"), (count) => {
   $("clip-count").textContent = count;
   $("clip-count").hidden = !count;
   $("open-gallery").disabled = !count;
 });
-const recording = new RecordingControl($("canvas"), {
+const recording = new RecordButton($("canvas"), {
   onClip: (blob, extension, durationMs) => gallery.addClip(blob, extension, durationMs),
-  onFailed: (title, words) => errors.show({ key: "record", title, words, advice: "Pictures can still be kept." }),
+  onFailed: (title, detail) => errors.show({ key: "record", title, detail, advice: "Screenshots still work." }),
 });
 const form = new SettingsForm($("settings"), store, (values) => {
-  beginnings.size = values.size;
+  startForm.size = values.size;
   player.playbackMode = values.playback;
 });
-const server = new ServerLink({ store, onChange: showServer, onModel: useModel, isInside: () => player.isRunning });
+const server = new Server({ store, onChange: showServer, onModel: useModel, isOurs: () => player.isRunning });
 
-const surroundings = new Surroundings({ store, held, isLive: () => player.isLive, onChange: showState });
-new Keeping({
+const layout = new Layout({ store, held, isLive: () => player.isLive, onChange: showState });
+new ExportMenu({
   gallery,
   errors,
   canvas: $("canvas"),
-  getJournal: () => player.journal,
-  getBeginning: async () => ({ base: server.base, hasKey: server.apiKey !== "", init: player.isRunning ? player.init : await initNow() }),
+  getLog: () => player.log,
+  getSnippetInput: async () => ({
+    base: server.base,
+    hasKey: server.apiKey !== "",
+    init: player.isRunning ? player.init : await initFromPage(),
+  }),
   onReplay: replay,
 });
 
 let state = "idle";
-let place = null;
-let spokenPrompt = "";
-let lastMeter = 0;
-let preparing = false;
+let queuePosition = null;
+let sentPrompt = "";
+let metersShownAt = 0;
+let isStarting = false; // between the click on Start and the connection
 
 const player = new Player($("canvas"), {
   state: enter,
-  queue: (newPlace) => {
-    place = newPlace;
+  queue: (position) => {
+    queuePosition = position;
     showState();
   },
   drawn: (frame, now) => {
-    if (now === player.firstPictureAt) showState();
-    timeline.drawn(frame.eventId, now - player.firstPictureAt);
-    recording.drawn(now);
+    if (now === player.firstDrawnAt) showState();
+    timeline.frameDrawn(frame.eventId, now - player.firstDrawnAt);
+    recording.frameDrawn(now);
   },
   latency: (samples) => {
     const { totalMs, parts } = samples.at(-1);
     $("latency-pill").hidden = false;
     $("latency-text").textContent = `${Math.round(totalMs)} ms`;
-    $("latency-pill").title = `From your key to the picture: ${latencyWords(parts)}`;
+    $("latency-pill").title = `Key-to-frame latency: ${latencyText(parts)}`;
     meters.latency(player.latency.summary());
   },
   stats: (stats, drawMs) => meters.chunk(stats, drawMs),
   tick,
-  skipped: (words) => errors.show({ key: "skipped", title: "A moment was left out", words, advice: "The world goes on.", mild: true }),
-  refused: (words) => errors.show({ key: "refused", title: "The server did not take that", words, advice: "The world goes on as before." }),
-  over,
+  skipped: (detail) =>
+    errors.show({
+      key: "skipped",
+      title: "Some frames were skipped",
+      detail,
+      advice: "The session continues.",
+      minor: true,
+    }),
+  refused: (detail) =>
+    errors.show({
+      key: "refused",
+      title: "The server refused the last change",
+      detail,
+      advice: "The session continues unchanged.",
+    }),
+  ended: sessionEnded,
 });
 
-// --- the world ---
+// --- the session ---
 
-async function begin({ saved = null } = {}) {
-  if (preparing) return;
+async function start({ saved = null } = {}) {
+  if (isStarting) return;
   if (!server.model?.ready) {
-    const advice = "Try again when it is ready: its state is shown at the top of the page.";
-    errors.show({ key: "session", title: "The server is not ready", words: server.words, advice, actions: [["Try again", () => begin({ saved })]] });
+    const advice = "Try again when it is ready. The top of the page shows its state.";
+    errors.show({
+      key: "session",
+      title: "The server is not ready",
+      detail: server.status,
+      advice,
+      actions: [["Try again", () => start({ saved })]],
+    });
     return;
   }
-  preparing = true;
+  isStarting = true;
   showState();
   try {
     errors.dismiss("session");
-    // Start is there before the first picture is: whoever is quicker than it has chosen it all the same.
-    if (!saved) await first.settled();
-    if (!saved && !first.exists) {
-      errors.show({ key: "session", title: "A picture is needed to begin", advice: "Choose a place, or bring a picture of your own." });
+    // The user may click Start while the first frame is still loading.
+    if (!saved) await firstFrame.settled();
+    if (!saved && !firstFrame.exists) {
+      errors.show({
+        key: "session",
+        title: "A first frame is needed",
+        advice: "Choose a preset, or use an image of your own.",
+      });
       return;
     }
-    const init = saved?.init ?? (await initNow());
+    const init = saved?.init ?? (await initFromPage());
     if (!init.prompt) {
-      errors.show({ key: "session", title: "Words are needed to begin", advice: "Describe the world in a sentence." });
+      errors.show({ key: "session", title: "A prompt is needed", advice: "Describe the world in a sentence." });
       $("prompt").focus();
       return;
     }
     await recording.stop();
     meters.clear();
-    spokenPrompt = init.prompt;
-    timeline.begin(init.prompt);
-    beginnings.size = init.size;
+    sentPrompt = init.prompt;
+    timeline.start(init.prompt);
+    startForm.size = init.size;
     player.start({
       url: socketUrl(server.base, server.apiKey),
       init,
@@ -127,21 +155,21 @@ async function begin({ saved = null } = {}) {
       mode: form.values.playback,
       events: saved?.events,
     });
-    surroundings.openSheet(false);
+    layout.openSheet(false);
     $("stage").focus({ preventScroll: true });
   } finally {
-    preparing = false;
+    isStarting = false;
     showState();
   }
 }
 
-async function initNow() {
+async function initFromPage() {
   return {
     prompt: $("prompt").value.trim(),
-    first_frame: first.exists ? await first.bytes() : null,
+    first_frame: firstFrame.exists ? await firstFrame.bytes() : null,
     seed: seedValue(),
     ...wireValues(form.fields, form.values),
-    // An empty script: the camera is there from the first picture on, with no key held.
+    // An empty script: camera control is on from the first frame, with no key held.
     condition_inputs: { camera_actions: [] },
     profile: true,
   };
@@ -149,20 +177,20 @@ async function initNow() {
 
 function enter(next) {
   state = next;
-  if (next === "connecting") place = null;
+  if (next === "connecting") queuePosition = null;
   document.body.dataset.state = next === "opening" || next === "waiting" ? "connecting" : next;
   showState();
 }
 
-function over(end) {
+function sessionEnded(end) {
   held.releaseAll();
   if (document.pointerLockElement) document.exitPointerLock();
   void recording.stop();
   $("stall").hidden = true;
-  server.left();
+  server.sessionEnded();
   if (end.normal) return;
-  const actions = [["Try again", () => begin()]];
-  if (end.wasLive) actions.push(["Go on from the last picture", continueHere]);
+  const actions = [["Try again", () => start()]];
+  if (end.wasLive) actions.push(["Start from the last frame", startFromLastFrame]);
   if (!end.wasLive) actions.push(["Server", openServer]);
   errors.show({ key: "session", ...explainEnd(end), actions });
 }
@@ -171,101 +199,111 @@ function tick(now, stalledMs) {
   gamepads.poll();
   $("stall").hidden = !stalledMs;
   if (stalledMs) setText($("stall"), `Waiting for the server, ${Math.round(stalledMs / 1000)} s`);
-  setText($("status"), stalledMs ? "Waiting for the server" : stateWords(state, place));
-  if (now - lastMeter < METER_MS) return;
-  lastMeter = now;
+  setText($("status"), stalledMs ? "Waiting for the server" : stateText(state, queuePosition));
+  if (now - metersShownAt < METERS_INTERVAL_MS) return;
+  metersShownAt = now;
   meters.update(player.meters(now));
 }
 
 function showState() {
-  const running = ["connecting", "waiting", "opening"].includes(state);
-  const live = state === "live" || state === "paused";
-  const words = stateWords(state, place);
-  $("state-pill").hidden = !live && state !== "lost" && state !== "ended";
-  $("state-text").textContent = words;
-  setText($("status"), words);
-  if (!live) $("latency-pill").hidden = true;
-  for (const id of ["pause", "mouse-look"]) $(id).disabled = !live;
-  for (const id of ["screenshot", "first-continue"]) $(id).disabled = !player.hasPicture;
-  $("record").disabled = !live;
+  const isOpening = ["connecting", "waiting", "opening"].includes(state);
+  const isLive = state === "live" || state === "paused";
+  const text = stateText(state, queuePosition);
+  $("state-pill").hidden = !isLive && state !== "lost" && state !== "ended";
+  $("state-text").textContent = text;
+  setText($("status"), text);
+  if (!isLive) $("latency-pill").hidden = true;
+  for (const id of ["pause", "mouse-look"]) $(id).disabled = !isLive;
+  for (const id of ["screenshot", "first-continue"]) $(id).disabled = !player.hasDrawn;
+  $("record").disabled = !isLive;
   $("stop").disabled = !player.isRunning;
-  $("restart").disabled = !player.init || running;
-  $("save-session").disabled = !player.journal;
-  $("pause").querySelector("span").textContent = state === "paused" ? "Go on" : "Pause";
+  $("restart").disabled = !player.init || isOpening;
+  $("save-session").disabled = !player.log;
+  $("pause").querySelector("span").textContent = state === "paused" ? "Resume" : "Pause";
   setIcon($("pause"), state === "paused" ? "play" : "pause");
-  $("sticks").hidden = !(live && surroundings.pads === "sticks");
-  showStart(running, words);
-  showApply();
+  $("sticks").hidden = !(isLive && layout.pads === "sticks");
+  showStart(isOpening, text);
+  showApplyPrompt();
 }
 
-function showStart(running, words) {
+function showStart(isOpening, progress) {
   const model = server.model;
   const button = $("start");
-  const text = { paused: "Go on", ended: "Step inside again", lost: "Step inside again" }[state] ?? "Step inside";
-  button.disabled = running || preparing || (state !== "paused" && !model?.ready);
-  $("start-text").textContent = running ? words : preparing ? "One moment" : state === "paused" || model?.ready ? text : server.shortWords;
-  setText($("start-note"), !running && model?.ready && model.busy && !player.isRunning ? "Someone is inside now. You will wait in line." : "");
+  const action = { paused: "Resume", ended: "Start again", lost: "Start again" }[state] ?? "Start";
+  button.disabled = isOpening || isStarting || (state !== "paused" && !model?.ready);
+  $("start-text").textContent = isOpening
+    ? progress
+    : isStarting
+      ? "Loading the image"
+      : state === "paused" || model?.ready
+        ? action
+        : server.shortStatus;
+  setText(
+    $("start-note"),
+    !isOpening && model?.ready && model.busy && !player.isRunning ? "The server is in use. You will wait in line." : "",
+  );
 }
 
-// --- words ---
+// --- prompt ---
 
-function setWords(words) {
-  $("prompt").value = words;
-  store.set("prompt", words);
-  showApply();
+function setPrompt(prompt) {
+  $("prompt").value = prompt;
+  store.set("prompt", prompt);
+  showApplyPrompt();
 }
 
-function showApply() {
-  const words = $("prompt").value.trim();
-  $("apply-prompt").hidden = !player.isLive || !words || words === spokenPrompt;
+function showApplyPrompt() {
+  const prompt = $("prompt").value.trim();
+  $("apply-prompt").hidden = !player.isLive || !prompt || prompt === sentPrompt;
 }
 
 function applyPrompt() {
-  const words = $("prompt").value.trim();
-  if (!player.isLive || !words || words === spokenPrompt) return;
-  const eventId = player.say(words);
+  const prompt = $("prompt").value.trim();
+  if (!player.isLive || !prompt || prompt === sentPrompt) return;
+  const eventId = player.sendPrompt(prompt);
   if (eventId === null) return;
-  spokenPrompt = words;
-  timeline.said(words, eventId);
-  showApply();
-  surroundings.openSheet(false);
+  sentPrompt = prompt;
+  timeline.promptSent(prompt, eventId);
+  showApplyPrompt();
+  layout.openSheet(false);
 }
 
-// --- beginnings ---
+// --- presets and the first frame ---
 
 async function choosePreset(chosen) {
   if (player.isRunning) {
-    $("preset-words").textContent = `“${chosen.name}” can begin as a new world with its picture, or only its words can change this one.`;
+    $("preset-text").textContent =
+      `Start a new session from the preset “${chosen.name}”, or send only its prompt to this session.`;
     const answer = await ask($("preset-dialog"));
     if (answer !== "restart" && answer !== "prompt") return;
-    setWords(chosen.prompt);
+    setPrompt(chosen.prompt);
     if (answer === "prompt") return applyPrompt();
-    await beginnings.usePreset(chosen);
-    return begin();
+    await startForm.usePreset(chosen);
+    return start();
   }
-  setWords(chosen.prompt);
-  await beginnings.usePreset(chosen);
+  setPrompt(chosen.prompt);
+  await startForm.usePreset(chosen);
   if (state === "ended" || state === "lost") enter("idle");
 }
 
-function pictureTaken() {
-  if (player.isRunning) beginnings.hint("It is used when you restart.");
+function imageChosen() {
+  if (player.isRunning) startForm.hint("Restart to use this image.");
   else if (state !== "idle") enter("idle");
 }
 
-async function continueHere() {
-  await beginnings.usePicture($("canvas"));
-  await begin();
+async function startFromLastFrame() {
+  await startForm.useImage($("canvas"));
+  await start();
 }
 
 async function useModel(model) {
   form.build(model);
-  beginnings.size = form.values.size;
-  const preset = beginnings.offer(model);
+  startForm.size = form.values.size;
+  const preset = startForm.showPresets(model);
   if (!preset) return;
-  // The words first: while the picture loads, somebody may be typing already.
+  // The prompt first: the user may already type while the image loads.
   $("prompt").value = store.get("prompt", preset.prompt);
-  await beginnings.usePreset(preset);
+  await startForm.usePreset(preset);
 }
 
 function seedValue() {
@@ -283,16 +321,25 @@ function setSeed(seed) {
 function showServer() {
   const chip = $("server-chip");
   chip.dataset.tone = server.tone;
-  $("server-chip-text").textContent = server.words;
+  $("server-chip-text").textContent = server.status;
   const model = server.model;
-  const facts = model ? [["World model", model.id], ["Runs on", model.device || "unknown"], ["State", server.words], ["Picture", model.defaultSize.replace("x", " × ")]] : [["State", server.words]];
+  const facts = model
+    ? [
+        ["Model", model.id],
+        ["Device", model.device || "unknown"],
+        ["State", server.status],
+        ["Frame size", model.defaultSize.replace("x", " × ")],
+      ]
+    : [["State", server.status]];
   facts.unshift(["Address", server.base]);
-  $("server-facts").replaceChildren(...facts.flatMap(([name, value]) => [h("dt", { textContent: name }), h("dd", { textContent: value })]));
+  $("server-facts").replaceChildren(
+    ...facts.flatMap(([name, value]) => [h("dt", { textContent: name }), h("dd", { textContent: value })]),
+  );
   showState();
 }
 
 async function openServer() {
-  $("server-address").value = server.typed;
+  $("server-address").value = server.address;
   $("server-key").value = server.apiKey;
   if ((await ask($("server-dialog"))) !== "save") return;
   try {
@@ -300,35 +347,46 @@ async function openServer() {
     errors.dismiss("server");
   } catch (error) {
     if (!(error instanceof TypeError)) throw error;
-    errors.show({ key: "server", title: "This is not an address", words: $("server-address").value, advice: "Enter a host and a port, for example 127.0.0.1:30000." });
+    errors.show({
+      key: "server",
+      title: "This is not an address",
+      detail: $("server-address").value,
+      advice: "Enter a host and a port, for example 127.0.0.1:30000.",
+    });
   }
 }
 
-// --- keep ---
+// --- replay ---
 
 async function replay(saved) {
   if (saved.model !== server.model?.id)
-    errors.show({ key: "replay", mild: true, title: "Another model made this session", words: saved.model, advice: "It plays here, but the world will look different." });
-  await first.use(new Blob([saved.init.first_frame], { type: saved.firstFrameType }));
-  setWords(saved.init.prompt);
+    errors.show({
+      key: "replay",
+      minor: true,
+      title: "This session was made with another model",
+      detail: saved.model,
+      advice: "It plays here, but it will look different.",
+    });
+  await firstFrame.use(new Blob([saved.init.first_frame], { type: saved.firstFrameType }));
+  setPrompt(saved.init.prompt);
   setSeed(saved.init.seed);
   form.set(saved.init);
-  await begin({ saved });
+  await start({ saved });
 }
 
-// --- the page around it ---
+// --- controls ---
 
 async function toggleMeters() {
-  const wanted = !meters.isOpen;
-  $("toggle-meters").setAttribute("aria-pressed", String(wanted));
-  store.set("meters", wanted);
-  await meters.open(wanted);
+  const shown = meters.toggle();
+  $("toggle-meters").setAttribute("aria-pressed", String(meters.isOpen));
+  store.set("meters", meters.isOpen);
+  await shown;
 }
 
-function wireControls() {
-  $("start").onclick = () => (state === "paused" ? player.pause(false) : begin());
+function connectControls() {
+  $("start").onclick = () => (state === "paused" ? player.pause(false) : start());
   $("pause").onclick = () => player.pause(state !== "paused");
-  $("restart").onclick = () => begin();
+  $("restart").onclick = () => start();
   $("stop").onclick = () => player.stop();
   $("record").onclick = () => recording.toggle();
   $("record").hidden = !canRecord();
@@ -336,13 +394,13 @@ function wireControls() {
   $("latency-pill").onclick = toggleMeters;
   $("prompt").oninput = () => {
     store.set("prompt", $("prompt").value);
-    showApply();
+    showApplyPrompt();
   };
   $("prompt").onkeydown = (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) (player.isLive ? applyPrompt : begin)();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) (player.isLive ? applyPrompt : start)();
   };
   $("apply-prompt").onclick = applyPrompt;
-  $("first-continue").onclick = continueHere;
+  $("first-continue").onclick = startFromLastFrame;
   setSeed(store.get("seed", 42));
   $("seed").onchange = () => setSeed(seedValue());
   $("dice").onclick = () => setSeed(Math.floor(Math.random() * MAX_SEED));
@@ -351,10 +409,10 @@ function wireControls() {
 }
 
 async function boot() {
-  wireControls();
+  connectControls();
   if (store.get("meters", false)) await toggleMeters();
-  await beginnings.load();
-  server.begin();
+  await startForm.load();
+  server.start();
 }
 
 await boot();

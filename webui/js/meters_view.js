@@ -1,4 +1,4 @@
-// Three numbers, a small chart, and behind a toggle where the time of every chunk went.
+// The meters: three readings, a chart, and the time breakdown of the last chunks.
 
 import { h } from "./dom.js";
 
@@ -6,20 +6,27 @@ const POINTS = 120;
 const SHOWN_CHUNKS = 8;
 const PARTS = [
   ["queue", "Waiting"],
-  ["dit", "Dreaming"],
-  ["vae", "Painting"],
-  ["encode", "Packing"],
-  ["wire", "Travelling"],
-  ["draw", "Showing"],
+  ["dit", "DiT"],
+  ["vae", "VAE decode"],
+  ["encode", "Encoding"],
+  ["wire", "Sending"],
+  ["draw", "Display"],
 ];
 const CHUNK_TABLE = [
-  ["chunk_total_ms", "Whole step"], ["queue_wait_ms", "Waiting for room"], ["pace_wait_ms", "Keeping the pace"],
-  ["request_prepare_ms", "Reading your keys"], ["scheduler_forward_ms", "Model in all"], ["dit_ms", "Dreaming"], ["vae_ms", "Painting"],
-  ["encode_ms", "Packing"], ["ws_write_ms", "Sending"], ["event_latency_ms", "Key to sending"],
+  ["chunk_total_ms", "Whole chunk"],
+  ["queue_wait_ms", "Queue wait"],
+  ["pace_wait_ms", "Pacing wait"],
+  ["request_prepare_ms", "Sampling inputs"],
+  ["scheduler_forward_ms", "Engine total"],
+  ["dit_ms", "DiT"],
+  ["vae_ms", "VAE decode"],
+  ["encode_ms", "Encoding"],
+  ["ws_write_ms", "Sending"],
+  ["event_latency_ms", "Key to send"],
 ];
 
-/** chunk_stats and the page's own times -> {queue, dit, vae, encode, wire, draw} in ms. */
-export function chunkParts(stats, drawMs) {
+/** chunk_stats and the page's own display time -> {queue, dit, vae, encode, wire, draw} in ms. */
+function chunkParts(stats, drawMs) {
   return {
     queue: (stats.queue_wait_ms ?? 0) + (stats.pace_wait_ms ?? 0),
     dit: stats.dit_ms ?? stats.scheduler_forward_ms ?? 0,
@@ -30,10 +37,16 @@ export function chunkParts(stats, drawMs) {
   };
 }
 
-const LATENCY_PARTS = [["wait", "waiting for the next step"], ["make", "making"], ["decode", "unpacking"], ["draw", "showing"]];
+const LATENCY_PARTS = [
+  ["wait", "waiting for the next chunk"],
+  ["generate", "generating"],
+  ["decode", "decoding"],
+  ["draw", "display"],
+];
 
-/** The parts of a latency sample in words: "waiting for the next step 310 ms, making 240 ms, ...". */
-export const latencyWords = (parts) => LATENCY_PARTS.map(([name, label]) => `${label} ${Math.round(parts[name])} ms`).join(", ");
+/** The parts of a latency sample as text: "waiting for the next chunk 310 ms, generating 240 ms, ...". */
+export const latencyText = (parts) =>
+  LATENCY_PARTS.map(([name, label]) => `${label} ${Math.round(parts[name])} ms`).join(", ");
 
 export class MetersView {
   #root;
@@ -74,7 +87,14 @@ export class MetersView {
       },
     });
     this.#root.append(
-      h("div", { className: "readings" }, reading("latency", "key to picture"), reading("fps", "pictures a second"), reading("buffer", "in hand"), this.#chartBox),
+      h(
+        "div",
+        { className: "readings" },
+        reading("latency", "key to frame"),
+        reading("fps", "frames per second"),
+        reading("buffer", "buffered"),
+        this.#chartBox,
+      ),
       more,
       this.#stages,
     );
@@ -84,13 +104,14 @@ export class MetersView {
     return !this.#root.hidden;
   }
 
-  async open(wanted) {
-    this.#root.hidden = !wanted;
-    if (wanted && !this.#chart) await this.#makeChart();
-    if (wanted) this.#drawStages();
+  async toggle() {
+    this.#root.hidden = !this.#root.hidden;
+    if (!this.isOpen) return;
+    if (!this.#chart) await this.#makeChart();
+    this.#drawStages();
   }
 
-  /** About twice a second while a world is live. */
+  /** New readings, a few per second while the session is live. */
   update({ now, latencyMs, fps, bufferMs }) {
     this.#times.push(now / 1000);
     this.#latencies.push(latencyMs);
@@ -122,12 +143,12 @@ export class MetersView {
   }
 
   #moreText() {
-    return this.#showStages ? "Hide where the time goes" : "Where the time goes";
+    return this.#showStages ? "Hide the time breakdown" : "Show the time breakdown";
   }
 
   #drawStages() {
     if (!this.#chunks.length) {
-      this.#stages.replaceChildren(h("p", { className: "hint", textContent: "Fills while a world is live." }));
+      this.#stages.replaceChildren(h("p", { className: "hint", textContent: "Available while a session is live." }));
       return;
     }
     const sum = ({ parts }) => PARTS.reduce((total, [name]) => total + parts[name], 0);
@@ -143,15 +164,27 @@ export class MetersView {
         at += share;
         track.append(bar);
       }
-      return h("div", { className: "fall" }, h("span", { textContent: `#${chunk.index}` }), track, h("span", { textContent: `${chunk.total} ms` }));
+      return h(
+        "div",
+        { className: "fall" },
+        h("span", { textContent: `#${chunk.index}` }),
+        track,
+        h("span", { textContent: `${chunk.total} ms` }),
+      );
     });
     const legend = PARTS.map(([name, label]) => h("span", {}, h("i", { className: `p-${name}` }), label));
     const known = CHUNK_TABLE.filter(([key]) => typeof this.#latest[key] === "number");
     const stages = Object.entries(this.#latest.stages ?? {}).map(([name, ms]) => [name, Math.round(ms * 10) / 10]);
     const entries = [...known.map(([key, label]) => [label, this.#latest[key]]), ...stages];
-    const table = entries.map(([label, ms]) => h("div", {}, h("dt", { textContent: label }), h("dd", { textContent: `${ms} ms` })));
+    const table = entries.map(([label, ms]) =>
+      h("div", {}, h("dt", { textContent: label }), h("dd", { textContent: `${ms} ms` })),
+    );
     const summary = this.#summary;
-    const spread = summary && `Key to picture: usually ${Math.round(summary.medianMs)} ms, at most ${Math.round(summary.slowestMs)} ms of ${summary.count}. Usually ${latencyWords(summary.parts)}.`;
+    const total = (ms) => `${Math.round(ms)} ms`;
+    const spread =
+      summary &&
+      `Key to frame over ${summary.count} events: median ${total(summary.medianMs)}, ` +
+        `slowest ${total(summary.slowestMs)}. Medians of the parts: ${latencyText(summary.parts)}.`;
     this.#stages.replaceChildren(
       ...(spread ? [h("p", { className: "hint", textContent: spread })] : []),
       h("div", { className: "waterfall" }, ...rows),
@@ -166,15 +199,28 @@ export class MetersView {
     const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
     const line = (label, stroke, width) => ({ label, stroke, width, spanGaps: true, points: { show: false } });
     const size = () => ({ width: Math.max(this.#chartBox.clientWidth, 100), height: 76 });
-    const axis = { stroke: color("--soft"), grid: { stroke: color("--line"), width: 1 }, ticks: { show: false }, font: "11px Inter" };
+    const axis = {
+      stroke: color("--soft"),
+      grid: { stroke: color("--line"), width: 1 },
+      ticks: { show: false },
+      font: "11px Inter",
+    };
     const options = {
       ...size(),
       legend: { show: false },
       cursor: { show: false },
       padding: [6, 4, 4, 0],
       scales: { y: { range: (_, __, max) => [0, Math.max(max || 0, 200) * 1.1] } },
-      axes: [{ show: false }, { ...axis, size: 54, splits: (_, __, low, high) => [0, roundHalf(high / 2)].filter((v) => v >= low), values: (_, all) => all.map((v) => `${v} ms`) }],
-      series: [{}, line("key to picture", color("--accent"), 2), line("in hand", color("--soft"), 1)],
+      axes: [
+        { show: false },
+        {
+          ...axis,
+          size: 54,
+          splits: (_, __, low, high) => [0, roundHalf(high / 2)].filter((v) => v >= low),
+          values: (_, all) => all.map((v) => `${v} ms`),
+        },
+      ],
+      series: [{}, line("key to frame", color("--accent"), 2), line("buffered", color("--soft"), 1)],
     };
     this.#chart = new globalThis.uPlot(options, [this.#times, this.#latencies, this.#buffers], this.#chartBox);
     new ResizeObserver(() => this.#chart.setSize(size())).observe(this.#chartBox);

@@ -1,11 +1,11 @@
-// An MP4 file with one H.264 track, written at once when a recording ends (ISO 14496-12 and -15).
+// Writes an MP4 file with one H.264 track (ISO 14496-12 and -15).
 
 const TIMESCALE = 90000;
 const UNITY = [0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000];
 
 /**
- * samples: [{data: Uint8Array, isKey, at}] with `at` in milliseconds, increasing; `end` is when the last one ends.
- * `description` is the avcC record of the encoder. -> Uint8Array parts of the file, in order.
+ * Returns the file as Uint8Array parts, in order. `samples` are [{data: Uint8Array, isKey, at}] with increasing `at` in
+ * milliseconds; `end` is when the last one ends. `description` is the encoder's avcC record.
  */
 export function mp4File({ width, height, description, samples, end }) {
   const ticks = samples.map(({ at }) => Math.round((at * TIMESCALE) / 1000));
@@ -26,7 +26,12 @@ export function mp4File({ width, height, description, samples, end }) {
         "mdia",
         full("mdhd", 0, 0, u32(0, 0, TIMESCALE, total), u16(0x55c4, 0)), // language "und"
         full("hdlr", 0, 0, u32(0), text("vide"), u32(0, 0, 0), text("Video\0")),
-        box("minf", full("vmhd", 0, 1, u16(0, 0, 0, 0)), box("dinf", full("dref", 0, 0, u32(1), full("url ", 0, 1))), table),
+        box(
+          "minf",
+          full("vmhd", 0, 1, u16(0, 0, 0, 0)),
+          box("dinf", full("dref", 0, 0, u32(1), full("url ", 0, 1))),
+          table,
+        ),
       ),
     ),
   );

@@ -1,10 +1,10 @@
-// MessagePack, the whole format for reading and the wire's part of it for writing.
+// MessagePack. Reads every type but extensions; writes what the wire uses.
 
 const utf8Encoder = new TextEncoder();
 const utf8Decoder = new TextDecoder("utf-8", { fatal: true });
 const MAX_DEPTH = 64;
 
-/** Any JSON-like value, with Uint8Array for bytes -> Uint8Array. Keys whose value is undefined are left out. */
+/** Encodes a JSON-like value, with Uint8Array for bytes. Leaves out keys whose value is undefined. */
 export function encode(value) {
   const parts = [];
   write(value, parts);
@@ -40,7 +40,7 @@ function write(value, parts) {
       write(item, parts);
     }
   } else {
-    throw new TypeError(`MessagePack has no form for a ${typeof value}`);
+    throw new TypeError(`MessagePack cannot encode a ${typeof value}`);
   }
 }
 
@@ -57,19 +57,20 @@ function numberBytes(value) {
     if (value < 0 && value >= -32) return [0x100 + value];
     if (value >= 0 && value <= 0xffffffff) return value < 0x100 ? [0xcc, value] : header(value, null, 0xcd, 0xce);
   }
-  // Everything else, integers beyond 32 bits too, as float64: exact up to 2^53.
+  // Everything else, also integers beyond 32 bits, is a float64: exact up to 2^53.
   const bytes = new Uint8Array(9);
   bytes[0] = 0xcb;
   new DataView(bytes.buffer).setFloat64(1, value);
   return bytes;
 }
 
-/** One value from an ArrayBuffer or Uint8Array. Byte strings are views of the input, not copies. Throws RangeError. */
+/** Decodes one value from an ArrayBuffer or Uint8Array. Byte strings are views of the input. Throws RangeError. */
 export function decode(data) {
   const bytes = data instanceof Uint8Array ? data : new Uint8Array(data);
   const reader = new Reader(bytes);
   const value = reader.value(0);
-  if (reader.at !== bytes.length) throw new RangeError(`${bytes.length - reader.at} bytes follow the MessagePack value`);
+  const extra = bytes.length - reader.at;
+  if (extra) throw new RangeError(`${extra} bytes follow the MessagePack value`);
   return value;
 }
 
@@ -112,7 +113,7 @@ class Reader {
       case 0xdd: return this.array(this.uint(4), depth);
       case 0xde: return this.map(this.uint(2), depth);
       case 0xdf: return this.map(this.uint(4), depth);
-      default: throw new RangeError(`MessagePack type 0x${code.toString(16)} is not used on this wire`);
+      default: throw new RangeError(`MessagePack type 0x${code.toString(16)} is not supported`);
     }
   }
 

@@ -1,24 +1,24 @@
-// When each frame is drawn. Pure: frames and times go in, the frame that is due comes out. Times are milliseconds.
+// A jitter buffer: decides when each frame is drawn. No clock, no DOM: times are arguments, in milliseconds.
 
-export const MODES = {
-  "low-latency": { minLead: 150, maxLead: 600, base: 100, share: 1.25 },
-  smooth: { minLead: 500, maxLead: 2000, base: 350, share: 2 },
+const MODES = {
+  "low-latency": { minDelay: 150, maxDelay: 600, baseDelay: 100, jitterFactor: 1.25 },
+  smooth: { minDelay: 500, maxDelay: 2000, baseDelay: 350, jitterFactor: 2 },
 };
 
 const WINDOW_CHUNKS = 8;
 const WINDOW_BATCHES = 4;
-const SLOWEST = 0.8;
-const FASTEST = 1.25;
-const STEERING_MS = 500; // a lead that is off by this much would change the rate by one
-const JUMP_MS = 1500; // beyond this surplus frames are skipped, not hurried through
+const MIN_RATE = 0.8;
+const MAX_RATE = 1.25;
+const STEERING_MS = 500; // a surplus of this much would change the rate by 1
+const SKIP_MS = 1500; // a larger surplus is skipped instead of played faster
 const STALL_MS = 700;
 
 /**
- * A queue of frames {eventId, chunkIndex, ...} with a lead that follows the arrivals' jitter.
+ * A queue of frames {eventId, chunkIndex, ...} whose target delay follows the jitter of the arrivals.
  *
- * `lead` is what should still wait to be drawn when a batch arrives. The rate is steered gently towards it, between
- * 0.8 and 1.25 of the stream's pace. Frames that carry a newer event are drawn at once: what was queued before them is
- * dropped, and the lead grows back while they play.
+ * `targetDelay` is how much should still be queued when a batch arrives. The playback rate moves towards it, between
+ * 0.8 and 1.25 of the stream's frame rate. Frames that carry a newer event are drawn at once: older queued frames are
+ * dropped, and the delay grows back while the new ones play.
  */
 export class Playback {
   #mode;
@@ -27,20 +27,19 @@ export class Playback {
   #interval;
   #queue = [];
   #drop;
-  #filling = true;
-  #fillingSince = null;
+  #isBuffering = true;
+  #bufferingSince = null;
   #nextDue = 0;
   #rate = 1;
   #eventId = null;
-  #begun = false;
+  #hasStarted = false;
   #margins = [];
-  #media = 0;
-  #lateness = []; // of each chunk: arrival of its latest batch against the stream's own clock
+  #mediaMs = 0; // of all frames pushed
+  #lateness = []; // per chunk: arrival of its latest batch minus mediaMs
   #latenessChunk = null;
-  #lastTaken = null;
   #idleSince = null;
 
-  /** `drop(frame)` is called for every frame that will never be drawn. */
+  /** `paced`: the server sends in real time. `drop(frame)` is called for every frame that is not drawn. */
   constructor({ fps, paced = true, mode = "low-latency", drop = () => {} }) {
     this.#nominal = this.#interval = 1000 / fps;
     this.#paced = paced;
@@ -52,64 +51,54 @@ export class Playback {
     this.#mode = MODES[name];
   }
 
-  get interval() {
-    return this.#interval;
-  }
-
   get bufferedMs() {
     return this.#queue.length * this.#interval;
   }
 
-  get lead() {
-    const { minLead, maxLead, base, share } = this.#mode;
+  get targetDelay() {
+    const { minDelay, maxDelay, baseDelay, jitterFactor } = this.#mode;
     const jitter = this.#lateness.length ? Math.max(...this.#lateness) - Math.min(...this.#lateness) : 0;
-    return Math.min(Math.max(base + share * jitter, minLead), maxLead);
+    return Math.min(Math.max(baseDelay + jitterFactor * jitter, minDelay), maxDelay);
   }
 
-  get rate() {
-    return this.#rate;
-  }
-
-  /** A chunk took `totalMs` for `numFrames`: the stream's pace. A paced stream is never played faster than its fps. */
-  pace(totalMs, numFrames) {
+  /** A chunk took `totalMs` for `numFrames`. Adapts the frame interval. A paced stream never exceeds its fps. */
+  chunkTook(totalMs, numFrames) {
     const measured = totalMs / numFrames;
     const target = this.#paced ? Math.max(measured, this.#nominal) : measured;
     this.#interval += 0.3 * (target - this.#interval);
   }
 
-  /** A decoded batch. Returns how many older frames were dropped for it. */
+  /** Adds a decoded batch. */
   push(frames, now) {
     const newer = frames.findIndex(({ eventId }) => eventId !== null && eventId !== this.#eventId);
-    const isCutover = newer >= 0 && this.#begun;
-    let dropped = 0;
+    const isCutover = newer >= 0 && this.#hasStarted;
     if (isCutover) {
-      dropped = this.#clear() + newer;
+      this.#dropQueue();
       frames.slice(0, newer).forEach(this.#drop);
       frames = frames.slice(newer);
       this.#restartClocks();
-    } else if (this.#begun && !this.#filling) {
+    } else if (this.#hasStarted && !this.#isBuffering) {
       this.#steer(now);
     }
     if (frames.at(-1).eventId !== null) this.#eventId = frames.at(-1).eventId;
     this.#measure(frames, now);
     this.#queue.push(...frames);
-    if (isCutover || !this.#begun) {
-      // The first frame is drawn at once; the lead of a new session is then filled behind it.
-      this.#filling = false;
+    if (isCutover || !this.#hasStarted) {
+      // The first frame is drawn at once. The delay builds up while it plays.
+      this.#isBuffering = false;
       this.#nextDue = now;
-      this.#begun = true;
+      this.#hasStarted = true;
     }
     this.#idleSince ??= now;
-    return dropped;
   }
 
-  /** The frame to draw now, or null. Frames whose time has wholly passed are skipped. */
+  /** The frame to draw now, or null. Skips frames whose display time has passed. */
   take(now) {
-    if (this.#filling && !this.#endFilling(now)) return null;
+    if (this.#isBuffering && !this.#endBuffering(now)) return null;
     if (now < this.#nextDue) return null;
     if (!this.#queue.length) {
-      this.#filling = true;
-      this.#fillingSince = null;
+      this.#isBuffering = true;
+      this.#bufferingSince = null;
       return null;
     }
     const step = this.#interval / this.#rate;
@@ -118,63 +107,61 @@ export class Playback {
     for (let i = 0; i < skipped; i++) this.#drop(this.#queue.shift());
     this.#nextDue += (skipped + 1) * step;
     if (this.#nextDue < now) this.#nextDue = now;
-    this.#lastTaken = this.#idleSince = now;
+    this.#idleSince = now;
     return this.#queue.shift();
   }
 
-  /** Milliseconds without a new frame, 0 while frames come as they should. */
+  /** How long no frame has been drawn; 0 below the stall threshold. */
   stalledMs(now) {
     if (this.#idleSince === null) return 0;
     const idle = now - this.#idleSince;
     return idle > Math.max(STALL_MS, 4 * this.#interval) ? idle : 0;
   }
 
-  /** The world stands still on purpose: what is queued still plays, and its end is no stall. */
-  rest(now) {
+  /** The session is paused: queued frames still play, and running out of them is not a stall. */
+  pausedAt(now) {
     this.#idleSince = now;
     this.#restartClocks();
   }
 
   clear() {
-    this.#clear();
-    this.#filling = true;
-    this.#fillingSince = null;
+    this.#dropQueue();
+    this.#isBuffering = true;
+    this.#bufferingSince = null;
   }
 
-  #clear() {
-    const count = this.#queue.length;
+  #dropQueue() {
     this.#queue.forEach(this.#drop);
     this.#queue = [];
-    return count;
   }
 
-  #endFilling(now) {
+  #endBuffering(now) {
     if (!this.#queue.length) return false;
-    this.#fillingSince ??= now;
-    if (this.bufferedMs < this.lead && now - this.#fillingSince < this.lead) return false;
-    this.#filling = false;
+    this.#bufferingSince ??= now;
+    if (this.bufferedMs < this.targetDelay && now - this.#bufferingSince < this.targetDelay) return false;
+    this.#isBuffering = false;
     this.#nextDue = now;
     return true;
   }
 
-  /** Before a batch is added: what waits now is the margin against an interruption. */
+  /** Sets the rate. Runs before a batch is added: what is queued then is the margin against a stall. */
   #steer(now) {
     const margin = this.bufferedMs + Math.max(this.#nextDue - now, 0);
     this.#margins.push(margin);
     if (this.#margins.length > WINDOW_BATCHES) this.#margins.shift();
-    const surplus = Math.min(...this.#margins) - this.lead;
-    this.#rate = Math.min(Math.max(1 + surplus / STEERING_MS, SLOWEST), FASTEST);
-    if (surplus > JUMP_MS) {
+    const surplus = Math.min(...this.#margins) - this.targetDelay;
+    this.#rate = Math.min(Math.max(1 + surplus / STEERING_MS, MIN_RATE), MAX_RATE);
+    if (surplus > SKIP_MS) {
       const skip = Math.min(Math.floor(surplus / this.#interval), this.#queue.length);
       this.#queue.splice(0, skip).forEach(this.#drop);
       this.#margins = [];
     }
   }
 
-  /** How late each chunk's latest batch came, against a clock that advances with the frames. */
+  /** Records how late each chunk's latest batch arrived, against a clock that advances with the frames. */
   #measure(frames, now) {
     const chunk = frames.at(-1).chunkIndex;
-    const offset = now - this.#media;
+    const offset = now - this.#mediaMs;
     if (chunk === this.#latenessChunk) {
       this.#lateness[this.#lateness.length - 1] = Math.max(this.#lateness.at(-1), offset);
     } else {
@@ -182,18 +169,13 @@ export class Playback {
       if (this.#lateness.length > WINDOW_CHUNKS) this.#lateness.shift();
       this.#latenessChunk = chunk;
     }
-    this.#media += frames.length * this.#interval;
+    this.#mediaMs += frames.length * this.#interval;
   }
 
   #restartClocks() {
     this.#margins = [];
     this.#rate = 1;
-    // The offsets seen so far stay as they are; the next one starts where the smallest of them was.
-    this.#restartOffsets();
-  }
-
-  #restartOffsets() {
-    this.#media = 0;
+    this.#mediaMs = 0;
     this.#lateness = [];
     this.#latenessChunk = null;
   }

@@ -1,21 +1,22 @@
-// A running world: session, playback and journal together, and the loop that draws.
+// Runs a session: connects it to playback, the session log and the canvas, and draws on every animation frame.
 
-import { Journal, Replay } from "./journal.js";
 import { TransitionSender } from "./held_keys.js";
 import { RateMeter } from "./latency.js";
 import { Playback } from "./playback.js";
-import { WorldSession } from "./session.js";
+import { Session } from "./session.js";
+import { Replay, SessionLog } from "./session_log.js";
+import { promptPayload, statePayload } from "./wire.js";
 
 const clock = {
   now: () => performance.now(),
   setTimeout: (run, ms) => setTimeout(run, ms),
   clearTimeout: (timer) => clearTimeout(timer),
 };
-const DRAW_AVERAGE = 0.2;
+const DRAW_AVERAGE = 0.2; // weight of the newest frame in the moving average
 
 /**
- * `on` has state(name), queue(place), drawn(frame, now), latency(samples), stats(chunk_stats, drawMs), tick(now, stalledMs),
- * skipped(words), refused(words) and over(end).
+ * `on` has the callbacks state(name), queue(position), drawn(frame, now), latency(samples), stats(chunk_stats, drawMs),
+ * tick(now, stalledMs), skipped(detail), refused(detail) and ended(end).
  */
 export class Player {
   #canvas;
@@ -31,10 +32,10 @@ export class Player {
   #loop = null;
   #fps = new RateMeter();
 
-  journal = null;
+  log = null;
   init = null;
-  firstPictureAt = null;
-  hasPicture = false;
+  firstDrawnAt = null;
+  hasDrawn = false;
 
   constructor(canvas, on) {
     this.#canvas = canvas;
@@ -47,7 +48,7 @@ export class Player {
   }
 
   get isRunning() {
-    return this.#session !== null && !this.#session.isOver;
+    return this.#session !== null && !this.#session.hasEnded;
   }
 
   get latency() {
@@ -58,15 +59,20 @@ export class Player {
     if (this.#playback) this.#playback.mode = mode;
   }
 
-  /** `events` of a saved session are played again, `model` is the entry of the server that will make them. */
+  /** Starts a session. `model` comes from readModel; `events` of a saved session are replayed. */
   start({ url, init, firstFrameType, model, mode, events = [] }) {
     this.stop();
     this.init = init;
-    this.firstPictureAt = null;
-    this.journal = new Journal({ model: model.id, init, firstFrameType, startedAt: new Date().toISOString() });
-    this.#playback = new Playback({ fps: init.fps, paced: init.realtime_output_pacing, mode, drop: ({ image }) => image.close() });
+    this.firstDrawnAt = null;
+    this.log = new SessionLog({ model: model.id, init, firstFrameType, startedAt: new Date().toISOString() });
+    this.#playback = new Playback({
+      fps: init.fps,
+      paced: init.realtime_output_pacing,
+      mode,
+      drop: ({ image }) => image.close(),
+    });
     const sentInit = this.#prepareReplay(init, events, model);
-    const session = new WorldSession({
+    const session = new Session({
       socket: new WebSocket(url),
       worker: new Worker(new URL("decode_worker.js", import.meta.url), { type: "module" }),
       init: sentInit,
@@ -77,49 +83,54 @@ export class Player {
     this.#session = session;
     this.#sender = new TransitionSender((transitions) => this.#sendKeys(transitions), clock);
     this.#on.state("connecting");
-    this.#loop ??= requestAnimationFrame(this.#frame);
+    this.#loop ??= requestAnimationFrame(this.#animate);
   }
 
   stop() {
     this.#session?.stop();
   }
 
-  pause(wanted) {
-    this.#session?.pause(wanted);
-    this.#playback?.rest(clock.now());
+  pause(isPaused) {
+    this.#session?.pause(isPaused);
+    this.#playback?.pausedAt(clock.now());
   }
 
-  /** The held actions changed; they count from now on, and from the start when nothing is live yet. */
+  /** The held actions changed. Before a session is live they are kept and sent when it starts. */
   hold(actions) {
     this.#heldActions = actions;
     if (this.isLive) this.#sender.change(actions);
   }
 
-  say(prompt) {
+  /** Sends a prompt. Returns its event id, or null if the session is not open. */
+  sendPrompt(prompt) {
     const eventId = this.#session.sendPrompt(prompt, this.#heldActions);
     if (eventId === null) return null;
-    this.#note("composite_input", { input_types: ["camera_actions", "prompt"], camera_actions: { mode: "state", transitions: [{ actions: this.#heldActions }] }, prompt }, eventId);
+    this.#logEvent("composite_input", promptPayload(prompt, this.#heldActions), eventId);
     return eventId;
   }
 
   meters(now) {
     const last = this.latency?.samples.at(-1);
-    return { now, latencyMs: last?.totalMs ?? null, fps: this.#fps.perSecond(now), bufferMs: this.#playback?.bufferedMs ?? 0 };
+    return {
+      now,
+      latencyMs: last?.totalMs ?? null,
+      fps: this.#fps.perSecond(now),
+      bufferMs: this.#playback?.bufferedMs ?? 0,
+    };
   }
 
   #sendKeys(transitions) {
     const eventId = this.#session.sendKeys(transitions);
     if (eventId === null) return;
-    const payload = { mode: "state", transitions: transitions.map(({ actions }) => ({ actions })) };
-    this.#note("camera_actions", payload, eventId);
+    this.#logEvent("camera_actions", statePayload(transitions.map(({ actions }) => ({ actions }))), eventId);
   }
 
-  #note(kind, payload, eventId) {
-    const at = this.firstPictureAt === null ? 0 : clock.now() - this.firstPictureAt;
-    this.journal.add({ kind, payload, eventId, at });
+  #logEvent(kind, payload, eventId) {
+    const at = this.firstDrawnAt === null ? 0 : clock.now() - this.firstDrawnAt;
+    this.log.add({ kind, payload, eventId, at });
   }
 
-  /** A server that pins events plays them exactly; for any other they are sent in time. */
+  /** Servers with the pinned_events extension replay the events exactly. For others they are sent as chunks arrive. */
   #prepareReplay(init, events, model) {
     this.#replay = null;
     if (!events.length) return init;
@@ -129,7 +140,15 @@ export class Player {
       return init;
     }
     const known = events.filter(({ chunk_index: chunk }) => chunk !== null);
-    return { ...init, pinned_events: known.map(({ chunk_index: chunk, kind, payload, event_id }) => ({ chunk, kind, payload, event_id })) };
+    return {
+      ...init,
+      pinned_events: known.map(({ chunk_index: chunk, kind, payload, event_id }) => ({
+        chunk,
+        kind,
+        payload,
+        event_id,
+      })),
+    };
   }
 
   #sessionEvents() {
@@ -141,40 +160,40 @@ export class Player {
         }
         this.#on.state(state);
       },
-      queue: (place) => this.#on.queue(place),
+      queue: (position) => this.#on.queue(position),
       frames: (frames) => {
-        for (const event of this.#replay?.reached(frames.at(-1).chunkIndex) ?? []) this.#session.sendEvent(event.kind, event.payload);
+        for (const event of this.#replay?.takeDue(frames.at(-1).chunkIndex) ?? [])
+          this.#session.sendEvent(event.kind, event.payload);
         this.#playback.push(frames, clock.now());
       },
       stats: (stats) => {
-        this.#playback.pace(stats.chunk_total_ms, Math.max(stats.num_frames, 1));
+        this.#playback.chunkTook(stats.chunk_total_ms, Math.max(stats.num_frames, 1));
         this.#on.stats(stats, this.#drawMs);
       },
-      applied: (eventId, chunkIndex) => this.journal.applied(eventId, chunkIndex),
-      skipped: (words) => this.#on.skipped(words),
-      refused: (words) => this.#on.refused(words),
-      over: (end) => {
+      applied: (eventId, chunkIndex) => this.log.applied(eventId, chunkIndex),
+      skipped: (detail) => this.#on.skipped(detail),
+      refused: (detail) => this.#on.refused(detail),
+      ended: (end) => {
         this.#sender.stop();
         this.#playback.clear();
-        this.#on.over(end);
+        this.#on.ended(end);
       },
     };
   }
 
-  #frame = () => {
-    this.#loop = this.isRunning ? requestAnimationFrame(this.#frame) : null;
+  #animate = () => {
+    this.#loop = this.isRunning ? requestAnimationFrame(this.#animate) : null;
     if (this.isLive) {
       const now = clock.now();
       const frame = this.#playback.take(now);
       if (frame) this.#draw(frame);
-      if (this.#session.state === "paused") this.#playback.rest(now);
+      if (this.#session.state === "paused") this.#playback.pausedAt(now);
       this.#on.tick(now, this.#session.state === "live" ? this.#playback.stalledMs(now) : 0);
     }
   };
 
   #draw(frame) {
     const { image } = frame;
-    const began = clock.now();
     if (this.#canvas.width !== image.width || this.#canvas.height !== image.height) {
       this.#canvas.width = image.width;
       this.#canvas.height = image.height;
@@ -182,11 +201,10 @@ export class Player {
     this.#context.drawImage(image, 0, 0);
     image.close();
     const now = clock.now();
-    this.firstPictureAt ??= now;
-    this.hasPicture = true;
+    this.firstDrawnAt ??= now;
+    this.hasDrawn = true;
     this.#fps.tick(now);
-    const shown = now - began + (began - frame.decodedAt);
-    this.#drawMs += DRAW_AVERAGE * (shown - this.#drawMs);
+    this.#drawMs += DRAW_AVERAGE * (now - frame.decodedAt - this.#drawMs);
     const samples = this.latency.drawn(frame.eventId, now);
     if (samples.length) this.#on.latency(samples);
     this.#on.drawn(frame, now);

@@ -1,23 +1,23 @@
-// Places to begin: small pictures that ship with the page, each with its words, chosen by the served model.
+// Presets: first frames that ship with the page, each with a prompt, chosen by the served model.
 
 import { h } from "./dom.js";
 
-const PICTURE_TIMEOUT_MS = 20_000;
+const IMAGE_TIMEOUT_MS = 20_000;
 
-/** The presets for a model: those that name it, else those for any. */
-export function presetsFor(catalog, modelId) {
-  const own = catalog.filter(({ models }) => models?.some((pattern) => modelId.includes(pattern)));
-  return own.length ? own : catalog.filter(({ models }) => !models);
+/** The presets for a model: those that name it, or else those that name no model. */
+export function presetsFor(presets, modelId) {
+  const own = presets.filter(({ models }) => models?.some((pattern) => modelId.includes(pattern)));
+  return own.length ? own : presets.filter(({ models }) => !models);
 }
 
-export async function loadCatalog() {
+export async function loadPresets() {
   const answer = await fetch("presets/presets.json");
   return answer.json();
 }
 
-/** The bytes of a preset's picture. Throws where they cannot be had. */
-export async function presetPicture(preset) {
-  const answer = await fetch(`presets/${preset.picture}`, { signal: AbortSignal.timeout(PICTURE_TIMEOUT_MS) });
+/** A preset's image as a Blob. Throws if it cannot be loaded. */
+export async function presetImage(preset) {
+  const answer = await fetch(`presets/${preset.picture}`, { signal: AbortSignal.timeout(IMAGE_TIMEOUT_MS) });
   if (!answer.ok) throw new Error(`${answer.status} ${answer.statusText}`);
   return answer.blob();
 }

@@ -1,19 +1,20 @@
-// One session from its socket to frames that wait to be drawn. The socket and the worker are given, so tests bring theirs.
+// One session: from the WebSocket to decoded frames. The socket, the worker and the clock are arguments, for tests.
 
 import { LatencyMeter } from "./latency.js";
 import { EXTENSIONS, MessageReader, eventMessage, initMessage, promptPayload, statePayload } from "./wire.js";
 
 const NORMAL_CLOSE = 1000;
-const SILENCE_MS = 30_000; // six heartbeats
-const SLEPT_MS = 5_000; // a timer this late means that the computer slept: what came meanwhile is not read yet
+const SILENCE_LIMIT_MS = 30_000; // six heartbeats
+const SLEPT_MS = 5_000; // a timer this late means that the computer slept; received messages may still be unread
 
 /**
  * States: connecting -> (waiting) -> opening -> live <-> paused -> ended | lost.
  *
- * `on` has state(name), queue(place), frames(frames), stats(chunk_stats), applied(eventId, chunkIndex),
- * skipped(words), refused(words) for an event the server did not take, and over({normal, code, words, errorCode}).
+ * `on` has the callbacks state(name), queue(position), frames(frames), stats(chunk_stats),
+ * applied(eventId, chunkIndex), skipped(detail) for data that could not be read, refused(detail) for an event that the
+ * server refused, and ended({normal, code, message, errorCode, wasLive}).
  */
-export class WorldSession {
+export class Session {
   #socket;
   #worker;
   #on;
@@ -24,8 +25,8 @@ export class WorldSession {
   #lastError = null;
   #state = "connecting";
   #nextEventId;
-  #heardAt = 0;
-  #watch = null;
+  #receivedAt = 0;
+  #silenceTimer = null;
 
   latency = new LatencyMeter();
   capabilities = {};
@@ -44,7 +45,7 @@ export class WorldSession {
     socket.onmessage = ({ data }) => this.#receive(data);
     socket.onclose = ({ code, reason }) => this.#closed(code, reason);
     worker.onmessage = ({ data }) => this.#decoded(data);
-    worker.onerror = () => this.#on.skipped("The pictures could not be read by this browser.");
+    worker.onerror = () => this.#on.skipped("The browser could not run the frame decoder.");
   }
 
   get state() {
@@ -55,11 +56,11 @@ export class WorldSession {
     return this.#state === "live" || this.#state === "paused";
   }
 
-  get isOver() {
+  get hasEnded() {
     return this.#state === "ended" || this.#state === "lost";
   }
 
-  /** Held actions, as the transitions that led to them. -> the event id, or null when there is nobody to tell. */
+  /** Sends transitions of the held actions. Returns the event id, or null if the session is not open. */
   sendKeys(transitions) {
     return this.sendEvent("camera_actions", statePayload(transitions));
   }
@@ -69,24 +70,24 @@ export class WorldSession {
   }
 
   sendEvent(kind, payload) {
-    if (this.isOver || this.#state === "connecting") return null;
+    if (this.hasEnded || this.#state === "connecting") return null;
     const eventId = this.#nextEventId();
     this.latency.sent(eventId, this.#clock.now());
     this.#socket.send(eventMessage(kind, payload, eventId));
     return eventId;
   }
 
-  pause(wanted) {
+  pause(isPaused) {
     if (!this.isLive) return;
-    this.#socket.send(eventMessage(wanted ? "pause" : "resume", null, undefined));
-    this.#enter(wanted ? "paused" : "live");
+    this.#socket.send(eventMessage(isPaused ? "pause" : "resume", null, undefined));
+    this.#enter(isPaused ? "paused" : "live");
   }
 
-  /** Ends the session from this side; `over` is told at once, as a normal end. */
+  /** Ends the session from this side. `ended` is called at once, as a normal end. */
   stop() {
-    if (this.isOver) return;
-    this.#hangUp("stopped");
-    this.#finish({ normal: true, code: NORMAL_CLOSE, words: "", errorCode: null });
+    if (this.hasEnded) return;
+    this.#closeSocket("stopped");
+    this.#end({ normal: true, code: NORMAL_CLOSE, message: "", errorCode: null });
   }
 
   #enter(state) {
@@ -96,8 +97,8 @@ export class WorldSession {
   }
 
   #receive(data) {
-    if (this.isOver) return;
-    this.#heardAt = this.#clock.now();
+    if (this.hasEnded) return;
+    this.#receivedAt = this.#clock.now();
     let arrived;
     try {
       arrived = this.#reader.read(data);
@@ -110,29 +111,27 @@ export class WorldSession {
   }
 
   #frames({ header, payload }) {
-    const arrivedAt = this.#clock.now();
-    this.latency.arrived(header.event_id ?? null, arrivedAt);
+    this.latency.arrived(header.event_id ?? null, this.#clock.now());
     const id = this.#nextJob++;
-    this.#jobs.set(id, { header, arrivedAt });
-    // A payload inside its header map is a part of a larger buffer: it is copied, one of its own is handed over.
-    const whole = payload.byteLength === payload.buffer.byteLength;
-    this.#worker.postMessage({ id, header, payload }, whole ? [payload.buffer] : []);
+    this.#jobs.set(id, header);
+    // A payload inside its header message shares that message's buffer and is copied. A separate one is transferred.
+    const isSeparate = payload.byteLength === payload.buffer.byteLength;
+    this.#worker.postMessage({ id, header, payload }, isSeparate ? [payload.buffer] : []);
   }
 
-  #decoded({ id, images, decodeMs, error }) {
-    const job = this.#jobs.get(id);
+  #decoded({ id, images, error }) {
+    const header = this.#jobs.get(id);
     this.#jobs.delete(id);
-    if (error !== undefined || this.isOver) {
+    if (error !== undefined || this.hasEnded) {
       images?.forEach((image) => image.close());
-      if (error !== undefined) this.#on.skipped(`A few pictures were skipped: ${error}`);
+      if (error !== undefined) this.#on.skipped(`Some frames were skipped: ${error}`);
       return;
     }
-    const { header, arrivedAt } = job;
     const now = this.#clock.now();
     const eventId = header.event_id ?? null;
     this.latency.decoded(eventId, now);
     if (this.#state === "opening" || this.#state === "waiting") this.#enter("live");
-    const shared = { eventId, chunkIndex: header.chunk_index, arrivedAt, decodedAt: now, decodeMs };
+    const shared = { eventId, chunkIndex: header.chunk_index, decodedAt: now };
     this.#on.frames(images.map((image) => ({ image, ...shared })));
   }
 
@@ -144,7 +143,7 @@ export class WorldSession {
       case "session":
         this.capabilities = message.capabilities ?? {};
         if (this.#state === "waiting") this.#enter("opening");
-        if (this.capabilities.extensions?.includes("heartbeat")) this.#listen();
+        if (this.capabilities.extensions?.includes("heartbeat")) this.#watchSilence();
         break;
       case "queue":
         if (message.position > 0) this.#enter("waiting");
@@ -159,56 +158,56 @@ export class WorldSession {
       case "error":
         this.#error(message);
         break;
-      default: // a heartbeat, or something newer than this page
+      default: // a heartbeat, or a type that this page does not know
     }
   }
 
   #error(message) {
-    const words = String(message.content ?? "");
-    if (this.isLive && words.startsWith("invalid event")) {
-      this.#on.refused(words);
+    const content = String(message.content ?? "");
+    if (this.isLive && content.startsWith("invalid event")) {
+      this.#on.refused(content);
       return;
     }
-    this.#lastError = { words, code: message.code ?? null };
-    // A refused init leaves the socket open for another try; this page starts anew instead.
-    if (!this.isLive && words.startsWith("invalid generate request")) this.#abandon();
-    else if (!this.isLive && message.code === "not_ready") this.#abandon();
+    this.#lastError = { message: content, code: message.code ?? null };
+    // After a refused init the server waits for another one. This page opens a new connection instead.
+    if (!this.isLive && content.startsWith("invalid generate request")) this.#giveUp();
+    else if (!this.isLive && message.code === "not_ready") this.#giveUp();
   }
 
-  #abandon() {
-    this.#hangUp("init refused");
+  #giveUp() {
+    this.#closeSocket("init refused");
     this.#closed(1008, "");
   }
 
-  /** A server whose heart beats is never silent for long: a line that died without a close is noticed here. */
-  #listen() {
-    const planned = this.#heardAt + SILENCE_MS;
-    this.#watch = this.#clock.setTimeout(() => {
+  /** Ends the session if a server that sends heartbeats is silent: a connection can break without a close. */
+  #watchSilence() {
+    const planned = this.#receivedAt + SILENCE_LIMIT_MS;
+    this.#silenceTimer = this.#clock.setTimeout(() => {
       const now = this.#clock.now();
-      if (now - planned > SLEPT_MS) this.#heardAt = now;
-      if (now - this.#heardAt < SILENCE_MS) return this.#listen();
-      this.#hangUp("nothing heard");
-      this.#closed(1006, `Nothing was heard from the server for ${SILENCE_MS / 1000} s.`);
+      if (now - planned > SLEPT_MS) this.#receivedAt = now;
+      if (now - this.#receivedAt < SILENCE_LIMIT_MS) return this.#watchSilence();
+      this.#closeSocket("server silent");
+      this.#closed(1006, `The server sent nothing for ${SILENCE_LIMIT_MS / 1000} s.`);
     }, planned - this.#clock.now());
   }
 
-  #hangUp(reason) {
+  #closeSocket(reason) {
     this.#socket.onclose = null;
     this.#socket.close(NORMAL_CLOSE, reason);
   }
 
   #closed(code, reason) {
     const normal = code === NORMAL_CLOSE && this.#lastError === null;
-    const words = this.#lastError?.words || reason || "";
-    this.#finish({ normal, code, words, errorCode: this.#lastError?.code ?? null });
+    const message = this.#lastError?.message || reason || "";
+    this.#end({ normal, code, message, errorCode: this.#lastError?.code ?? null });
   }
 
-  #finish(end) {
+  #end(end) {
     const wasLive = this.isLive;
-    this.latency.forget();
-    if (this.#watch !== null) this.#clock.clearTimeout(this.#watch);
+    this.latency.clearPending();
+    if (this.#silenceTimer !== null) this.#clock.clearTimeout(this.#silenceTimer);
     this.#enter(end.normal ? "ended" : "lost");
     this.#worker.terminate();
-    this.#on.over({ ...end, wasLive });
+    this.#on.ended({ ...end, wasLive });
   }
 }

@@ -1,4 +1,4 @@
-// The advanced settings as a form, built from the table in settings.js.
+// The advanced settings as a form, built from the fields in settings.js.
 
 import { h } from "./dom.js";
 import { allValid, fieldsFor, validValue } from "./settings.js";
@@ -25,12 +25,13 @@ export class SettingsForm {
     return this.#values;
   }
 
-  /** Offer what this model can do, with what was remembered where it is still valid. */
+  /** Builds the form for a model, with stored values where they are still valid. */
   build(model) {
     this.#fields = fieldsFor(model);
     this.#values = allValid(this.#fields, this.#store.get(`values:${model.id}`, {}));
     this.model = model;
-    const groups = Map.groupBy ? Map.groupBy(this.#fields, ({ group }) => group) : grouped(this.#fields);
+    const groups = new Map();
+    for (const field of this.#fields) groups.set(field.group, [...(groups.get(field.group) ?? []), field]);
     this.#rows.clear();
     this.#form.replaceChildren(
       ...[...groups].map(([name, fields]) =>
@@ -55,7 +56,13 @@ export class SettingsForm {
     const id = `set-${field.key}`;
     const input = this.#input(field, id);
     const label = h("span", {}, field.label, unitText(field));
-    const row = h("label", { className: `field ${field.kind}`, for: id }, label, input, h("small", { id: `${id}-help`, textContent: field.help }));
+    const row = h(
+      "label",
+      { className: `field ${field.kind}`, for: id },
+      label,
+      input,
+      h("small", { id: `${id}-help`, textContent: field.help }),
+    );
     this.#rows.set(field.key, { row, input });
     return row;
   }
@@ -63,14 +70,32 @@ export class SettingsForm {
   #input(field, id) {
     const common = { id, name: field.key, "aria-describedby": `${id}-help` };
     if (field.kind === "switch")
-      return h("input", { ...common, type: "checkbox", onchange: ({ target }) => this.set({ [field.key]: target.checked }) });
+      return h("input", {
+        ...common,
+        type: "checkbox",
+        onchange: ({ target }) => this.set({ [field.key]: target.checked }),
+      });
     const change = ({ target }) => this.set({ [field.key]: validValue(field, target.value) });
     if (field.kind === "choice")
-      return h("select", { ...common, onchange: change }, ...field.options.map(([value, text]) => h("option", { value, textContent: text })));
-    if (field.kind === "text") return h("input", { ...common, type: "text", maxlength: field.maxLength, onchange: change });
+      return h(
+        "select",
+        { ...common, onchange: change },
+        ...field.options.map(([value, text]) => h("option", { value, textContent: text })),
+      );
+    if (field.kind === "text")
+      return h("input", { ...common, type: "text", maxlength: field.maxLength, onchange: change });
     const { min, max, step, placeholder } = field;
     const empty = placeholder ?? (field.optional ? "none" : undefined);
-    return h("input", { ...common, type: "number", inputmode: "decimal", min, max, step, placeholder: empty, onchange: change });
+    return h("input", {
+      ...common,
+      type: "number",
+      inputmode: "decimal",
+      min,
+      max,
+      step,
+      placeholder: empty,
+      onchange: change,
+    });
   }
 
   #refresh() {
@@ -85,12 +110,9 @@ export class SettingsForm {
 }
 
 function unitText(field) {
-  const range = field.kind === "number" && field.unit && !field.unit.includes("to") ? `${field.min} to ${field.max} ${field.unit}` : field.unit;
+  const range =
+    field.kind === "number" && field.unit && !field.unit.includes("to")
+      ? `${field.min} to ${field.max} ${field.unit}`
+      : field.unit;
   return range ? h("small", { textContent: range }) : null;
-}
-
-function grouped(fields) {
-  const groups = new Map();
-  for (const field of fields) groups.set(field.group, [...(groups.get(field.group) ?? []), field]);
-  return groups;
 }

@@ -1,11 +1,11 @@
-// The session as a Python program that uses the package's client.
+// The session as a Python program for the package's client.
 
-const UNSAID = [undefined, false, ""]; // the server's own defaults
+const DEFAULTS = [undefined, false, ""]; // values that the server assumes
 
-/** A server {base, hasKey} and an init -> Python. The key itself stays on the page. */
+/** A server {base, hasKey} and an init -> Python source. The key itself is never written. */
 export function pythonSnippet({ base, hasKey }, init) {
   const skipped = ["first_frame", "protocol_extensions", "pinned_events", "condition_inputs", "prompt", "profile"];
-  const fields = Object.entries(init).filter(([key, value]) => !skipped.includes(key) && !UNSAID.includes(value));
+  const fields = Object.entries(init).filter(([key, value]) => !skipped.includes(key) && !DEFAULTS.includes(value));
   return [
     "from lingbot_rt.client import connect",
     "",
@@ -26,6 +26,6 @@ export function pythonSnippet({ base, hasKey }, init) {
 function literal(value) {
   if (value === true) return "True";
   if (value === false) return "False";
-  // JSON's escapes are Python's, but for characters beyond 16 bits, which stay as they are.
+  // Every escape that JSON.stringify writes means the same in Python.
   return JSON.stringify(value);
 }

@@ -1,4 +1,4 @@
-// Every prompt of a session, and when it took effect on the picture.
+// The prompts of a session, and when each took effect in the video.
 
 import { clockText, h } from "./dom.js";
 
@@ -10,20 +10,20 @@ export class PromptTimeline {
     this.#root = root;
   }
 
-  begin(prompt) {
+  start(prompt) {
     this.#waiting = [];
     this.#root.replaceChildren();
     this.#root.hidden = true;
     this.#entry(prompt, "0:00");
   }
 
-  /** A prompt was sent; it is in force from the first drawn frame that carries its event. */
-  said(prompt, eventId) {
+  /** A prompt was sent. It takes effect with the first drawn frame that carries its event. */
+  promptSent(prompt, eventId) {
     this.#waiting.push({ eventId, entry: this.#entry(prompt, null) });
     this.#root.hidden = false;
   }
 
-  drawn(eventId, sinceStartMs) {
+  frameDrawn(eventId, sinceStartMs) {
     while (this.#waiting.length && eventId !== null && this.#waiting[0].eventId <= eventId) {
       const { entry } = this.#waiting.shift();
       entry.classList.remove("waiting");
@@ -32,7 +32,12 @@ export class PromptTimeline {
   }
 
   #entry(prompt, time) {
-    const entry = h("li", { className: time ? "" : "waiting", title: prompt }, h("time", { textContent: time ?? "…" }), h("span", { textContent: prompt }));
+    const entry = h(
+      "li",
+      { className: time ? "" : "waiting", title: prompt },
+      h("time", { textContent: time ?? "…" }),
+      h("span", { textContent: prompt }),
+    );
     this.#root.append(entry);
     entry.scrollIntoView({ block: "nearest", inline: "end" });
     return entry;

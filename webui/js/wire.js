@@ -1,31 +1,31 @@
-// The wire without a socket: addresses, what the page sends, and what arrives put together into whole messages.
+// The wire protocol without a socket: addresses, outgoing messages, and a reader for incoming ones.
 
 import { decode, encode } from "./msgpack.js";
 
-export const ENDPOINT = "/v1/realtime_video/generate";
+const ENDPOINT = "/v1/realtime_video/generate";
 export const EXTENSIONS = ["session", "queue", "control_ack", "heartbeat", "pause", "pinned_events"];
 const STATIC_PAGE_PORT = "18080";
 const SERVER_PORT = "30000";
 
 /**
- * Where the server is, as "http://host:port" without a slash at the end. `typed` may be a host, a host and port, an
- * http(s) or ws(s) address, or the endpoint itself; empty means the page's own host. Throws TypeError.
+ * The server's base URL, "http://host:port" without a trailing slash. `typed` may be a host, a host and port, an
+ * http(s) or ws(s) URL, or the endpoint's URL; empty means the page's own host. Throws TypeError.
  */
 export function serverBase(typed, page) {
   const text = typed.trim();
   if (!text) {
     if (!page.protocol.startsWith("http")) return `http://127.0.0.1:${SERVER_PORT}`;
-    // The documented static server stands beside the real one, on the same host.
+    // `python -m http.server 18080` runs on the same host as the real server.
     return page.port === STATIC_PAGE_PORT ? `${page.protocol}//${page.hostname}:${SERVER_PORT}` : page.origin;
   }
   const secure = page.protocol === "https:" ? "https" : "http";
   const url = new URL(/^[a-z]+:\/\//i.test(text) ? text : `${secure}://${text}`);
   const protocol = { "http:": "http", "https:": "https", "ws:": "http", "wss:": "https" }[url.protocol];
-  if (!protocol) throw new TypeError(`${url.protocol} is not an address a world can come from`);
+  if (!protocol) throw new TypeError(`${url.protocol} is not supported: use http, https, ws or wss`);
   return `${protocol}://${url.host}${url.pathname.replace(ENDPOINT, "").replace(/\/+$/, "")}`;
 }
 
-/** The WebSocket's address. A browser cannot set headers there, so the key travels in the query. */
+/** The WebSocket URL. Browsers cannot set headers on a WebSocket, so the key is in the query. */
 export function socketUrl(base, apiKey) {
   const url = base.replace(/^http/, "ws") + ENDPOINT;
   return apiKey ? `${url}?api_key=${encodeURIComponent(apiKey)}` : url;
@@ -41,8 +41,9 @@ export const statePayload = (transitions) => ({
 });
 
 /**
- * A new prompt together with the keys held now. As one composite both take effect in the same chunk and share their
- * event id, so the first frame that shows the prompt is known even while a key is held.
+ * A new prompt together with the keys held now, as one composite event. Both take effect in the same chunk and share
+ * one event id. The first frame with this id shows the prompt, also on servers that echo the id of held keys instead of
+ * a newer prompt's id.
  */
 export const promptPayload = (prompt, actions, at) => ({
   input_types: ["camera_actions", "prompt"],
@@ -50,11 +51,11 @@ export const promptPayload = (prompt, actions, at) => ({
   prompt,
 });
 
-/** Puts messages together. A batch's header and its payload are two messages that belong to each other. */
+/** Reads messages. Large frame batches arrive as two: a header, then its payload. */
 export class MessageReader {
   #header = null;
 
-  /** ArrayBuffer -> {header, payload} for frames, {message} for the rest, null while half of a batch is missing. */
+  /** ArrayBuffer -> {header, payload} for frames, {message} for the rest, null after a header whose payload follows. */
   read(data) {
     if (this.#header) {
       const header = this.#header;

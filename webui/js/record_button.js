@@ -1,16 +1,16 @@
-// The record button, its clock on the picture, and the clip at the end.
+// The record button, the recording time shown on the video, and the clip at the end.
 
 import { $, clockText, setIcon } from "./dom.js";
-import { recordingLimitMs, startRecording } from "./recorder.js";
+import { MAX_RECORDING_MS, startRecording } from "./video_recorder.js";
 
-export class RecordingControl {
+export class RecordButton {
   #canvas;
   #onClip;
   #onFailed;
-  #current = null; // {recorder, began}
+  #current = null; // {recorder, startedAt}
   #isStarting = false;
 
-  /** `onClip(blob, extension, durationMs)`, `onFailed(title, words)`. */
+  /** `onClip(blob, extension, durationMs)`, `onFailed(title, detail)`. */
   constructor(canvas, { onClip, onFailed }) {
     this.#canvas = canvas;
     this.#onClip = onClip;
@@ -22,36 +22,36 @@ export class RecordingControl {
     if (this.#isStarting) return;
     this.#isStarting = true;
     try {
-      const began = performance.now();
-      const recorder = await startRecording(this.#canvas, began);
+      const startedAt = performance.now();
+      const recorder = await startRecording(this.#canvas, startedAt);
       if (!recorder) return this.#onFailed("This browser cannot record", "");
-      this.#current = { recorder, began };
+      this.#current = { recorder, startedAt };
     } finally {
       this.#isStarting = false;
     }
     this.#show();
   }
 
-  /** The canvas has been drawn anew. */
-  drawn(now) {
+  /** A new frame is on the canvas. */
+  frameDrawn(now) {
     if (!this.#current) return;
-    const { recorder, began } = this.#current;
+    const { recorder, startedAt } = this.#current;
     recorder.frame(now);
-    $("rec-text").textContent = clockText(now - began);
-    if (now - began > recordingLimitMs) void this.stop();
+    $("rec-text").textContent = clockText(now - startedAt);
+    if (now - startedAt > MAX_RECORDING_MS) void this.stop();
   }
 
-  /** Ends the clip, if there is one. */
+  /** Ends the clip if one is being recorded. */
   async stop() {
     if (!this.#current) return;
-    const { recorder, began } = this.#current;
+    const { recorder, startedAt } = this.#current;
     this.#current = null;
     this.#show();
     const now = performance.now();
     try {
-      this.#onClip(await recorder.stop(now), recorder.extension, now - began);
+      this.#onClip(await recorder.stop(now), recorder.extension, now - startedAt);
     } catch (error) {
-      this.#onFailed("The clip could not be kept", error.message);
+      this.#onFailed("The clip could not be saved", error.message);
     }
   }
 

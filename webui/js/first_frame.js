@@ -1,71 +1,86 @@
-// The picture the world begins with: where it comes from, how it is cropped, and how it is shown before the start.
+// The first frame of a session: the chosen image, its crop, and how it is shown before the start.
 
-import { canvasBytes, cropFor, drawCropped } from "./picture.js";
+import { canvasPng } from "./dom.js";
 
 const KEY_STEPS = { ArrowLeft: [-0.05, 0], ArrowRight: [0.05, 0], ArrowUp: [0, -0.05], ArrowDown: [0, 0.05] };
 
-export class FirstPicture {
+/** The largest part {x, y, width, height} with the target's aspect ratio, placed by `focus` (0..1 per axis). */
+export function cropFor(width, height, target, focus) {
+  const aspect = target.width / target.height;
+  const isWide = width / height > aspect;
+  const cropWidth = isWide ? height * aspect : width;
+  const cropHeight = isWide ? height : width / aspect;
+  return { x: (width - cropWidth) * focus.x, y: (height - cropHeight) * focus.y, width: cropWidth, height: cropHeight };
+}
+
+/** Gives the canvas the target's size and fills it with the cropped bitmap. */
+function drawCropped(canvas, bitmap, target, focus) {
+  canvas.width = target.width;
+  canvas.height = target.height;
+  const crop = cropFor(bitmap.width, bitmap.height, target, focus);
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.drawImage(bitmap, crop.x, crop.y, crop.width, crop.height, 0, 0, target.width, target.height);
+}
+
+export class FirstFrame {
   #bitmap = null;
   #newest = 0;
-  #arrivals = null; // settles when every picture on its way has come or failed
+  #pending = null; // settles when every image that is loading has loaded or failed
   #focus = { x: 0.5, y: 0.5 };
   #target = { width: 160, height: 96 };
   #preview;
   #poster;
   #onChange;
 
-  /** `preview` is the small canvas beside the words, `poster` the large one behind the start button. */
+  /** `preview` is the small canvas in the panel, `poster` the large one behind the start button. */
   constructor({ preview, poster, onChange }) {
     this.#preview = preview;
     this.#poster = poster;
     this.#onChange = onChange;
-    this.#letFocusBeDragged();
+    this.#listenForDragging();
   }
 
   get exists() {
     return this.#bitmap !== null;
   }
 
-  /** Whether one has been chosen; it may still be on its way. */
+  /** Whether an image has been chosen. It may still be loading. */
   get isChosen() {
     return this.#newest > 0;
   }
 
-  get target() {
-    return this.#target;
-  }
-
-  /** The world's size changed. */
+  /** The session's frame size, {width, height}. */
   set target(size) {
     this.#target = size;
     this.#draw();
   }
 
   /**
-   * Any image a browser reads (a File, a Blob, a canvas, a video), or a promise of one. Of several on their way the
-   * newest wins: -> whether this one did. Throws where it is no picture.
+   * Takes any image the browser can read (a File, a Blob, a canvas, a video), or a promise of one. The newest call
+   * wins. Returns whether this call did. Throws InvalidStateError if the source is not an image.
    */
   use(source) {
-    const arrival = this.#read(source, ++this.#newest);
-    this.#arrivals = Promise.allSettled([this.#arrivals, arrival]);
-    return arrival;
+    const loading = this.#read(source, ++this.#newest);
+    this.#pending = Promise.allSettled([this.#pending, loading]);
+    return loading;
   }
 
-  /** Until no picture is on its way. */
+  /** Resolves when no image is loading. */
   async settled() {
-    for (let seen; seen !== this.#arrivals; ) await (seen = this.#arrivals);
+    for (let seen; seen !== this.#pending;) await (seen = this.#pending);
   }
 
-  /** The bytes for the wire, cropped, at the world's size. */
+  /** The cropped image at the session's size, as PNG bytes. */
   async bytes() {
     const canvas = document.createElement("canvas");
     drawCropped(canvas, this.#bitmap, this.#target, this.#focus);
-    return canvasBytes(canvas);
+    return canvasPng(canvas);
   }
 
-  async #read(source, turn) {
+  async #read(source, call) {
     const bitmap = await createImageBitmap(await source);
-    if (turn !== this.#newest) {
+    if (call !== this.#newest) {
       bitmap.close();
       return false;
     }
@@ -79,22 +94,32 @@ export class FirstPicture {
   #draw() {
     if (!this.#bitmap) return;
     const { width, height } = this.#target;
-    // A small world's poster is drawn larger than the world: the picture itself is sharper than the world will be.
+    // The poster keeps the image's own resolution, which may be higher than that of the session.
     const scale = Math.max(1, Math.min(832 / width, this.#bitmap.width / width));
-    drawCropped(this.#poster, this.#bitmap, { width: Math.round(width * scale), height: Math.round(height * scale) }, this.#focus);
+    drawCropped(
+      this.#poster,
+      this.#bitmap,
+      { width: Math.round(width * scale), height: Math.round(height * scale) },
+      this.#focus,
+    );
     const small = 320 / Math.max(width, height);
-    drawCropped(this.#preview, this.#bitmap, { width: Math.round(width * small), height: Math.round(height * small) }, this.#focus);
+    drawCropped(
+      this.#preview,
+      this.#bitmap,
+      { width: Math.round(width * small), height: Math.round(height * small) },
+      this.#focus,
+    );
     this.#preview.classList.toggle("fits", this.#fits());
     this.#preview.tabIndex = this.#fits() ? -1 : 0;
     this.#onChange({ cropped: !this.#fits() });
   }
 
   #fits() {
-    const crop = cropFor(this.#bitmap.width, this.#bitmap.height, this.#target);
+    const crop = cropFor(this.#bitmap.width, this.#bitmap.height, this.#target, this.#focus);
     return this.#bitmap.width - crop.width < 2 && this.#bitmap.height - crop.height < 2;
   }
 
-  #letFocusBeDragged() {
+  #listenForDragging() {
     let from = null;
     this.#preview.addEventListener("pointerdown", (event) => {
       if (!this.#bitmap || this.#fits()) return;

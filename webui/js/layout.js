@@ -1,11 +1,15 @@
-// The page around the picture: theatre, full screen, the sheet, help, shortcuts, and what turns hands into held keys.
+// Everything around the video: theatre mode, full screen, the settings sheet, help, shortcuts and input devices.
 
 import { ACTIONS, LOOK, MOVE, defaultBindings } from "./bindings.js";
 import { $, h, isTyping } from "./dom.js";
 import { HelpView } from "./help_view.js";
-import { MouseLook, listenToKeyboard, padButton, releaseWhenInattentive, touchStick } from "./inputs.js";
+import { MouseLook, listenToKeyboard, padButton, releaseOnBlur, touchStick } from "./inputs.js";
 
-const PADS = [["keys", "Keys"], ["sticks", "Sticks"], ["none", "Nothing"]];
+const PAD_OPTIONS = [
+  ["keys", "Keys"],
+  ["sticks", "Sticks"],
+  ["none", "Nothing"],
+];
 
 const SHORTCUTS = {
   Space: () => $("pause").click(),
@@ -15,36 +19,37 @@ const SHORTCUTS = {
   KeyP: () => $("screenshot").click(),
 };
 
-export class Surroundings {
+export class Layout {
   #store;
   #onChange;
 
-  /** `isLive()`: keys belong to the world now. `onChange()` when other pads were chosen. */
+  /** `isLive()` says whether keys steer the session now. `onChange()` runs when other on-screen controls are chosen. */
   constructor({ store, held, isLive, onChange }) {
     this.#store = store;
     this.#onChange = onChange;
     document.body.dataset.pads = this.pads;
-    this.#wireView();
-    this.#wireInputs(held, isLive);
-    this.#wireShortcuts(this.#wireHelp());
+    this.#connectView();
+    this.#connectInputs(held, isLive);
+    this.#connectShortcuts(this.#connectHelp());
   }
 
-  /** What is shown on the picture: "keys", "sticks" or "none". */
+  /** The controls shown on the video: "keys", "sticks" or "none". */
   get pads() {
     return this.#store.get("pads", matchMedia("(pointer: coarse)").matches ? "sticks" : "keys");
   }
 
-  openSheet(wanted) {
-    document.body.toggleAttribute("data-sheet", wanted);
-    $("open-sheet").setAttribute("aria-expanded", String(wanted));
+  openSheet(isOpen) {
+    document.body.toggleAttribute("data-sheet", isOpen);
+    $("open-sheet").setAttribute("aria-expanded", String(isOpen));
   }
 
   get #bindings() {
     return this.#store.get("bindings", null) ?? defaultBindings();
   }
 
-  #wireView() {
-    $("theatre").onclick = () => $("theatre").setAttribute("aria-pressed", String(document.body.toggleAttribute("data-theatre")));
+  #connectView() {
+    $("theatre").onclick = () =>
+      $("theatre").setAttribute("aria-pressed", String(document.body.toggleAttribute("data-theatre")));
     $("fullscreen").onclick = () => {
       if (document.fullscreenElement) void document.exitFullscreen();
       else void document.querySelector(".world").requestFullscreen();
@@ -54,29 +59,38 @@ export class Surroundings {
     $("close-sheet").onclick = () => this.openSheet(false);
   }
 
-  #wireInputs(held, isLive) {
+  #connectInputs(held, isLive) {
     listenToKeyboard(held, { bindings: () => this.#bindings, isActive: isLive });
-    releaseWhenInattentive(held);
-    for (const [root, tokens] of [["pads-move", "wasd"], ["pads-look", "ijkl"]])
-      for (const token of tokens) {
-        const { label, icon } = ACTIONS.find((action) => action.token === token);
-        const button = h("button", { className: "pad", "data-token": token, "aria-label": label, title: label, textContent: icon });
-        padButton(button, held, token);
+    releaseOnBlur(held);
+    for (const [root, actions] of [
+      ["pads-move", "wasd"],
+      ["pads-look", "ijkl"],
+    ])
+      for (const action of actions) {
+        const { label, icon } = ACTIONS.find((known) => known.action === action);
+        const button = h("button", {
+          className: "pad",
+          "data-action": action,
+          "aria-label": label,
+          title: label,
+          textContent: icon,
+        });
+        padButton(button, held, action);
         $(root).append(button);
       }
     touchStick($("stick-move"), held, MOVE);
     touchStick($("stick-look"), held, LOOK);
     const mouse = new MouseLook(held, $("stage"), (on) => $("mouse-look").setAttribute("aria-pressed", String(on)));
     $("mouse-look").onclick = () => mouse.toggle();
-    $("mouse-look").hidden = !MouseLook.exists;
+    $("mouse-look").hidden = !MouseLook.isSupported;
   }
 
-  /** -> what opens the help. */
-  #wireHelp() {
+  /** Returns the function that opens the help. */
+  #connectHelp() {
     const help = new HelpView($("help-body"), {
       getBindings: () => this.#bindings,
       setBindings: (next) => this.#store.set("bindings", next),
-      pads: { value: () => this.pads, options: PADS, choose: (pads) => this.#usePads(pads) },
+      pads: { value: () => this.pads, options: PAD_OPTIONS, choose: (pads) => this.#usePads(pads) },
     });
     const open = () => {
       help.draw();
@@ -92,7 +106,7 @@ export class Surroundings {
     this.#onChange();
   }
 
-  #wireShortcuts(openHelp) {
+  #connectShortcuts(openHelp) {
     addEventListener("keydown", (event) => {
       if (event.defaultPrevented || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
       if (isTyping(event.target) || document.querySelector("dialog[open]")) return;

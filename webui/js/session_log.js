@@ -1,14 +1,14 @@
-// What happened in a session: its init, and every event with the chunk that took it up. Saved as JSON and replayed.
+// A session as a log: its init, and every event with the chunk that applied it. Saved as JSON and replayed.
 
-export const FORMAT = "lingbot-rt page session";
+const FORMAT = "lingbot-rt page session";
 const VERSION = 1;
 
-export class JournalError extends Error {}
+export class SessionFileError extends Error {}
 
-export class Journal {
+export class SessionLog {
   #events = [];
 
-  /** `init` holds the wire's fields, its first_frame as bytes. */
+  /** `init` holds the fields of the init message, first_frame as bytes. */
   constructor({ model, init, firstFrameType, startedAt }) {
     this.model = model;
     this.init = init;
@@ -20,12 +20,12 @@ export class Journal {
     return this.#events;
   }
 
-  /** `at`: milliseconds since the session's first picture, negative before it. */
+  /** `at` is in milliseconds since the first drawn frame; 0 before it. */
   add({ kind, payload, eventId, at }) {
     this.#events.push({ kind, payload, event_id: eventId, at_ms: Math.round(at), chunk_index: null });
   }
 
-  /** Chunk `chunkIndex` was made with `eventId` in force. */
+  /** Chunk `chunkIndex` was generated with event `eventId` and all older ones applied. */
   applied(eventId, chunkIndex) {
     for (let i = this.#events.length - 1; i >= 0; i--) {
       const event = this.#events[i];
@@ -49,23 +49,30 @@ export class Journal {
   }
 }
 
-/** The text of a saved session -> {model, init, firstFrameType, events}. Throws JournalError in words for people. */
-export function parseJournal(text) {
+/** A saved session's text -> {model, init, firstFrameType, events}. Throws SessionFileError with text for the user. */
+export function parseSession(text) {
   let saved;
   try {
     saved = JSON.parse(text);
   } catch {
-    throw new JournalError("This file is not a saved session: it is not JSON.");
+    throw new SessionFileError("This file is not a saved session: it is not JSON.");
   }
-  if (saved?.format !== FORMAT) throw new JournalError("This file is not a session saved by this page.");
-  if (saved.version !== VERSION) throw new JournalError(`This session was saved by another version (${saved.version}).`);
-  if (typeof saved.init?.prompt !== "string" || typeof saved.first_frame?.base64 !== "string" || !Array.isArray(saved.events))
-    throw new JournalError("This saved session is incomplete.");
+  if (saved?.format !== FORMAT) throw new SessionFileError("This page did not save this file.");
+  if (saved.version !== VERSION)
+    throw new SessionFileError(
+      `This session has the file version ${saved.version}. This page reads version ${VERSION}.`,
+    );
+  if (
+    typeof saved.init?.prompt !== "string" ||
+    typeof saved.first_frame?.base64 !== "string" ||
+    !Array.isArray(saved.events)
+  )
+    throw new SessionFileError("This saved session is incomplete.");
   let bytes;
   try {
     bytes = fromBase64(saved.first_frame.base64);
   } catch {
-    throw new JournalError("The first picture in this saved session is damaged.");
+    throw new SessionFileError("The first frame in this saved session is damaged.");
   }
   return {
     model: saved.model,
@@ -76,24 +83,23 @@ export function parseJournal(text) {
 }
 
 /**
- * Gives each event back in time for the chunk that took it up: an event of chunk n leaves when the first frames of
- * chunk n-1 arrive, when chunk n-1 is certainly planned and chunk n waits for the pace.
+ * Sends each event in time for the chunk that applied it. An event of chunk n is due when the first frames of chunk n-1
+ * arrive: then chunk n-1 has been planned, and chunk n still waits for its pacing.
  */
 export class Replay {
   #waiting;
 
   constructor(events) {
     let chunk = 0;
-    // An event that no chunk was seen to take up goes with the one before it.
-    this.#waiting = events.map((event) => ({ ...event, chunk_index: (chunk = Math.max(event.chunk_index ?? chunk, chunk)) }));
+    // An event without a known chunk is sent with the event before it.
+    this.#waiting = events.map((event) => ({
+      ...event,
+      chunk_index: (chunk = Math.max(event.chunk_index ?? chunk, chunk)),
+    }));
   }
 
-  get remaining() {
-    return this.#waiting.length;
-  }
-
-  /** The newest chunk seen; -1 when the session has just begun. -> events to send now, in order. */
-  reached(chunkIndex) {
+  /** Takes out the events to send now, in order. `chunkIndex` is the newest chunk that arrived, -1 at the start. */
+  takeDue(chunkIndex) {
     const count = this.#waiting.findIndex((event) => event.chunk_index > chunkIndex + 1);
     return this.#waiting.splice(0, count < 0 ? this.#waiting.length : count);
   }

@@ -1,53 +1,53 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { Journal, JournalError, Replay, parseJournal } from "../../webui/js/journal.js";
+import { cropFor } from "../../webui/js/first_frame.js";
 import { mp4File } from "../../webui/js/mp4.js";
-import { cropFor } from "../../webui/js/picture.js";
+import { Replay, SessionFileError, SessionLog, parseSession } from "../../webui/js/session_log.js";
 import { pythonSnippet } from "../../webui/js/snippet.js";
 
 const init = { prompt: "A \"lake\".", size: "160x96", seed: 7, realtime_output_pacing: true, first_frame: new Uint8Array([0, 1, 2, 255]) };
 
-function journal() {
-  const made = new Journal({ model: "m", init, firstFrameType: "image/png", startedAt: "2026-01-01T00:00:00Z" });
-  for (const [eventId, at] of [[5, 10], [6, 20], [7, 900], [8, 2000]]) made.add({ kind: "camera_actions", payload: { mode: "state", transitions: [] }, eventId, at });
-  return made;
+function exampleLog() {
+  const log = new SessionLog({ model: "m", init, firstFrameType: "image/png", startedAt: "2026-01-01T00:00:00Z" });
+  for (const [eventId, at] of [[5, 10], [6, 20], [7, 900], [8, 2000]]) log.add({ kind: "camera_actions", payload: { mode: "state", transitions: [] }, eventId, at });
+  return log;
 }
 
-test("an event belongs to the chunk that applied it, and so do older ones that none had applied", () => {
-  const made = journal();
-  made.applied(6, 1);
-  made.applied(7, 3);
-  assert.deepEqual(made.events.map(({ chunk_index }) => chunk_index), [1, 1, 3, null]);
+test("an event belongs to the chunk that applied it, and so do older events without a chunk", () => {
+  const log = exampleLog();
+  log.applied(6, 1);
+  log.applied(7, 3);
+  assert.deepEqual(log.events.map(({ chunk_index }) => chunk_index), [1, 1, 3, null]);
 });
 
-test("a saved session comes back with its picture and events", () => {
-  const made = journal();
-  made.applied(6, 1);
-  const back = parseJournal(JSON.stringify(made));
-  assert.deepEqual(back.init, init);
-  assert.deepEqual(back.events, made.events);
-  assert.equal(back.model, "m");
+test("a saved session is loaded with its first frame and events", () => {
+  const log = exampleLog();
+  log.applied(6, 1);
+  const loaded = parseSession(JSON.stringify(log));
+  assert.deepEqual(loaded.init, init);
+  assert.deepEqual(loaded.events, log.events);
+  assert.equal(loaded.model, "m");
 });
 
-test("files that are no session are refused in words", () => {
-  const good = JSON.stringify(journal());
+test("files that are not sessions are refused", () => {
+  const good = JSON.stringify(exampleLog());
   const broken = ["", "{}", "null", "[]", good.replace('"version":1', '"version":9'), good.replace(/"base64":"[^"]*"/, '"base64":"*"'), good.replace(/"prompt":/, '"no":')];
-  for (const text of broken) assert.throws(() => parseJournal(text), JournalError);
+  for (const text of broken) assert.throws(() => parseSession(text), SessionFileError);
 });
 
-test("a replay gives each event back one chunk ahead, in order, and all of them in the end", () => {
+test("a replay sends each event one chunk ahead, in order, and all of them in the end", () => {
   const events = [[1, 0], [2, 1], [3, null], [4, 4]].map(([event_id, chunk_index]) => ({ event_id, chunk_index }));
   const replay = new Replay(events);
   const ids = (list) => list.map(({ event_id }) => event_id);
-  assert.deepEqual(ids(replay.reached(-1)), [1]);
-  assert.deepEqual(ids(replay.reached(0)), [2, 3]);
-  assert.deepEqual(ids(replay.reached(2)), []);
-  assert.deepEqual(ids(replay.reached(3)), [4]);
-  assert.equal(replay.remaining, 0);
+  assert.deepEqual(ids(replay.takeDue(-1)), [1]);
+  assert.deepEqual(ids(replay.takeDue(0)), [2, 3]);
+  assert.deepEqual(ids(replay.takeDue(2)), []);
+  assert.deepEqual(ids(replay.takeDue(3)), [4]);
+  assert.deepEqual(ids(replay.takeDue(1000)), []);
 });
 
-test("an MP4's boxes nest without gaps, and its table finds every picture", () => {
+test("an MP4's boxes nest without gaps, and its sample table finds every frame", () => {
   const samples = [[1, 2, 3], [4], [5, 6]].map((bytes, i) => ({ data: new Uint8Array(bytes), isKey: i === 0, at: i * 62.5 }));
   const parts = mp4File({ width: 160, height: 96, description: new Uint8Array([1, 66, 0, 30]), samples, end: 200 });
   const file = Buffer.concat(parts);
@@ -65,7 +65,7 @@ test("an MP4's boxes nest without gaps, and its table finds every picture", () =
   assert.equal(file.readUInt32BE(find(`${table}/stss`).start + 4), 1);
 });
 
-test("the crop is the largest part of the target's shape, inside the picture, where the focus is", () => {
+test("the crop is the largest part of the image with the target's aspect ratio", () => {
   for (const [width, height] of [[1000, 500], [500, 1000], [160, 96], [833, 481]])
     for (const focus of [{ x: 0, y: 0 }, { x: 0.5, y: 0.5 }, { x: 1, y: 1 }]) {
       const crop = cropFor(width, height, { width: 160, height: 96 }, focus);
@@ -75,7 +75,7 @@ test("the crop is the largest part of the target's shape, inside the picture, wh
     }
 });
 
-test("the Python program names every setting in Python's words", () => {
+test("the Python program has every setting as a Python literal", () => {
   const program = pythonSnippet({ base: "http://127.0.0.1:30000", hasKey: false }, { ...init, enable_upscaling: false });
   assert.match(program, /prompt="A \\"lake\\"\."/);
   assert.match(program, /realtime_output_pacing=True,/);

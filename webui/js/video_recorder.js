@@ -1,15 +1,14 @@
-// Films what is drawn: MP4 through WebCodecs where the browser can encode H.264, WebM through MediaRecorder elsewhere.
+// Records the canvas: MP4 through WebCodecs if the browser can encode H.264, else WebM through MediaRecorder.
 
 import { mp4File } from "./mp4.js";
 
 const KEY_FRAME_EVERY_MS = 2000;
 const CODECS = ["avc1.640034", "avc1.4d0034", "avc1.42003e"];
 const WEBM_TYPES = ["video/webm;codecs=vp9", "video/webm;codecs=vp8", "video/webm"];
-const MAX_SECONDS = 600;
 
-export const recordingLimitMs = MAX_SECONDS * 1000;
+export const MAX_RECORDING_MS = 600_000;
 
-/** -> a started recorder with frame(now) and stop(now) -> Promise<Blob>, or null where nothing can be recorded. */
+/** Starts a recorder with frame(now), stop(now) -> Promise<Blob> and `extension`. Null without an encoder. */
 export async function startRecording(canvas, now) {
   const config = await h264Config(canvas.width, canvas.height);
   if (config) return new Mp4Recorder(canvas, config, now);
@@ -17,7 +16,8 @@ export async function startRecording(canvas, now) {
   return mimeType ? new WebmRecorder(canvas, mimeType) : null;
 }
 
-export const canRecord = () => Boolean(globalThis.VideoEncoder || (globalThis.MediaRecorder && HTMLCanvasElement.prototype.captureStream));
+export const canRecord = () =>
+  Boolean(globalThis.VideoEncoder || (globalThis.MediaRecorder && HTMLCanvasElement.prototype.captureStream));
 
 async function h264Config(width, height) {
   if (!globalThis.VideoEncoder || width % 2 || height % 2) return null;
@@ -36,14 +36,14 @@ class Mp4Recorder {
   #encoder;
   #samples = [];
   #description = null;
-  #began;
+  #startedAt;
   #lastKey = -Infinity;
   #failure = null;
 
   constructor(canvas, config, now) {
     this.#canvas = canvas;
     this.#size = { width: config.width, height: config.height };
-    this.#began = now;
+    this.#startedAt = now;
     this.#encoder = new VideoEncoder({
       output: (chunk, { decoderConfig }) => {
         if (decoderConfig?.description) this.#description = new Uint8Array(decoderConfig.description);
@@ -57,16 +57,16 @@ class Mp4Recorder {
     this.frame(now);
   }
 
-  /** The canvas has been drawn anew. */
+  /** A new frame is on the canvas. */
   frame(now) {
     const isSameSize = this.#canvas.width === this.#size.width && this.#canvas.height === this.#size.height;
     if (this.#encoder.state !== "configured" || !isSameSize) return;
-    const at = now - this.#began;
-    const picture = new VideoFrame(this.#canvas, { timestamp: Math.round(at * 1000) });
+    const at = now - this.#startedAt;
+    const frame = new VideoFrame(this.#canvas, { timestamp: Math.round(at * 1000) });
     const keyFrame = at - this.#lastKey >= KEY_FRAME_EVERY_MS;
     if (keyFrame) this.#lastKey = at;
-    this.#encoder.encode(picture, { keyFrame });
-    picture.close();
+    this.#encoder.encode(frame, { keyFrame });
+    frame.close();
   }
 
   async stop(now) {
@@ -74,8 +74,8 @@ class Mp4Recorder {
       await this.#encoder.flush();
       this.#encoder.close();
     }
-    if (this.#failure || !this.#samples.length) throw new Error(this.#failure?.message ?? "nothing was drawn");
-    const end = now - this.#began;
+    if (this.#failure || !this.#samples.length) throw new Error(this.#failure?.message ?? "no frame was drawn");
+    const end = now - this.#startedAt;
     const parts = mp4File({ ...this.#size, description: this.#description, samples: this.#samples, end });
     return new Blob(parts, { type: "video/mp4" });
   }
@@ -92,7 +92,7 @@ class WebmRecorder {
     this.#recorder.start(1000);
   }
 
-  frame() {} // the stream follows the canvas by itself
+  frame() {} // captureStream() follows the canvas
 
   async stop() {
     await new Promise((resolve) => {

@@ -1,0 +1,36 @@
+// Text for the states and the ends of a session.
+
+const ORDINAL_SUFFIXES = { one: "st", two: "nd", few: "rd", other: "th" };
+const ordinalRule = new Intl.PluralRules("en", { type: "ordinal" });
+const STATES = {
+  connecting: "Connecting",
+  opening: "Starting the session",
+  live: "Live",
+  paused: "Paused",
+  ended: "Ended",
+  lost: "Interrupted",
+};
+
+/** `position` in the queue; 1 is next. */
+export function stateText(state, position) {
+  if (state === "waiting")
+    return position === 1 ? "You are next" : `${position}${ORDINAL_SUFFIXES[ordinalRule.select(position)]} in line`;
+  return STATES[state] ?? "";
+}
+
+/** An error card {title, detail, advice} for a session that ended without the user's wish. */
+export function explainEnd({ code, message, errorCode, wasLive }) {
+  const card = (title, advice) => ({ title, detail: message, advice });
+  if (/another realtime session/.test(message))
+    return card("The server is in use", "It runs one session at a time. Try again when it is free.");
+  if (errorCode === "not_ready") return card("The server is still warming up", "Try again in a moment.");
+  if (errorCode === "unauthorized" || /api.?key/i.test(message))
+    return card("The server needs a key", "Open Server at the top of the page and enter the key. Then try again.");
+  if (/^invalid generate request/.test(message))
+    return card("The server refused these settings", "Change the setting that the message names. Then try again.");
+  if (code === 1001)
+    return card("The server was shut down", "Your settings are kept. Try again when the server is back.");
+  if (code === 1011) return card("The session failed", "The server had an error. A new session usually works.");
+  if (!wasLive) return card("No connection to the server", "Check the address under Server, and that the server runs.");
+  return card("The connection was lost", "The last frame stays on screen. Your settings are kept.");
+}

@@ -1,0 +1,223 @@
+// The chosen server: its address, what /v1/models says, and how that is shown.
+
+import { serverBase } from "./wire.js";
+
+const POLL_READY_MS = 5000;
+const POLL_BUSY_MS = 1500; // a user who waits wants to know soon when the server is free
+const POLL_LOADING_MS = 600;
+const BACKOFF_MS = [500, 1000, 2000, 4000];
+const TIMEOUT_MS = 4000;
+const CLOSING_MS = 1000;
+const URL_PARAMETER = "server";
+
+/** One entry of /v1/models as the page uses it. Fields that an older server omits get the protocol's defaults. */
+export function readModel(entry) {
+  const defaultSize = entry.default_size ?? "832x480";
+  return {
+    id: entry.id,
+    device: entry.device ?? "",
+    ready: entry.ready ?? true,
+    stage: entry.status?.stage ?? "",
+    detail: entry.status?.detail ?? "",
+    progress: entry.status?.progress ?? null,
+    busy: entry.busy ?? false,
+    defaultSize,
+    sizes: entry.sizes ?? [defaultSize],
+    frames: entry.num_frames ?? { default: 9, choices: [9] },
+    steps: entry.num_inference_steps ?? { default: 4, min: 1, max: 4 },
+    fps: entry.fps ?? { default: 16, min: 1, max: 120 },
+    sink: entry.realtime_causal_sink_size?.default ?? null,
+    window: entry.realtime_causal_kv_cache_num_frames?.default ?? null,
+    formats: entry.output_formats ?? ["webp", "jpeg", "raw"],
+    extensions: entry.extensions ?? [],
+    hasGuidance: entry.features?.guidance ?? true,
+    hasUpscaling: entry.features?.upscaling ?? false,
+    hasInterpolation: entry.features?.frame_interpolation ?? false,
+  };
+}
+
+/** "832x480" -> {width, height}. */
+export function parseSize(text) {
+  const [width, height] = text.split("x").map(Number);
+  return { width, height };
+}
+
+/**
+ * Polls /v1/models. Polls less often while the server cannot be reached.
+ *
+ * /v1/models answers 200 with the warm-up state even while the model loads. /health answers 503 then, which the browser
+ * would log as a failed request.
+ *
+ * `onChange({reachable, model, problem})` runs after every answer; `problem` is text for the user.
+ */
+export class ServerPoller {
+  #fetch;
+  #timers;
+  #onChange;
+  #base = "";
+  #apiKey = "";
+  #timer = null;
+  #failures = 0;
+  #generation = 0;
+
+  constructor({ fetch, timers, onChange }) {
+    this.#fetch = fetch;
+    this.#timers = timers;
+    this.#onChange = onChange;
+  }
+
+  /** Polls this server from now on. */
+  setServer(base, apiKey) {
+    this.#base = base;
+    this.#apiKey = apiKey;
+    this.#failures = 0;
+    this.pollNow();
+  }
+
+  pollNow() {
+    this.#generation++;
+    this.#timers.clearTimeout(this.#timer);
+    void this.#poll(this.#generation);
+  }
+
+  pollIn(ms) {
+    this.#generation++;
+    this.#timers.clearTimeout(this.#timer);
+    this.#timer = this.#timers.setTimeout(() => this.pollNow(), ms);
+  }
+
+  async #poll(generation) {
+    const found = await this.#request();
+    if (generation !== this.#generation) return;
+    this.#failures = found.reachable ? 0 : this.#failures + 1;
+    this.#onChange(found);
+    let wait = BACKOFF_MS[Math.min(this.#failures, BACKOFF_MS.length) - 1];
+    if (found.reachable) wait = !found.model.ready ? POLL_LOADING_MS : found.model.busy ? POLL_BUSY_MS : POLL_READY_MS;
+    this.#timer = this.#timers.setTimeout(() => this.#poll(generation), wait);
+  }
+
+  async #request() {
+    const headers = this.#apiKey ? { Authorization: `Bearer ${this.#apiKey}` } : {};
+    let answer;
+    try {
+      answer = await this.#fetch(`${this.#base}/v1/models`, { headers, signal: AbortSignal.timeout(TIMEOUT_MS) });
+      if (answer.ok) return { reachable: true, model: readModel((await answer.json()).data[0]), problem: "" };
+    } catch {
+      return { reachable: false, model: null, problem: "No server answers" };
+    }
+    const needsKey = answer.status === 401 || answer.status === 403;
+    const problem = needsKey
+      ? "This server needs a key"
+      : `This address is not a LingBot server (HTTP ${answer.status})`;
+    return { reachable: false, model: null, problem };
+  }
+}
+
+/** The server that the user chose, kept in the browser. */
+export class Server {
+  #store;
+  #onChange;
+  #onModel;
+  #isOurs;
+  #poller;
+  #capabilities = "";
+
+  model = null;
+  reachable = null;
+  status = "Looking for the server";
+
+  /**
+   * `onChange()` runs after every answer, `onModel(model)` when the model or its capabilities changed. `isOurs()` says
+   * whether this page runs the session that makes the server busy.
+   */
+  constructor({ store, onChange, onModel, isOurs }) {
+    this.#store = store;
+    this.#onChange = onChange;
+    this.#onModel = onModel;
+    this.#isOurs = isOurs;
+    this.#poller = new ServerPoller({
+      fetch: (url, options) => fetch(url, options),
+      timers: { setTimeout: (run, ms) => setTimeout(run, ms), clearTimeout: (timer) => clearTimeout(timer) },
+      onChange: (found) => this.#update(found),
+    });
+    this.address = new URLSearchParams(location.search).get(URL_PARAMETER) ?? store.get("server", "");
+    this.apiKey = store.get("apiKey", "");
+  }
+
+  start() {
+    try {
+      this.base = serverBase(this.address, location);
+    } catch (error) {
+      if (!(error instanceof TypeError)) throw error;
+      this.address = "";
+      this.base = serverBase("", location);
+    }
+    this.#poller.setServer(this.base, this.apiKey);
+  }
+
+  /** Changes the address and the key. Throws TypeError if it is not an address. */
+  use(address, apiKey) {
+    this.base = serverBase(address, location);
+    this.address = address.trim();
+    this.apiKey = apiKey;
+    this.#store.set("server", this.address);
+    this.#store.set("apiKey", apiKey);
+    this.status = "Looking for the server";
+    this.model = null;
+    this.reachable = null;
+    this.#onChange();
+    this.#poller.setServer(this.base, apiKey);
+  }
+
+  /** This page's session ended. Shows the server as free although it may report busy until it has cleaned up. */
+  sessionEnded() {
+    if (this.model)
+      this.#update({ reachable: this.reachable, model: { ...this.model, busy: false }, problem: this.status });
+    this.#poller.pollIn(CLOSING_MS);
+  }
+
+  get tone() {
+    if (this.reachable === null) return "quiet";
+    if (!this.reachable) return "bad";
+    return this.model.ready ? "good" : "busy";
+  }
+
+  /** For the start button. */
+  get shortStatus() {
+    if (!this.model) return this.reachable === false ? "No server yet" : "Looking for the server";
+    return this.#warmupText();
+  }
+
+  #update({ reachable, model, problem }) {
+    this.reachable = reachable;
+    this.model = model ?? (reachable ? null : this.model && { ...this.model, ready: false });
+    this.status = reachable ? this.#statusText(model) : problem;
+    this.#onChange();
+    if (!reachable) return;
+    const capabilities = JSON.stringify({
+      ...model,
+      busy: null,
+      progress: null,
+      stage: null,
+      detail: null,
+      ready: null,
+    });
+    if (capabilities === this.#capabilities) return;
+    this.#capabilities = capabilities;
+    this.#onModel(model);
+  }
+
+  #statusText(model) {
+    if (!model.ready) return this.#warmupText();
+    const device = model.device.replace(/^cuda:\s*/, "").replace(/^cpu.*/, "CPU");
+    return [model.busy && !this.#isOurs() ? "In use" : "Ready", device].filter(Boolean).join(" · ");
+  }
+
+  #warmupText() {
+    const { stage, progress } = this.model;
+    if (this.reachable === false) return "Waiting for the server";
+    if (stage === "failed") return "The server could not start";
+    const percent = progress === null ? "" : ` ${Math.round(100 * progress)} %`;
+    return stage.startsWith("loading") ? `Loading the model${percent}` : `Warming up${percent}`;
+  }
+}
