@@ -1,4 +1,4 @@
-"""Measurements over real processes that talk through gloo, at tiny size: what is told is what was measured."""
+"""Measurements on several real processes over gloo, at tiny size."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ SMALL = "--model builtin --device cpu --size 80x48 --steps 2"
 
 
 def test_strong_scaling_in_one_call(tmp_path, capsys):
-    """One and two ranks are measured one after the other; speedup and efficiency follow from their medians, and a table
-    tells them."""
+    """One and two ranks are measured in turn. The table's speedup and efficiency follow from their medians."""
     figures = tmp_path / "scaling.json"
     line = f"bench pipeline {SMALL} --random-weights --window 9 --sink 3 --warm 1 --chunks 2 --num-gpus 1,2"
     assert main([*line.split(), "--vae-parallel", "width", "--json", str(figures)]) == 0
@@ -36,7 +35,7 @@ def test_strong_scaling_in_one_call(tmp_path, capsys):
 
 
 def test_collectives(tmp_path, capsys):
-    """Every exchange of a chunk with its time, bytes and number: 45 tokens of 4 heads of 64 in 8 layers, two ranks."""
+    """Time, bytes and number of each collective of a chunk: 45 tokens of 4 heads of 64 in 8 layers on two ranks."""
     figures = tmp_path / "collectives.json"
     line = f"bench collectives {SMALL} --num-gpus 2 --repeats 2 --chunk-ms 1000 --json {figures}"
     assert main(line.split()) == 0
@@ -64,8 +63,8 @@ def test_collectives(tmp_path, capsys):
         ("bench pipeline --random-weights --device cpu --num-gpus 7", "does not divide the 40 heads"),
     ],
 )
-def test_what_cannot_be_is_one_line(line, said, capsys):
-    """Nothing is started for it."""
+def test_an_impossible_measurement_is_one_line(line, said, capsys):
+    """It is refused with exit code 2 before any process starts."""
     assert main(line.split()) == 2
     (told,) = capsys.readouterr().err.splitlines()
     assert said in told

@@ -1,10 +1,12 @@
-"""Frames to keep: an MP4 file (PyAV) or a folder of PNGs."""
+"""Writes pixel frames to an MP4 file (PyAV) or to a folder of PNGs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,26 +14,47 @@ from PIL import Image
 
 from lingbot_rt.errors import ConfigError
 
-_CRF = "16"  # libx264's quality scale: below 18 a difference is hard to see
+_CRF = "16"  # libx264's quality scale; differences are hard to see below 18
 
 
-class Clip:
-    """Takes pixel frames uint8 [H, W, 3], all of one size. This one keeps nothing."""
+class FrameWriter(Protocol):
+    """Takes pixel frames uint8 [H, W, 3], all of one size."""
 
+    def add(self, pixels: npt.NDArray[np.uint8]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@contextmanager
+def open_writer(path: str | None, fps: float) -> Iterator[FrameWriter]:
+    """NAME.mp4 -> a video at ``fps``, another name -> a folder of PNGs, None -> frames are discarded.
+
+    Raises ConfigError if a video is asked for and PyAV is not installed.
+    """
+    writer: FrameWriter
+    if path is None:
+        writer = DiscardFrames()
+    elif path.lower().endswith(".mp4"):
+        writer = Mp4File(Path(path), fps)
+    else:
+        writer = PngFolder(Path(path))
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+class DiscardFrames:
     def add(self, pixels: npt.NDArray[np.uint8]) -> None:
-        """The next frame."""
+        pass
 
     def close(self) -> None:
-        """Finishes the file."""
-
-    def __enter__(self) -> Clip:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+        pass
 
 
-class PngFolder(Clip):
+class PngFolder:
+    """frame_00000.png, frame_00001.png and so on."""
+
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
@@ -41,9 +64,12 @@ class PngFolder(Clip):
         Image.fromarray(pixels).save(self._folder / f"frame_{self._count:05d}.png")
         self._count += 1
 
+    def close(self) -> None:
+        pass
 
-class Mp4(Clip):
-    """H.264, at ``fps``. The picture's size comes with the first frame."""
+
+class Mp4File:
+    """H.264 video at ``fps``. The first frame sets its size."""
 
     def __init__(self, path: Path, fps: float) -> None:
         try:
@@ -59,7 +85,7 @@ class Mp4(Clip):
         self._stream: Any = None
 
     def add(self, pixels: npt.NDArray[np.uint8]) -> None:
-        # Chroma is halved along both sides: an odd preview loses its last row or column.
+        # yuv420p halves the chroma along both sides, so a picture of odd size loses its last row or column.
         height, width = (side // 2 * 2 for side in pixels.shape[:2])
         if self._stream is None:
             self._stream = self._file.add_stream("libx264", rate=self._fps, options={"crf": _CRF})
@@ -71,10 +97,3 @@ class Mp4(Clip):
         if self._stream is not None:
             self._file.mux(self._stream.encode())
         self._file.close()
-
-
-def open_clip(out: str | None, fps: float) -> Clip:
-    """``clip.mp4`` -> Mp4, another name -> a folder of PNGs, None -> nothing kept. Raises ConfigError without PyAV."""
-    if out is None:
-        return Clip()
-    return Mp4(Path(out), fps) if out.lower().endswith(".mp4") else PngFolder(Path(out))
