@@ -17,7 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
 from lingbot_rt.bench.figures import number, significant, table
-from lingbot_rt.bench.random_model import Shapes
+from lingbot_rt.bench.random_model import ModelShapes
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.parallel.groups import RankGroup
 from lingbot_rt.parallel.ulysses import UlyssesAttention
@@ -46,7 +46,7 @@ class CollectivesSpec:
     repeats: int  # calls per round; the median of the rounds is reported
 
     @classmethod
-    def of(cls, shapes: Shapes, size: FrameSize, steps: int, dtype: torch.dtype, repeats: int) -> CollectivesSpec:
+    def of(cls, shapes: ModelShapes, size: FrameSize, steps: int, dtype: torch.dtype, repeats: int) -> CollectivesSpec:
         dit = shapes.dit
         return cls(
             size=size,
@@ -237,12 +237,12 @@ def _ms_of(call: _Call, ranks: RankGroup, device: torch.device, repeats: int) ->
     def round_of(count: int) -> float:
         # All ranks start together, so that waiting for a late rank is not counted.
         ranks.agree(True)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for _ in range(count):
             call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return 1000 * (time.perf_counter() - begun) / count
+        return 1000 * (time.perf_counter() - started) / count
 
     round_of(_WARM)
     return statistics.median(round_of(repeats) for _ in range(_ROUNDS))

@@ -147,15 +147,15 @@ class SyntheticSession:
             if not first_at:
                 first_at.append(time.perf_counter())
 
-        begun = time.perf_counter()
+        started = time.perf_counter()
         with self._leader.command(plan):
             result = run_chunk(self._pipeline, self._session, plan, emit)
         self._next += 1
         ranks = self._pipeline.ranks
         exchange_ms = None if ranks.world == 1 else result.timings.total_ms - ranks.pulse.compute_ms
-        return TimedChunk(result, 1000 * (first_at[0] - begun), exchange_ms)
+        return TimedChunk(result, 1000 * (first_at[0] - started), exchange_ms)
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Frees the session's memory on the other ranks."""
         with self._leader.command(Close(self._plan.session_id)):
             pass
@@ -222,4 +222,4 @@ def _session(pipeline: Pipeline, plan: SessionPlan, length: int, leader: Leader 
     session = SyntheticSession(pipeline, plan, leader)
     for _ in range(length):
         yield session.step()
-    session.end()
+    session.close()

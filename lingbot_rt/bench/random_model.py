@@ -32,7 +32,7 @@ _SEED = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Shapes:
+class ModelShapes:
     """Everything of a model except its weights."""
 
     dit: DiTConfig
@@ -41,17 +41,17 @@ class Shapes:
     default_size: FrameSize
 
 
-def shapes_of(model: str) -> Shapes:
-    """Shapes of ``lingbot-world-fast`` or of anything that ``open_checkpoint`` takes. Reads no weights.
+def shapes_of(model: str) -> ModelShapes:
+    """ModelShapes of ``lingbot-world-fast`` or of anything that ``open_checkpoint`` takes. Reads no weights.
 
     Raises CheckpointError.
     """
     if model == LINGBOT_WORLD_FAST:
         # The model's own window of 45 (sink 3) takes 57 GB. Published figures use window 18, which clients ask for.
         config = DiTConfig(sink_size=9, sliding_window_num_frames=18)
-        return Shapes(config, {}, FlowSchedule(DISTILLED_SHIFT, DISTILLED_STEPS), TRAINED_SIZE)
+        return ModelShapes(config, {}, FlowSchedule(DISTILLED_SHIFT, DISTILLED_STEPS), TRAINED_SIZE)
     folder = open_checkpoint(model)
-    return Shapes(
+    return ModelShapes(
         dit=folder.dit_config,
         vae=json.loads((folder.path / "vae" / "config.json").read_text(encoding="utf-8")),
         schedule=FlowSchedule(folder.shift, folder.denoise_steps),
@@ -73,9 +73,9 @@ def random_pipeline(config: ServeConfig, ranks: Ranks | None = None) -> Pipeline
         empty_dit = CausalDiT(shapes.dit)
     ranks = ranks or Ranks()
     networks = Networks(
-        dit=draw(empty_dit, dtype, device, generator),
+        dit=fill_random(empty_dit, dtype, device, generator),
         vae=random_vae(config),
-        text_encoder=RandomText(shapes.dit, device, generator) if ranks.is_first else None,
+        text_encoder=RandomTextEncoder(shapes.dit, device, generator) if ranks.is_first else None,
     )
     return assemble(config, networks, shapes.schedule, shapes.default_size, ranks)
 
@@ -86,10 +86,10 @@ def random_vae(config: ServeConfig) -> StreamingVAE:
     with torch.device("meta"):
         empty = AutoencoderKLWan.from_config(shapes_of(config.model_path).vae)
     generator = torch.Generator(device).manual_seed(_SEED)
-    return StreamingVAE(draw(empty, DTYPES[config.vae_dtype], device, generator))
+    return StreamingVAE(fill_random(empty, DTYPES[config.vae_dtype], device, generator))
 
 
-def draw(module: Any, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Any:
+def fill_random(module: Any, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Any:
     """Fills a module of the meta device with random weights on ``device``.
 
     Weights are normal with variance 1 / fan-in, so activations keep their scale. Gains are one, biases zero.
@@ -109,14 +109,14 @@ def draw(module: Any, dtype: torch.dtype, device: torch.device, generator: torch
     return module.requires_grad_(False).eval()
 
 
-class RandomText(TextEncoder):
+class RandomTextEncoder(TextEncoder):
     """Stands in for the text encoder: the same random embeddings for every prompt."""
 
     def __init__(self, config: DiTConfig, device: torch.device, generator: torch.Generator) -> None:
         shape = (1, config.text_len, config.text_dim)
         self._embeddings = torch.randn(shape, generator=generator, device=device)
 
-    def to(self, device: torch.device) -> RandomText:
+    def to(self, device: torch.device) -> RandomTextEncoder:
         self._embeddings = self._embeddings.to(device)
         return self
 

@@ -71,12 +71,12 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     """Seconds per call: the median of three rounds of many calls, after one warm-up call."""
 
     def round_of(repeats: int) -> float:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for _ in range(repeats):
             work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return (time.perf_counter() - begun) / repeats
+        return (time.perf_counter() - started) / repeats
 
     round_of(1)
     repeats = max(1, min(int(_ROUND_S / round_of(1)), _MAX_REPEATS))

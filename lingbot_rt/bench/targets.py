@@ -86,7 +86,7 @@ def measure_targets(
 
     Raises what ``random_pipeline`` raises. Later errors become rows of the report.
     """
-    begun = time.perf_counter()
+    started = time.perf_counter()
     pipeline = random_pipeline(replace(config, compile="false", quantization="none"))
     plan = workload.session_plan(pipeline)
     report = TargetsReport(
@@ -101,7 +101,7 @@ def measure_targets(
     )
     for case, run in _cases(pipeline, config, workload, plan, far_chunk):
         report.rows += _rows(case, run, with_targets=config.model_path == LINGBOT_WORLD_FAST)
-        report.minutes = (time.perf_counter() - begun) / 60
+        report.minutes = (time.perf_counter() - started) / 60
         on_case(report)
         _free_memory()
 
@@ -207,12 +207,12 @@ def _vae_alone(config: ServeConfig, plan: SessionPlan, workload: Workload, compi
     latents = torch.randn(1, vae.z_dim, plan.latent_frames, size.latent_height, size.latent_width, device=vae.device)
 
     def chunk_ms() -> float:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for latent in latents.split(1, dim=2):
             vae.decode_latent_frame(latent, features)
         if vae.device.type == "cuda":
             torch.cuda.synchronize(vae.device)
-        return 1000 * (time.perf_counter() - begun)
+        return 1000 * (time.perf_counter() - started)
 
     warm = [chunk_ms() for _ in range(3)]
     return {"VAE": [chunk_ms() for _ in range(max(workload.chunks, len(warm)))]}

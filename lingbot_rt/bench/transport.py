@@ -92,9 +92,9 @@ def _cost(payload_bytes: Callable[[Pixels], int], pixels: Pixels) -> Cost:
     batch = VAE_TEMPORAL_STRIDE
     for start in range(0, len(pixels), batch):
         frames = pixels[start : start + batch]
-        begun = time.perf_counter()
+        started = time.perf_counter()
         size = payload_bytes(frames)
-        ms = 1000 * (time.perf_counter() - begun)
+        ms = 1000 * (time.perf_counter() - started)
         if start >= _WARM_BATCHES * batch:
             ms_per_frame += [ms / len(frames)] * len(frames)
             payload += size

@@ -198,6 +198,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="lingbot-world-fast",
+        metavar="TEXT",
         help="lingbot-world-fast (shapes of the published 14B), builtin, a diffusers folder, or a hub id "
         "(default: %(default)s)",
     )
@@ -274,11 +275,11 @@ def _measure(job: Job, workload: Workload, trace: str | None) -> PipelineReport:
     from lingbot_rt.bench.ranks import pipeline_on_ranks
     from lingbot_rt.bench.roofline import measure_roofline
 
-    begun = time.perf_counter()
+    started = time.perf_counter()
     with ExitStack() as stack:
         with StartupBars() as bars:
             pipeline, leader = stack.enter_context(pipeline_on_ranks(job, bars.show))
-        took_s = time.perf_counter() - begun
+        took_s = time.perf_counter() - started
         print(f"{job.config.model_path} loaded on {pipeline.model_info.device} in {took_s:.1f} s", file=sys.stderr)
         plan = workload.session_plan(pipeline)
         total = workload.warm_chunks(plan) + workload.measured_chunks()

@@ -33,11 +33,11 @@ class ChunkConsumer(Protocol[Result]):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    record_help = "run the cases and save their frames as ground truth"
-    record = actions.add_parser("record", help=record_help, description=record_help)
+    summary = "run the cases and save their frames as ground truth"
+    record = actions.add_parser("record", help=summary, description=f"{summary.capitalize()}.")
     record.add_argument("--out", metavar="DIR", required=True, help="folder for the ground truth")
-    run_help = "run the cases and compare them with their ground truth"
-    run_ = actions.add_parser("run", help=run_help, description=run_help)
+    summary = "run the cases and compare them with their ground truth"
+    run_ = actions.add_parser("run", help=summary, description=f"{summary.capitalize()}.")
     run_.add_argument("--gt", metavar="DIR", required=True, help="ground truth made by `check record`")
     run_.add_argument(
         "--report", metavar="DIR", help="write report.json and an HTML page that shows the worst differences"

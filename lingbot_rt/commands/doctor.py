@@ -35,7 +35,9 @@ _LINE_LENGTH = 90
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model-path", default=BUILTIN, help="model whose memory is estimated (default: %(default)s)")
+    parser.add_argument(
+        "--model-path", default=BUILTIN, metavar="TEXT", help="model whose memory is estimated (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,8 +17,7 @@ from lingbot_rt.shapes import latent_frames_for, pixel_frames_of_chunk
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_session_options(parser)
-    parser.set_defaults(out="clip.mp4")
+    add_session_options(parser, default_out="clip.mp4")
     add_config_options(parser, ("model", "device"))
 
 

@@ -23,13 +23,17 @@ _PRESET_FOLDERS = (_PACKAGE / "webui" / "presets", _PACKAGE.parent / "webui" / "
 _KEYS_STEP = re.compile(rf"([{''.join(TOKENS)}]+|-)(?:\*(\d{{1,6}}))?")
 
 
-def add_session_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="describes the world (default: a quiet street)")
+def add_session_options(parser: argparse.ArgumentParser, *, default_out: str | None = None) -> None:
+    """Without ``default_out`` the frames are saved only if --out is given."""
+    parser.add_argument(
+        "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help="describes the world (default: a quiet street)"
+    )
     add_first_frame_option(parser)
     add_size_option(parser)
     parser.add_argument(
         "--keys",
         default=DEFAULT_KEYS,
+        metavar="KEYS",
         help="comma-separated keys: w a s d move, i j k l look, - is no key; *N holds them for N latent frames "
         "(default: %(default)s)",
     )
@@ -41,7 +45,11 @@ def add_session_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of the noise (default: 42)")
     parser.add_argument("--fps", type=float, default=16, metavar="N", help="playback rate in frames/s (default: 16)")
     parser.add_argument(
-        "--out", metavar="PATH", help="save the frames: NAME.mp4 for a video, another name for a folder of PNGs"
+        "--out",
+        default=default_out,
+        metavar="PATH",
+        help="save the frames: NAME.mp4 for a video, another name for a folder of PNGs "
+        f"(default: {default_out or 'save nothing'})",
     )
 
 
@@ -74,9 +82,9 @@ def parse_script(text: str) -> Actions:
     return actions
 
 
-def chunks_for(actions: Actions, latent_frames: int, asked: int | None) -> int:
-    """``asked``, or as many chunks of ``latent_frames`` as play all ``actions``."""
-    return asked if asked is not None else max(-(-len(actions) // latent_frames), 1)
+def chunks_for(actions: Actions, latent_frames: int, requested: int | None) -> int:
+    """``requested``, or as many chunks of ``latent_frames`` as play all ``actions``."""
+    return requested if requested is not None else max(-(-len(actions) // latent_frames), 1)
 
 
 def first_frame_bytes(path: str | None, size: FrameSize) -> bytes:

@@ -58,13 +58,13 @@ def start_record(config: ServeConfig, init: Init, plan: SessionPlan, info: Model
     logs an error and returns None; the session goes on without a record.
     """
     fields = {name: getattr(init, name) for name in init.__struct_fields__ if name not in ("first_frame", "record")}
-    asked = {name: value for name, value in fields.items() if value is not None}
+    given = {name: value for name, value in fields.items() if value is not None}
     picture = io.BytesIO()
     Image.fromarray(plan.first_frame).save(picture, "PNG")
     root, max_bytes = Path(str(config.record_dir)), config.record_max_mb * 2**20
     try:
         make_room(root, config.record_total_mb * 2**20 - max_bytes)
-        return SessionRecorder(root, plan.session_id, msgspec.to_builtins(asked), picture.getvalue(), info, max_bytes)
+        return SessionRecorder(root, plan.session_id, msgspec.to_builtins(given), picture.getvalue(), info, max_bytes)
     except OSError as error:
         log.error("session %s is not recorded: --record-dir %s: %s", plan.session_id, root, error)
         return None

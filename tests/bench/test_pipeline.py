@@ -10,7 +10,7 @@ from PIL import Image
 
 from lingbot_rt.bench.flops import Flops
 from lingbot_rt.bench.pipeline import Workload, profile_chunk, run_chunks
-from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST, draw, random_pipeline, shapes_of
+from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST, fill_random, random_pipeline, shapes_of
 from lingbot_rt.bench.roofline import Roofline
 from lingbot_rt.cli import main
 from lingbot_rt.config import ServeConfig
@@ -48,7 +48,7 @@ def test_random_weights_keep_the_scale_of_activations(pipeline):
     assert state["blocks.0.ffn.2.weight"].norm(dim=1).mean().item() == pytest.approx(1, abs=0.1)
     with torch.device("meta"):
         empty = torch.nn.Linear(8, 8)
-    assert draw(empty, torch.bfloat16, torch.device("cpu"), torch.Generator()).weight.dtype == torch.bfloat16
+    assert fill_random(empty, torch.bfloat16, torch.device("cpu"), torch.Generator()).weight.dtype == torch.bfloat16
 
 
 def test_steady_chunks_have_a_full_window(pipeline):
@@ -110,14 +110,14 @@ def test_command_line(golden, tmp_path, capsys):
         f"bench pipeline --model {golden('e2e/model')} --random-weights --device cpu --size 64x64 --window 9 --sink 3"
     )
     assert main([*line.split(), "--steps", "2", "--chunks", "2", "--json", str(figures), "--plot", str(chart)]) == 0
-    told = json.loads(figures.read_text())
-    assert told["setting"]["steps"] == 2
-    assert (told["setting"]["warm_chunks"], told["setting"]["chunks"]) == (6, 2)
-    assert told["setting"]["weights"] == "random"
-    assert list(told["stages_ms"]) == STAGES
-    assert told["stages_ms"]["total"]["count"] == 2
-    assert told["tflop"]["DiT"] == pytest.approx(told["tflop"]["denoise"] + told["tflop"]["context"])
-    assert told["roofline_share"] == pytest.approx(told["roofline_ms"] / told["stages_ms"]["DiT"]["mean"])
+    written = json.loads(figures.read_text())
+    assert written["setting"]["steps"] == 2
+    assert (written["setting"]["warm_chunks"], written["setting"]["chunks"]) == (6, 2)
+    assert written["setting"]["weights"] == "random"
+    assert list(written["stages_ms"]) == STAGES
+    assert written["stages_ms"]["total"]["count"] == 2
+    assert written["tflop"]["DiT"] == pytest.approx(written["tflop"]["denoise"] + written["tflop"]["context"])
+    assert written["roofline_share"] == pytest.approx(written["roofline_ms"] / written["stages_ms"]["DiT"]["mean"])
     printed = capsys.readouterr().out
     assert all(stage in printed for stage in STAGES)
     with Image.open(chart) as picture:
@@ -129,9 +129,9 @@ def test_fp8(golden, tmp_path, capsys):
     """--quantization fp8 runs quantized linears, is part of the setting, and has its own roofline."""
     line = f"bench pipeline --model {golden('e2e/model')} --random-weights --device cpu --size 64x64 --quantization fp8"
     assert main([*line.split(), "--warm", "0", "--chunks", "1", "--json", str(tmp_path / "fp8.json")]) == 0
-    told = json.loads((tmp_path / "fp8.json").read_text())
-    assert told["setting"]["quantization"] == "fp8"
-    assert told["roofline_tflop_per_s"]["linears"] > 0
+    written = json.loads((tmp_path / "fp8.json").read_text())
+    assert written["setting"]["quantization"] == "fp8"
+    assert written["roofline_tflop_per_s"]["linears"] > 0
     assert "quantization fp8" in capsys.readouterr().out
 
 

@@ -16,13 +16,13 @@ def test_strong_scaling_in_one_call(tmp_path, capsys):
     figures = tmp_path / "scaling.json"
     line = f"bench pipeline {SMALL} --random-weights --window 9 --sink 3 --warm 1 --chunks 2 --num-gpus 1,2"
     assert main([*line.split(), "--vae-parallel", "width", "--json", str(figures)]) == 0
-    told = json.loads(figures.read_text())
-    alone, pair = told["reports"]
-    assert [report["setting"]["ranks"] for report in told["reports"]] == [1, 2]
-    assert [report["setting"]["vae_parallel"] for report in told["reports"]] == ["none", "width"]
+    written = json.loads(figures.read_text())
+    alone, pair = written["reports"]
+    assert [report["setting"]["ranks"] for report in written["reports"]] == [1, 2]
+    assert [report["setting"]["vae_parallel"] for report in written["reports"]] == ["none", "width"]
     assert "exchange" not in alone["stages_ms"]
     assert 0 < pair["stages_ms"]["exchange"]["p50"] < pair["stages_ms"]["total"]["p50"]
-    first, second = told["scaling"]
+    first, second = written["scaling"]
     assert (first["dit_speedup"], first["efficiency"], first["exchange_share"]) == (1, 1, 0)
     speedup = alone["stages_ms"]["DiT"]["p50"] / pair["stages_ms"]["DiT"]["p50"]
     assert second["dit_speedup"] == pytest.approx(speedup)
@@ -39,23 +39,23 @@ def test_collectives(tmp_path, capsys):
     figures = tmp_path / "collectives.json"
     line = f"bench collectives {SMALL} --num-gpus 2 --repeats 2 --chunk-ms 1000 --json {figures}"
     assert main(line.split()) == 0
-    told = json.loads(figures.read_text())
-    packed, attended, flow, halos, pixels = told["exchanges"]
+    written = json.loads(figures.read_text())
+    packed, attended, flow, halos, pixels = written["exchanges"]
     # Rank 0 has 23 of the tokens and half of the heads, in float32.
     assert packed["moved_mb"] == pytest.approx(23 * 3 * 2 * 64 * 4 / 1e6)
     assert attended["moved_mb"] == pytest.approx(23 * 2 * 64 * 4 / 1e6)
     assert flow["moved_mb"] == pytest.approx(23 * 16 * 4 * 4 / 1e6)
-    assert [one["calls"] for one in told["exchanges"]] == [8 * 3, 8 * 3 - 1, 2, 3, 3]
+    assert [one["calls"] for one in written["exchanges"]] == [8 * 3, 8 * 3 - 1, 2, 3, 3]
     assert halos["moved_mb"] > 0
     # Half of the four pixel frames of a latent frame, float32.
     assert pixels["moved_mb"] == pytest.approx(40 * 48 * 3 * 4 * 4 / 1e6)
-    assert all(one["ms"] > 0 for one in told["exchanges"])
-    assert told["total_ms"] == pytest.approx(sum(one["ms"] * one["calls"] for one in told["exchanges"]))
-    assert f"{told['total_ms'] / 10:.1f} %" in capsys.readouterr().out
+    assert all(one["ms"] > 0 for one in written["exchanges"])
+    assert written["total_ms"] == pytest.approx(sum(one["ms"] * one["calls"] for one in written["exchanges"]))
+    assert f"{written['total_ms'] / 10:.1f} %" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "expected"),
     [
         ("bench collectives --num-gpus 1", "--num-gpus 1 has nothing to exchange"),
         (f"bench collectives {SMALL} --num-gpus 3", "--num-gpus 3 does not divide the 4 heads of builtin"),
@@ -63,8 +63,8 @@ def test_collectives(tmp_path, capsys):
         ("bench pipeline --random-weights --device cpu --num-gpus 7", "does not divide the 40 heads"),
     ],
 )
-def test_an_impossible_measurement_is_one_line(line, said, capsys):
+def test_an_impossible_measurement_is_one_line(line, expected, capsys):
     """It is refused with exit code 2 before any process starts."""
     assert main(line.split()) == 2
-    (told,) = capsys.readouterr().err.splitlines()
-    assert said in told
+    (error,) = capsys.readouterr().err.splitlines()
+    assert expected in error

@@ -24,11 +24,11 @@ def spec(url: str, **changes) -> SessionSpec:
 async def test_one_session():
     """Every frame of every chunk is counted once, key presses come back in frames, and all statistics are there."""
     async with running(FakeEngine(group_s=0.02)) as server:
-        asked = spec(server.http)
-        observed = await asyncio.to_thread(run_session, asked, lambda: None)
+        measured = spec(server.http)
+        observed = await asyncio.to_thread(run_session, measured, lambda: None)
     assert len(observed.frames) == 9 + 5 * 12
     assert len(observed.pressed) >= 2
-    report = serve_report(asked, {}, observed)
+    report = serve_report(measured, {}, observed)
     assert (report.frames, report.chunks) == (69, 6)
     assert report.first_frame_s > 0
     assert report.frames_per_s > 0
@@ -43,9 +43,9 @@ async def test_a_session_of_one_chunk():
     """Figures that need two chunks are None."""
     async with running(FakeEngine()) as server:
         init = dict(spec(server.http).init) | {"max_chunks": 1}
-        asked = spec(server.http, press_every_s=100.0, init=init)
-        observed = await asyncio.to_thread(run_session, asked, lambda: None)
-    report = serve_report(asked, {}, observed)
+        measured = spec(server.http, press_every_s=100.0, init=init)
+        observed = await asyncio.to_thread(run_session, measured, lambda: None)
+    report = serve_report(measured, {}, observed)
     assert report.frames == 9
     assert (report.frames_per_s, report.chunk_interval_ms, report.event_to_frame_ms) == (None, None, None)
     assert report.server_ms["chunk"].count == 1
@@ -78,11 +78,11 @@ async def test_command_line(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "fake-world, cpu, float32, 1" in printed
     assert "client: key to frame" in printed
-    told = json.loads(figures.read_text())
-    assert told["init"]["seed"] == 7
-    assert told["frames"] == 45
-    assert told["playback"]["fps"] == 24
-    assert set(told["server_ms"]) >= {"chunk", "DiT", "VAE", "encode"}
+    written = json.loads(figures.read_text())
+    assert written["init"]["seed"] == 7
+    assert written["frames"] == 45
+    assert written["playback"]["fps"] == 24
+    assert set(written["server_ms"]) >= {"chunk", "DiT", "VAE", "encode"}
 
 
 @pytest.mark.parametrize(

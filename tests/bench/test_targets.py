@@ -30,16 +30,16 @@ CASES = [
 def test_one_command(line, tmp_path, capsys):
     """All cases run, in order, and the table and the file have their figures."""
     assert main([*line.split(), "--json", str(tmp_path / "targets.json")]) == 0
-    told = json.loads((tmp_path / "targets.json").read_text())
-    assert list(dict.fromkeys(row["case"] for row in told["rows"])) == CASES
-    assert {row["figure"] for row in told["rows"] if row["case"] == "fp8 not compiled"} == {
+    written = json.loads((tmp_path / "targets.json").read_text())
+    assert list(dict.fromkeys(row["case"] for row in written["rows"])) == CASES
+    assert {row["figure"] for row in written["rows"] if row["case"] == "fp8 not compiled"} == {
         "DiT",
         "VAE",
         "after denoise",
         "total",
     }
-    assert all(row["value"]["p50"] > 0 and not row["error"] for row in told["rows"])
-    assert all(row["required"] is None for row in told["rows"])  # only the 14B has targets
+    assert all(row["value"]["p50"] > 0 and not row["error"] for row in written["rows"])
+    assert all(row["required"] is None for row in written["rows"])  # only the 14B has targets
     printed = capsys.readouterr().out
     assert all(case in printed for case in CASES)
     assert "far / near" in printed

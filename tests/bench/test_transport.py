@@ -49,6 +49,6 @@ def test_command_line(tmp_path, capsys):
     assert main(["bench", "transport", "--size", "64x64", "--frames", "4", "--json", str(figures)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed[3:]] == list(OUTPUT_FORMATS)
-    told = json.loads(figures.read_text())
-    assert told["size"] == "64x64"
-    assert set(told["encoder"]["webp"]) == {"ms", "mb_per_s", "kb"}
+    written = json.loads(figures.read_text())
+    assert written["size"] == "64x64"
+    assert set(written["encoder"]["webp"]) == {"ms", "mb_per_s", "kb"}
