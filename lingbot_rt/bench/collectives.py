@@ -86,7 +86,7 @@ class Exchange:
 
 @torch.inference_mode()
 def measure(spec: CollectivesSpec, ranks: RankGroup, device: torch.device) -> list[Exchange]:
-    """Every rank must call it. Raises PeerLost."""
+    """Times each collective; every rank must call this. Raises PeerLost."""
     dit = _dit_collectives(spec, ranks, device)
     vae = _vae_collectives(spec, ranks, device)
     return [

@@ -60,7 +60,7 @@ def measure_roofline(pipeline: Pipeline, shape: ChunkShape) -> Roofline:
 
 
 def _fp8_products(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], object]:
-    """The fp8 products without the quantization of their inputs, which is fused into the kernel before them."""
+    """The fp8 products without the quantization of their inputs, which compiled code fuses into earlier kernels."""
     dtype, product = pairs[0][0].dtype, product_on(pairs[0][0].device)
     quantized = [(*quantize_rows(x), *quantize_rows(weight)) for x, weight in pairs]
     operands = [(x, weight, x_scale, scale.T.contiguous(), dtype) for x, x_scale, weight, scale in quantized]

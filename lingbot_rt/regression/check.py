@@ -123,9 +123,8 @@ class CaseCheck:
         if key.mean_abs_diff > limits.max_mean_abs_diff:
             report.problems.append(f"{where}: mean difference {key.mean_abs_diff:.2f} > {limits.max_mean_abs_diff}")
         if key.mean_abs_diff > 0:
-            report.shown = sorted([*report.shown, Difference(key, recorded, got)], key=lambda each: each.key.psnr)[
-                :WORST_SHOWN
-            ]
+            shown = [*report.shown, Difference(key, recorded, got)]
+            report.shown = sorted(shown, key=lambda each: each.key.psnr)[:WORST_SHOWN]
 
     def _compare_figures(self) -> None:
         limits, report = self._case.thresholds, self._report
