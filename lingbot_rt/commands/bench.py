@@ -10,21 +10,19 @@ from typing import TYPE_CHECKING
 
 from lingbot_rt.commands.local_engine import StartupBars
 from lingbot_rt.commands.options import (
-    add_format_option,
-    add_init_option,
+    add_client_options,
     add_options_named,
-    add_server_options,
     add_size_option,
     given_options,
     non_negative_int,
     parse_init_fields,
-    parse_size,
     positive_float,
     positive_int,
     rising_ints,
 )
 from lingbot_rt.config import OUTPUT_FORMATS, ServeConfig
 from lingbot_rt.errors import ConfigError
+from lingbot_rt.shapes import FrameSize
 
 if TYPE_CHECKING:
     from lingbot_rt.bench.pipeline import Workload
@@ -44,39 +42,29 @@ DEVICE_OPTIONS = (
 )
 """The options of ``serve`` that change the pipeline's speed."""
 
-KINDS = {
-    "pipeline": "chunk time on the device: DiT, VAE, frames/s, TFLOP/s",
-    "collectives": "what several GPUs exchange per chunk: ms, GB/s, share of a chunk",
-    "targets": "every performance target for one accelerator, each beside its measured value",
-    "transport": "encoding time and size of each transport, beside plain Pillow",
-    "serve": "a running server as its client sees it: rate, latency, jitter, underruns",
-}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    add_options = {
-        "pipeline": _add_pipeline,
-        "collectives": _add_collectives,
-        "targets": _add_targets,
-        "transport": _add_transport,
-        "serve": _add_serve,
-    }
-    for kind, summary in KINDS.items():
+    for kind, summary, add_options, measure in (
+        ("pipeline", "chunk time on the device: DiT, VAE, frames/s, TFLOP/s", _add_pipeline, _pipeline),
+        (
+            "collectives",
+            "what several GPUs exchange per chunk: ms, GB/s, share of a chunk",
+            _add_collectives,
+            _collectives,
+        ),
+        ("targets", "every performance target for one GPU, beside the measured value", _add_targets, _targets),
+        ("transport", "encoding time and size of each transport, beside plain Pillow", _add_transport, _transport),
+        ("serve", "a running server as its client sees it: rate, latency, jitter, underruns", _add_serve, _serve),
+    ):
         options = kinds.add_parser(kind, help=summary, description=f"Measures {summary}.")
-        add_options[kind](options)
+        add_options(options)
         options.add_argument("--json", metavar="FILE", help="write every figure and the setting to this file")
+        options.set_defaults(measure=measure)
 
 
 def run(args: argparse.Namespace) -> int:
-    measure = {
-        "pipeline": _pipeline,
-        "collectives": _collectives,
-        "targets": _targets,
-        "transport": _transport,
-        "serve": _serve,
-    }
-    return measure[args.kind](args)
+    return args.measure(args)
 
 
 def _add_pipeline(parser: argparse.ArgumentParser) -> None:
@@ -154,7 +142,7 @@ def _add_targets(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_transport(parser: argparse.ArgumentParser) -> None:
-    add_size_option(parser, default="832x480")
+    add_size_option(parser, default=FrameSize(832, 480))
     parser.add_argument(
         "--frames", type=positive_int, default=96, metavar="N", help="frames to measure (default: %(default)s)"
     )
@@ -163,11 +151,10 @@ def _add_transport(parser: argparse.ArgumentParser) -> None:
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     from lingbot_rt.commands.session_options import add_first_frame_option
 
-    add_server_options(parser)
+    add_client_options(parser)
     add_size_option(parser)
     add_first_frame_option(parser)
     _add_chunks(parser, 30, "chunks of the session")
-    add_format_option(parser)
     parser.add_argument(
         "--fps", type=positive_float, default=16.0, metavar="N", help="frame rate of the session (default: 16)"
     )
@@ -191,7 +178,6 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds that this player buffers before it starts (default: 0.5)",
     )
-    add_init_option(parser)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -242,7 +228,7 @@ def _pipeline(args: argparse.Namespace) -> int:
     if len(args.ranks) > 1 and (args.plot or args.profile):
         raise ConfigError("--plot and --profile need one measurement: name one --num-gpus", field="num_gpus")
     workload = Workload(
-        size=parse_size(args.size) if args.size else None,
+        size=args.size,
         sink_frames=args.sink if args.sink is not None or not opening else 9,
         window_frames=args.window or (18 if opening else None),
         num_steps=args.steps,
@@ -303,7 +289,7 @@ def _collectives(args: argparse.Namespace) -> int:
         raise ConfigError("--num-gpus 1 has nothing to exchange: use 2 or more", field="num_gpus")
     job = _job(args, args.ranks)
     shapes, device = shapes_of(args.model), resolve_device(job.config.device)
-    size = parse_size(args.size) if args.size else shapes.default_size
+    size = args.size or shapes.default_size
     steps = args.steps or len(shapes.schedule.steps)
     spec = CollectivesSpec.of(shapes, size, steps, resolve_dtype(job.config.dtype, device), args.repeats)
     report = CollectivesReport.of(
@@ -325,7 +311,7 @@ def _targets(args: argparse.Namespace) -> int:
     from lingbot_rt.bench.targets import TargetsReport, as_text, measure_targets
 
     workload = Workload(
-        size=parse_size(args.size) if args.size else None,
+        size=args.size,
         sink_frames=args.sink,
         window_frames=args.window,
         chunks=args.chunks,
@@ -351,7 +337,7 @@ def _transport(args: argparse.Namespace) -> int:
     from lingbot_rt.bench.transport import as_text, measure_transport
 
     with tqdm(total=2 * len(OUTPUT_FORMATS), unit="encoder", disable=None) as bar:
-        report = measure_transport(parse_size(args.size), args.frames, bar.update)
+        report = measure_transport(args.size, args.frames, bar.update)
     print(as_text(report))
     write_json(args.json, report)
     return 0
@@ -365,7 +351,7 @@ def _serve(args: argparse.Namespace) -> int:
     from lingbot_rt.commands.client import served_size
     from lingbot_rt.commands.session_options import DEFAULT_PROMPT, first_frame_bytes
 
-    size = parse_size(args.size) if args.size else served_size(args.url, args.api_key)
+    size = args.size or served_size(args.url, args.api_key)
     init = {
         "prompt": DEFAULT_PROMPT,
         "first_frame": first_frame_bytes(args.first_frame, size),

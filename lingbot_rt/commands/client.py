@@ -11,13 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lingbot_rt.commands.frame_writer import open_writer
-from lingbot_rt.commands.options import (
-    add_format_option,
-    add_init_option,
-    add_server_options,
-    parse_init_fields,
-    parse_size,
-)
+from lingbot_rt.commands.options import add_client_options, parse_init_fields
 from lingbot_rt.commands.session_options import (
     add_session_options,
     chunks_for,
@@ -32,9 +26,8 @@ _FALLBACK_SIZE = FrameSize(832, 480)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_server_options(parser)
+    add_client_options(parser)
     add_session_options(parser)
-    add_format_option(parser)
     parser.add_argument("--quality", type=int, metavar="N", help="webp or jpeg quality, 1 to 100")
     parser.add_argument(
         "--live",
@@ -42,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="press --keys during the session, as a person would, and measure key-to-frame latency "
         "(default: send them as one script in the init)",
     )
-    add_init_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     latent_frames = latent_frames_for(args.num_frames)
     chunks = chunks_for(actions, latent_frames, args.chunks)
     other_fields = parse_init_fields(args.init)
-    size = parse_size(args.size) if args.size else served_size(args.url, args.api_key)
+    size = args.size or served_size(args.url, args.api_key)
     init = {
         "prompt": args.prompt,
         "first_frame": first_frame_bytes(args.first_frame, size),
@@ -71,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     total = rate * sum(pixel_frames_of_chunk(i, latent_frames) for i in range(chunks)) - (rate - 1)
 
     with (
-        open_writer(args.out, fps) as writer,
+        open_writer(args.out, fps) as write,
         connect(args.url, api_key=args.api_key, **init) as session,
         tqdm(total=total, unit="frame", disable=None) as bar,
     ):
@@ -79,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         held: tuple[str, ...] = ()
         for frame in session:
             metrics.frame_received(frame.chunk_index, frame.event_id)
-            writer.add(frame.pixels)
+            write(frame.pixels)
             bar.update()
             if args.live:
                 wanted = keys_at(actions, frame.index)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,39 +17,23 @@ from lingbot_rt.errors import ConfigError
 _CRF = "16"  # libx264's quality scale; differences are hard to see below 18
 
 
-class FrameWriter(Protocol):
-    """Takes pixel frames uint8 [H, W, 3], all of one size."""
-
-    def add(self, pixels: npt.NDArray[np.uint8]) -> None: ...
-
-    def close(self) -> None: ...
+WriteFrame = Callable[[npt.NDArray[np.uint8]], None]
+"""Takes pixel frames uint8 [H, W, 3], all of one size."""
 
 
 @contextmanager
-def open_writer(path: str | None, fps: float) -> Iterator[FrameWriter]:
+def open_writer(path: str | None, fps: float) -> Iterator[WriteFrame]:
     """NAME.mp4 -> a video at ``fps``, another name -> a folder of PNGs, None -> frames are discarded.
 
     Raises ConfigError if a video is asked for and PyAV is not installed.
     """
-    writer: FrameWriter
     if path is None:
-        writer = DiscardFrames()
+        yield lambda pixels: None
     elif path.lower().endswith(".mp4"):
-        writer = Mp4File(Path(path), fps)
+        with closing(Mp4File(Path(path), fps)) as video:
+            yield video.add
     else:
-        writer = PngFolder(Path(path))
-    try:
-        yield writer
-    finally:
-        writer.close()
-
-
-class DiscardFrames:
-    def add(self, pixels: npt.NDArray[np.uint8]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+        yield PngFolder(Path(path)).add
 
 
 class PngFolder:
@@ -63,9 +47,6 @@ class PngFolder:
     def add(self, pixels: npt.NDArray[np.uint8]) -> None:
         Image.fromarray(pixels).save(self._folder / f"frame_{self._count:05d}.png")
         self._count += 1
-
-    def close(self) -> None:
-        pass
 
 
 class Mp4File:

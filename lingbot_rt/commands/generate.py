@@ -7,9 +7,9 @@ import asyncio
 
 from tqdm import tqdm
 
-from lingbot_rt.commands.frame_writer import FrameWriter, open_writer
+from lingbot_rt.commands.frame_writer import WriteFrame, open_writer
 from lingbot_rt.commands.local_engine import require_devices, started_engine
-from lingbot_rt.commands.options import add_config_options, config_from, parse_size
+from lingbot_rt.commands.options import add_config_options, config_from
 from lingbot_rt.commands.session_options import add_session_options, chunks_for, first_frame_bytes, parse_script
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.session.controls import Actions
@@ -25,13 +25,13 @@ def run(args: argparse.Namespace) -> int:
     config = config_from(args)
     actions = parse_script(args.keys)
     require_devices(config)
-    with open_writer(args.out, args.fps) as writer:
-        asyncio.run(_generate(args, config, actions, writer))
+    with open_writer(args.out, args.fps) as write:
+        asyncio.run(_generate(args, config, actions, write))
     print(args.out)
     return 0
 
 
-async def _generate(args: argparse.Namespace, config: ServeConfig, actions: Actions, writer: FrameWriter) -> None:
+async def _generate(args: argparse.Namespace, config: ServeConfig, actions: Actions, write: WriteFrame) -> None:
     from lingbot_rt.offline import play
     from lingbot_rt.session.messages import Init
 
@@ -39,7 +39,7 @@ async def _generate(args: argparse.Namespace, config: ServeConfig, actions: Acti
     chunks = chunks_for(actions, latent_frames, args.chunks)
     total = sum(pixel_frames_of_chunk(i, latent_frames) for i in range(chunks))
     async with started_engine(config) as engine:
-        size = parse_size(args.size) if args.size else engine.model_info.default_size
+        size = args.size or engine.model_info.default_size
         init = Init(
             prompt=args.prompt,
             first_frame=first_frame_bytes(args.first_frame, size),
@@ -54,5 +54,5 @@ async def _generate(args: argparse.Namespace, config: ServeConfig, actions: Acti
         with tqdm(total=total, unit="frame", disable=None) as bar:
             async for chunk in play(engine, config, init):
                 for pixels in chunk.frames:
-                    writer.add(pixels)
+                    write(pixels)
                     bar.update()

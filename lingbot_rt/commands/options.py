@@ -13,15 +13,7 @@ import os
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from lingbot_rt.config import (
-    ENV_PREFIX,
-    OUTPUT_FORMATS,
-    ServeConfig,
-    flag,
-    load_config,
-    parse_value,
-    value_type,
-)
+from lingbot_rt.config import ENV_PREFIX, OUTPUT_FORMATS, ServeConfig, flag, load_config, parse_value, value_type
 from lingbot_rt.errors import ConfigError
 from lingbot_rt.shapes import FrameSize
 
@@ -101,16 +93,15 @@ def add_server_options(parser: argparse.ArgumentParser, *, default_url: str | No
     )
 
 
-def add_format_option(parser: argparse.ArgumentParser) -> None:
+def add_client_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the server's options, --format and --init."""
+    add_server_options(parser)
     parser.add_argument(
         "--format",
         choices=OUTPUT_FORMATS,
         metavar="|".join(OUTPUT_FORMATS),
         help="how the server sends frames (default: the server's setting)",
     )
-
-
-def add_init_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init",
         action="append",
@@ -120,17 +111,11 @@ def add_init_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_size_option(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+def add_size_option(parser: argparse.ArgumentParser, default: FrameSize | None = None) -> None:
     shown = default or "the model's size"
-    parser.add_argument("--size", default=default, metavar="WxH", help=f"frame size in pixels (default: {shown})")
-
-
-def parse_size(text: str) -> FrameSize:
-    """``"832x480"`` -> FrameSize. Raises ConfigError."""
-    try:
-        return FrameSize.parse(text)
-    except ValueError as error:
-        raise ConfigError(f"--size {error}", field="size") from None
+    parser.add_argument(
+        "--size", type=frame_size, default=default, metavar="WxH", help=f"frame size in pixels (default: {shown})"
+    )
 
 
 def parse_init_fields(assignments: Sequence[str]) -> dict[str, Any]:
@@ -145,6 +130,14 @@ def parse_init_fields(assignments: Sequence[str]) -> dict[str, Any]:
         except ValueError:
             fields[name] = text
     return fields
+
+
+def frame_size(text: str) -> FrameSize:
+    """For argparse: ``832x480``."""
+    try:
+        return FrameSize.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive_int(text: str) -> int:

@@ -50,13 +50,13 @@ async def _replay(args: argparse.Namespace, record: SessionRecord) -> list[Chunk
 
     init = replay_init(record)
     verdicts: list[ChunkVerdict] = []
-    with open_writer(args.video, record.playback_fps) as writer, tqdm(total=len(record.chunks), disable=None) as bar:
+    with open_writer(args.video, record.playback_fps) as write, tqdm(total=len(record.chunks), disable=None) as bar:
         async with open_runner(args) as runner:
             async for chunk in runner.run(init):
                 recorded = record.chunks[len(verdicts)]
                 verdicts.append(await asyncio.to_thread(compare_chunk, record, recorded, chunk))
                 if args.video:
                     for frame in side_by_side(record, recorded, chunk):
-                        writer.add(frame)
+                        write(frame)
                 bar.update()
     return verdicts

@@ -71,9 +71,9 @@ def test_first_frames(tmp_path):
 def test_png_folder(tmp_path):
     """Frames become numbered PNGs with the same pixels."""
     frames = np.random.default_rng(0).integers(0, 256, (3, 16, 32, 3), np.uint8)
-    with open_writer(str(tmp_path / "frames"), 16) as writer:
+    with open_writer(str(tmp_path / "frames"), 16) as write:
         for pixels in frames:
-            writer.add(pixels)
+            write(pixels)
     for i, pixels in enumerate(frames):
         with Image.open(tmp_path / "frames" / f"frame_{i:05d}.png") as picture:
             np.testing.assert_array_equal(np.asarray(picture), pixels)
@@ -84,9 +84,9 @@ def test_mp4(tmp_path):
     av = pytest.importorskip("av")
     frames = [np.full((49, 65, 3), 20 * i, np.uint8) for i in range(10)]
     path = tmp_path / "new" / "clip.mp4"
-    with open_writer(str(path), 16) as writer:
+    with open_writer(str(path), 16) as write:
         for pixels in frames:
-            writer.add(pixels)
+            write(pixels)
     with av.open(str(path)) as file:
         assert file.streams.video[0].average_rate == 16
         decoded = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
