@@ -50,7 +50,10 @@ def test_name_version_command_and_licence(wheel):
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
 
 
-BASH_SCRIPTS = [*(ROOT / "scripts" / name for name in ("install", "lint", "serve", "test")), ROOT / ".ci" / "run"]
+BASH_SCRIPTS = [
+    *(ROOT / "scripts" / name for name in ("fetch_models", "install", "lint", "serve", "test")),
+    ROOT / ".ci" / "run",
+]
 
 
 @pytest.mark.parametrize("script", BASH_SCRIPTS, ids=lambda path: path.name)

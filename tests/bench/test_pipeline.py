@@ -84,10 +84,13 @@ def test_openings_are_chunks_0_to_3(pipeline):
     assert measured.visible_frames == [3, 6, 9, 12] * 2
 
 
-@pytest.mark.parametrize("workload", [Workload(window_frames=11, sink_frames=9), Workload(size=FrameSize(70, 64))])
-def test_an_impossible_workload_is_refused(pipeline, workload):
+@pytest.mark.parametrize(
+    ("workload", "field"),
+    [(Workload(window_frames=11, sink_frames=9), "window"), (Workload(size=FrameSize(70, 64)), "size")],
+)
+def test_an_impossible_workload_is_refused(pipeline, workload, field):
     """A window without room for a chunk and a size that is no multiple of 16 are refused before anything runs."""
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=f"--{field} "):
         run_chunks(pipeline, workload, lambda: None)
 
 
