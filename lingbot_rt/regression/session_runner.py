@@ -47,6 +47,8 @@ class ChunkOutput:
 
 
 class SessionRunner(Protocol):
+    """Runs scripted sessions, one at a time."""
+
     @property
     def origin(self) -> Origin: ...
 
