@@ -9,25 +9,25 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lingbot_rt import __version__
-from lingbot_rt.commands import VERBS
-from lingbot_rt.commands.exit_code import BAD_USAGE, exit_code
+from lingbot_rt.commands import BAD_USAGE, VERBS, exit_code
 from lingbot_rt.errors import LingbotError
 
 
 class Parser(argparse.ArgumentParser):
-    """One line for a wrong command line, where argparse prints the whole usage first."""
+    """Prints one line for a wrong command line. argparse alone prints the whole usage first."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def build_parser(verb: str | None) -> Parser:
-    """The parser with the options of ``verb``; the other verbs stay unimported, so that --help is quick."""
+    """The parser with the options of ``verb``. It imports no other verb's module, so that --help is fast."""
     parser = Parser(prog="lingbot-rt", description="Walk through a world made from a picture and a sentence.")
     parser.add_argument("--version", action="version", version=f"lingbot-rt {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, summary in VERBS.items():
-        options = verbs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        description = summary[0].upper() + summary[1:] + "."
+        options = verbs.add_parser(name, help=summary, description=description, allow_abbrev=False)
         if name == verb:
             module = importlib.import_module(f"lingbot_rt.commands.{name}")
             module.add_arguments(options)
@@ -36,7 +36,7 @@ def build_parser(verb: str | None) -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 failed on the way, 2 the command line or the configuration is wrong."""
+    """Exit code: 0 success, 1 failure, 2 wrong command line or configuration, 130 Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser(next((word for word in words if not word.startswith("-")), None))
     try:

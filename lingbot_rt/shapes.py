@@ -99,6 +99,11 @@ def pixel_frames_of_latent(latent_index: int) -> int:
     return 1 if latent_index == 0 else VAE_TEMPORAL_STRIDE
 
 
+def latent_frame_of_pixel_frame(pixel_index: int) -> int:
+    """Latent frame that pixel frame ``pixel_index`` of a session decodes from: 0 -> 0, 1 to 4 -> 1, 5 to 8 -> 2."""
+    return (pixel_index + VAE_TEMPORAL_STRIDE - 1) // VAE_TEMPORAL_STRIDE
+
+
 def pixel_frames_of_chunk(chunk_index: int, latent_frames: int) -> int:
     """Pixel frames of a chunk: 9, then 12, at three latent frames per chunk."""
     first = chunk_index * latent_frames

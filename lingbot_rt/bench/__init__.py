@@ -1,1 +1,1 @@
-"""Measurements that can be repeated: the pipeline on its device, the transports, a served stream as a player has it."""
+"""Repeatable measurements: the pipeline on its device, collectives, transports, and a stream as its client sees it."""

@@ -9,14 +9,14 @@ from PIL import Image, ImageDraw, ImageFont
 from lingbot_rt.bench.figures import Spread
 
 _WIDTH, _MARGIN, _ROW, _BAR = 960, 24, 34, 20
-_LABELS = 130  # width of the names' column
-_VALUES = 210  # width of the figures' column
+_LABELS = 130  # width of the column of names
+_VALUES = 210  # width of the column of figures
 _PAPER, _INK, _SOFT = (255, 255, 255), (34, 38, 46), (120, 126, 138)
 _COLOUR, _WHISKER = (58, 110, 165), (200, 90, 50)
 
 
 def bar_chart(stages_ms: Mapping[str, Spread], caption: str) -> Image.Image:
-    """A bar a stage as long as its p50, a whisker to its p95, the setting in words above. RGB, 960 pixels wide."""
+    """One bar per stage: length p50, whisker to p95. ``caption`` stands above. RGB, 960 pixels wide."""
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
     lines = caption.splitlines()
     top = _MARGIN + 20 * len(lines) + 14
@@ -35,6 +35,6 @@ def bar_chart(stages_ms: Mapping[str, Spread], caption: str) -> Image.Image:
         draw.rectangle((left, y, max(end, left + 1), y + _BAR), fill=_COLOUR)
         draw.line((end, middle, whisker, middle), fill=_WHISKER, width=2)
         draw.line((whisker, middle - 6, whisker, middle + 6), fill=_WHISKER, width=2)
-        words = f"p50 {spread.p50:,.1f} ms   p95 {spread.p95:,.1f} ms"
-        draw.text((whisker + 10, middle), words, _SOFT, small, anchor="lm")
+        figures = f"p50 {spread.p50:,.1f} ms   p95 {spread.p95:,.1f} ms"
+        draw.text((whisker + 10, middle), figures, _SOFT, small, anchor="lm")
     return picture

@@ -1,4 +1,4 @@
-"""What the ranks say to each other in a chunk, timed alone: at the model's shapes, by the code that the model runs.
+"""Times the collectives of one chunk alone, at the model's shapes and with the code that the model runs.
 
 P ranks, N tokens of the chunk, n those of this rank, H heads, D head_dim.
 """
@@ -17,7 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
 from lingbot_rt.bench.figures import number, significant, table
-from lingbot_rt.bench.random_model import Shapes
+from lingbot_rt.bench.random_model import ModelShapes
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.parallel.groups import RankGroup
 from lingbot_rt.parallel.ulysses import UlyssesAttention
@@ -27,12 +27,12 @@ from lingbot_rt.shapes import PATCH_SIZE, FrameSize
 _ROUNDS = 5
 _WARM = 2
 _STEADY_FRAME = 2
-"""Latent frame from which on every convolution keeps all that it ever keeps."""
+"""From this latent frame on, every causal convolution of the decoder caches its full number of frames."""
 
 
 @dataclass(frozen=True, slots=True)
-class Exchanges:
-    """A chunk's exchanges at one model's shapes: a command that every rank follows."""
+class CollectivesSpec:
+    """The shapes of a chunk's collectives. Every rank receives it as a command."""
 
     size: FrameSize
     latent_frames: int
@@ -40,13 +40,13 @@ class Exchanges:
     heads: int
     head_dim: int
     out_channels: int
-    vae: dict[str, Any]  # of diffusers' AutoencoderKLWan
+    vae: dict[str, Any]  # configuration of diffusers' AutoencoderKLWan
     steps: int
     dtype: torch.dtype
-    repeats: int  # calls in each of the rounds whose median is told
+    repeats: int  # calls per round; the median of the rounds is reported
 
     @classmethod
-    def of(cls, shapes: Shapes, size: FrameSize, steps: int, dtype: torch.dtype, repeats: int) -> Exchanges:
+    def of(cls, shapes: ModelShapes, size: FrameSize, steps: int, dtype: torch.dtype, repeats: int) -> CollectivesSpec:
         dit = shapes.dit
         return cls(
             size=size,
@@ -68,10 +68,12 @@ class Exchanges:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
+    """One collective, measured."""
+
     name: str
-    ms: float  # of one call, packing and unpacking included
-    moved_mb: float  # from rank 0 or to it in one call, whichever is more, in units of 1e6 bytes
-    calls: int  # a chunk
+    ms: float  # per call, packing and unpacking included
+    moved_mb: float  # max(bytes sent, bytes received) by rank 0 per call, in units of 1e6 bytes
+    calls: int  # per chunk
 
     @property
     def gb_per_s(self) -> float:
@@ -83,12 +85,12 @@ class Exchange:
 
 
 @torch.inference_mode()
-def measure(exchanges: Exchanges, ranks: RankGroup, device: torch.device) -> list[Exchange]:
-    """Every rank has to call it. Raises PeerLost."""
-    dit = _dit_exchanges(exchanges, ranks, device)
-    vae = _vae_exchanges(exchanges, ranks, device)
+def measure(spec: CollectivesSpec, ranks: RankGroup, device: torch.device) -> list[Exchange]:
+    """Times each collective; every rank must call this. Raises PeerLost."""
+    dit = _dit_collectives(spec, ranks, device)
+    vae = _vae_collectives(spec, ranks, device)
     return [
-        Exchange(name, _ms_of(call, ranks, device, exchanges.repeats), _mb_moved(call, ranks), calls)
+        Exchange(name, _ms_of(call, ranks, device, spec.repeats), _mb_moved(call, ranks), calls)
         for name, call, calls in (*dit, *vae)
     ]
 
@@ -104,26 +106,33 @@ class CollectivesReport:
     steps: int
     repeats: int
     exchanges: list[Exchange]
-    ms: dict[str, float]  # a chunk
-    total_ms: float  # a chunk
-    chunk_ms: float | None  # of the chunk that the shares are of, as given
+    ms: dict[str, float]  # per chunk
+    total_ms: float  # per chunk
+    chunk_ms: float | None  # chunk time that the shares refer to, as given
 
     @classmethod
     def of(
-        cls, asked: Exchanges, found: list[Exchange], *, model: str, device: str, ranks: int, chunk_ms: float | None
+        cls,
+        spec: CollectivesSpec,
+        exchanges: list[Exchange],
+        *,
+        model: str,
+        device: str,
+        ranks: int,
+        chunk_ms: float | None,
     ) -> CollectivesReport:
         return cls(
             model=model,
             device=device,
             ranks=ranks,
             torch=torch.__version__,
-            dtype=str(asked.dtype).removeprefix("torch."),
-            size=str(asked.size),
-            steps=asked.steps,
-            repeats=asked.repeats,
-            exchanges=found,
-            ms={one.name: one.chunk_ms for one in found},
-            total_ms=sum(one.chunk_ms for one in found),
+            dtype=str(spec.dtype).removeprefix("torch."),
+            size=str(spec.size),
+            steps=spec.steps,
+            repeats=spec.repeats,
+            exchanges=exchanges,
+            ms={one.name: one.chunk_ms for one in exchanges},
+            total_ms=sum(one.chunk_ms for one in exchanges),
             chunk_ms=chunk_ms,
         )
 
@@ -144,14 +153,14 @@ def as_text(report: CollectivesReport) -> str:
         ]
         for one in report.exchanges
     ]
-    head = ("an exchange", "ms", "MB", "GB/s", "a chunk", "ms a chunk", "of a chunk")
+    head = ("collective", "ms", "MB", "GB/s", "per chunk", "ms per chunk", "of the chunk")
     return "\n".join(
         [
             f"{report.ranks} ranks, {report.device}, torch {report.torch}",
             f"{report.model} at {report.size}, {report.dtype}, {report.steps} steps; median of {_ROUNDS} rounds of "
-            f"{report.repeats}, packing included; MB: to rank 0 or from it",
+            f"{report.repeats} calls, packing included; MB: max(sent, received) by rank 0",
             "",
-            table(head, [*rows, ["together", "", "", "", "", number(report.total_ms), share(report.total_ms)]]),
+            table(head, [*rows, ["total", "", "", "", "", number(report.total_ms), share(report.total_ms)]]),
         ]
     )
 
@@ -159,28 +168,28 @@ def as_text(report: CollectivesReport) -> str:
 _Call = Callable[[], object]
 
 
-def _dit_exchanges(exchanges: Exchanges, ranks: RankGroup, device: torch.device) -> list[tuple[str, _Call, int]]:
+def _dit_collectives(spec: CollectivesSpec, ranks: RankGroup, device: torch.device) -> list[tuple[str, _Call, int]]:
     ulysses = UlyssesAttention(ranks)
 
     def random(*sizes: int) -> Tensor:
-        return torch.randn(sizes, dtype=exchanges.dtype, device=device)
+        return torch.randn(sizes, dtype=spec.dtype, device=device)
 
-    count = exchanges.tokens
+    count = spec.tokens
     own = ranks.share(count)[ranks.rank]
-    q, k, v = (random(1, own, exchanges.heads, exchanges.head_dim) for _ in range(3))
-    attended = random(1, count, exchanges.heads // ranks.world, exchanges.head_dim)
-    flow = random(1, own, exchanges.out_channels * PATCH_SIZE**2)
-    forwards = exchanges.layers * (exchanges.steps + 1)
+    q, k, v = (random(1, own, spec.heads, spec.head_dim) for _ in range(3))
+    attended = random(1, count, spec.heads // ranks.world, spec.head_dim)
+    flow = random(1, own, spec.out_channels * PATCH_SIZE**2)
+    forwards = spec.layers * (spec.steps + 1)
     return [
-        # The last of the context pass sends k and v alone; it is counted as the others are.
+        # The context pass's last block sends only k and v; it is counted like the others.
         ("q, k, v: tokens to heads", lambda: ulysses.to_heads(count, q, k, v), forwards),
         ("attended: heads to tokens", lambda: ulysses.to_tokens(attended), forwards - 1),
-        ("flow of all tokens", lambda: ulysses.all_tokens(flow, count), exchanges.steps),
+        ("flow of all tokens", lambda: ulysses.all_tokens(flow, count), spec.steps),
     ]
 
 
 class _HaloShapes(WidthShards):
-    """A decoder on the meta device tells what a real one would exchange."""
+    """Runs on the meta device and records the shapes of what a real decoder exchanges."""
 
     def __init__(self, decoder: Any, ranks: RankGroup) -> None:
         super().__init__(decoder, ranks)
@@ -196,13 +205,13 @@ class _HaloShapes(WidthShards):
         return own
 
 
-def _vae_exchanges(exchanges: Exchanges, ranks: RankGroup, device: torch.device) -> list[tuple[str, _Call, int]]:
+def _vae_collectives(spec: CollectivesSpec, ranks: RankGroup, device: torch.device) -> list[tuple[str, _Call, int]]:
     with torch.device("meta"):
-        vae = StreamingVAE(AutoencoderKLWan.from_config(exchanges.vae))
-        latent = torch.zeros(1, vae.z_dim, 1, exchanges.size.latent_height, exchanges.size.latent_width)
+        vae = StreamingVAE(AutoencoderKLWan.from_config(spec.vae))
+        latent = torch.zeros(1, vae.z_dim, 1, spec.size.latent_height, spec.size.latent_width)
     shapes = _HaloShapes(vae.decoder, ranks)
     features = vae.new_features()
-    with shapes.of(exchanges.size.latent_width):
+    with shapes.of(spec.size.latent_width):
         for _ in range(_STEADY_FRAME + 1):
             shapes.columns.clear()
             vae.decode_latent_frame(latent, features)
@@ -210,30 +219,30 @@ def _vae_exchanges(exchanges: Exchanges, ranks: RankGroup, device: torch.device)
     own = torch.randn(shapes.joined, device=device)
 
     def halos() -> None:
-        with shapes.of(exchanges.size.latent_width):
+        with shapes.of(spec.size.latent_width):
             for edge in edges:
                 WidthShards.widen(shapes, edge)
 
     def join() -> None:
-        with shapes.of(exchanges.size.latent_width):
+        with shapes.of(spec.size.latent_width):
             WidthShards.join(shapes, own)
 
     return [
-        (f"a latent frame's {len(edges)} halos", halos, exchanges.latent_frames),
-        ("pixels to rank 0", join, exchanges.latent_frames),
+        (f"{len(edges)} halos of a latent frame", halos, spec.latent_frames),
+        ("pixels to rank 0", join, spec.latent_frames),
     ]
 
 
 def _ms_of(call: _Call, ranks: RankGroup, device: torch.device, repeats: int) -> float:
     def round_of(count: int) -> float:
-        # Together at the start: what one rank waits for another is no cost of the exchange.
+        # All ranks start together, so that waiting for a late rank is not counted.
         ranks.agree(True)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for _ in range(count):
             call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return 1000 * (time.perf_counter() - begun) / count
+        return 1000 * (time.perf_counter() - started) / count
 
     round_of(_WARM)
     return statistics.median(round_of(repeats) for _ in range(_ROUNDS))

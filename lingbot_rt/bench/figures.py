@@ -1,4 +1,4 @@
-"""Many measurements -> the few numbers that are told, as a table and as JSON."""
+"""Statistics of measurements, as table cells and as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Of a row of measurements, in their unit. Percentiles are interpolated between neighbours."""
+    """Statistics of a list of measurements, in their unit. Percentiles are linearly interpolated."""
 
     mean: float
     p50: float
@@ -23,7 +23,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Raises ValueError when there is nothing to tell."""
+        """Raises ValueError for an empty list."""
         if not values:
             raise ValueError("no measurement")
         p50, p95, p99 = np.percentile(values, (50, 95, 99)).tolist()
@@ -31,12 +31,12 @@ class Spread:
 
 
 def spread_of(values: Sequence[float]) -> Spread | None:
-    """None where nothing was measured."""
+    """None for an empty list."""
     return Spread.of(values) if values else None
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need to be: the first to the left, the numbers to the right."""
+    """Aligned columns: the first one left-aligned, the others right-aligned."""
     lines = [head, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join(
@@ -49,16 +49,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """A cell of a table; a dash where there is nothing to tell."""
+    """A table cell with ``digits`` decimals; a dash for None."""
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def significant(value: float | None) -> str:
-    """A cell for what may be 500 or 0.0005."""
+    """A table cell with four significant digits, for values of any size; a dash for None."""
     return "-" if value is None else f"{value:.4g}"
 
 
 def write_json(path: str | None, report: Any) -> None:
-    """A dataclass as an indented JSON object in the file ``path``, if one is asked for."""
+    """Writes a dataclass as indented JSON to the file ``path``; None writes nothing."""
     if path is not None:
         Path(path).write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Floating-point operations of one chunk, counted from the shapes; a multiply and an add are two.
+"""Floating-point operations of one chunk, computed from the shapes. A multiply-add counts as two.
 
-Counted is what takes the time: the blocks' linears, self-attention over the window, attention to the text, and the
-camera's four linears a block. Embeddings, norms and the head, under 1 % together, are not.
+The count has the blocks' linears, self-attention over the window, cross-attention to the text and the camera's four
+linears per block. It leaves out embeddings, norms and the head, which are under 1 % together.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lingbot_rt.shapes import FrameSize
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """By the kind of kernel that does them."""
+    """Operations by kind of kernel."""
 
     linears: float = 0.0
     self_attention: float = 0.0
@@ -41,7 +41,7 @@ class Flops:
 
 @dataclass(frozen=True, slots=True)
 class ChunkFlops:
-    """One chunk's, by stage."""
+    """Operations of one chunk by stage."""
 
     camera: Flops
     denoise: Flops  # all steps
@@ -49,19 +49,19 @@ class ChunkFlops:
 
     @property
     def dit(self) -> Flops:
-        """Denoise and context, as ``dit_ms`` is timed."""
+        """Denoise and context: the work that ``dit_ms`` times."""
         return self.denoise + self.context
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkShape:
-    """What the count of a chunk depends on beside the model."""
+    """What a chunk's operations depend on, apart from the model."""
 
     size: FrameSize
     latent_frames: int  # F, new in this chunk
     visible_frames: int  # latent frames attended to, the new ones included
     num_steps: int
-    branches: int = 1  # 2 with guidance
+    branches: int = 1  # 2 with classifier-free guidance
 
     @property
     def tokens(self) -> int:
@@ -73,9 +73,9 @@ class ChunkShape:
 
 
 def block_flops(config: DiTConfig, tokens: int, keys: int) -> Flops:
-    """One block of one forward: qkv, o, the text's q and o, the feed-forward; both attentions.
+    """One block of one forward: qkv and o, the cross-attention's q and o, the feed-forward, both attentions.
 
-    The text's own k and v are made once a prompt.
+    The text's k and v are not included: they are computed once per prompt.
     """
     dim = config.dim
     return Flops(
@@ -86,7 +86,11 @@ def block_flops(config: DiTConfig, tokens: int, keys: int) -> Flops:
 
 
 def chunk_flops(config: DiTConfig, shape: ChunkShape) -> ChunkFlops:
-    """Four camera linears a block once a chunk; a forward a step; the context pass, whose last block ends at K/V."""
+    """All operations of one chunk.
+
+    Per chunk: four camera linears per block, one forward per step, and the context pass, whose last block stops after
+    its K/V.
+    """
     dim, tokens, layers = config.dim, shape.tokens, config.num_layers
     block = block_flops(config, tokens, shape.keys)
     last_qkv = Flops(linears=2.0 * tokens * 3 * dim * dim)

@@ -1,4 +1,4 @@
-"""Steady chunks through the engine's own ``run_chunk``, timed by its own clock."""
+"""Runs chunks of a synthetic session through the engine's own ``run_chunk`` and collects its timings."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from lingbot_rt.session.camera_path import CameraPath
 from lingbot_rt.session.plan import ChunkPlan, ChunkResult, FrameGroup, SessionPlan
 from lingbot_rt.shapes import FrameSize
 
-LEAST_WARM = 6
+MIN_WARM_CHUNKS = 6
 OPENING_CHUNKS = 4
-"""Chunks of a session that the case ``sglang-ci`` takes the mean of: 0 to 3, the window still growing."""
+"""The case ``sglang-ci`` measures chunks 0 to 3 of each session, while the window still grows."""
 
 _KEYS = (("w",), ("w", "l"))
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What is asked of the pipeline. None: the model's own, and for ``warm`` what fills the window, at least 6."""
+class Workload:
+    """What to run and measure. None means the model's own value; for ``warm``, as many chunks as fill the window."""
 
     size: FrameSize | None = None
     sink_frames: int | None = None
@@ -37,10 +37,10 @@ class Load:
     num_steps: int | None = None
     chunks: int = 20
     warm: int | None = None
-    opening: bool = False  # chunks 0..3 of several sessions in place of one session's steady ones
+    opening: bool = False  # measure chunks 0 to 3 of several sessions instead of one session's steady chunks
 
     def session_plan(self, pipeline: Pipeline) -> SessionPlan:
-        """Raises ConfigError for a window or a size that cannot be."""
+        """Raises ConfigError for an impossible window or size."""
         model_info = pipeline.model_info
         size = self.size or model_info.default_size
         plan = SessionPlan(
@@ -60,34 +60,34 @@ class Load:
             raise ConfigError(f"--size {size}: both sides must be multiples of 16", field="size")
         if plan.window_frames < plan.sink_frames + plan.latent_frames:
             raise ConfigError(
-                f"--window {plan.window_frames} must hold the sink of {plan.sink_frames} and a chunk of "
-                f"{plan.latent_frames}",
+                f"--window {plan.window_frames} is too small for a sink of {plan.sink_frames} and a chunk of "
+                f"{plan.latent_frames} latent frames",
                 field="window",
             )
         return plan
 
     def warm_chunks(self, plan: SessionPlan) -> int:
-        """Chunks run before any is measured."""
+        """Chunks that run before the first measured one: at least 6 unless ``warm`` says otherwise."""
         if self.opening:
             return OPENING_CHUNKS
-        return max(-(-plan.window_frames // plan.latent_frames), LEAST_WARM) if self.warm is None else self.warm
+        return max(-(-plan.window_frames // plan.latent_frames), MIN_WARM_CHUNKS) if self.warm is None else self.warm
 
     def measured_chunks(self) -> int:
-        """Chunks measured: whole openings where those are asked for."""
+        """Chunks to measure; with ``opening`` rounded down to whole sessions of four, at least one."""
         return max(self.chunks // OPENING_CHUNKS, 1) * OPENING_CHUNKS if self.opening else self.chunks
 
 
 @dataclass(frozen=True, slots=True)
 class TimedChunk:
     result: ChunkResult
-    first_frames_ms: float  # from the chunk's begin until the host has its first frames
-    exchange_ms: float | None  # in exchanges with other ranks, waits for them included; None where there are none
+    first_frames_ms: float  # from the chunk's start until its first frames are on the host
+    exchange_ms: float | None  # time in collectives, waits for other ranks included; None with one rank
 
     def stages(self) -> dict[str, float]:
-        """Milliseconds by the names that are reported, in their order.
+        """Milliseconds by reported name, in report order. The stages overlap.
 
-        ``prepare`` has ``camera`` in it, ``DiT`` is ``denoise`` and ``context``; ``first frames`` is counted from the
-        chunk's begin, ``after denoise`` is its part after the last denoise step. ``exchange`` is a part of all others.
+        ``prepare`` includes ``camera``. ``DiT`` is ``denoise`` + ``context``. ``first frames`` counts from the chunk's
+        start; ``after denoise`` is the part of it after the last denoise step. ``exchange`` is included in the others.
         """
         timings = self.result.timings
         exchange = {} if self.exchange_ms is None else {"exchange": self.exchange_ms}
@@ -106,22 +106,22 @@ class TimedChunk:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What was measured of a pipeline under ``load``."""
+    """Everything measured under ``workload``."""
 
-    load: Load
+    workload: Workload
     plan: SessionPlan
     chunks: list[TimedChunk]
-    planned_memory_gb: float  # what the server would count for this session, the weights left out
-    peak_memory_gb: float | None  # what was taken in all; None on a CPU
+    planned_memory_gb: float  # the server's estimate for this session, without the weights
+    peak_memory_gb: float | None  # peak of all tensors, weights included; None on a CPU
 
     @property
     def visible_frames(self) -> list[int]:
-        """Latent frames that each chunk attended to."""
+        """Latent frames that each measured chunk attended to."""
         return [chunk.result.window_frames for chunk in self.chunks]
 
 
-class Walk:
-    """A session driven by hand, W held all the way and a turn now and then. ``leader`` hands it on to other ranks."""
+class SyntheticSession:
+    """A session without a client: holds W, and turns in every second chunk. ``leader`` sends it to the other ranks."""
 
     def __init__(self, pipeline: Pipeline, plan: SessionPlan, leader: Leader | None = None) -> None:
         self._pipeline = pipeline
@@ -133,10 +133,11 @@ class Walk:
         self._next = 0
 
     def jump(self, chunk_index: int) -> None:
-        """The next chunk is this one, as if all before it had been run; the window keeps what is in it."""
+        """Makes ``chunk_index`` the next chunk, as if all chunks before it had run. The window keeps its content."""
         self._next = chunk_index
 
     def step(self) -> TimedChunk:
+        """Runs the next chunk."""
         keys = _KEYS[self._next % len(_KEYS)]
         poses = self._camera.extend((keys,) * self._plan.latent_frames)
         plan = ChunkPlan(self._plan.session_id, self._next, self._plan.prompt, poses, None)
@@ -146,75 +147,79 @@ class Walk:
             if not first_at:
                 first_at.append(time.perf_counter())
 
-        begun = time.perf_counter()
+        started = time.perf_counter()
         with self._leader.command(plan):
             result = run_chunk(self._pipeline, self._session, plan, emit)
         self._next += 1
         ranks = self._pipeline.ranks
         exchange_ms = None if ranks.world == 1 else result.timings.total_ms - ranks.pulse.compute_ms
-        return TimedChunk(result, 1000 * (first_at[0] - begun), exchange_ms)
+        return TimedChunk(result, 1000 * (first_at[0] - started), exchange_ms)
 
-    def end(self) -> None:
-        """Frees what the session holds on the other ranks."""
+    def close(self) -> None:
+        """Frees the session's memory on the other ranks."""
         with self._leader.command(Close(self._plan.session_id)):
             pass
 
 
-def run_chunks(pipeline: Pipeline, load: Load, done: Callable[[], object], leader: Leader | None = None) -> Run:
-    """Warms up, then measures; ``done`` is called after every chunk, warm ones too. ``leader``: of several ranks.
+def run_chunks(
+    pipeline: Pipeline, workload: Workload, on_chunk: Callable[[], object], leader: Leader | None = None
+) -> Run:
+    """Warms up, then measures. Calls ``on_chunk`` after every chunk, warm-up included. ``leader``: with several ranks.
 
-    Raises ConfigError for a load that cannot be, CapacityError when its session would not fit.
+    Raises ConfigError for an impossible workload, CapacityError if its session does not fit in memory.
     """
-    plan = load.session_plan(pipeline)
+    plan = workload.session_plan(pipeline)
     planned = require_room(pipeline, plan)
-    warm, measured = load.warm_chunks(plan), load.measured_chunks()
-    session_length = OPENING_CHUNKS if load.opening else warm + measured
+    warm, measured = workload.warm_chunks(plan), workload.measured_chunks()
+    session_length = OPENING_CHUNKS if workload.opening else warm + measured
     chunks = _chunks(pipeline, plan, session_length, leader)
     for _ in range(warm):
         next(chunks)
-        done()
+        on_chunk()
     reset_peak_memory(pipeline.device)
     timed = []
     for _ in range(measured):
         timed.append(next(chunks))
-        done()
-    return Run(load, plan, timed, planned.total_bytes / GB, peak_memory_gb(pipeline.device))
+        on_chunk()
+    return Run(workload, plan, timed, planned.total_bytes / GB, peak_memory_gb(pipeline.device))
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """From here on ``peak_memory_gb`` counts anew."""
+    """Restarts the measurement that ``peak_memory_gb`` reads."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_gb(device: torch.device) -> float | None:
-    """The most that tensors took since ``reset_peak_memory``, in units of 1e9 bytes; None on a CPU."""
+    """Peak memory of all tensors since ``reset_peak_memory``, in units of 1e9 bytes; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) / GB if device.type == "cuda" else None
 
 
-def profile_chunk(pipeline: Pipeline, load: Load, path: str, leader: Leader | None = None) -> None:
-    """A Chrome trace (chrome://tracing, Perfetto) of one chunk, as warm as the measured ones, in the file ``path``: of
-    this process, where there are others."""
-    plan = load.session_plan(pipeline)
-    walk = Walk(pipeline, plan, leader)
-    for _ in range(load.warm_chunks(plan)):
-        walk.step()
+def profile_chunk(pipeline: Pipeline, workload: Workload, path: str, leader: Leader | None = None) -> None:
+    """Writes a Chrome trace (chrome://tracing, Perfetto) of one chunk to the file ``path``, after the same warm-up.
+
+    The trace shows this process only, not the other ranks.
+    """
+    plan = workload.session_plan(pipeline)
+    session = SyntheticSession(pipeline, plan, leader)
+    for _ in range(workload.warm_chunks(plan)):
+        session.step()
     activities = [ProfilerActivity.CPU]
     if pipeline.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as profiler:
-        walk.step()
+        session.step()
     profiler.export_chrome_trace(path)
 
 
 def _chunks(pipeline: Pipeline, plan: SessionPlan, session_length: int, leader: Leader | None) -> Iterator[TimedChunk]:
-    """Sessions of so many chunks without end, one after the other: at full size the windows of two would not fit."""
+    """Endless chunks: sessions of ``session_length`` chunks one after the other, since two windows may not fit."""
     while True:
         yield from _session(pipeline, plan, session_length, leader)
 
 
 def _session(pipeline: Pipeline, plan: SessionPlan, length: int, leader: Leader | None) -> Iterator[TimedChunk]:
-    walk = Walk(pipeline, plan, leader)
+    session = SyntheticSession(pipeline, plan, leader)
     for _ in range(length):
-        yield walk.step()
-    walk.end()
+        yield session.step()
+    session.close()

@@ -1,4 +1,4 @@
-"""What the timed chunks of a pipeline say, and what a figure is worth nothing without."""
+"""The report of ``bench pipeline``: figures of the timed chunks and the setting they were measured in."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lingbot_rt.bench.ceiling import Ceiling
 from lingbot_rt.bench.figures import Spread, number, significant, table
 from lingbot_rt.bench.flops import ChunkFlops, ChunkShape, Flops, chunk_flops
 from lingbot_rt.bench.pipeline import OPENING_CHUNKS, Run
+from lingbot_rt.bench.roofline import Roofline
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.session.plan import SessionPlan
 
@@ -19,7 +19,7 @@ _TERA = 1e12
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What was measured, on what."""
+    """What was measured, and on which device."""
 
     model: str
     weights: str  # "random" or "loaded"
@@ -48,11 +48,11 @@ class Setting:
         ranks = f", {self.ranks} ranks (VAE parallel: {self.vae_parallel})" if self.ranks > 1 else ""
         return (
             f"{self.model} ({self.weights} weights), {self.device}{ranks}, torch {self.torch}\n"
-            f"{self.size}, {self.latent_frames} latent frames a chunk, window {self.window_frames} "
+            f"{self.size}, {self.latent_frames} latent frames per chunk, window {self.window_frames} "
             f"(sink {self.sink_frames}, visible {visible}), {self.steps} steps, DiT {self.dtype} "
             f"(quantization {self.quantization}, attention {self.attention_backend}), VAE {self.vae_dtype}, "
             f"{'compiled' if self.compiled else 'not compiled'}\n"
-            f"{self.case}: {self.chunks} chunks measured after {self.warm_chunks} warm ones"
+            f"{self.case}: {self.chunks} chunks measured after {self.warm_chunks} warm-up chunks"
         )
 
 
@@ -61,22 +61,22 @@ class PipelineReport:
     setting: Setting
     stages_ms: dict[str, Spread]
     frames_per_s: float
-    tflop: dict[str, float]  # of a mean chunk
+    tflop: dict[str, float]  # per chunk, mean
     tflop_per_s: dict[str, float]
-    ceiling_tflop_per_s: Ceiling  # of rank 0's device
-    floor_ms: float  # of the DiT's work at that ceiling, shared by the ranks
-    share_of_ceiling: float
-    planned_memory_gb: float  # for the session, the weights left out, in units of 1e9 bytes
-    peak_memory_gb: float | None  # of everything; None on a CPU
+    roofline_tflop_per_s: Roofline  # of rank 0's device
+    roofline_ms: float  # shortest possible DiT time at those rates, with the work split over the ranks
+    roofline_share: float  # roofline_ms / measured DiT time
+    planned_memory_gb: float  # the server's estimate for the session without the weights, in units of 1e9 bytes
+    peak_memory_gb: float | None  # weights included; None on a CPU
 
 
-def pipeline_report(pipeline: Pipeline, weights: str, run: Run, ceiling: Ceiling) -> PipelineReport:
+def pipeline_report(pipeline: Pipeline, weights: str, run: Run, roofline: Roofline) -> PipelineReport:
     stages = [chunk.stages() for chunk in run.chunks]
     spreads = {name: Spread.of([stage[name] for stage in stages]) for name in stages[0]}
     work = mean_work(pipeline, run.plan, run.visible_frames)
     flops = {"camera": work.camera, "denoise": work.denoise, "context": work.context, "DiT": work.dit}
     mean_ms = {name: spreads[name].mean for name in flops}
-    floor_ms = 1000 * ceiling.seconds(work.dit) / pipeline.ranks.world
+    roofline_ms = 1000 * roofline.seconds(work.dit) / pipeline.ranks.world
     frames = sum(chunk.result.num_frames for chunk in run.chunks)
     return PipelineReport(
         setting=_setting(pipeline, weights, run),
@@ -84,21 +84,21 @@ def pipeline_report(pipeline: Pipeline, weights: str, run: Run, ceiling: Ceiling
         frames_per_s=1000 * frames / sum(stage["total"] for stage in stages),
         tflop={name: part.total / _TERA for name, part in flops.items()},
         tflop_per_s={name: part.total / _TERA / (mean_ms[name] / 1000) for name, part in flops.items()},
-        ceiling_tflop_per_s=ceiling,
-        floor_ms=floor_ms,
-        share_of_ceiling=floor_ms / mean_ms["DiT"],
+        roofline_tflop_per_s=roofline,
+        roofline_ms=roofline_ms,
+        roofline_share=roofline_ms / mean_ms["DiT"],
         planned_memory_gb=run.planned_memory_gb,
         peak_memory_gb=run.peak_memory_gb,
     )
 
 
 def full_shape(plan: SessionPlan) -> ChunkShape:
-    """A chunk of this session with its window full."""
+    """The shape of a chunk of this session once its window is full."""
     return ChunkShape(plan.size, plan.latent_frames, plan.window_frames, plan.num_steps)
 
 
 def mean_work(pipeline: Pipeline, plan: SessionPlan, visible_frames: Sequence[int]) -> ChunkFlops:
-    """Mean operations of chunks that attended to so many latent frames."""
+    """Mean operations per chunk; ``visible_frames`` has the latent frames that each chunk attended to."""
     counted = [
         chunk_flops(pipeline.dit.config, ChunkShape(plan.size, plan.latent_frames, visible, plan.num_steps))
         for visible in visible_frames
@@ -126,23 +126,23 @@ def as_text(report: PipelineReport) -> str:
         ]
         for name, ms in report.stages_ms.items()
     ]
-    ceiling = report.ceiling_tflop_per_s
+    roofline = report.roofline_tflop_per_s
     memory = "" if report.peak_memory_gb is None else f", peak memory {report.peak_memory_gb:.1f} GB"
     return "\n".join(
         [
             str(report.setting),
             "",
-            table(("a chunk", "mean ms", "p50 ms", "p95 ms", "TFLOP", "TFLOP/s"), rows),
+            table(("per chunk", "mean ms", "p50 ms", "p95 ms", "TFLOP", "TFLOP/s"), rows),
             "",
             f"{report.frames_per_s:.2f} frames/s; session planned at {report.planned_memory_gb:.2f} GB{memory}",
-            f"ceiling here: linears {significant(ceiling.linears)}, attention {significant(ceiling.attention)} "
-            f"TFLOP/s; the DiT at it {report.floor_ms:.1f} ms, reached {100 * report.share_of_ceiling:.0f} %",
+            f"roofline: linears {significant(roofline.linears)}, attention {significant(roofline.attention)} TFLOP/s; "
+            f"DiT at least {report.roofline_ms:.1f} ms, {100 * report.roofline_share:.0f} % of the roofline reached",
         ]
     )
 
 
 def _setting(pipeline: Pipeline, weights: str, run: Run) -> Setting:
-    plan, load = run.plan, run.load
+    plan, workload = run.plan, run.workload
     return Setting(
         model=pipeline.model_info.model_path,
         weights=weights,
@@ -161,7 +161,7 @@ def _setting(pipeline: Pipeline, weights: str, run: Run) -> Setting:
         window_frames=plan.window_frames,
         visible_frames=(min(run.visible_frames), max(run.visible_frames)),
         steps=plan.num_steps,
-        case=f"chunks 0 to {OPENING_CHUNKS - 1}" if load.opening else "steady",
-        warm_chunks=load.warm_chunks(plan),
+        case=f"chunks 0 to {OPENING_CHUNKS - 1}" if workload.opening else "steady",
+        warm_chunks=workload.warm_chunks(plan),
         chunks=len(run.chunks),
     )

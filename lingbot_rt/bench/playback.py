@@ -1,4 +1,4 @@
-"""What arrival times mean to someone who looks on: pure functions of seconds."""
+"""Playback figures from frame arrival times: underruns, jitter, key-to-frame latency. Pure functions of seconds."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A pixel frame at the client, decoded."""
+    """The moment at which the client had one pixel frame decoded."""
 
     at: float  # seconds
     chunk_index: int
-    event_id: int | None  # newest event whose effect is in it
+    event_id: int | None  # newest event whose effect is in this frame
 
 
 @dataclass(frozen=True, slots=True)
 class Playback:
-    """A player that shows ``fps`` frames/s, never skips one, and holds the last picture when the next is not there."""
+    """A simulated video player: shows ``fps`` frames/s, skips none, and repeats the last one while the next is late."""
 
     fps: float
     lead_s: float
-    underruns: int  # times it had to hold
-    held_s: float  # in all
-    smooth_lead_s: float  # the lead with which it would never have had to
+    underruns: int  # times the next frame was late
+    held_s: float  # total time on repeated frames
+    smooth_lead_s: float  # smallest lead without an underrun
 
 
 def play(times: Sequence[float], fps: float, lead_s: float) -> Playback:
-    """``times``: when each frame came. The player starts ``lead_s`` after the first; a hold delays all that follows."""
+    """``times``: arrival of each frame. Playback starts ``lead_s`` after the first. An underrun delays later frames."""
     start = times[0] + lead_s
     clock, underruns, held = start, 0, 0.0
     for at in times[1:]:
@@ -43,9 +43,9 @@ def play(times: Sequence[float], fps: float, lead_s: float) -> Playback:
 
 
 def jitter_ms(times: Sequence[float]) -> float | None:
-    """Standard deviation of the arrivals about a steady stream of the same mean rate; None of fewer than three.
+    """Standard deviation of the arrivals from a perfectly even stream (least squares); None for fewer than three.
 
-    Frames that come in groups are jitter too: a player must hide it.
+    Frames that arrive in groups count as jitter: a player has to buffer them.
     """
     if len(times) < 3:
         return None
@@ -54,13 +54,15 @@ def jitter_ms(times: Sequence[float]) -> float | None:
 
 
 def event_latencies_ms(frames: Sequence[Arrival], pressed: Sequence[tuple[int, float]]) -> list[float]:
-    """From sending each event (id, when) to the first frame that carries it or a newer one; those that none carried
-    are left out."""
+    """Time from sending each event (id, when) to the first frame with that id or a newer one.
+
+    Events without such a frame are left out.
+    """
     carried = [(frame.event_id, frame.at) for frame in frames if frame.event_id is not None]
     newest = [event_id for event_id, _ in carried]
-    found = []
+    latencies = []
     for event_id, sent in pressed:
         first = bisect.bisect_left(newest, event_id)
         if first < len(carried):
-            found.append(1000 * (carried[first][1] - sent))
-    return found
+            latencies.append(1000 * (carried[first][1] - sent))
+    return latencies

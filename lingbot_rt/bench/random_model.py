@@ -1,6 +1,6 @@
-"""A pipeline of a model's real shapes with random weights, drawn where it will run; its speed does not depend on them.
+"""A pipeline with a model's real shapes and random weights, generated on its device. Speed does not depend on weights.
 
-Random and not zero: a device that multiplies zeros draws less power and is clocked higher than in real work.
+The weights are not zero: a device that multiplies zeros draws less power and clocks higher than in real work.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from lingbot_rt.parallel.groups import Ranks
 from lingbot_rt.shapes import FrameSize
 
 LINGBOT_WORLD_FAST = "lingbot-world-fast"
-"""The name that stands for the published 14B: its shapes are known here, no file of it is needed."""
+"""Name of the published 14B. Its shapes are known here, so no file of it is needed."""
 
 _SEED = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Shapes:
-    """All of a model but its weights."""
+class ModelShapes:
+    """Everything of a model except its weights."""
 
     dit: DiTConfig
-    vae: dict[str, Any]  # of diffusers' AutoencoderKLWan, whose defaults are Wan 2.1
+    vae: dict[str, Any]  # configuration of diffusers' AutoencoderKLWan; its defaults are Wan 2.1
     schedule: FlowSchedule
     default_size: FrameSize
 
 
-def shapes_of(model: str) -> Shapes:
-    """``lingbot-world-fast``, or what ``open_checkpoint`` takes, of which only the configurations are read.
+def shapes_of(model: str) -> ModelShapes:
+    """ModelShapes of ``lingbot-world-fast`` or of anything that ``open_checkpoint`` takes. Reads no weights.
 
     Raises CheckpointError.
     """
     if model == LINGBOT_WORLD_FAST:
-        # Its own window of 45 (sink 3) takes 57 GB; figures are published for the one that clients ask for.
+        # The model's own window of 45 (sink 3) takes 57 GB. Published figures use window 18, which clients ask for.
         config = DiTConfig(sink_size=9, sliding_window_num_frames=18)
-        return Shapes(config, {}, FlowSchedule(DISTILLED_SHIFT, DISTILLED_STEPS), TRAINED_SIZE)
+        return ModelShapes(config, {}, FlowSchedule(DISTILLED_SHIFT, DISTILLED_STEPS), TRAINED_SIZE)
     folder = open_checkpoint(model)
-    return Shapes(
+    return ModelShapes(
         dit=folder.dit_config,
         vae=json.loads((folder.path / "vae" / "config.json").read_text(encoding="utf-8")),
         schedule=FlowSchedule(folder.shift, folder.denoise_steps),
@@ -60,9 +60,9 @@ def shapes_of(model: str) -> Shapes:
 
 
 def random_pipeline(config: ServeConfig, ranks: Ranks | None = None) -> Pipeline:
-    """The pipeline that ``load_pipeline`` makes of ``config``, with other numbers in it and no text encoder.
+    """The pipeline that ``load_pipeline`` builds, with random weights and a stand-in for the text encoder.
 
-    Raises CheckpointError for a model that is not there, ConfigError for what the device cannot do.
+    Raises CheckpointError for a missing model, ConfigError for what the device does not support.
     """
     shapes = shapes_of(config.model_path)
     device = resolve_device(config.device)
@@ -73,26 +73,26 @@ def random_pipeline(config: ServeConfig, ranks: Ranks | None = None) -> Pipeline
         empty_dit = CausalDiT(shapes.dit)
     ranks = ranks or Ranks()
     networks = Networks(
-        dit=draw(empty_dit, dtype, device, generator),
+        dit=fill_random(empty_dit, dtype, device, generator),
         vae=random_vae(config),
-        text_encoder=RandomText(shapes.dit, device, generator) if ranks.is_first else None,
+        text_encoder=RandomTextEncoder(shapes.dit, device, generator) if ranks.is_first else None,
     )
     return assemble(config, networks, shapes.schedule, shapes.default_size, ranks)
 
 
 def random_vae(config: ServeConfig) -> StreamingVAE:
-    """The VAE of ``config``'s model alone. Raises as ``random_pipeline`` does."""
+    """Only the VAE of ``config``'s model. Raises what ``random_pipeline`` raises."""
     device = resolve_device(config.device)
     with torch.device("meta"):
         empty = AutoencoderKLWan.from_config(shapes_of(config.model_path).vae)
     generator = torch.Generator(device).manual_seed(_SEED)
-    return StreamingVAE(draw(empty, DTYPES[config.vae_dtype], device, generator))
+    return StreamingVAE(fill_random(empty, DTYPES[config.vae_dtype], device, generator))
 
 
-def draw(module: Any, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Any:
-    """A module of the meta device -> the same on ``device``, each tensor drawn in its own place.
+def fill_random(module: Any, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Any:
+    """Fills a module of the meta device with random weights on ``device``.
 
-    Weights are normal with variance 1 / fan-in, so that what passes through keeps its size; gains are one, biases zero.
+    Weights are normal with variance 1 / fan-in, so activations keep their scale. Gains are one, biases zero.
     """
     nn.Module.to(module, dtype)
     nn.Module.to_empty(module, device=device)
@@ -105,18 +105,18 @@ def draw(module: Any, dtype: torch.dtype, device: torch.device, generator: torch
             else:
                 parameter.normal_(std=1 / math.sqrt(parameter.shape[1:].numel()), generator=generator)
     unfilled = [name for name, _ in module.named_buffers()]
-    assert not unfilled, f"buffers that nothing filled: {unfilled}"
+    assert not unfilled, f"uninitialized buffers: {unfilled}"
     return module.requires_grad_(False).eval()
 
 
-class RandomText(TextEncoder):
-    """In the text encoder's place: the same random embeddings for every prompt."""
+class RandomTextEncoder(TextEncoder):
+    """Stands in for the text encoder: the same random embeddings for every prompt."""
 
     def __init__(self, config: DiTConfig, device: torch.device, generator: torch.Generator) -> None:
         shape = (1, config.text_len, config.text_dim)
         self._embeddings = torch.randn(shape, generator=generator, device=device)
 
-    def to(self, device: torch.device) -> RandomText:
+    def to(self, device: torch.device) -> RandomTextEncoder:
         self._embeddings = self._embeddings.to(device)
         return self
 

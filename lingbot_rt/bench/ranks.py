@@ -1,6 +1,6 @@
-"""The ranks of a measurement, started and watched as a server's are.
+"""Starts and watches the ranks of a measurement in the way a server does.
 
-Followers run as ``python -m lingbot_rt.bench.ranks JOB`` and do what the bench's own process, rank 0, says.
+The bench's own process is rank 0. The other ranks run ``python -m lingbot_rt.bench.ranks JOB`` and follow its commands.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from lingbot_rt.bench.collectives import Exchange, Exchanges, measure
+from lingbot_rt.bench.collectives import CollectivesSpec, Exchange, measure
 from lingbot_rt.bench.random_model import random_pipeline, shapes_of
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline, resolve_device
@@ -25,11 +25,11 @@ from lingbot_rt.session.plan import EngineStatus
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every rank of a measurement has to know."""
+    """What every rank of a measurement needs to know."""
 
     config: ServeConfig
     random_weights: bool
-    exchanges_only: bool = False  # no networks: the ranks only talk
+    exchanges_only: bool = False  # run collectives only; load no networks
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -40,41 +40,41 @@ class Job:
         return cls(**fields | {"config": ServeConfig(**fields["config"])})
 
     def pipeline(self, report: Callable[[EngineStatus], None], ranks: Ranks | None = None) -> Pipeline:
-        """Raises CheckpointError for a model that is not there, ConfigError for a device or kernel that is not."""
+        """Raises CheckpointError for a missing model, ConfigError for a missing device or attention kernel."""
         if not self.random_weights:
             return load_pipeline(self.config, report, ranks)
         return random_pipeline(self.config, ranks)
 
 
 @contextmanager
-def measured(job: Job, report: Callable[[EngineStatus], None]) -> Iterator[tuple[Pipeline, Leader]]:
-    """A pipeline over as many ranks as the job has. Raises EngineFailed when one is lost."""
-    with _led(job) as leader:
+def pipeline_on_ranks(job: Job, report: Callable[[EngineStatus], None]) -> Iterator[tuple[Pipeline, Leader]]:
+    """A pipeline on all ranks of the job, and what commands the others. Raises EngineFailed if a rank is lost."""
+    with _started_ranks(job) as leader:
 
-        def went_on(status: EngineStatus) -> None:
+        def on_progress(status: EngineStatus) -> None:
             leader.ranks.tick()
             report(status)
 
         with leader.starting():
-            pipeline = job.pipeline(went_on, leader.ranks)
+            pipeline = job.pipeline(on_progress, leader.ranks)
         yield pipeline, leader
 
 
-def measured_exchanges(job: Job, exchanges: Exchanges) -> list[Exchange]:
-    """Of two ranks or more. Raises EngineFailed when one is lost."""
-    with _led(job) as leader:
+def measure_on_ranks(job: Job, spec: CollectivesSpec) -> list[Exchange]:
+    """Times the collectives on two ranks or more. Raises EngineFailed if a rank is lost."""
+    with _started_ranks(job) as leader:
         with leader.starting():
             device = resolve_device(job.config.device)
-        with leader.command(exchanges):
-            assert isinstance(leader.ranks, RankGroup), "one rank exchanges nothing"
-            return measure(exchanges, leader.ranks, device)
+        with leader.command(spec):
+            assert isinstance(leader.ranks, RankGroup), "one rank has no collectives"
+            return measure(spec, leader.ranks, device)
 
 
 @contextmanager
-def _led(job: Job) -> Iterator[Leader]:
+def _started_ranks(job: Job) -> Iterator[Leader]:
     command = [sys.executable, "-m", "lingbot_rt.bench.ranks", job.to_json()]
     heads = shapes_of(job.config.model_path).dit.num_attention_heads
-    # The verdict on a lost rank is logged, and raised where rank 0 waits for it.
+    # A lost rank needs no callback here: it is logged, and raised where rank 0 waits for it.
     leader = lead(job.config, lambda verdict: None, command, heads)
     try:
         yield leader
@@ -82,7 +82,7 @@ def _led(job: Job) -> Iterator[Leader]:
         leader.stop()
 
 
-def _help(job: Job, group: RankGroup) -> None:
+def _run_worker(job: Job, group: RankGroup) -> None:
     if not job.exchanges_only:
         obey(job.pipeline(lambda status: group.tick(), group), group)
         return
@@ -90,13 +90,13 @@ def _help(job: Job, group: RankGroup) -> None:
     group.agree(True)
     while True:
         match group.receive():
-            case Exchanges() as exchanges:
-                measure(exchanges, group, device)
+            case CollectivesSpec() as spec:
+                measure(spec, group, device)
             case Stop():
                 return
 
 
 if __name__ == "__main__":
     job, place = Job.from_json(sys.argv[1]), Place.from_environment()
-    assert place is not None, "rank 0 says where"
-    sys.exit(follow(job.config, place, partial(_help, job)))
+    assert place is not None, "started without a place: only rank 0 may run this module"
+    sys.exit(follow(job.config, place, partial(_run_worker, job)))

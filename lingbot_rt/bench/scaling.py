@@ -1,4 +1,4 @@
-"""Strong scaling: the same chunks on more ranks, from the reports of each number of them."""
+"""Strong scaling: compares reports of the same chunks on different numbers of ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lingbot_rt.bench.pipeline_report import PipelineReport
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """One number of ranks against the first measured; medians."""
+    """One number of ranks compared with the first one measured. All times are medians."""
 
     ranks: int
     dit_ms: float
@@ -18,14 +18,14 @@ class Scaling:
     total_ms: float
     frames_per_s: float
     dit_speedup: float
-    efficiency: float  # of the DiT: its speedup by how many times as many ranks
+    efficiency: float  # DiT speedup / (ranks / ranks of the first report)
     speedup: float  # of the whole chunk
-    exchange_share: float  # of a chunk that rank 0 spends in exchanges, waits for slower ranks included
+    exchange_share: float  # part of the chunk that rank 0 spends in collectives, waits for slower ranks included
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Of one run on one machine."""
+    """All reports of one run on one machine."""
 
     scaling: list[Scaling]
     reports: list[PipelineReport]
@@ -38,7 +38,7 @@ class Comparison:
 def as_text(comparison: Comparison) -> str:
     rows = comparison.scaling
     base = rows[0].ranks
-    head = ("ranks", "DiT ms", "VAE ms", "total ms", "frames/s", "DiT x", "efficiency", "total x", "in exchanges")
+    head = ("ranks", "DiT ms", "VAE ms", "total ms", "frames/s", "DiT x", "efficiency", "total x", "collectives")
     return table(
         head,
         [
@@ -55,7 +55,7 @@ def as_text(comparison: Comparison) -> str:
             ]
             for row in rows
         ],
-    ) + (f"\nx: times as fast as {base} rank{'s' * (base > 1)} in this run; medians")
+    ) + (f"\nx: speedup over {base} rank{'s' * (base > 1)} in this run; medians")
 
 
 def _against(first: PipelineReport, report: PipelineReport) -> Scaling:

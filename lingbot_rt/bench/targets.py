@@ -1,6 +1,6 @@
-"""Every figure that is aimed for on one accelerator, in one go: each case on the same warm device, each beside its bar.
+"""Measures every performance target for one accelerator in one run, on the same warm device.
 
-A case that fails is reported with its error, and the next one runs: a device is not to be had every day.
+A case that fails is reported with its error and the next one runs, so that one failure does not waste the device time.
 """
 
 from __future__ import annotations
@@ -15,21 +15,29 @@ from functools import partial
 import torch
 
 from lingbot_rt.bench.figures import Spread, number, table
-from lingbot_rt.bench.pipeline import Load, TimedChunk, Walk, peak_memory_gb, reset_peak_memory, run_chunks
+from lingbot_rt.bench.pipeline import (
+    SyntheticSession,
+    TimedChunk,
+    Workload,
+    peak_memory_gb,
+    reset_peak_memory,
+    run_chunks,
+)
 from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST, random_pipeline, random_vae
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.compilation import keep_compiled_code, resolve_compile
 from lingbot_rt.engine.pipeline import Pipeline
+from lingbot_rt.errors import one_line
 from lingbot_rt.models.quantize import quantize_linears, require_fp8
 from lingbot_rt.session.plan import SessionPlan
 
 log = logging.getLogger(__name__)
 
 _FIGURES = ("DiT", "VAE", "after denoise", "total")
-_AFTER_JUMP = 2  # chunks not measured behind a jump
-_FEW = 5
+_AFTER_JUMP = 2  # chunks left out after a jump
+_MAX_UNCOMPILED = 5  # chunks measured without compilation, which are slow
 
-BARS = {
+TARGETS_MS = {
     ("bfloat16 compiled", "DiT"): (2000, 1800),
     ("bfloat16 compiled", "after denoise"): (80, 50),
     ("fp8 compiled", "DiT"): (1650, 1450),
@@ -39,21 +47,21 @@ BARS = {
     ("VAE alone, bfloat16 compiled", "VAE"): (145, 100),
     ("VAE alone, float32 compiled", "VAE"): (145, 100),
 }
-"""To reach, and to aim for then: milliseconds a chunk of the 14B at 832x480, window 18, sink 9, on one H100."""
+"""(required, desired) milliseconds per chunk of the 14B at 832x480, window 18, sink 9, on one H100."""
 
-FLAT = 0.02
-"""A far chunk may cost so much more or less than a near one."""
+FAR_TOLERANCE = 0.02
+"""A far chunk may take this fraction more or less time than a near one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure of one case, in ms a chunk unless its name says otherwise."""
+    """One figure of one case, in ms per chunk unless its name gives another unit."""
 
     case: str
     figure: str
     value: Spread | None = None
-    reach: float | None = None
-    aim: float | None = None
+    required: float | None = None
+    desired: float | None = None
     error: str = ""
 
 
@@ -71,14 +79,16 @@ class TargetsReport:
     minutes: float = 0.0
 
 
-def measure_targets(config: ServeConfig, load: Load, far_chunk: int, told: Callable[[TargetsReport], None]) -> None:
-    """Random weights of ``config``'s model under ``load``; ``told`` gets the report after every case.
+def measure_targets(
+    config: ServeConfig, workload: Workload, far_chunk: int, on_case: Callable[[TargetsReport], None]
+) -> None:
+    """Runs all cases with random weights of ``config``'s model. Calls ``on_case`` with the report after every case.
 
-    Raises what a pipeline that cannot be built raises; later errors are rows.
+    Raises what ``random_pipeline`` raises. Later errors become rows of the report.
     """
-    begun = time.perf_counter()
+    started = time.perf_counter()
     pipeline = random_pipeline(replace(config, compile="false", quantization="none"))
-    plan = load.session_plan(pipeline)
+    plan = workload.session_plan(pipeline)
     report = TargetsReport(
         model=config.model_path,
         device=pipeline.model_info.device,
@@ -87,63 +97,69 @@ def measure_targets(config: ServeConfig, load: Load, far_chunk: int, told: Calla
         sink_frames=plan.sink_frames,
         window_frames=plan.window_frames,
         steps=plan.num_steps,
-        chunks=load.chunks,
+        chunks=workload.chunks,
     )
-    for case, run in _cases(pipeline, config, load, plan, far_chunk):
-        report.rows += _rows(case, run, with_bars=config.model_path == LINGBOT_WORLD_FAST)
-        report.minutes = (time.perf_counter() - begun) / 60
-        told(report)
-        _tidy()
+    for case, run in _cases(pipeline, config, workload, plan, far_chunk):
+        report.rows += _rows(case, run, with_targets=config.model_path == LINGBOT_WORLD_FAST)
+        report.minutes = (time.perf_counter() - started) / 60
+        on_case(report)
+        _free_memory()
 
 
 Figures = dict[str, list[float]]
 
 
 def _cases(
-    pipeline: Pipeline, config: ServeConfig, load: Load, plan: SessionPlan, far_chunk: int
+    pipeline: Pipeline, config: ServeConfig, workload: Workload, plan: SessionPlan, far_chunk: int
 ) -> Iterator[tuple[str, Callable[[], Figures]]]:
-    """In order; between two of them the one pipeline is compiled, then quantized, in place: two would not fit."""
+    """(name, run) of each case, in order. Between cases the one pipeline is compiled and then quantized in place."""
     dtype = pipeline.model_info.dtype
     compiles = resolve_compile(config.compile, pipeline.device)
     how = "compiled" if compiles else "not compiled"
-    yield f"{dtype} not compiled", lambda: _steady(pipeline, replace(load, chunks=min(load.chunks, _FEW)))
+    yield (
+        f"{dtype} not compiled",
+        lambda: _steady(pipeline, replace(workload, chunks=min(workload.chunks, _MAX_UNCOMPILED))),
+    )
     if compiles:
         keep_compiled_code(config.compile_cache)
         pipeline.dit.compile_blocks()
         pipeline.vae.compile()
-        yield f"{dtype} compiled", lambda: _steady(pipeline, load)
-    yield "chunks 0 to 3", lambda: _steady(pipeline, replace(load, opening=True, warm=None))
-    yield f"chunk {far_chunk} beside chunk {load.warm_chunks(plan)}", lambda: _far(pipeline, load, plan, far_chunk)
+        yield f"{dtype} compiled", lambda: _steady(pipeline, workload)
+    yield "chunks 0 to 3", lambda: _steady(pipeline, replace(workload, opening=True, warm=None))
+    yield (
+        f"chunk {far_chunk} beside chunk {workload.warm_chunks(plan)}",
+        lambda: _far(pipeline, workload, plan, far_chunk),
+    )
 
     def fp8() -> Figures:
         require_fp8(pipeline.device, pipeline.dtype)
         for block in pipeline.dit.blocks:
             quantize_linears(block)
-        _tidy()
-        return _steady(pipeline, load)
+        _free_memory()
+        return _steady(pipeline, workload)
 
     yield f"fp8 {how}", fp8
     for vae_dtype in ("float32", "bfloat16"):
         for compiled in (False, True) if compiles else (False,):
             case = f"VAE alone, {vae_dtype} {'compiled' if compiled else 'not compiled'}"
-            yield case, partial(_vae_alone, replace(config, vae_dtype=vae_dtype), plan, load, compiled)
+            yield case, partial(_vae_alone, replace(config, vae_dtype=vae_dtype), plan, workload, compiled)
 
 
-def _rows(case: str, run: Callable[[], Figures], *, with_bars: bool) -> list[Row]:
+def _rows(case: str, run: Callable[[], Figures], *, with_targets: bool) -> list[Row]:
     try:
         figures = run()
     except Exception as error:
         log.exception("%s", case)
-        return [Row(case, "-", error=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")]
+        return [Row(case, "-", error=one_line(error))]
     rows = []
     for figure, values in figures.items():
-        reach, aim = BARS.get((case, figure), (None, None)) if with_bars else (None, None)
-        rows.append(Row(case, figure, Spread.of(values), reach, aim))
+        required, desired = TARGETS_MS.get((case, figure), (None, None)) if with_targets else (None, None)
+        rows.append(Row(case, figure, Spread.of(values), required, desired))
     return rows
 
 
-def _steady(pipeline: Pipeline, load: Load) -> Figures:
-    run = run_chunks(pipeline, load, lambda: None)
+def _steady(pipeline: Pipeline, workload: Workload) -> Figures:
+    run = run_chunks(pipeline, workload, lambda: None)
     figures = _figures_of(run.chunks)
     if run.peak_memory_gb is not None:
         figures["peak memory, GB"] = [run.peak_memory_gb]
@@ -155,21 +171,25 @@ def _figures_of(chunks: list[TimedChunk]) -> Figures:
     return {name: [stage[name] for stage in stages] for name in _FIGURES}
 
 
-def _far(pipeline: Pipeline, load: Load, plan: SessionPlan, far_chunk: int) -> Figures:
-    """One session with its window full, near its start and then far from it: what a chunk costs must not grow."""
-    walk = Walk(pipeline, plan)
-    for _ in range(load.warm_chunks(plan)):
-        walk.step()
+def _far(pipeline: Pipeline, workload: Workload, plan: SessionPlan, far_chunk: int) -> Figures:
+    """One session with a full window, measured near its start and far from it: the chunk time must not grow."""
+    session = SyntheticSession(pipeline, plan)
+    for _ in range(workload.warm_chunks(plan)):
+        session.step()
     reset_peak_memory(pipeline.device)
-    near = [walk.step() for _ in range(load.chunks)]
+    near = [session.step() for _ in range(workload.chunks)]
     near_memory = peak_memory_gb(pipeline.device)
-    walk.jump(far_chunk)
+    session.jump(far_chunk)
     for _ in range(_AFTER_JUMP):
-        walk.step()
+        session.step()
     reset_peak_memory(pipeline.device)
-    far = [walk.step() for _ in range(load.chunks)]
+    far = [session.step() for _ in range(workload.chunks)]
     near_ms, far_ms = (Spread.of([chunk.stages()["total"] for chunk in chunks]).p50 for chunks in (near, far))
-    figures = {"total, near": [near_ms], "total, far": [far_ms], f"far / near (1 +- {FLAT})": [far_ms / near_ms]}
+    figures = {
+        "total, near": [near_ms],
+        "total, far": [far_ms],
+        f"far / near (1 +- {FAR_TOLERANCE})": [far_ms / near_ms],
+    }
     far_memory = peak_memory_gb(pipeline.device)
     if near_memory is not None and far_memory is not None:
         figures["peak memory, far - near, GB"] = [far_memory - near_memory]
@@ -177,8 +197,8 @@ def _far(pipeline: Pipeline, load: Load, plan: SessionPlan, far_chunk: int) -> F
 
 
 @torch.inference_mode()
-def _vae_alone(config: ServeConfig, plan: SessionPlan, load: Load, compiled: bool) -> Figures:
-    """Milliseconds of a chunk's decode with nothing beside it."""
+def _vae_alone(config: ServeConfig, plan: SessionPlan, workload: Workload, compiled: bool) -> Figures:
+    """Decode time of a chunk with nothing else running."""
     vae = random_vae(config)
     if compiled:
         vae.compile()
@@ -187,19 +207,19 @@ def _vae_alone(config: ServeConfig, plan: SessionPlan, load: Load, compiled: boo
     latents = torch.randn(1, vae.z_dim, plan.latent_frames, size.latent_height, size.latent_width, device=vae.device)
 
     def chunk_ms() -> float:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for latent in latents.split(1, dim=2):
             vae.decode_latent_frame(latent, features)
         if vae.device.type == "cuda":
             torch.cuda.synchronize(vae.device)
-        return 1000 * (time.perf_counter() - begun)
+        return 1000 * (time.perf_counter() - started)
 
     warm = [chunk_ms() for _ in range(3)]
-    return {"VAE": [chunk_ms() for _ in range(max(load.chunks, len(warm)))]}
+    return {"VAE": [chunk_ms() for _ in range(max(workload.chunks, len(warm)))]}
 
 
-def _tidy() -> None:
-    """What a case left behind is not to stand beside the next one's window."""
+def _free_memory() -> None:
+    """Frees what a case left behind, to make room for the next one's window."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -210,16 +230,18 @@ def as_text(report: TargetsReport) -> str:
     for row in report.rows:
         value = row.value
         verdict = ""
-        if value is not None and row.reach is not None and row.aim is not None:
-            verdict = "aim" if value.p50 <= row.aim else "reached" if value.p50 <= row.reach else "missed"
+        if value is not None and row.required is not None and row.desired is not None:
+            verdict = "desired" if value.p50 <= row.desired else "required" if value.p50 <= row.required else "missed"
         p50, p95 = ("-", "-") if value is None else (number(value.p50, 3), number(value.p95, 3))
-        rows.append([row.case, row.error or row.figure, p50, p95, number(row.reach, 0), number(row.aim, 0), verdict])
+        rows.append(
+            [row.case, row.error or row.figure, p50, p95, number(row.required, 0), number(row.desired, 0), verdict]
+        )
     return "\n".join(
         [
             f"{report.model} (random weights), {report.device}, torch {report.torch}",
             f"{report.size}, window {report.window_frames} (sink {report.sink_frames}), {report.steps} steps, "
-            f"{report.chunks} chunks a case, {report.minutes:.1f} minutes in all",
+            f"{report.chunks} chunks per case, {report.minutes:.1f} minutes in all",
             "",
-            table(("case", "figure", "p50 ms", "p95 ms", "reach", "aim", ""), rows),
+            table(("case", "figure", "p50 ms", "p95 ms", "required", "desired", "meets"), rows),
         ]
     )

@@ -1,4 +1,4 @@
-"""What each transport costs: pixels to payload as the server does it, beside Pillow's own way to the same picture."""
+"""Encoding time and payload size of each transport: the server's encoder beside plain Pillow."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ from lingbot_rt.transport.encode import DEFAULT_QUALITY, FrameEncoder
 
 Pixels = npt.NDArray[np.uint8]
 
-
 _WARM_BATCHES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one frame."""
+    """Encoding cost per frame."""
 
     ms: Spread
-    mb_per_s: float  # of raw pixels, in units of 1e6 bytes
+    mb_per_s: float  # raw pixels encoded, in units of 1e6 bytes
     kb: float  # payload, in units of 1e3 bytes
 
 
@@ -38,31 +37,31 @@ class Cost:
 class TransportReport:
     size: str
     frames: int
-    frames_a_batch: int
+    frames_per_batch: int
     cores: int
     quality: dict[str, int]
-    encoder: dict[str, Cost]  # of the session's FrameEncoder, by transport
-    pillow: dict[str, Cost]  # its defaults at that quality, frame by frame; raw as tobytes, delta-gzip as PNG
+    encoder: dict[str, Cost]  # the server's FrameEncoder, by transport
+    pillow: dict[str, Cost]  # Pillow's defaults at the same quality, frame by frame; delta-gzip is compared with PNG
 
 
-def measure_transport(size: FrameSize, frames: int, done: Callable[[], object]) -> TransportReport:
-    """Both ways through every transport; ``done`` is called after each of the eight.
+def measure_transport(size: FrameSize, frames: int, on_encoder: Callable[[], object]) -> TransportReport:
+    """Measures both encoders of every transport. Calls ``on_encoder`` after each of the eight.
 
-    Batches are of 4 frames, as latent frames leave the engine, the first two not counted.
+    A batch has 4 frames, like a latent frame from the engine. The first two batches are not counted.
     """
     batch = VAE_TEMPORAL_STRIDE
     pixels = moving_pictures(size, frames + _WARM_BATCHES * batch)
     encoder: dict[str, Cost] = {}
     pillow: dict[str, Cost] = {}
     for name in OUTPUT_FORMATS:
-        encoder[name] = _cost(_as_served(name), pixels)
-        done()
-        pillow[name] = _cost(_as_pillow(name), pixels)
-        done()
+        encoder[name] = _cost(_server_encoder(name), pixels)
+        on_encoder()
+        pillow[name] = _cost(_pillow_encoder(name), pixels)
+        on_encoder()
     return TransportReport(
         size=str(size),
         frames=frames,
-        frames_a_batch=batch,
+        frames_per_batch=batch,
         cores=os.cpu_count() or 1,
         quality=dict(DEFAULT_QUALITY),
         encoder=encoder,
@@ -79,37 +78,37 @@ def as_text(report: TransportReport) -> str:
     quality = ", ".join(f"{name} {value}" for name, value in report.quality.items())
     return "\n".join(
         [
-            f"{report.frames} moving pictures of {report.size} in batches of {report.frames_a_batch}, "
+            f"{report.frames} moving pictures of {report.size} in batches of {report.frames_per_batch}, "
             f"{report.cores} cores; quality: {quality}",
             "",
-            table(("a frame", "p50 ms", "p95 ms", "MB/s in", "kB out", "plain Pillow ms", "kB"), rows),
+            table(("per frame", "p50 ms", "p95 ms", "MB/s in", "kB out", "plain Pillow ms", "kB"), rows),
         ]
     )
 
 
 def _cost(payload_bytes: Callable[[Pixels], int], pixels: Pixels) -> Cost:
-    """``payload_bytes`` encodes a batch [n, H, W, 3] and tells how much that made."""
-    ms_a_frame, payload = [], 0
+    """``payload_bytes`` encodes a batch [n, H, W, 3] and returns the payload's size."""
+    ms_per_frame, payload = [], 0
     batch = VAE_TEMPORAL_STRIDE
     for start in range(0, len(pixels), batch):
         frames = pixels[start : start + batch]
-        begun = time.perf_counter()
-        made = payload_bytes(frames)
-        ms = 1000 * (time.perf_counter() - begun)
+        started = time.perf_counter()
+        size = payload_bytes(frames)
+        ms = 1000 * (time.perf_counter() - started)
         if start >= _WARM_BATCHES * batch:
-            ms_a_frame += [ms / len(frames)] * len(frames)
-            payload += made
-    spread = Spread.of(ms_a_frame)
-    return Cost(ms=spread, mb_per_s=pixels[0].nbytes / 1e6 / (spread.mean / 1000), kb=payload / len(ms_a_frame) / 1e3)
+            ms_per_frame += [ms / len(frames)] * len(frames)
+            payload += size
+    spread = Spread.of(ms_per_frame)
+    return Cost(ms=spread, mb_per_s=pixels[0].nbytes / 1e6 / (spread.mean / 1000), kb=payload / len(ms_per_frame) / 1e3)
 
 
-def _as_served(name: FormatName) -> Callable[[Pixels], int]:
+def _server_encoder(name: FormatName) -> Callable[[Pixels], int]:
     encoder = FrameEncoder(OutputFormat(name))
     return lambda frames: len(encoder.encode(frames, event_id=None).payload)
 
 
-def _as_pillow(name: FormatName) -> Callable[[Pixels], int]:
-    """What one would write without thinking of speed."""
+def _pillow_encoder(name: FormatName) -> Callable[[Pixels], int]:
+    """The obvious Pillow code for a transport."""
     kind = {"webp": "WEBP", "jpeg": "JPEG"}.get(name, "PNG")
     options = {"quality": DEFAULT_QUALITY[name]} if name in DEFAULT_QUALITY else {}
 

@@ -1,17 +1,17 @@
-"""The Python client: one ``connect``, blocking under ``with`` and async under ``async with``.
+"""The Python client: ``connect`` opens a blocking session under ``with`` and an async one under ``async with``.
 
     with connect("http://127.0.0.1:30000", prompt="A quiet street.", first_frame="street.jpg") as world:
         world.press("w")
         for frame in world:
             show(frame.pixels)          # uint8 [H, W, 3]
 
-``session.py`` is the protocol without a socket, ``frames.py`` decodes the four transports, ``connect.py`` adds the
-two kinds of socket.
+``protocol.py`` is the protocol without a socket, ``frames.py`` decodes the four transports, ``connect.py`` adds the
+two kinds of socket, ``server_info.py`` reads /v1/models.
 """
 
 from lingbot_rt.client.connect import AsyncSession, Session, connect
 from lingbot_rt.client.frames import Frame
-from lingbot_rt.client.session import ChunkStats
+from lingbot_rt.client.protocol import ChunkStats
 from lingbot_rt.errors import (
     ClientError,
     ConnectFailed,

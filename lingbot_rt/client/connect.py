@@ -1,4 +1,4 @@
-"""``connect``: one call, a blocking session under ``with`` and an async one under ``async with``."""
+"""``connect`` and the two sessions it opens: blocking under ``with``, async under ``async with``."""
 
 from __future__ import annotations
 
@@ -11,74 +11,74 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from websockets.sync.client import connect as connect_blocking
 
 from lingbot_rt.client.frames import Frame
-from lingbot_rt.client.session import Front, init_message, websocket_url
+from lingbot_rt.client.protocol import BaseSession, init_message, websocket_url
 from lingbot_rt.errors import ConnectFailed
 
 if TYPE_CHECKING:
     from websockets.asyncio.client import ClientConnection as AsyncConnection
     from websockets.sync.client import ClientConnection as BlockingConnection
 
-_MAX_MESSAGE_BYTES = 512 * 2**20  # 16 raw frames of 3840x2160 pass
-_MAX_QUEUED_MESSAGES = 8  # received and not read yet; beyond that the server waits
-_CLOSE_LIMIT_S = 0.5  # the server has the close by then; its own waits behind frames nobody reads any more
-_HTTP_TRY_AGAIN = (429, 502, 503, 504)
+_MAX_MESSAGE_BYTES = 512 * 2**20  # enough for 16 raw frames of 3840x2160
+_MAX_QUEUED_MESSAGES = 8  # received and not read yet; with more the server waits
+_CLOSE_LIMIT_S = 0.5  # the server's close may be stuck behind unread frames, so do not wait long for it
+_RETRYABLE_STATUS = (429, 502, 503, 504)
 
 
-class Session(Front[int], Iterator[Frame]):
-    """A live session: iterate its frames, and press keys from this thread or another."""
+class Session(BaseSession[int], Iterator[Frame]):
+    """A blocking session: iterate over its frames, press keys from this thread or another."""
 
     def __init__(self, socket: BlockingConnection) -> None:
         super().__init__()
         self._socket = socket
 
     def __next__(self) -> Frame:
-        """The next frame; ends with the session. Raises ClientError; after EventRefused iterate on."""
-        while not self._ready:
+        """The next frame; iteration ends with the session. Raises ClientError. The session survives EventRefused."""
+        while not self._decoded:
             try:
-                self._ready.extend(self._core.receive(self._socket.recv()))
+                self._decoded.extend(self._protocol.receive(self._socket.recv()))
             except ConnectionClosed as end:
-                self._core.closed(*_close_of(end))
+                self._protocol.closed(*_close_of(end))
                 raise StopIteration from None
-        return self._ready.popleft()
+        return self._decoded.popleft()
 
     def _send(self, message: bytes, event_id: int) -> int:
         try:
             self._socket.send(message)
         except ConnectionClosed as end:
-            self._core.closed(*_close_of(end))
+            self._protocol.closed(*_close_of(end))
         return event_id
 
 
-class AsyncSession(Front[Coroutine[Any, Any, int]], AsyncIterator[Frame]):
-    """The same on an event loop: ``async for frame in session``, ``await session.press("w")``."""
+class AsyncSession(BaseSession[Coroutine[Any, Any, int]], AsyncIterator[Frame]):
+    """The async session: ``async for frame in session``, ``await session.press("w")``."""
 
     def __init__(self, socket: AsyncConnection) -> None:
         super().__init__()
         self._socket = socket
 
     async def __anext__(self) -> Frame:
-        """The next frame; ends with the session. Raises ClientError; after EventRefused iterate on."""
-        while not self._ready:
+        """The next frame; iteration ends with the session. Raises ClientError. The session survives EventRefused."""
+        while not self._decoded:
             try:
-                self._ready.extend(self._core.receive(await self._socket.recv()))
+                self._decoded.extend(self._protocol.receive(await self._socket.recv()))
             except ConnectionClosed as end:
-                self._core.closed(*_close_of(end))
+                self._protocol.closed(*_close_of(end))
                 raise StopAsyncIteration from None
-        return self._ready.popleft()
+        return self._decoded.popleft()
 
     async def _send(self, message: bytes, event_id: int) -> int:
         try:
             await self._socket.send(message)
         except ConnectionClosed as end:
-            self._core.closed(*_close_of(end))
+            self._protocol.closed(*_close_of(end))
         return event_id
 
 
 class connect:
     """Opens a session at ``url`` (``http://host:port``, ``ws://host:port`` or the endpoint itself).
 
-    ``init`` takes the arguments of ``session.init_message``: prompt, first_frame, script and any field of the wire.
-    Entering raises ConnectFailed; what the server thinks of the init is raised by the first iteration.
+    ``init`` takes the arguments of ``protocol.init_message``: prompt, first_frame, script and any field of the wire.
+    Entering raises ConnectFailed. If the server refuses the init, the first iteration raises the error.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, **init: Any) -> None:
@@ -118,9 +118,9 @@ class connect:
             raise ConnectFailed(str(error), reconnectable=False) from None
         except InvalidStatus as error:
             status = error.response.status_code
-            hint = " (api_key?)" if status in (401, 403) else ""
+            hint = " (is the api_key right?)" if status in (401, 403) else ""
             raise ConnectFailed(
-                f"{self._url} answered HTTP {status}{hint}", reconnectable=status in _HTTP_TRY_AGAIN
+                f"{self._url} answered HTTP {status}{hint}", reconnectable=status in _RETRYABLE_STATUS
             ) from None
         except (OSError, TimeoutError, InvalidHandshake, EOFError) as error:
             raise ConnectFailed(f"{self._url} does not answer: {error}", reconnectable=True) from None

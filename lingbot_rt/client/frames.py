@@ -1,6 +1,6 @@
-"""Frame batches as they arrive -> pixel frames, for all four transports.
+"""Decodes received frame batches into pixel frames, for all four transports.
 
-n frames of a batch, H x W pixels of the picture as it was sent (a preview may be smaller than the session's size).
+H x W are the pixels of a frame as it was sent; a preview may be smaller than the session's size.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ _GZIP_WINDOW_BITS = 31
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Frame:
-    """One picture of the stream."""
+    """One pixel frame of the stream."""
 
     pixels: Pixels  # [H, W, 3] RGB, read-only
-    index: int  # 0, 1, 2 ... through the session
+    index: int  # 0, 1, 2 ... over the whole session
     chunk_index: int
     event_id: int | None  # newest event whose effect is in this chunk
 
 
 class FrameDecoder:
-    """Decodes one session's batches in order; keeps the frame that the next delta refers to."""
+    """Decodes one session's batches in order. Keeps the last frame, because the next delta may refer to it."""
 
     def __init__(self) -> None:
         self._reference: Pixels | None = None
         self._next_index = 0
 
     def decode(self, header: dict[str, Any], payload: bytes) -> list[Frame]:
-        """Raises ProtocolError when the payload is not what the header says."""
+        """Raises ProtocolError if the payload does not fit its header."""
         try:
             pictures = list(self._pictures(header, payload))
             chunk_index, event_id = int(header["chunk_index"]), header.get("event_id")
         except KeyError as error:
             raise ProtocolError(f"a frame header lacks {error}") from None
         except (TypeError, ValueError) as error:
-            raise ProtocolError(f"a frame header has a field of a wrong kind: {error}") from None
+            raise ProtocolError(f"a frame header has a field of the wrong type: {error}") from None
         frames = [Frame(pixels, self._next_index + i, chunk_index, event_id) for i, pixels in enumerate(pictures)]
         self._next_index += len(frames)
         return frames
@@ -65,14 +65,14 @@ class FrameDecoder:
             return iter(_as_frames(payload, shape))
         if content_type == DELTA_GZIP:
             return iter(self._undo_deltas(header, _inflate(payload, int(np.prod(shape))), shape))
-        raise ProtocolError(f"frames of content type {content_type!r} are unknown here")
+        raise ProtocolError(f"unknown content type {content_type!r}")
 
     def _undo_deltas(self, header: dict[str, Any], inflated: bytes, shape: tuple[int, ...]) -> Pixels:
-        """Each frame was XORed with the one before it; the first with the last of the previous message, or nothing."""
+        """Undoes the XOR of each frame with the one before it, which may be the last frame of the message before."""
         frames: Pixels = np.bitwise_xor.accumulate(_as_frames(inflated, shape), axis=0)
         if header.get("delta_reference") == "previous-frame":
             if self._reference is None or self._reference.shape != shape[1:]:
-                raise ProtocolError("a delta batch refers to a frame that never came")
+                raise ProtocolError("a delta batch refers to a frame that was not received")
             frames = frames ^ self._reference
         if len(frames):
             self._reference = frames[-1]
@@ -86,7 +86,7 @@ def _as_frames(data: bytes, shape: tuple[int, ...]) -> Pixels:
 
 
 def _inflate(payload: bytes, expected: int) -> bytes:
-    """At most ``expected`` bytes and one more: a payload can't claim more memory than its header does."""
+    """Stops one byte after ``expected``, so that a payload can't take more memory than its header states."""
     try:
         return zlib.decompressobj(_GZIP_WINDOW_BITS).decompress(payload, expected + 1)
     except zlib.error as error:
@@ -102,5 +102,5 @@ def _encoded_pictures(payload: bytes, lengths: list[int]) -> Iterator[Pixels]:
             with Image.open(io.BytesIO(payload[start : start + length])) as picture:
                 yield np.asarray(picture.convert("RGB"))
         except (OSError, ValueError) as error:
-            raise ProtocolError(f"a picture does not decode: {error}") from None
+            raise ProtocolError(f"a picture can not be decoded: {error}") from None
         start += length

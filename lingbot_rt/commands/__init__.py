@@ -1,14 +1,27 @@
-"""The verbs of ``lingbot-rt``: one module each, imported when called.
+"""The verbs of ``lingbot-rt``, one module per verb, and their exit codes.
 
-A module has ``add_arguments(parser)`` and ``run(args) -> exit code``, and imports what is heavy inside ``run``.
+A verb's module has ``add_arguments(parser)`` and ``run(args) -> exit code``. It imports heavy packages inside ``run``.
 """
+
+from lingbot_rt.errors import CheckpointError, ConfigError, InitRefused, InvalidInit, LingbotError
 
 VERBS = {
     "serve": "serve a world model: HTTP, WebSocket and the web page",
-    "client": "walk through a served world from the command line, measure it, keep the frames",
-    "generate": "make a clip without a server",
-    "bench": "measure the pipeline on this device, the transports, or a server",
-    "check": "keep the frames of a build as ground truth, compare later builds with them",
+    "client": "run one session on a server, measure it, save its frames",
+    "generate": "generate a video without a server",
+    "bench": "measure the pipeline, the transports or a running server",
+    "check": "record the frames of one build, compare later builds with them",
     "replay": "run a recorded session again and compare every frame",
-    "doctor": "tell what this machine has and what would run on it",
+    "doctor": "show versions, devices, attention kernels and which models fit",
 }
+
+FAILED = 1
+"""The work failed, or a comparison found a difference."""
+
+BAD_USAGE = 2
+"""The command line, the configuration or the model folder is wrong."""
+
+
+def exit_code(error: LingbotError) -> int:
+    """BAD_USAGE if the caller has to change what they asked for, else FAILED."""
+    return BAD_USAGE if isinstance(error, (ConfigError, CheckpointError, InvalidInit, InitRefused)) else FAILED

@@ -1,4 +1,4 @@
-"""``lingbot-rt doctor``: what is here, what works, what would fit."""
+"""``lingbot-rt doctor``: versions, devices, attention kernels, and which models fit in memory."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ if TYPE_CHECKING:
 _PACKAGES = ("torch", "diffusers", "transformers", "fastapi", "uvicorn", "websockets", "msgspec", "pillow", "numpy")
 _OPTIONAL = {
     "av": "MP4 files",
-    "simplejpeg": "quick JPEG frames",
-    "isal": "quick lossless frames",
-    "ftfy": "mending of broken characters in prompts",
-    "uvloop": "a quicker event loop",
+    "simplejpeg": "fast JPEG encoding",
+    "isal": "fast lossless encoding",
+    "ftfy": "repairs broken characters in prompts",
+    "uvloop": "a faster event loop",
     "flash_attn": "FlashAttention kernels",
 }
 _LARGE_MODEL = "LingBot-World-Fast 14B"
 _LARGE_SIZE = FrameSize(832, 480)
-_SHOWN = 90
+_LINE_LENGTH = 90
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model-path", default=BUILTIN, help="a model to judge (default: %(default)s)")
+    parser.add_argument(
+        "--model-path", default=BUILTIN, metavar="TEXT", help="model whose memory is estimated (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,11 +46,11 @@ def run(args: argparse.Namespace) -> int:
         ("optional packages", _optional()),
         ("devices", _devices()),
         ("attention kernels", _kernels()),
-        ("what would fit", _fits(args.model_path)),
+        ("memory", _memory(args.model_path)),
     ):
         print(title)
         for line in lines:
-            print(f"  {line[:_SHOWN]}")
+            print(f"  {line[:_LINE_LENGTH]}")
     return 0
 
 
@@ -60,8 +62,8 @@ def _versions() -> Iterator[str]:
 
 def _optional() -> Iterator[str]:
     for name, purpose in _OPTIONAL.items():
-        there = importlib.util.find_spec(name) is not None
-        yield f"{name:<11} {'there' if there else 'missing'}: {purpose}"
+        installed = importlib.util.find_spec(name) is not None
+        yield f"{name:<11} {'installed' if installed else 'missing'}: {purpose}"
 
 
 def _torch_devices() -> list[torch.device]:
@@ -81,7 +83,7 @@ def _devices() -> Iterator[str]:
             total = torch.cuda.get_device_properties(device).total_memory
             name = torch.cuda.get_device_name(device)
             yield f"{device}: {name}, {free_bytes(device) / GB:.1f} of {total / GB:.1f} GB free"
-    yield f"disk: {shutil.disk_usage('.').free / GB:.0f} GB free here"
+    yield f"disk: {shutil.disk_usage('.').free / GB:.0f} GB free in this folder"
 
 
 def _kernels() -> Iterator[str]:
@@ -94,12 +96,12 @@ def _kernels() -> Iterator[str]:
     for device in _torch_devices()[:1]:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         with warnings.catch_warnings():
-            # torch explains in warnings why a kernel refuses; the table says it once.
+            # torch warns about every kernel it can't use; the table below already says so.
             warnings.simplefilter("ignore")
             states = available_backends(device)
         for name, state in states.items():
             yield f"{device.type}: {name:<11} {state}"
-        yield f"{device.type}: auto is {resolve_backend('auto', device, dtype)}"
+        yield f"{device.type}: auto selects {resolve_backend('auto', device, dtype)}"
         try:
             require_fp8(device, dtype)
             yield f"{device.type}: fp8 linears {'emulated' if device.type == 'cpu' else 'ok'}"
@@ -107,7 +109,7 @@ def _kernels() -> Iterator[str]:
             yield str(error)
 
 
-def _fits(model_path: str) -> Iterator[str]:
+def _memory(model_path: str) -> Iterator[str]:
     import torch
 
     from lingbot_rt.engine.memory import GB, free_bytes, window_bytes
@@ -127,15 +129,15 @@ def _fits(model_path: str) -> Iterator[str]:
     large = DiTConfig()
     weights = _dit_bytes(large, torch.bfloat16)
     per_frame = window_bytes(large, _LARGE_SIZE, 1, torch.bfloat16)
-    frames = (free - weights - _beside_bytes(large)) // per_frame
+    frames = (free - weights - _other_bytes(large)) // per_frame
     smallest = large.sink_frames + large.latent_frames
     verdict = f"window up to {min(frames, large.window_frames)}" if frames >= smallest else "does not fit"
-    yield f"{_LARGE_MODEL} at {_LARGE_SIZE}: weights {weights / GB:.1f} GB, {per_frame / GB:.2f} GB a latent frame"
-    yield f"  on one device here, text encoder on the CPU: {verdict} ({free / GB:.1f} GB free)"
+    yield f"{_LARGE_MODEL} at {_LARGE_SIZE}: weights {weights / GB:.1f} GB, {per_frame / GB:.2f} GB per latent frame"
+    yield f"  on one device, text encoder on the CPU: {verdict} ({free / GB:.1f} GB free)"
 
 
-def _beside_bytes(large: DiTConfig) -> int:
-    """Of the 14B's session, beside weights and window: counted, nothing is allocated."""
+def _other_bytes(large: DiTConfig) -> int:
+    """What a session of the 14B needs besides weights and window. Counted on the meta device: nothing is allocated."""
     import torch
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 

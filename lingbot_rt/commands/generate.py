@@ -1,4 +1,4 @@
-"""``lingbot-rt generate``: the server's own pipeline without a server, into a file."""
+"""``lingbot-rt generate``: runs the server's own pipeline without a server and writes the frames to a file."""
 
 from __future__ import annotations
 
@@ -7,43 +7,42 @@ import asyncio
 
 from tqdm import tqdm
 
-from lingbot_rt.commands.clip import Clip, open_clip
-from lingbot_rt.commands.devices import require_devices
+from lingbot_rt.commands.frame_writer import WriteFrame, open_writer
+from lingbot_rt.commands.local_engine import require_devices, started_engine
 from lingbot_rt.commands.options import add_config_options, config_from
-from lingbot_rt.commands.player import started_engine
-from lingbot_rt.commands.walk import add_walk_options, chunks_for, first_picture, parse_keys, parse_size
+from lingbot_rt.commands.session_options import add_session_options, chunks_for, first_frame_bytes, parse_script
 from lingbot_rt.config import ServeConfig
+from lingbot_rt.session.controls import Actions
 from lingbot_rt.shapes import latent_frames_for, pixel_frames_of_chunk
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_walk_options(parser)
-    parser.set_defaults(out="clip.mp4")
+    add_session_options(parser, default_out="clip.mp4")
     add_config_options(parser, ("model", "device"))
 
 
 def run(args: argparse.Namespace) -> int:
     config = config_from(args)
+    actions = parse_script(args.keys)
     require_devices(config)
-    with open_clip(args.out, args.fps) as clip:
-        asyncio.run(_generate(args, config, clip))
+    with open_writer(args.out, args.fps) as write:
+        asyncio.run(_generate(args, config, actions, write))
     print(args.out)
     return 0
 
 
-async def _generate(args: argparse.Namespace, config: ServeConfig, clip: Clip) -> None:
+async def _generate(args: argparse.Namespace, config: ServeConfig, actions: Actions, write: WriteFrame) -> None:
     from lingbot_rt.offline import play
     from lingbot_rt.session.messages import Init
 
-    actions = parse_keys(args.keys)
     latent_frames = latent_frames_for(args.num_frames)
     chunks = chunks_for(actions, latent_frames, args.chunks)
     total = sum(pixel_frames_of_chunk(i, latent_frames) for i in range(chunks))
     async with started_engine(config) as engine:
-        size = parse_size(args.size) if args.size else engine.model_info.default_size
+        size = args.size or engine.model_info.default_size
         init = Init(
             prompt=args.prompt,
-            first_frame=first_picture(args.first_frame, size),
+            first_frame=first_frame_bytes(args.first_frame, size),
             size=str(size),
             fps=args.fps,
             num_frames=args.num_frames,
@@ -55,5 +54,5 @@ async def _generate(args: argparse.Namespace, config: ServeConfig, clip: Clip) -
         with tqdm(total=total, unit="frame", disable=None) as bar:
             async for chunk in play(engine, config, init):
                 for pixels in chunk.frames:
-                    clip.add(pixels)
+                    write(pixels)
                     bar.update()

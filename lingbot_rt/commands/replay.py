@@ -1,4 +1,4 @@
-"""``lingbot-rt replay``: run a recorded session again and compare every frame."""
+"""``lingbot-rt replay``: runs a recorded session again and compares every frame."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from lingbot_rt.commands.player import DIFFERS, add_player_options, open_player
+from lingbot_rt.commands import FAILED
+from lingbot_rt.commands.local_engine import add_runner_options, open_runner
 
 if TYPE_CHECKING:
     from lingbot_rt.recording.record_file import SessionRecord
@@ -17,16 +18,20 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("record", metavar="RECORD", help="a session's folder under --record-dir")
+    parser.add_argument("record", metavar="RECORD", help="the session's folder under --record-dir")
     parser.add_argument(
         "--min-psnr",
         type=float,
         default=40.0,
         metavar="DB",
-        help="least PSNR of a chunk that is not exact (default: 40)",
+        help="lowest PSNR at which a chunk that is not exact still passes (default: 40)",
     )
-    parser.add_argument("--video", metavar="FILE", help="MP4, or a folder: recorded last frame of each chunk | replay")
-    add_player_options(parser)
+    parser.add_argument(
+        "--video",
+        metavar="PATH",
+        help="save NAME.mp4 or a folder of PNGs: the recorded last frame of each chunk beside the replayed frames",
+    )
+    add_runner_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,22 +41,22 @@ def run(args: argparse.Namespace) -> int:
     record = read_record(Path(args.record))
     verdicts = asyncio.run(_replay(args, record))
     print(table(record, verdicts))
-    return 0 if all(verdict.passes(args.min_psnr) for verdict in verdicts) else DIFFERS
+    return 0 if all(verdict.passes(args.min_psnr) for verdict in verdicts) else FAILED
 
 
 async def _replay(args: argparse.Namespace, record: SessionRecord) -> list[ChunkVerdict]:
-    from lingbot_rt.commands.clip import open_clip
+    from lingbot_rt.commands.frame_writer import open_writer
     from lingbot_rt.regression.replay import compare_chunk, replay_init, side_by_side
 
     init = replay_init(record)
     verdicts: list[ChunkVerdict] = []
-    with open_clip(args.video, record.playback_fps) as clip, tqdm(total=len(record.chunks), disable=None) as bar:
-        async with open_player(args) as player:
-            async for chunk in player.play(init):
+    with open_writer(args.video, record.playback_fps) as write, tqdm(total=len(record.chunks), disable=None) as bar:
+        async with open_runner(args) as runner:
+            async for chunk in runner.run(init):
                 recorded = record.chunks[len(verdicts)]
                 verdicts.append(await asyncio.to_thread(compare_chunk, record, recorded, chunk))
                 if args.video:
                     for frame in side_by_side(record, recorded, chunk):
-                        clip.add(frame)
+                        write(frame)
                 bar.update()
     return verdicts

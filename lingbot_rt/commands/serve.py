@@ -1,4 +1,4 @@
-"""``lingbot-rt serve``: the engine, the app around it, and uvicorn around both."""
+"""``lingbot-rt serve``: starts the engine and serves it with uvicorn."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from lingbot_rt import __version__
-from lingbot_rt.commands.devices import is_follower, require_devices, require_folders
-from lingbot_rt.commands.exit_code import exit_code
+from lingbot_rt.commands import exit_code
+from lingbot_rt.commands.local_engine import StartupBars, require_devices
 from lingbot_rt.commands.options import add_config_options, config_from
-from lingbot_rt.config import ENDPOINT, ServeConfig
+from lingbot_rt.config import ENDPOINT, ServeConfig, flag
 from lingbot_rt.errors import ConfigError
 
 STOP_LIMIT_S = 4.5
-"""After Ctrl-C the process ends by then, whatever a thread is still doing (reading 37 GB of weights, say)."""
+"""Seconds after Ctrl-C at which the process ends, even if a thread is still busy (reading 37 GB of weights, say)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,11 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = config_from(args)
-    if is_follower():
+    if _is_worker_rank():
         from lingbot_rt.engine.worker import follow_launcher
 
         return follow_launcher(config)
-    # Told to end is told to end: by Ctrl-C or by a service manager.
+    # A service manager's SIGTERM ends the server as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with listening_socket(config) as listener:
@@ -47,8 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve(config: ServeConfig, listener: socket.socket) -> int:
-    """Returns the exit code when the server has ended by itself; Ctrl-C raises KeyboardInterrupt."""
-    from lingbot_rt.commands.progress import StageBars
+    """Returns the exit code if the server ends by itself. Ctrl-C raises KeyboardInterrupt."""
     from lingbot_rt.engine.engine import Engine
     from lingbot_rt.server.app import Server, create_app
     from lingbot_rt.telemetry import configure_logging
@@ -66,13 +66,13 @@ def _serve(config: ServeConfig, listener: socket.socket) -> int:
     server = EndingServer(app, config)
 
     if config.log_level == "info":
-        # uvicorn's own steps and every request: only a debugger wants them.
+        # uvicorn logs its own steps and every request at info; show them at debug only.
         for name in ("uvicorn.error", "uvicorn.access"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
     async def serve() -> None:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        with StageBars() as bars:
+        with StartupBars() as bars:
             await bars.follow(engine, serving)
         if engine.status.ready:
             model_info = engine.model_info
@@ -90,19 +90,40 @@ def _serve(config: ServeConfig, listener: socket.socket) -> int:
     failure = app.state.service.failure
     code = 0 if failure is None else exit_code(failure)
     if engine.is_lost:
-        # What is left of a broken group of ranks may wait for those that are gone.
+        # Threads of a broken process group may wait for lost ranks for ever, so skip the normal shutdown.
         logging.shutdown()
         os._exit(code)
     return code
 
 
 def _end_now() -> None:
-    print(f"lingbot-rt: still busy {STOP_LIMIT_S} s after it was told to stop, ended", file=sys.stderr, flush=True)
+    print(f"lingbot-rt: still busy {STOP_LIMIT_S} s after the stop signal, exiting now", file=sys.stderr, flush=True)
     os._exit(0)
 
 
+def _is_worker_rank() -> bool:
+    """Whether torchrun started this process as a rank other than 0."""
+    return "MASTER_PORT" in os.environ and int(os.environ.get("RANK", "0")) > 0
+
+
+def require_folders(config: ServeConfig) -> None:
+    """Raises ConfigError if a configured folder can't be used. Creates --record-dir."""
+    for name in ("first_frame_dir", "postprocess_model_dir"):
+        folder = getattr(config, name)
+        if folder is not None and not Path(folder).is_dir():
+            raise ConfigError(f"{flag(name)} {folder}: there is no such folder", field=name)
+    if config.record_dir is None:
+        return
+    try:
+        Path(config.record_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--record-dir {config.record_dir}: {error.strerror}", field="record_dir") from None
+    if not os.access(config.record_dir, os.W_OK):
+        raise ConfigError(f"--record-dir {config.record_dir} cannot be written", field="record_dir")
+
+
 def shown_address(listener: socket.socket) -> str:
-    """``host:port`` to open from this machine, with the port that was found when 0 was asked for."""
+    """``host:port`` to open from this machine. With --port 0 it has the port that was found."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"{host}:{port}"
@@ -110,7 +131,7 @@ def shown_address(listener: socket.socket) -> str:
 
 @contextmanager
 def listening_socket(config: ServeConfig) -> Iterator[socket.socket]:
-    """The port is taken before anything slow starts, so that a wrong one is told at once. Raises ConfigError."""
+    """Takes the port before anything slow starts, so that a taken port fails at once. Raises ConfigError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -119,7 +140,7 @@ def listening_socket(config: ServeConfig) -> Iterator[socket.socket]:
     except OSError as error:
         raise ConfigError(f"--host {config.host}: {error.strerror}", field="host") from None
     with listener:
-        # Without it a port stays taken for a minute after the server before.
+        # Without this option the port stays taken for a minute after another server has closed it.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)

@@ -1,4 +1,4 @@
-"""A session on disk: what was asked, when it took effect, and a hash of every frame that came of it.
+"""Sessions on disk: the init, every event with the chunk it took effect in, and a hash of every frame.
 
-``session_record.py`` writes while the session runs; ``record_file.py`` reads and names the parts of the format.
+``record_file.py`` defines and reads the format. ``session_record.py`` writes it while a session runs.
 """

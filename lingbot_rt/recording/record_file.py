@@ -1,9 +1,9 @@
-"""The format of a session record: a folder with ``record.jsonl``, the first frame as PNG, and each chunk's last frame
-as lossless WebP, which costs a third of a PNG's time.
+"""The format of a session record: a folder with ``record.jsonl``, the first frame as PNG, and the last frame of each
+chunk as lossless WebP, which encodes in a third of a PNG's time.
 
-Line 1 is a ``SessionLine``, then a ``ChunkLine`` for each finished chunk, last an ``EndLine`` when the session ended in
-order. Lines are appended and flushed chunk by chunk: a crash loses at most the chunk in work, and a last line that was
-cut off in the middle is left out when reading.
+``record.jsonl`` has one ``SessionLine``, one ``ChunkLine`` per finished chunk, and an ``EndLine`` if the recorder was
+closed. Each line is flushed once written, so a crash loses at most the chunk being written. Reading skips a last line
+that was cut off.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class SessionLine(msgspec.Struct, tag="session", tag_field="line", frozen=True):
     session_id: str
     started_at: str  # ISO 8601, UTC
     init: dict[str, Any]  # the client's init without its first frame
-    first_frame: str  # name of the file beside the record, after the SHA-256 of its bytes
+    first_frame: str  # its file in the same folder, named after the SHA-256 of its bytes
     seed: int
     model: str
-    model_path: str  # what the model was loaded from; of a hub's model the folder names the revision
+    model_path: str  # the folder it was loaded from; for a model of the hub it names the revision
     device: str
     dtype: str
-    versions: dict[str, str]  # of the packages that make the frames
+    versions: dict[str, str]  # of the packages that the frames depend on
 
 
 class RecordedEvent(msgspec.Struct, frozen=True):
@@ -51,9 +51,9 @@ class ChunkLine(msgspec.Struct, tag="chunk", tag_field="line", frozen=True):
     """One finished chunk."""
 
     index: int
-    events: list[RecordedEvent]  # those that this chunk's sample saw first, in order of arrival
+    events: list[RecordedEvent]  # events that took effect in this chunk, in order of arrival
     event_id: int | None
-    hashes: list[str]  # of every raw frame, see ``frame_hash``
+    hashes: list[str]  # ``frame_hash`` of every raw frame
     stats: dict[str, Any]  # its chunk_stats
 
 
@@ -68,16 +68,16 @@ _encoder = msgspec.json.Encoder()
 
 @dataclass(frozen=True, slots=True)
 class SessionRecord:
-    """A record read back."""
+    """A record as it was read."""
 
     folder: Path
     session: SessionLine
     chunks: list[ChunkLine]
-    end: EndLine | None  # None: the process died during the session, or the record reached its limit
+    end: EndLine | None  # None: the process died, or the record reached its size limit
 
     @property
     def first_frame(self) -> bytes:
-        """The picture's file. Raises RecordError when it is gone."""
+        """The bytes of the first frame's file. Raises RecordError if it is missing."""
         try:
             return (self.folder / self.session.first_frame).read_bytes()
         except OSError as error:
@@ -85,7 +85,7 @@ class SessionRecord:
 
     @property
     def playback_fps(self) -> float:
-        """Frames a second that the session was played at."""
+        """Frames/s of the session's playback, interpolated frames included."""
         init = self.session.init
         rate = 2 ** init["frame_interpolation_exp"] if init["enable_frame_interpolation"] else 1
         return float(init["fps"] * rate)
@@ -104,7 +104,7 @@ def encode_last_frame(frame: npt.NDArray[np.uint8]) -> bytes:
 
 
 def read_last_frame(folder: Path, chunk: int) -> npt.NDArray[np.uint8]:
-    """uint8 [H, W, 3]. Raises RecordError when it is gone or damaged."""
+    """uint8 [H, W, 3]. Raises RecordError if it is missing or damaged."""
     path = last_frame_path(folder, chunk)
     try:
         with Image.open(path) as picture:
@@ -114,7 +114,7 @@ def read_last_frame(folder: Path, chunk: int) -> npt.NDArray[np.uint8]:
 
 
 def last_frame_path(folder: Path, chunk: int) -> Path:
-    """Where the last raw frame of a chunk is kept."""
+    """File of a chunk's last raw frame."""
     return folder / f"chunk{chunk:05d}.webp"
 
 
@@ -123,14 +123,14 @@ def encode_line(line: RecordLine) -> bytes:
 
 
 def read_record(path: Path) -> SessionRecord:
-    """Reads a record's folder (or its record.jsonl). Raises RecordError naming the line that is wrong."""
+    """Reads a record from its folder or its record.jsonl. Raises RecordError that names the wrong line."""
     folder = path.parent if path.name == RECORD_NAME else path
     try:
         raw = (folder / RECORD_NAME).read_bytes()
     except OSError as error:
         raise RecordError(f"{folder / RECORD_NAME}: {error.strerror}") from None
     lines = raw.split(b"\n")
-    # Whatever follows the last line end was cut off while it was written.
+    # Whatever follows the last line end was cut off while being written.
     decoded = [_decode(folder, number, line) for number, line in enumerate(lines[:-1], start=1)]
     if not decoded or not isinstance(decoded[0], SessionLine):
         raise RecordError(f"{folder / RECORD_NAME}: the first line is not a session line")

@@ -1,4 +1,4 @@
-"""Writes a session's record beside the session, on a thread of its own: a chunk never waits for a disk or a hash."""
+"""Writes a session's record on a thread of its own, so that no chunk waits for the disk or for hashing."""
 
 from __future__ import annotations
 
@@ -52,41 +52,42 @@ Frames = list[npt.NDArray[np.uint8]]
 
 
 def start_record(config: ServeConfig, init: Init, plan: SessionPlan, info: ModelInfo) -> SessionRecorder | None:
-    """A recorder of the session that ``init`` asked for, under ``config.record_dir``.
+    """Starts the record of a session under ``config.record_dir``.
 
-    The first frame is kept as it was after decoding and resizing, so that a replay needs neither. A folder that cannot
-    be written costs the record, with an error in the log, never the session: None.
+    Saves the first frame after decoding and resizing, so that a replay needs neither. If the folder can't be written,
+    logs an error and returns None; the session goes on without a record.
     """
     fields = {name: getattr(init, name) for name in init.__struct_fields__ if name not in ("first_frame", "record")}
-    asked = {name: value for name, value in fields.items() if value is not None}
+    given = {name: value for name, value in fields.items() if value is not None}
     picture = io.BytesIO()
     Image.fromarray(plan.first_frame).save(picture, "PNG")
     root, max_bytes = Path(str(config.record_dir)), config.record_max_mb * 2**20
     try:
         make_room(root, config.record_total_mb * 2**20 - max_bytes)
-        return SessionRecorder(root, plan.session_id, msgspec.to_builtins(asked), picture.getvalue(), info, max_bytes)
+        return SessionRecorder(root, plan.session_id, msgspec.to_builtins(given), picture.getvalue(), info, max_bytes)
     except OSError as error:
         log.error("session %s is not recorded: --record-dir %s: %s", plan.session_id, root, error)
         return None
 
 
 def make_room(root: Path, max_bytes: int) -> None:
-    """Removes the oldest records under ``root`` until the others take no more than ``max_bytes``."""
-    records = sorted(path.parent for path in root.glob(f"*/{RECORD_NAME}"))  # by name, which begins with the time
+    """Deletes the oldest records under ``root`` until the rest takes at most ``max_bytes``."""
+    records = sorted(path.parent for path in root.glob(f"*/{RECORD_NAME}"))  # names begin with the time
     sizes = [sum(file.stat().st_size for file in record.iterdir()) for record in records]
     total = sum(sizes)
     for record, size in zip(records, sizes, strict=True):
         if total <= max_bytes:
             return
-        log.info("the record %s is removed to make room (--record-total-mb)", record)
+        log.info("record %s deleted: --record-total-mb is reached", record)
         shutil.rmtree(record)
         total -= size
 
 
 class SessionRecorder:
-    """One session's record. ``chunk`` hands a finished chunk over and returns at once.
+    """One session's record. ``chunk`` queues a finished chunk and returns at once.
 
-    A disk that cannot keep up, a full one, or the size limit end the record, with a warning, never the session.
+    If the disk is too slow or full, or the size limit is reached, the record ends with a warning and the session goes
+    on.
     """
 
     def __init__(
@@ -98,9 +99,9 @@ class SessionRecorder:
         info: ModelInfo,
         max_bytes: int,
     ) -> None:
-        """Makes the folder and writes the first line. ``init`` is the client's map without its first frame.
+        """Makes the folder and writes the first line. ``init`` is the client's init without its first frame.
 
-        Raises OSError when ``root`` cannot be written.
+        Raises OSError if ``root`` can't be written.
         """
         started = datetime.now(UTC)
         self.folder = root / f"{started:%Y%m%dT%H%M%S}-{session_id}"
@@ -124,7 +125,7 @@ class SessionRecorder:
                 versions=_VERSIONS,
             )
         )
-        self._ended_by: str | None = None  # why nothing more is taken
+        self._end_reason: str | None = None  # set once the record takes no more chunks
         self._queue: queue.Queue[tuple[ChunkLine, Frames] | EndLine] = queue.Queue(_WAITING_CHUNKS)
         self._thread = threading.Thread(target=self._run, name=f"record-{session_id}", daemon=True)
         self._thread.start()
@@ -132,34 +133,34 @@ class SessionRecorder:
     def chunk(
         self, index: int, events: list[RecordedEvent], event_id: int | None, frames: Frames, stats: dict[str, Any]
     ) -> None:
-        """Hands over a finished chunk with the raw frames it sent, [n, H, W, 3] groups in order."""
+        """Queues a finished chunk. ``frames``: its raw frames as sent, [n, H, W, 3] groups in order."""
         if not self.is_recording:
             return
         try:
             self._queue.put_nowait((ChunkLine(index, events, event_id, [], stats), frames))
         except queue.Full:
-            self._end("the disk does not keep up")
+            self._end("the disk is too slow")
 
     @property
     def is_recording(self) -> bool:
-        """Whether chunks are still taken."""
-        return self._ended_by is None
+        """Whether the record still takes chunks."""
+        return self._end_reason is None
 
     @property
     def waiting(self) -> int:
-        """Chunks handed over and not on disk yet."""
+        """Chunks queued and not on disk yet."""
         return self._queue.unfinished_tasks
 
     def close(self, reason: str) -> None:
-        """Writes the last line and waits, within a limit, until everything is on disk."""
-        self._ended_by = self._ended_by or reason
-        with contextlib.suppress(queue.Full):  # then the writer hangs on its disk, and is left to it
-            self._queue.put(EndLine(self._ended_by), timeout=_CLOSE_LIMIT_S if self._thread.is_alive() else 0)
+        """Writes the last line and waits at most 10 s each for the queue and the thread."""
+        self._end_reason = self._end_reason or reason
+        with contextlib.suppress(queue.Full):  # the writer hangs on its disk: give up on the last line
+            self._queue.put(EndLine(self._end_reason), timeout=_CLOSE_LIMIT_S if self._thread.is_alive() else 0)
         self._thread.join(_CLOSE_LIMIT_S)
 
     def _end(self, reason: str) -> None:
-        log.warning("the record in %s ends here: %s", self.folder, reason)
-        self._ended_by = reason
+        log.warning("record %s ends early: %s", self.folder, reason)
+        self._end_reason = reason
 
     def _run(self) -> None:
         with self._file:
@@ -190,4 +191,4 @@ class SessionRecorder:
     def _take_room(self, size: int) -> None:
         self._bytes_left -= size
         if self._bytes_left < 0:
-            raise OSError("the size limit of a record is reached (--record-max-mb)")
+            raise OSError("the size limit is reached (--record-max-mb)")

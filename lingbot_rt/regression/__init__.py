@@ -1,5 +1,5 @@
-"""The guard of every change: play cases, keep their frames as ground truth, compare later builds against it.
+"""``lingbot-rt check`` and ``replay``: run scripted sessions and compare their frames with those of an earlier build.
 
-Reading order: ``cases.py`` what is played, ``play.py`` how, ``ground_truth.py`` what is kept, ``guard.py`` what is
-compared, ``report.py`` what a person sees.
+Reading order: ``cases.py`` case files, ``session_runner.py`` running them, ``ground_truth.py`` recorded frames,
+``check.py`` the comparison, ``report.py`` its table and page, ``replay.py`` session records.
 """

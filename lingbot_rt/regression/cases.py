@@ -1,7 +1,7 @@
-"""Case files: what the guard plays and how far a build may differ.
+"""Case files: the sessions that ``check`` runs, and how much a build may differ.
 
-A TOML file holds ``[defaults]`` and a ``[[case]]`` each. A case is an init, events pinned to chunks, a number of
-chunks, and thresholds; ``defaults`` holds what the cases share.
+A TOML file has one ``[[case]]`` table per case: an init, events pinned to chunks, a number of chunks, and thresholds.
+``[defaults]`` has the fields that all cases share.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from lingbot_rt.session.messages import Init, decode
 
 
 class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The least (PSNR, SSIM) and the most (difference, growth) that still passes."""
+    """Limits of a pass: lower limits for PSNR and SSIM, upper limits for difference and growth."""
 
     min_psnr: float = 45.0  # dB, of the worst key frame
     min_ssim: float = 0.98  # of the worst key frame
     max_mean_abs_diff: float = 1.0  # grey levels, of the worst key frame
-    exact: bool = False  # every frame's hash must be the recorded one, where the same device made the truth
-    max_latency_growth: float = 1.5  # p50 and p95 of chunk_total_ms and dit_ms, against the recorded ones
-    max_payload_growth: float = 1.1  # the same of ws_payload_mb
+    exact: bool = False  # every frame must equal the recorded one, if model, device and dtype are the same
+    max_latency_growth: float = 1.5  # p50 and p95 of chunk_total_ms and dit_ms, divided by the recorded ones
+    max_payload_growth: float = 1.1  # the same for ws_payload_mb
 
 
 class CaseEvent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An event that chunk ``chunk`` samples."""
+    """An event that takes effect in chunk ``chunk``."""
 
     chunk: Annotated[int, Meta(ge=0)]
     kind: str
@@ -41,15 +41,15 @@ class CaseEvent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Case(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]+$")]  # also the folder of its ground truth
     chunks: Annotated[int, Meta(ge=1)]
-    init: dict[str, Any]  # as on the wire; the first frame is a picture's path in the file, its bytes once read
+    init: dict[str, Any]  # as on the wire; first_frame is a path in the file and the picture's bytes here
     events: tuple[CaseEvent, ...] = ()
     thresholds: Thresholds = Thresholds()
-    keep_every: Annotated[int, Meta(ge=1)] = 1  # key frames are kept of every k-th chunk
-    ignore_initial_chunks: Annotated[int, Meta(ge=0)] = 1  # left out of the figures that are guarded
+    keep_every: Annotated[int, Meta(ge=1)] = 1  # save key frames of every k-th chunk
+    ignore_initial_chunks: Annotated[int, Meta(ge=0)] = 1  # left out of times and sizes
 
 
 def load_cases(path: Path) -> list[Case]:
-    """Reads a case file; pictures are named relative to it. Raises ConfigError naming the case and the field."""
+    """Reads a case file. Picture paths are relative to it. Raises ConfigError that names the case and the field."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -90,7 +90,7 @@ def _picture(path: Path, init: dict[str, Any]) -> bytes:
 
 
 def _check(case: Case) -> None:
-    """What a server would refuse or, worse, ignore."""
+    """Raises ConfigError or RequestError for what a server would refuse, or would ignore without an error."""
     unknown = case.init.keys() - {"type", *Init.__struct_fields__}
     if unknown:
         raise ConfigError(f"init has no {', '.join(sorted(unknown))}")

@@ -1,4 +1,4 @@
-"""How far two pictures are apart. Frames are uint8 [H, W, 3]."""
+"""Image metrics of two frames uint8 [H, W, 3]."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _C1 = (0.01 * 255) ** 2
 _C2 = (0.03 * 255) ** 2
 
 
-def psnr(got: Frame, true: Frame) -> float:
-    """Peak signal-to-noise ratio in dB; infinite for equal frames."""
-    error = float(np.mean((got.astype(np.float64) - true) ** 2))
+def psnr(got: Frame, expected: Frame) -> float:
+    """Peak signal-to-noise ratio in dB, infinite for equal frames."""
+    error = float(np.mean((got.astype(np.float64) - expected) ** 2))
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
-def mean_abs_diff(got: Frame, true: Frame) -> float:
+def mean_abs_diff(got: Frame, expected: Frame) -> float:
     """Mean absolute difference in grey levels, 0 to 255."""
-    return float(np.mean(np.abs(got.astype(np.int16) - true)))
+    return float(np.mean(np.abs(got.astype(np.int16) - expected)))
 
 
-def ssim(got: Frame, true: Frame) -> float:
-    """Structural similarity of the luma, uniform 8x8 windows (Wang et al. 2004, equation 13); 1 is equal."""
-    x, y = _luma(got), _luma(true)
+def ssim(got: Frame, expected: Frame) -> float:
+    """Structural similarity of the luma with uniform 8x8 windows (Wang et al. 2004, equation 13). 1 means equal."""
+    x, y = _luma(got), _luma(expected)
     mean_x, mean_y = _box(x), _box(y)
     var_x, var_y = _box(x * x) - mean_x**2, _box(y * y) - mean_y**2
     cov = _box(x * y) - mean_x * mean_y
@@ -41,7 +41,7 @@ def _luma(frame: Frame) -> npt.NDArray[np.float64]:
 
 
 def _box(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Means over all whole windows, by summed areas."""
+    """The mean of every whole window, from a summed-area table."""
     window = min(_WINDOW, *values.shape)
     sums = np.pad(values, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
     total = sums[window:, window:] - sums[:-window, window:] - sums[window:, :-window] + sums[:-window, :-window]

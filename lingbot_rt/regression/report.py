@@ -1,4 +1,4 @@
-"""What a person sees of a guard run: a table, and a page with the pictures that differ; and JSON for machines."""
+"""Reports of `check run`: a table, JSON, and an HTML page with the frames that differ."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lingbot_rt.regression.compare import CaseReport, Difference, KeyFrame
+from lingbot_rt.regression.check import CaseReport, Difference, KeyFrame
 
 _PAGE = (
-    "<!doctype html><meta charset=utf-8><title>Consistency</title>"
+    "<!doctype html><meta charset=utf-8><title>Regression check</title>"
     "<style>body{font:14px system-ui;margin:2em}img{max-width:100%}</style>"
 )
 
 
 def table(reports: list[CaseReport]) -> str:
-    """One line a case: verdict, frames that differ, worst key frame, chunk time against the recorded one."""
+    """One line per case: verdict, frames that differ, worst key frame, chunk time beside the recorded one."""
     lines = [
         f"{'case':<24} {'verdict':<8} {'frames':>7} {'differ':>7} {'PSNR':>8} {'SSIM':>7} {'diff':>6}  "
         "p50 chunk ms (recorded)"
@@ -40,12 +40,12 @@ def table(reports: list[CaseReport]) -> str:
             f"{psnr:>8} {ssim:>7} {diff:>6}  {latency}"
         )
         lines.extend(f"    {problem}" for problem in report.problems)
-    lines.extend(sorted({f"played {report.origin}; recorded {report.recorded_origin}" for report in reports}))
+    lines.extend(sorted({f"run: {report.origin}; recorded: {report.recorded_origin}" for report in reports}))
     return "\n".join(lines)
 
 
 def as_json(reports: list[CaseReport]) -> dict[str, Any]:
-    """Everything but the pictures. An exact frame's PSNR is null: JSON has no infinity."""
+    """The whole report except pictures. An exact frame's PSNR is null, because JSON has no infinity."""
 
     def frame(key: KeyFrame) -> dict[str, Any]:
         return asdict(key) | {"psnr": None if math.isinf(key.psnr) else key.psnr}
@@ -72,13 +72,16 @@ def as_json(reports: list[CaseReport]) -> dict[str, Any]:
 
 
 def write_report(folder: Path, reports: list[CaseReport]) -> Path:
-    """report.json, index.html and a picture (true, got, difference) for the worst key frames of each case."""
+    """Writes report.json, index.html and a picture (recorded, new, difference) of each case's worst key frames.
+
+    Returns the path of index.html.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(as_json(reports), indent=1) + "\n", encoding="utf-8")
     parts = [f"<pre>{html.escape(table(reports))}</pre>"]
     for report in reports:
         if report.shown:
-            parts.append(f"<h2>{html.escape(report.name)}</h2><p>true, got, difference (brightened)</p>")
+            parts.append(f"<h2>{html.escape(report.name)}</h2><p>recorded, new, difference (brightened)</p>")
         for difference in report.shown:
             key = difference.key
             name = f"{report.name}_chunk{key.chunk:04d}_frame{key.index:02d}.png"
@@ -91,7 +94,7 @@ def write_report(folder: Path, reports: list[CaseReport]) -> Path:
 
 
 def triptych(difference: Difference) -> npt.NDArray[np.uint8]:
-    """uint8 [H, 3 W, 3]: the recorded frame, the frame got, their difference brightened until its largest is 255."""
-    apart = np.abs(difference.got.astype(np.int16) - difference.true)
-    bright = (apart * (255 / max(apart.max(), 1))).astype(np.uint8)
-    return np.concatenate([difference.true, difference.got, bright], axis=1)
+    """uint8 [H, 3 W, 3]: recorded frame, new frame, and their difference scaled so that its maximum is 255."""
+    absolute = np.abs(difference.got.astype(np.int16) - difference.recorded)
+    bright = (absolute * (255 / max(absolute.max(), 1))).astype(np.uint8)
+    return np.concatenate([difference.recorded, difference.got, bright], axis=1)

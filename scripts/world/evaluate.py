@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lingbot_rt.bench.serve import Visit, serve_report, visit
+from lingbot_rt.bench.serve import SessionSpec, run_session, serve_report
 from lingbot_rt.models.checkpoint import open_checkpoint
 from lingbot_rt.shapes import FrameSize
 from scripts.world.metrics import contact_sheet, long_rollout, obedience, prompt_switch, rollouts, vae_psnr
@@ -126,8 +126,8 @@ def speed(folder: Path, size: FrameSize, threads: int = 2) -> dict[str, float | 
             "size": str(size),
             "max_chunks": SPEED_CHUNKS,
         }
-        plan = Visit(url, None, init, press_every_s=0.8, playback_fps=16, playback_lead_s=1)
-        report = serve_report(plan, {}, visit(plan, lambda: None))
+        plan = SessionSpec(url, None, init, press_every_s=0.8, playback_fps=16, playback_lead_s=1)
+        report = serve_report(plan, {}, run_session(plan, lambda: None))
     finally:
         server.terminate()
         server.wait(timeout=20)

@@ -1,4 +1,4 @@
-"""The counts against the known ones of the 14B at 832x480, where they were made independently."""
+"""Operation counts: the known figures of the 14B at 832x480, and torch's own counter on a tiny model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FULL = ChunkShape(FrameSize(832, 480), latent_frames=3, visible_frames=18, num_s
 
 
 def test_the_14b_at_its_size():
-    """112 TFLOP of linears, 107.6 of self-attention over 28,080 keys, 2 of text a forward; 39 of camera a chunk."""
+    """TFLOP per forward: linears 112, self-attention over 28,080 keys 107.6, text 2. Per chunk: camera 39."""
     forward = block_flops(DiTConfig(), FULL.tokens, FULL.keys).times(40)
     assert (FULL.tokens, FULL.keys) == (4680, 28_080)
     assert forward.linears / TERA == pytest.approx(112, abs=0.5)
@@ -35,7 +35,7 @@ def test_the_window_of_the_14b():
 
 
 def test_the_first_chunk_attends_to_itself_alone():
-    """At chunk 0 self-attention is a sixth of that of a full window of 18; nothing else changes."""
+    """Chunk 0 has a sixth of the self-attention of a full window of 18, and the same linears."""
     first = chunk_flops(DiTConfig(), ChunkShape(FULL.size, 3, 3, 4)).denoise
     full = chunk_flops(DiTConfig(), FULL).denoise
     assert first.self_attention * 6 == pytest.approx(full.self_attention)
@@ -43,7 +43,7 @@ def test_the_first_chunk_attends_to_itself_alone():
 
 
 def test_guidance_doubles_the_forwards_and_not_the_camera():
-    """Two branches are two forwards a step and two context passes over one camera."""
+    """With guidance there are two forwards per step and two context passes, but one camera pass."""
     one = chunk_flops(DiTConfig(), FULL)
     two = chunk_flops(DiTConfig(), ChunkShape(FULL.size, 3, 18, 4, branches=2))
     assert two.dit.total == pytest.approx(2 * one.dit.total)
@@ -52,12 +52,12 @@ def test_guidance_doubles_the_forwards_and_not_the_camera():
 
 @pytest.mark.parametrize("commit", [False, True])
 def test_a_forward_does_what_was_counted(commit):
-    """What torch counts in a forward is what was counted, the patch embedding, the time and the head apart."""
+    """torch counts the same operations in a forward, apart from patch embedding, timestep and head."""
     config = DiTConfig(num_layers=3, num_attention_heads=2, attention_head_dim=12, ffn_dim=64, text_dim=32, text_len=16)
     shape = ChunkShape(FrameSize(64, 64), latent_frames=3, visible_frames=3, num_steps=1)
     with torch.inference_mode():
         dit = CausalDiT(config)
-        dit.attention_backend = "math"  # as plain matrix products, which the counter knows on every device
+        dit.attention_backend = "math"  # plain matrix products, which the counter knows on every device
         cache = KVCache(
             num_layers=3,
             num_heads=2,

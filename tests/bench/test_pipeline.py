@@ -1,4 +1,4 @@
-"""``bench pipeline`` at tiny size on a CPU: the real engine, random weights, every output it promises."""
+"""``bench pipeline`` at tiny size on a CPU: the real engine with random weights, and each of its outputs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lingbot_rt.bench.ceiling import Ceiling
 from lingbot_rt.bench.flops import Flops
-from lingbot_rt.bench.pipeline import Load, profile_chunk, run_chunks
-from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST, draw, random_pipeline, shapes_of
+from lingbot_rt.bench.pipeline import Workload, profile_chunk, run_chunks
+from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST, fill_random, random_pipeline, shapes_of
+from lingbot_rt.bench.roofline import Roofline
 from lingbot_rt.cli import main
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import CapacityError, ConfigError
@@ -39,8 +39,8 @@ def test_the_published_shapes():
     assert (shapes.default_size, len(shapes.schedule.steps)) == (FrameSize(832, 480), 4)
 
 
-def test_drawn_weights_keep_the_size_of_what_passes(pipeline):
-    """Every parameter is finite and drawn in its dtype, gains are one, biases zero, and a linear's rows have norm 1."""
+def test_random_weights_keep_the_scale_of_activations(pipeline):
+    """Every parameter is finite and has its dtype, gains are one, biases zero, and a linear's rows have norm 1."""
     state = dict(pipeline.dit.named_parameters())
     assert all(value.isfinite().all() for value in state.values())
     assert state["blocks.0.self_attn.norm_q.weight"].eq(1).all()
@@ -48,14 +48,14 @@ def test_drawn_weights_keep_the_size_of_what_passes(pipeline):
     assert state["blocks.0.ffn.2.weight"].norm(dim=1).mean().item() == pytest.approx(1, abs=0.1)
     with torch.device("meta"):
         empty = torch.nn.Linear(8, 8)
-    assert draw(empty, torch.bfloat16, torch.device("cpu"), torch.Generator()).weight.dtype == torch.bfloat16
+    assert fill_random(empty, torch.bfloat16, torch.device("cpu"), torch.Generator()).weight.dtype == torch.bfloat16
 
 
 def test_steady_chunks_have_a_full_window(pipeline):
-    """Without ``warm`` as many chunks run first as fill the window, and each measured one attends to all of it."""
+    """Without ``warm`` the warm-up fills the window, and each measured chunk attends to all of it."""
     done = []
     measured = run_chunks(
-        pipeline, Load(size=SMALL, window_frames=21, sink_frames=3, chunks=2), lambda: done.append(None)
+        pipeline, Workload(size=SMALL, window_frames=21, sink_frames=3, chunks=2), lambda: done.append(None)
     )
     assert len(done) == 7 + 2
     assert measured.visible_frames == [21, 21]
@@ -65,8 +65,8 @@ def test_steady_chunks_have_a_full_window(pipeline):
 
 
 def test_first_frames_come_before_the_context_pass(pipeline):
-    """The first frames of a chunk are there after its denoise and before its end."""
-    measured = run_chunks(pipeline, Load(size=SMALL, warm=0, chunks=2), lambda: None)
+    """A chunk's first frames are on the host after denoise and before the chunk's end."""
+    measured = run_chunks(pipeline, Workload(size=SMALL, warm=0, chunks=2), lambda: None)
     for chunk in measured.chunks:
         stages = chunk.stages()
         assert list(stages) == STAGES
@@ -75,30 +75,33 @@ def test_first_frames_come_before_the_context_pass(pipeline):
 
 
 def test_openings_are_chunks_0_to_3(pipeline):
-    """The opening case measures the first four chunks of session after session, one session to warm up."""
+    """``opening`` measures the first four chunks of each session, after one warm-up session."""
     done = []
-    load = Load(size=SMALL, window_frames=18, sink_frames=9, chunks=8, opening=True)
-    measured = run_chunks(pipeline, load, lambda: done.append(None))
+    workload = Workload(size=SMALL, window_frames=18, sink_frames=9, chunks=8, opening=True)
+    measured = run_chunks(pipeline, workload, lambda: done.append(None))
     assert len(done) == 4 + 8
     assert [chunk.result.chunk_index for chunk in measured.chunks] == [0, 1, 2, 3] * 2
     assert measured.visible_frames == [3, 6, 9, 12] * 2
 
 
-@pytest.mark.parametrize("load", [Load(window_frames=11, sink_frames=9), Load(size=FrameSize(70, 64))])
-def test_what_cannot_be_is_refused(pipeline, load):
-    """A window without room for a chunk, and a size of broken tokens, are named before anything runs."""
-    with pytest.raises(ConfigError):
-        run_chunks(pipeline, load, lambda: None)
+@pytest.mark.parametrize(
+    ("workload", "field"),
+    [(Workload(window_frames=11, sink_frames=9), "window"), (Workload(size=FrameSize(70, 64)), "size")],
+)
+def test_an_impossible_workload_is_refused(pipeline, workload, field):
+    """A window without room for a chunk and a size that is no multiple of 16 are refused before anything runs."""
+    with pytest.raises(ConfigError, match=f"--{field} "):
+        run_chunks(pipeline, workload, lambda: None)
 
 
-def test_time_at_the_ceiling():
+def test_time_at_the_roofline():
     """1 TFLOP of linears at 2 TFLOP/s and 3 of attention at 6 take half a second each."""
-    assert Ceiling(linears=2, attention=6).seconds(Flops(1e12, 2e12, 1e12)) == pytest.approx(1.0)
+    assert Roofline(linears=2, attention=6).seconds(Flops(1e12, 2e12, 1e12)) == pytest.approx(1.0)
 
 
 def test_profile_is_a_chrome_trace(pipeline, tmp_path, capfd):
-    """The trace is JSON with the matrix products of a chunk in it."""
-    profile_chunk(pipeline, Load(size=SMALL, warm=1), str(tmp_path / "trace.json"))
+    """The trace is JSON and has the kernels of a chunk."""
+    profile_chunk(pipeline, Workload(size=SMALL, warm=1), str(tmp_path / "trace.json"))
     names = {event["name"] for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
     assert {"aten::linear", "aten::scaled_dot_product_attention"} <= names
 
@@ -110,14 +113,14 @@ def test_command_line(golden, tmp_path, capsys):
         f"bench pipeline --model {golden('e2e/model')} --random-weights --device cpu --size 64x64 --window 9 --sink 3"
     )
     assert main([*line.split(), "--steps", "2", "--chunks", "2", "--json", str(figures), "--plot", str(chart)]) == 0
-    told = json.loads(figures.read_text())
-    assert told["setting"]["steps"] == 2
-    assert (told["setting"]["warm_chunks"], told["setting"]["chunks"]) == (6, 2)
-    assert told["setting"]["weights"] == "random"
-    assert list(told["stages_ms"]) == STAGES
-    assert told["stages_ms"]["total"]["count"] == 2
-    assert told["tflop"]["DiT"] == pytest.approx(told["tflop"]["denoise"] + told["tflop"]["context"])
-    assert told["share_of_ceiling"] == pytest.approx(told["floor_ms"] / told["stages_ms"]["DiT"]["mean"])
+    written = json.loads(figures.read_text())
+    assert written["setting"]["steps"] == 2
+    assert (written["setting"]["warm_chunks"], written["setting"]["chunks"]) == (6, 2)
+    assert written["setting"]["weights"] == "random"
+    assert list(written["stages_ms"]) == STAGES
+    assert written["stages_ms"]["total"]["count"] == 2
+    assert written["tflop"]["DiT"] == pytest.approx(written["tflop"]["denoise"] + written["tflop"]["context"])
+    assert written["roofline_share"] == pytest.approx(written["roofline_ms"] / written["stages_ms"]["DiT"]["mean"])
     printed = capsys.readouterr().out
     assert all(stage in printed for stage in STAGES)
     with Image.open(chart) as picture:
@@ -126,17 +129,17 @@ def test_command_line(golden, tmp_path, capsys):
 
 
 def test_fp8(golden, tmp_path, capsys):
-    """--quantization fp8 runs quantized linears, is part of the setting, and has its own ceiling."""
+    """--quantization fp8 runs quantized linears, is part of the setting, and has its own roofline."""
     line = f"bench pipeline --model {golden('e2e/model')} --random-weights --device cpu --size 64x64 --quantization fp8"
     assert main([*line.split(), "--warm", "0", "--chunks", "1", "--json", str(tmp_path / "fp8.json")]) == 0
-    told = json.loads((tmp_path / "fp8.json").read_text())
-    assert told["setting"]["quantization"] == "fp8"
-    assert told["ceiling_tflop_per_s"]["linears"] > 0
+    written = json.loads((tmp_path / "fp8.json").read_text())
+    assert written["setting"]["quantization"] == "fp8"
+    assert written["roofline_tflop_per_s"]["linears"] > 0
     assert "quantization fp8" in capsys.readouterr().out
 
 
 def test_the_ci_case(golden, tmp_path, capsys):
-    """One word sets window 18 and sink 9 and measures openings; a number of warm chunks beside it is refused."""
+    """--case sglang-ci sets window 18 and sink 9 and measures chunks 0 to 3. --warm beside it is refused."""
     figures = tmp_path / "ci.json"
     line = f"bench pipeline --model {golden('e2e/model')} --random-weights --device cpu --size 64x64 --case sglang-ci"
     assert main([*line.split(), "--chunks", "4", "--json", str(figures)]) == 0
@@ -147,19 +150,19 @@ def test_the_ci_case(golden, tmp_path, capsys):
 
 
 def test_a_session_that_cannot_fit_is_refused(pipeline):
-    """A window beyond what is free is refused with the numbers before anything is allocated."""
+    """A window larger than free memory is refused with the numbers before anything is allocated."""
     with pytest.raises(CapacityError, match="GB is free"):
-        run_chunks(pipeline, Load(size=SMALL, window_frames=10**9), lambda: None)
+        run_chunks(pipeline, Workload(size=SMALL, window_frames=10**9), lambda: None)
 
 
 def test_loaded_weights(golden, capsys):
-    """Without --random-weights the folder's own weights run, text encoder included."""
+    """Without --random-weights the folder's own weights are loaded, text encoder included."""
     line = f"bench pipeline --model {golden('e2e/model')} --device cpu --size 64x64 --warm 0 --chunks 1"
     assert main(line.split()) == 0
     assert "loaded weights" in capsys.readouterr().out
 
 
 def test_shapes_without_weights_are_refused(capsys):
-    """``lingbot-world-fast`` has no weights to load: the line says what to add."""
+    """``lingbot-world-fast`` has no weights to load. The error says what to add."""
     assert main(["bench", "pipeline", "--device", "cpu"]) == 2
     assert "--random-weights" in capsys.readouterr().err

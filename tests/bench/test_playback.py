@@ -1,4 +1,4 @@
-"""Arrival times as a player feels them."""
+"""Playback figures from arrival times."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lingbot_rt.bench.playback import Arrival, event_latencies_ms, jitter_ms, pl
 
 
 def test_steady_frames_never_run_out():
-    """Frames that come at the player's own rate need no lead and have no jitter."""
+    """Frames that arrive at the playback rate need no lead and have no jitter."""
     times = [5 + i / 16 for i in range(50)]
     playback = play(times, fps=16, lead_s=1e-6)
     assert (playback.underruns, playback.held_s) == (0, 0)
@@ -20,7 +20,7 @@ def test_steady_frames_never_run_out():
 
 
 def test_a_gap_is_one_underrun():
-    """One frame half a second late holds the player once, less its lead, and those after it come as it shows them."""
+    """One frame half a second late is one underrun, shortened by the lead. Later frames arrive on time."""
     times = [i / 10 for i in range(10)] + [1.5 + i / 10 for i in range(10)]
     playback = play(times, fps=10, lead_s=0.2)
     assert playback.underruns == 1
@@ -28,8 +28,8 @@ def test_a_gap_is_one_underrun():
     assert playback.smooth_lead_s == pytest.approx(0.5)
 
 
-def test_a_slow_stream_runs_out_again_and_again():
-    """Ten frames/s shown at twenty: once the lead is used up the player waits for every frame."""
+def test_a_slow_stream_underruns_again_and_again():
+    """Ten frames/s shown at twenty: once the lead is used up, every frame is late."""
     playback = play([i / 10 for i in range(21)], fps=20, lead_s=0.49)
     assert playback.underruns == 11
     assert playback.held_s == pytest.approx(20 / 10 - 20 / 20 - 0.49)
@@ -37,7 +37,7 @@ def test_a_slow_stream_runs_out_again_and_again():
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=40).map(sorted), st.floats(1, 60))
 def test_the_smooth_lead_is_enough_and_no_more(times, fps):
-    """With the lead that it asks for a player never holds; with a little less it does."""
+    """There is no underrun with the smooth lead, and one with a little less."""
     smooth = play(times, fps, 0.0).smooth_lead_s
     assert play(times, fps, smooth + 1e-6).underruns == 0
     if smooth > 1e-3:
@@ -45,20 +45,20 @@ def test_the_smooth_lead_is_enough_and_no_more(times, fps):
 
 
 def test_groups_are_jitter():
-    """Frames that come four at once are as far from a steady stream as those of a sawtooth of 4 steps."""
+    """Frames that arrive in groups of four have the jitter of a sawtooth of 4 steps."""
     times = [i // 4 * 0.4 for i in range(400)]
     assert jitter_ms(times) == pytest.approx(1000 * 0.1 * (1.25**0.5), rel=0.01)
     assert jitter_ms(times[:2]) is None
 
 
 def test_events_are_timed_to_their_first_frame():
-    """Each event's time ends at the first frame with its id or a newer one; one that no frame carried is left out."""
+    """An event's latency ends at the first frame with its id or a newer one. Without such a frame it is left out."""
     frames = [Arrival(1.0, 0, None), Arrival(2.0, 1, 1), Arrival(2.1, 1, 1), Arrival(3.0, 2, 3)]
     assert event_latencies_ms(frames, [(1, 1.5), (2, 1.75), (3, 2.5), (4, 2.9)]) == [500, 1250, 500]
 
 
 def test_spread_and_cells():
-    """Percentiles are interpolated; nothing measured is None, and a dash in a table whose columns line up."""
+    """Percentiles are interpolated. No measurement gives None, and a dash in an aligned table."""
     spread = Spread.of([1, 2, 3, 4, 5])
     assert (spread.mean, spread.p50, spread.p95, spread.count) == (3, 3, pytest.approx(4.8), 5)
     assert spread_of([]) is None

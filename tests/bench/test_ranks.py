@@ -1,4 +1,4 @@
-"""Measurements over real processes that talk through gloo, at tiny size: what is told is what was measured."""
+"""Measurements on several real processes over gloo, at tiny size."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ SMALL = "--model builtin --device cpu --size 80x48 --steps 2"
 
 
 def test_strong_scaling_in_one_call(tmp_path, capsys):
-    """One and two ranks are measured one after the other; speedup and efficiency follow from their medians, and a table
-    tells them."""
+    """One and two ranks are measured in turn. The table's speedup and efficiency follow from their medians."""
     figures = tmp_path / "scaling.json"
     line = f"bench pipeline {SMALL} --random-weights --window 9 --sink 3 --warm 1 --chunks 2 --num-gpus 1,2"
     assert main([*line.split(), "--vae-parallel", "width", "--json", str(figures)]) == 0
-    told = json.loads(figures.read_text())
-    alone, pair = told["reports"]
-    assert [report["setting"]["ranks"] for report in told["reports"]] == [1, 2]
-    assert [report["setting"]["vae_parallel"] for report in told["reports"]] == ["none", "width"]
+    written = json.loads(figures.read_text())
+    alone, pair = written["reports"]
+    assert [report["setting"]["ranks"] for report in written["reports"]] == [1, 2]
+    assert [report["setting"]["vae_parallel"] for report in written["reports"]] == ["none", "width"]
     assert "exchange" not in alone["stages_ms"]
     assert 0 < pair["stages_ms"]["exchange"]["p50"] < pair["stages_ms"]["total"]["p50"]
-    first, second = told["scaling"]
+    first, second = written["scaling"]
     assert (first["dit_speedup"], first["efficiency"], first["exchange_share"]) == (1, 1, 0)
     speedup = alone["stages_ms"]["DiT"]["p50"] / pair["stages_ms"]["DiT"]["p50"]
     assert second["dit_speedup"] == pytest.approx(speedup)
@@ -36,27 +35,27 @@ def test_strong_scaling_in_one_call(tmp_path, capsys):
 
 
 def test_collectives(tmp_path, capsys):
-    """Every exchange of a chunk with its time, bytes and number: 45 tokens of 4 heads of 64 in 8 layers, two ranks."""
+    """Time, bytes and number of each collective of a chunk: 45 tokens of 4 heads of 64 in 8 layers on two ranks."""
     figures = tmp_path / "collectives.json"
     line = f"bench collectives {SMALL} --num-gpus 2 --repeats 2 --chunk-ms 1000 --json {figures}"
     assert main(line.split()) == 0
-    told = json.loads(figures.read_text())
-    packed, attended, flow, halos, pixels = told["exchanges"]
+    written = json.loads(figures.read_text())
+    packed, attended, flow, halos, pixels = written["exchanges"]
     # Rank 0 has 23 of the tokens and half of the heads, in float32.
     assert packed["moved_mb"] == pytest.approx(23 * 3 * 2 * 64 * 4 / 1e6)
     assert attended["moved_mb"] == pytest.approx(23 * 2 * 64 * 4 / 1e6)
     assert flow["moved_mb"] == pytest.approx(23 * 16 * 4 * 4 / 1e6)
-    assert [one["calls"] for one in told["exchanges"]] == [8 * 3, 8 * 3 - 1, 2, 3, 3]
+    assert [one["calls"] for one in written["exchanges"]] == [8 * 3, 8 * 3 - 1, 2, 3, 3]
     assert halos["moved_mb"] > 0
     # Half of the four pixel frames of a latent frame, float32.
     assert pixels["moved_mb"] == pytest.approx(40 * 48 * 3 * 4 * 4 / 1e6)
-    assert all(one["ms"] > 0 for one in told["exchanges"])
-    assert told["total_ms"] == pytest.approx(sum(one["ms"] * one["calls"] for one in told["exchanges"]))
-    assert f"{told['total_ms'] / 10:.1f} %" in capsys.readouterr().out
+    assert all(one["ms"] > 0 for one in written["exchanges"])
+    assert written["total_ms"] == pytest.approx(sum(one["ms"] * one["calls"] for one in written["exchanges"]))
+    assert f"{written['total_ms'] / 10:.1f} %" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "expected"),
     [
         ("bench collectives --num-gpus 1", "--num-gpus 1 has nothing to exchange"),
         (f"bench collectives {SMALL} --num-gpus 3", "--num-gpus 3 does not divide the 4 heads of builtin"),
@@ -64,8 +63,8 @@ def test_collectives(tmp_path, capsys):
         ("bench pipeline --random-weights --device cpu --num-gpus 7", "does not divide the 40 heads"),
     ],
 )
-def test_what_cannot_be_is_one_line(line, said, capsys):
-    """Nothing is started for it."""
+def test_an_impossible_measurement_is_one_line(line, expected, capsys):
+    """It is refused with exit code 2 before any process starts."""
     assert main(line.split()) == 2
-    (told,) = capsys.readouterr().err.splitlines()
-    assert said in told
+    (error,) = capsys.readouterr().err.splitlines()
+    assert expected in error

@@ -1,4 +1,4 @@
-"""``bench targets`` at tiny size on a CPU: every case, every figure, and what a failing case leaves behind."""
+"""``bench targets`` at tiny size on a CPU: every case, every figure, and a case that fails."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from lingbot_rt.bench import targets
 from lingbot_rt.bench.figures import Spread
-from lingbot_rt.bench.targets import BARS, Row, TargetsReport, as_text
+from lingbot_rt.bench.targets import TARGETS_MS, Row, TargetsReport, as_text
 from lingbot_rt.cli import main
 
 
@@ -30,23 +30,23 @@ CASES = [
 def test_one_command(line, tmp_path, capsys):
     """All cases run, in order, and the table and the file have their figures."""
     assert main([*line.split(), "--json", str(tmp_path / "targets.json")]) == 0
-    told = json.loads((tmp_path / "targets.json").read_text())
-    assert list(dict.fromkeys(row["case"] for row in told["rows"])) == CASES
-    assert {row["figure"] for row in told["rows"] if row["case"] == "fp8 not compiled"} == {
+    written = json.loads((tmp_path / "targets.json").read_text())
+    assert list(dict.fromkeys(row["case"] for row in written["rows"])) == CASES
+    assert {row["figure"] for row in written["rows"] if row["case"] == "fp8 not compiled"} == {
         "DiT",
         "VAE",
         "after denoise",
         "total",
     }
-    assert all(row["value"]["p50"] > 0 and not row["error"] for row in told["rows"])
-    assert all(row["reach"] is None for row in told["rows"])  # bars are the 14B's
+    assert all(row["value"]["p50"] > 0 and not row["error"] for row in written["rows"])
+    assert all(row["required"] is None for row in written["rows"])  # only the 14B has targets
     printed = capsys.readouterr().out
     assert all(case in printed for case in CASES)
     assert "far / near" in printed
 
 
-def test_a_case_that_fails_is_told_and_the_next_one_runs(line, tmp_path, capsys, monkeypatch):
-    """The error stands in the failing case's row, the others have their figures, and the exit code says so."""
+def test_a_case_that_fails_is_reported_and_the_next_one_runs(line, tmp_path, capsys, monkeypatch):
+    """The failing case's row has the error, the others have their figures, and the exit code is 1."""
 
     def broken():
         raise RuntimeError("no kernel\nfor this")
@@ -59,10 +59,10 @@ def test_a_case_that_fails_is_told_and_the_next_one_runs(line, tmp_path, capsys,
     assert "RuntimeError: no kernel" in capsys.readouterr().out
 
 
-def test_bars():
-    """A figure at or below the aim, the bar, or above both is told so."""
+def test_verdicts():
+    """A figure meets the desired target, only the required one, or neither."""
     spread = [Spread(ms, ms, ms, ms, 1) for ms in (1700.0, 1900.0, 2100.0)]
-    reach, aim = BARS["bfloat16 compiled", "DiT"]
-    rows = [Row("bfloat16 compiled", "DiT", value, reach, aim) for value in spread]
+    required, desired = TARGETS_MS["bfloat16 compiled", "DiT"]
+    rows = [Row("bfloat16 compiled", "DiT", value, required, desired) for value in spread]
     text = as_text(TargetsReport("m", "d", "t", "832x480", 9, 18, 4, 10, rows)).splitlines()
-    assert [text[-3 + i].split()[-1] for i in range(3)] == ["aim", "reached", "missed"]
+    assert [text[-3 + i].split()[-1] for i in range(3)] == ["desired", "required", "missed"]

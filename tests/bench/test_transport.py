@@ -1,4 +1,4 @@
-"""``bench transport``: moving pictures of a fair kind, and both ways through the four transports."""
+"""``bench transport``: synthetic moving pictures, and both encoders of the four transports."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from lingbot_rt.bench.pictures import moving_pictures
-from lingbot_rt.bench.transport import FORMATS, measure_transport
+from lingbot_rt.bench.transport import measure_transport
 from lingbot_rt.cli import main
+from lingbot_rt.config import OUTPUT_FORMATS
 from lingbot_rt.shapes import FrameSize
 
 SIZE = FrameSize(96, 64)
 
 
 def test_pictures_move_and_repeat():
-    """One seed gives the same bytes; a frame is the one before it moved by 3 pixels, but for the grain."""
+    """The same seed gives the same bytes. Each frame is the last one moved by 3 pixels, apart from the grain."""
     frames = moving_pictures(SIZE, 4)
     assert frames.shape == (4, 64, 96, 3)
     assert np.array_equal(frames, moving_pictures(SIZE, 4))
@@ -28,13 +29,13 @@ def test_pictures_move_and_repeat():
 
 @pytest.mark.parametrize("frames", [8, 10])
 def test_every_transport_is_measured_both_ways(frames):
-    """Raw costs its pixels, lossless less, pictures still less; the warm frames are not counted."""
+    """Raw is as large as its pixels, delta-gzip smaller, webp smaller still. Warm-up frames are not counted."""
     done = []
     report = measure_transport(SIZE, frames, lambda: done.append(None))
-    assert len(done) == 2 * len(FORMATS)
+    assert len(done) == 2 * len(OUTPUT_FORMATS)
     raw_kb = SIZE.bytes_per_frame / 1e3
     for costs in (report.encoder, report.pillow):
-        assert list(costs) == list(FORMATS)
+        assert list(costs) == list(OUTPUT_FORMATS)
         assert all(cost.ms.count == frames for cost in costs.values())
         assert costs["raw"].kb == raw_kb
         assert 0 < costs["webp"].kb < costs["delta-gzip"].kb < raw_kb
@@ -43,11 +44,11 @@ def test_every_transport_is_measured_both_ways(frames):
 
 
 def test_command_line(tmp_path, capsys):
-    """The table has a line a transport, the file every figure."""
+    """The table has one line per transport, the file every figure."""
     figures = tmp_path / "transport.json"
     assert main(["bench", "transport", "--size", "64x64", "--frames", "4", "--json", str(figures)]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed[3:]] == list(FORMATS)
-    told = json.loads(figures.read_text())
-    assert told["size"] == "64x64"
-    assert set(told["encoder"]["webp"]) == {"ms", "mb_per_s", "kb"}
+    assert [line.split()[0] for line in printed[3:]] == list(OUTPUT_FORMATS)
+    written = json.loads(figures.read_text())
+    assert written["size"] == "64x64"
+    assert set(written["encoder"]["webp"]) == {"ms", "mb_per_s", "kb"}

@@ -1,4 +1,4 @@
-"""Both kinds of session on a real socket, against a server that plays a script."""
+"""Both kinds of session on a real socket, against a server that follows a script."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def stats(chunk_index: int) -> bytes:
 
 @contextmanager
 def serving(script: Callable[[ServerConnection], None], **options: object) -> Iterator[str]:
-    """``script`` talks with each client; gives the URL."""
+    """Runs ``script`` for each client. Yields the URL."""
     with serve(script, "127.0.0.1", 0, **options) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -48,7 +48,7 @@ def serving(script: Callable[[ServerConnection], None], **options: object) -> It
 
 
 def two_chunks(connection: ServerConnection) -> None:
-    """Plays one chunk, waits for an event, plays another that carries its id, and ends normally."""
+    """Sends one chunk, waits for an event, sends another chunk with its id, and ends normally."""
     assert unpack(connection.recv())["type"] == "init"
     for message in (batch(0, 1), batch(0, 2), stats(0)):
         connection.send(message)
@@ -59,7 +59,7 @@ def two_chunks(connection: ServerConnection) -> None:
 
 
 def test_blocking_session():
-    """Frames come in order with chunk, index and event id; a normal close ends the loop."""
+    """Frames arrive in order with chunk, index and event id. A normal close ends the loop."""
     seen = []
     with serving(two_chunks) as url, connect(url, **INIT) as world:
         for frame in world:
@@ -71,7 +71,7 @@ def test_blocking_session():
 
 
 async def test_async_session():
-    """The async session sees the same."""
+    """The async session gets the same frames."""
     seen = []
     with serving(two_chunks) as url:
         async with connect(url, **INIT) as world:
@@ -92,7 +92,7 @@ async def test_async_session():
     ],
 )
 def test_refusals_and_losses(content, code, kind):
-    """What the server says before it closes is what the caller gets."""
+    """The caller gets the error that the server sends before it closes."""
 
     def script(connection: ServerConnection) -> None:
         connection.recv()
@@ -104,7 +104,7 @@ def test_refusals_and_losses(content, code, kind):
 
 
 def test_a_refused_event_leaves_the_session_alive():
-    """After EventRefused the same iteration goes on."""
+    """Iteration goes on after EventRefused."""
 
     def script(connection: ServerConnection) -> None:
         connection.recv()
@@ -120,8 +120,8 @@ def test_a_refused_event_leaves_the_session_alive():
             next(world)
 
 
-def test_a_broken_line_is_a_lost_session():
-    """A socket that dies without a close raises SessionLost without a close code, reconnectable."""
+def test_a_broken_connection_is_a_lost_session():
+    """A connection that breaks without a close raises a reconnectable SessionLost without a close code."""
 
     def script(connection: ServerConnection) -> None:
         connection.recv()
@@ -137,8 +137,8 @@ def test_a_broken_line_is_a_lost_session():
 
 
 def test_leaving_with_unread_frames():
-    """A caller that leaves while frames wait does not read them first, and the server hears the close."""
-    heard = threading.Event()
+    """Leaving does not read the waiting frames first, and the server receives the close."""
+    closed = threading.Event()
 
     def script(connection: ServerConnection) -> None:
         connection.recv()
@@ -146,16 +146,16 @@ def test_leaving_with_unread_frames():
             for _ in range(50):
                 connection.send(batch(0, 1))
             connection.recv()
-        heard.set()
+        closed.set()
 
     with serving(script) as url:
         with connect(url, **INIT) as world:
             next(world)
-        assert heard.wait(30)
+        assert closed.wait(30)
 
 
 def test_nobody_there():
-    """A port where nobody listens is a ConnectFailed that may be tried again."""
+    """A port without a listener raises a reconnectable ConnectFailed."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"127.0.0.1:{unused.getsockname()[1]}"
@@ -165,7 +165,7 @@ def test_nobody_there():
 
 
 async def test_refused_handshake():
-    """An HTTP answer in place of a WebSocket is named with its status, and the key goes along."""
+    """An HTTP error instead of a WebSocket is reported with its status. The API key was sent."""
     keys = []
 
     def refuse(connection, request):

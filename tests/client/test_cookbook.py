@@ -1,4 +1,4 @@
-"""The public cookbook's client, word for word, against a served model."""
+"""The public cookbook's client, unchanged, against a served model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ws.close()
 
 
 def test_the_cookbook_client_works_as_it_stands(golden, tmp_path):
-    """Its messages open a session, its key press is echoed in frames, at the size and in the format it asked for."""
+    """It gets frames of the size and format it asked for, and they carry its key press's event id."""
     Image.new("RGB", (320, 200), (90, 120, 150)).save(tmp_path / "reference.jpg")
     model = str(golden("e2e/model"))
     with running(tmp_path, "--model-path", model, "--device", "cpu", "--warmup", "false") as server:

@@ -1,4 +1,4 @@
-"""Frame batches -> frames, against the recorded wire."""
+"""Decoding of frame batches, against recorded messages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def header(content_type: str, frames: int, width: int, height: int, **more: obje
 
 
 def test_recorded_delta_messages_decode(golden):
-    """The recorded delta-gzip messages give the frames they were made from, across chunks and key frames."""
+    """Recorded delta-gzip messages decode to the frames they were made from, across chunks and key frames."""
     record = json.loads(golden("transport/delta_gzip.json").read_text())
     originals = [base64.b64decode(frame) for frame in record["frames_b64"]]
     decoder = FrameDecoder()
@@ -49,7 +49,7 @@ def test_recorded_delta_messages_decode(golden):
 
 
 def test_recorded_raw_messages_decode(golden):
-    """Recorded raw messages that carry their payload give its very bytes."""
+    """Recorded raw messages decode to the bytes of their payload."""
     seen = 0
     for case in json.loads(golden("transport/frame_batch_cases.json").read_text())["cases"]:
         for message in case["messages"]:
@@ -70,7 +70,7 @@ def test_recorded_raw_messages_decode(golden):
 @settings(deadline=None)  # a loaded machine is no failure
 @given(st.integers(0, 2**32), st.lists(st.tuples(st.integers(1, 4), st.booleans()), min_size=1, max_size=6))
 def test_delta_chains_of_any_shape(seed, batches):
-    """Whatever the batch lengths and key frames, XOR chains come apart into the frames that went in."""
+    """XOR chains of any batch lengths and key frames decode to the original frames."""
     random = np.random.default_rng(seed)
     decoder = FrameDecoder()
     previous = None
@@ -89,7 +89,7 @@ def test_delta_chains_of_any_shape(seed, batches):
 
 @pytest.mark.parametrize("kind", ["webp", "jpeg"])
 def test_encoded_pictures(kind):
-    """payload_lengths splits a payload into pictures, each [H, W, 3]."""
+    """payload_lengths splits a payload into pictures [H, W, 3]."""
     pictures = []
     for grey in (20, 200):
         file = io.BytesIO()
@@ -117,6 +117,6 @@ def test_encoded_pictures(kind):
     ],
 )
 def test_broken_batches_are_named(fields, payload):
-    """A payload that is not what its header says is a ProtocolError, never frames and never another exception."""
+    """A payload that does not fit its header raises ProtocolError, and no other exception."""
     with pytest.raises(ProtocolError):
         FrameDecoder().decode(fields, payload)

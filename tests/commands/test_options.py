@@ -1,9 +1,10 @@
-"""The command line and the configuration are one table."""
+"""The command line: options from the configuration's fields, wrong command lines, help."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import socket
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,12 @@ def parse(line: str) -> ServeConfig:
 
 
 def test_every_field_has_a_group_that_is_shown():
-    """No option can be defined and stay unreachable."""
+    """No option is left out of ``serve``."""
     assert {field.metadata["group"] for field in FIELDS} == set(GROUPS)
 
 
-def test_the_reference_command_line_is_taken_as_it_stands():
-    """The flags of the reference deployment give the configuration that they mean."""
+def test_the_reference_command_line_works():
+    """The flags of the reference deployment set the fields they name."""
     config = parse(REFERENCE)
     assert (config.num_gpus, config.ulysses_degree) == (4, 4)
     assert config.model_path == "robbyant/lingbot-world-fast-diffusers"
@@ -47,12 +48,12 @@ def test_the_reference_command_line_is_taken_as_it_stands():
     [("", True), ("--warmup", True), ("--warmup true", True), ("--warmup false", False), ("--warmup 0", False)],
 )
 def test_booleans(line, value):
-    """A bare boolean flag means true; written values win."""
+    """A bare boolean flag means true. A written value wins."""
     assert parse(line).warmup is value
 
 
 def test_flags_win_over_the_file(tmp_path):
-    """Only flags that were given override --config."""
+    """Flags that are given override --config, the others keep its values."""
     file = tmp_path / "serve.toml"
     file.write_text('port = 31000\nlog-level = "debug"\n')
     config = parse(f"--config {file} --port 32000")
@@ -79,6 +80,8 @@ def test_flags_win_over_the_file(tmp_path):
         "check run configs/regression/builtin.toml --gt no-such-folder --only neutral",
         "check record no-such-file.toml --out nowhere",
         "client --keys q*3",
+        "client --keys w*600",
+        "generate --keys w*600",
         "client --size large --keys w",
         "client --init fps",
         "generate --first-frame no-such-file.png --model-path no-such-folder",
@@ -87,7 +90,7 @@ def test_flags_win_over_the_file(tmp_path):
     ],
 )
 def test_wrong_command_lines_get_one_line_and_code_2(line, capsys):
-    """Whatever is wrong is said in one line on stderr, and the exit code is 2."""
+    """Every mistake gets one line on stderr and exit code 2."""
     try:
         code = main(line.split())
     except SystemExit as end:
@@ -99,9 +102,7 @@ def test_wrong_command_lines_get_one_line_and_code_2(line, capsys):
 
 
 def test_a_taken_port_is_one_line(capsys):
-    """The port is tried before anything slow starts."""
-    import socket
-
+    """The port is taken before anything slow starts."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -109,27 +110,62 @@ def test_a_taken_port_is_one_line(capsys):
     assert "already in use" in capsys.readouterr().err
 
 
+def test_live_keys_have_no_limit(capsys):
+    """600 latent frames are too long for a script only: with --live the client goes on and finds no server."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        assert main(["client", "--url", url, "--keys", "w*600"]) == 2
+        assert "--keys: 600 latent frames, at most 512" in capsys.readouterr().err
+        assert main(["client", "--url", url, "--keys", "w*600", "--live"]) == 1
+    assert "does not answer" in capsys.readouterr().err
+
+
+OPTION_OF = {
+    "serve": "--port",
+    "client": "--live",
+    "generate": "--keys",
+    "bench": "collectives",
+    "check": "record",
+    "replay": "--min-psnr",
+    "doctor": "--model-path",
+}
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb, capsys):
-    """``lingbot-rt VERB --help`` prints its options."""
+    """``lingbot-rt VERB --help`` prints what the verb does and its options."""
     with pytest.raises(SystemExit) as end:
         main([verb, "--help"])
     assert end.value.code == 0
-    assert f"lingbot-rt {verb}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"usage: lingbot-rt {verb}" in printed
+    assert f"{VERBS[verb][1:]}." in " ".join(printed.split())
+    assert OPTION_OF[verb] in printed
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda file: file.name)
-def test_shipped_configs_load(file):
-    """Every key of a shipped configuration file is a real one with a valid value."""
-    assert load_config({}, file=str(file), environment={}).model_path
+SHIPPED = {
+    "builtin": ("builtin", 1, "delta-gzip"),
+    "lingbot_world_fast_1gpu": ("robbyant/lingbot-world-fast-diffusers", 1, "webp"),
+    "lingbot_world_fast_sp2": ("robbyant/lingbot-world-fast-diffusers", 2, "webp"),
+    "lingbot_world_fast_sp4": ("robbyant/lingbot-world-fast-diffusers", 4, "webp"),
+}
 
 
-def test_shipped_configs_are_found():
-    assert len(list((ROOT / "configs").glob("*.toml"))) >= 4
+def test_all_shipped_configs_are_tested():
+    """Every file of configs/ is in the table above."""
+    assert {file.stem for file in (ROOT / "configs").glob("*.toml")} == SHIPPED.keys()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_load(name):
+    """A shipped configuration file is valid and sets the model, the GPUs and the transport it is made for."""
+    config = load_config({}, file=str(ROOT / "configs" / f"{name}.toml"), environment={})
+    assert (config.model_path, config.num_gpus, config.default_output_format) == SHIPPED[name]
 
 
 def test_an_unknown_key_of_a_file_is_named(tmp_path):
-    """A misspelt key does not pass in silence."""
+    """A misspelt key is an error."""
     file = tmp_path / "serve.toml"
     file.write_text("prot = 1\n")
     with pytest.raises(ConfigError, match="prot"):

@@ -1,4 +1,4 @@
-"""The golden checkpoint, served once."""
+"""One server of the golden checkpoint for all tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.e2e.served import Server, running
 
 @pytest.fixture(scope="session")
 def golden_server(golden, tmp_path_factory) -> Iterator[Server]:
-    """The golden checkpoint, served as a user would serve it."""
+    """Serves the golden checkpoint as a user would."""
     model = str(golden("e2e/model"))
     with running(
         tmp_path_factory.mktemp("serve"), "--model-path", model, "--device", "cpu", "--dtype", "float32"

@@ -26,7 +26,7 @@ START_LIMIT_S = 240
 
 @dataclass
 class Server:
-    """A running server: where it listens, its process, its output."""
+    """A running server: its port, process and log."""
 
     port: int
     process: subprocess.Popen
@@ -100,7 +100,7 @@ class Chunk:
 
 
 class WireClient:
-    """Reads the wire from PROTOCOL's tables alone: raw and delta-gzip frames, one or two messages a batch."""
+    """Decodes raw and delta-gzip frames in one or two messages per batch. Shares no code with the package."""
 
     def __init__(self, socket: ClientConnection) -> None:
         self.socket = socket
@@ -117,7 +117,7 @@ class WireClient:
         return message, message.pop("payload", None)
 
     def chunk(self) -> Chunk:
-        """Everything of the next chunk, up to its chunk_stats."""
+        """The next chunk, up to its chunk_stats."""
         chunk = Chunk()
         while True:
             message, payload = self.receive()

@@ -1,4 +1,4 @@
-"""Upscaling and interpolation in the stream: counts and sizes as the headers say, over a real server."""
+"""Upscaling and interpolation on a real server: frame counts and sizes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def play(server, message) -> list[list[np.ndarray]]:
 
 
 def test_interpolation_goes_on_across_groups_and_chunks(golden_server, init):
-    """exp 1 doubles every frame but the session's first; the decoded ones are unchanged, in their places."""
+    """exp 1 adds a frame before every frame except the session's first. Decoded frames stay unchanged and in order."""
     plain = play(golden_server, init)
     doubled = play(golden_server, init | {"enable_frame_interpolation": True, "frame_interpolation_exp": 1})
     assert [len(frames) for frames in doubled] == [17, 24]
@@ -43,7 +43,7 @@ def test_interpolation_goes_on_across_groups_and_chunks(golden_server, init):
 
 
 def test_upscaling_enlarges_every_frame(golden_server, init):
-    """Scale 2: twice the width and height, the picture the same when shrunk again."""
+    """Scale 2 doubles width and height. Shrunk again, the picture is about the same."""
     plain = play(golden_server, init)
     large = play(golden_server, init | {"enable_upscaling": True, "upscaling_scale": 2})
     assert [len(frames) for frames in large] == [9, 12]
@@ -55,7 +55,7 @@ def test_upscaling_enlarges_every_frame(golden_server, init):
 
 @pytest.mark.parametrize("transport", ["webp", "raw"])
 def test_both_together(golden_server, init, transport):
-    """Interpolated and enlarged: counts, sizes and the session's end are right in both kinds of transport."""
+    """With both, frame count and sizes are right, over a lossy and a raw transport."""
     options = {"enable_upscaling": True, "upscaling_scale": 3, "enable_frame_interpolation": True}
     fields = {k: v for k, v in init.items() if k != "type"} | options | {"realtime_output_format": transport}
     with connect(golden_server.http, **fields) as session:
@@ -64,8 +64,8 @@ def test_both_together(golden_server, init, transport):
     assert {frame.pixels.shape for frame in frames} == {(192, 192, 3)}
 
 
-def test_a_model_path_needs_the_operators_folder(golden_server, init):
-    """A path is refused by the field's name and says which option allows it."""
+def test_a_model_path_needs_postprocess_model_dir(golden_server, init):
+    """The refusal names the field and the option that allows it."""
     fields = {k: v for k, v in init.items() if k != "type"}
     with (
         connect(golden_server.http, **fields, enable_upscaling=True, upscaling_model_path="x.pth") as session,

@@ -1,4 +1,4 @@
-"""A session recorded live is played again, in process and on a server, and comes out bit for bit."""
+"""A recorded live session is replayed bit for bit, in process and on a server."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def server(golden, model_flags, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def record_folder(server, golden):
-    """One live session with events at whatever moment they arrive."""
+    """Records one live session with three events."""
     served, records = server
     before = set(records.iterdir())
     init = {
@@ -58,8 +58,8 @@ def record_folder(server, golden):
     return folder
 
 
-def test_the_record_tells_the_session(record_folder):
-    """Init, every event with the chunk that sampled it, stats and 69 hashes are there, and the end is in order."""
+def test_the_record_is_complete(record_folder):
+    """It has the init, every event, statistics, 69 hashes and an end line."""
     record = read_record(record_folder)
     assert record.session.init["prompt"] == "A quiet street."
     assert record.session.seed == 5
@@ -70,8 +70,8 @@ def test_the_record_tells_the_session(record_folder):
     assert record.end.reason == "complete"
 
 
-def test_it_replays_bit_for_bit_in_process_and_on_the_server(record_folder, server, model_flags, capsys):
-    """Both replays give the recorded bytes in every frame, and say so."""
+def test_replay_is_bit_for_bit_in_process_and_on_a_server(record_folder, server, model_flags, capsys):
+    """Both replays produce the recorded bytes in every frame."""
     assert main(["replay", str(record_folder), *model_flags]) == 0
     assert "69 of 69 frames bit for bit" in capsys.readouterr().out
     served, _ = server
@@ -79,8 +79,8 @@ def test_it_replays_bit_for_bit_in_process_and_on_the_server(record_folder, serv
     assert "69 of 69 frames bit for bit" in capsys.readouterr().out
 
 
-def test_a_larger_and_smoother_session_is_replayed_too(server, golden, model_flags, capsys, tmp_path):
-    """The frames that left are the record: interpolated and enlarged ones come again bit for bit, at their own rate."""
+def test_a_postprocessed_session_is_replayed_too(server, golden, model_flags, capsys, tmp_path):
+    """Upscaled and interpolated frames are recorded as sent and replayed bit for bit, at their own frame rate."""
     served, records = server
     before = set(records.iterdir())
     fields = {"prompt": "A quiet street.", "first_frame": golden("e2e/first_frame.png"), "size": "64x64", "fps": 10}
@@ -96,7 +96,7 @@ def test_a_larger_and_smoother_session_is_replayed_too(server, golden, model_fla
 
 
 def test_a_client_that_leaves_ends_its_record(server, golden):
-    """What was sent before it left is kept, with an end that says it was cut short."""
+    """Chunks sent before it left are recorded, and the end line says ``interrupted``."""
     served, records = server
     before = set(records.iterdir())
     fields = {"prompt": "A quiet street.", "first_frame": golden("e2e/first_frame.png"), "size": "64x64"}
@@ -111,8 +111,8 @@ def test_a_client_that_leaves_ends_its_record(server, golden):
     assert len(record.chunks) >= 2
 
 
-def test_a_folder_that_cannot_be_written_costs_the_record_only(server, golden):
-    """A session whose record cannot begin is played all the same."""
+def test_a_record_that_cannot_be_written_does_not_end_the_session(server, golden):
+    """A session runs without a record if its folder can't be made. The log says so."""
     served, records = server
     kept = records.rename(records.with_name("kept"))
     records.write_text("in the way")
@@ -126,8 +126,8 @@ def test_a_folder_that_cannot_be_written_costs_the_record_only(server, golden):
     assert "is not recorded" in served.log.read_text()
 
 
-def test_another_world_is_told_from_the_recorded_one(record_folder, model_flags, tmp_path, capsys):
-    """A record with another seed does not pass as the same: exit code 1, PSNR in the table."""
+def test_a_different_replay_fails(record_folder, model_flags, tmp_path, capsys):
+    """A record with a changed seed fails its replay: exit code 1, PSNR in the table."""
     changed = tmp_path / "changed"
     shutil.copytree(record_folder, changed)
     path = changed / "record.jsonl"
@@ -138,8 +138,8 @@ def test_another_world_is_told_from_the_recorded_one(record_folder, model_flags,
     assert "dB" in out
 
 
-def test_the_guard_over_the_wire(server, model_flags, tmp_path, capsys):
-    """Ground truth kept in process is what the server sends: check record, then check run --url."""
+def test_check_on_a_server(server, model_flags, tmp_path, capsys):
+    """Ground truth recorded in process equals the frames a server sends: check record, then check run --url."""
     served, _ = server
     cases = "configs/regression/builtin.toml"
     chosen = ["--only", "held-keys", "--only", "guidance"]

@@ -1,4 +1,4 @@
-"""The whole house from outside: a served process, a real socket, the reference's frames."""
+"""End to end: a server process, a real socket, and the reference's frames."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def first_frame(golden) -> bytes:
 
 @pytest.fixture
 def init(first_frame) -> dict:
-    """A small session that runs until its client leaves."""
+    """An init of a small session without max_chunks."""
     return {
         "type": "init",
         "prompt": "A quiet street.",
@@ -42,7 +42,7 @@ def init(first_frame) -> dict:
 @pytest.mark.parametrize("transport", ["raw", "omit"])
 @pytest.mark.parametrize("name", SESSIONS)
 def test_golden_sessions_over_the_wire(golden_server, golden, first_frame, name, transport):
-    """Each golden session's frames, event ids and lengths arrive as the reference sends them."""
+    """Frames, event ids and chunk lengths of each golden session equal the reference's."""
     record = json.loads(golden(f"e2e/{name}/session.json").read_text())
     if transport not in record["plays"]:
         pytest.skip(f"{name} is recorded for {record['plays']} only")
@@ -75,17 +75,17 @@ def test_golden_sessions_over_the_wire(golden_server, golden, first_frame, name,
 
 
 def test_sessions_dropped_at_random_moments_leave_nothing(golden_server, init):
-    """200 sessions dropped before, during and after their first chunks: memory stays flat and the 201st works."""
-    chance = random.Random(7)
+    """200 sessions are dropped before, during and after their first chunks: memory stays flat, the next one works."""
+    random_ = random.Random(7)
     before = 0.0
     for number in range(200):
         with connect(golden_server.ws, max_size=None, compression=None) as socket:
             client = WireClient(socket)
-            moment = chance.random()
+            moment = random_.random()
             if moment > 0.1:
                 client.send(init)
             if moment > 0.4:
-                for _ in range(chance.randrange(1, 4)):
+                for _ in range(random_.randrange(1, 4)):
                     client.receive()
             if moment > 0.9:
                 socket.socket.close()
@@ -98,7 +98,7 @@ def test_sessions_dropped_at_random_moments_leave_nothing(golden_server, init):
 
 
 def test_a_reload_gets_the_slot_of_its_own_old_socket(golden_server, init):
-    """A page that reconnects while its old session is in mid-chunk is served, never refused."""
+    """A client that reconnects while its old session is in the middle of a chunk is served."""
     for _ in range(5):
         with wire(golden_server, init) as old:
             old.receive()
@@ -107,7 +107,7 @@ def test_a_reload_gets_the_slot_of_its_own_old_socket(golden_server, init):
 
 
 def test_models_and_health(golden_server):
-    """/v1/models names the served model and what it can do; /health says ready."""
+    """/v1/models lists the served model, and /health is 200."""
     status, models = get_json(f"{golden_server.http}/v1/models")
     assert status == 200
     assert models["object"] == "list"
@@ -116,8 +116,8 @@ def test_models_and_health(golden_server):
     assert get_json(f"{golden_server.http}/v1/models/nobody")[0] == 404
 
 
-def test_ctrl_c_tells_the_session_and_ends(golden, init, tmp_path):
-    """SIGINT during a session: the client gets an error, then close 1001, and the process ends with code 0."""
+def test_ctrl_c_ends_the_session_with_an_error(golden, init, tmp_path):
+    """After SIGINT the client gets an error and close 1001, and the process exits with code 0."""
     with running(tmp_path, "--model-path", str(golden("e2e/model")), "--device", "cpu", "--warmup", "false") as server:
         with wire(server, init) as client:
             client.chunk()

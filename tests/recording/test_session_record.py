@@ -1,4 +1,4 @@
-"""The record on disk: what is written comes back, crashes and limits cost only their own part."""
+"""The record on disk: it reads back as written, and crashes or limits lose only what they must."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lingbot_rt.recording.session_record import SessionRecorder, make_room
 from lingbot_rt.session.plan import ModelInfo
 from lingbot_rt.shapes import FrameSize
 
-CARD = ModelInfo("m", "builtin", FrameSize(64, 64), 3, 3, 9, 4, "cpu", "float32")
+MODEL_INFO = ModelInfo("m", "builtin", FrameSize(64, 64), 3, 3, 9, 4, "cpu", "float32")
 INIT = {"type": "init", "prompt": "a street", "seed": 7, "size": "64x64"}
 
 
@@ -35,13 +35,13 @@ def frames(seed: int) -> np.ndarray:
 
 @pytest.fixture
 def recorder(tmp_path):
-    made = SessionRecorder(tmp_path, "s1", INIT, b"picture", CARD, 10**6)
+    made = SessionRecorder(tmp_path, "s1", INIT, b"picture", MODEL_INFO, 10**6)
     yield made
     made.close("test over")
 
 
 def test_what_is_written_is_read_back(recorder):
-    """Init, picture, events with their chunk, stats and a hash of each frame come back equal."""
+    """Init, first frame, events with their chunk, statistics and frame hashes read back equal."""
     event = RecordedEvent("prompt", "night", 4)
     recorder.chunk(0, [], None, [frames(0)[:1], frames(1)], {"dit_ms": 5})
     recorder.chunk(1, [event], 4, [frames(2)], {"dit_ms": 6})
@@ -58,8 +58,8 @@ def test_what_is_written_is_read_back(recorder):
     assert {"lingbot_rt", "python", "torch"} <= record.session.versions.keys()
 
 
-def test_a_crash_loses_the_line_in_work_only(recorder):
-    """A last line that was cut off is left out; a damaged one before it is an error with its number."""
+def test_a_crash_loses_only_the_line_being_written(recorder):
+    """A last line that was cut off is skipped. A damaged line before it is an error with its number."""
     recorder.chunk(0, [], None, [frames(0)], {})
     recorder.chunk(1, [], None, [frames(1)], {})
     recorder.close("")
@@ -74,14 +74,14 @@ def test_a_crash_loses_the_line_in_work_only(recorder):
         read_record(path)
 
 
-def test_a_killed_process_leaves_every_chunk_it_had_handed_over(tmp_path):
-    """SIGKILL in mid-session: what was on its way to disk before is there, and the record says it has no end."""
+def test_a_killed_process_leaves_every_chunk_already_written(tmp_path):
+    """After SIGKILL the record has all chunks written so far and no end line."""
     script = f"""
 import os, sys, time
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from tests.recording.test_session_record import CARD, INIT, SessionRecorder, frames
+from tests.recording.test_session_record import MODEL_INFO, INIT, SessionRecorder, frames
 from pathlib import Path
-recorder = SessionRecorder(Path({str(tmp_path)!r}), "s1", INIT, b"picture", CARD, 10**6)
+recorder = SessionRecorder(Path({str(tmp_path)!r}), "s1", INIT, b"picture", MODEL_INFO, 10**6)
 for index in range(5):
     recorder.chunk(index, [], None, [frames(index)], {{}})
     while recorder.waiting:
@@ -95,15 +95,15 @@ os.kill(os.getpid(), 9)
     assert record.end is None
 
 
-def test_a_record_that_is_not_there_is_named(tmp_path):
-    """The error says which file was looked for."""
+def test_a_missing_record_is_named(tmp_path):
+    """The error names the file."""
     with pytest.raises(RecordError, match=r"record\.jsonl: No such file"):
         read_record(tmp_path)
 
 
 def test_the_size_limit_ends_the_record_not_the_session(tmp_path, caplog):
-    """Past --record-max-mb nothing more is written and nothing is raised: the folder stays within the limit."""
-    recorder = SessionRecorder(tmp_path, "s1", INIT, b"picture", CARD, 3000)
+    """At --record-max-mb the record stops without an error, and its folder stays within the limit."""
+    recorder = SessionRecorder(tmp_path, "s1", INIT, b"picture", MODEL_INFO, 3000)
     for index in range(20):
         recorder.chunk(index, [], None, [frames(index)], {})
         while recorder.waiting and recorder.is_recording:
@@ -114,8 +114,8 @@ def test_the_size_limit_ends_the_record_not_the_session(tmp_path, caplog):
     assert 0 < len(read_record(recorder.folder).chunks) < 20
 
 
-def test_the_oldest_records_make_room(tmp_path):
-    """The folder of all records stays within --record-total-mb; what is no record is left alone."""
+def test_the_oldest_records_are_deleted(tmp_path):
+    """The folder of all records stays within --record-total-mb. Other folders in it are left alone."""
     for day in range(4):
         (tmp_path / f"2026010{day}T000000-s").mkdir()
         (tmp_path / f"2026010{day}T000000-s" / RECORD_NAME).write_bytes(bytes(100))
@@ -125,14 +125,14 @@ def test_the_oldest_records_make_room(tmp_path):
     make_room(tmp_path / "not there yet", 250)
 
 
-def test_a_slow_disk_never_holds_a_chunk(tmp_path, monkeypatch, caplog):
-    """While the writer is stuck, handing chunks over still returns, and what waits is bounded."""
+def test_a_slow_disk_never_delays_a_chunk(tmp_path, monkeypatch, caplog):
+    """While the writer is stuck, queueing chunks still returns, and the queue is bounded."""
     stuck = threading.Event()
     monkeypatch.setattr(session_record, "frame_hash", lambda frame: stuck.wait(5) and "0" * 16)
-    recorder = SessionRecorder(tmp_path, "s1", INIT, b"picture", CARD, 10**6)
+    recorder = SessionRecorder(tmp_path, "s1", INIT, b"picture", MODEL_INFO, 10**6)
     for index in range(20):
         recorder.chunk(index, [], None, [frames(index)[:1]], {})
     assert recorder._queue.qsize() <= 4
-    assert "does not keep up" in caplog.text
+    assert "the disk is too slow" in caplog.text
     stuck.set()
     recorder.close("")

@@ -1,4 +1,4 @@
-"""The shipped cases and an engine to play them on."""
+"""The shipped cases, and the configuration of an engine that runs them."""
 
 from __future__ import annotations
 

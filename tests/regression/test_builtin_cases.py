@@ -1,4 +1,4 @@
-"""The shipped cases on the model they are shipped for."""
+"""The shipped cases on the built-in model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.regression.conftest import CASES
 
 
 def test_the_built_in_model_passes_its_own_ground_truth(tmp_path, capsys):
-    """Every shipped case, kept and played again by the command line, is bit for bit the same; exit code 0."""
+    """``check record`` and then ``check run`` on every shipped case: bit for bit equal, exit code 0."""
     cases, gt = str(CASES / "builtin.toml"), str(tmp_path / "gt")
     model = ["--device", "cpu", "--dtype", "float32", "--warmup", "false"]
     assert main(["check", "record", cases, "--out", gt, *model]) == 0

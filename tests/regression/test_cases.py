@@ -1,4 +1,4 @@
-"""Case files: what is read, what is refused and how."""
+"""Case files: what is read, and how wrong ones are refused."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_defaults_and_case_are_joined(cases_file):
         (("chunks = 4", "chunks = "), "is not TOML"),
     ],
 )
-def test_a_wrong_file_is_refused_by_name(cases_file, change, words):
+def test_a_wrong_file_is_refused(cases_file, change, words):
     """Each mistake gets one line that names the case and the field."""
     with pytest.raises(ConfigError) as error:
         load_cases(cases_file(GOOD.replace(*change)))
@@ -89,7 +89,7 @@ def test_names_must_differ(cases_file):
         load_cases(cases_file(GOOD + entry))
 
 
-@pytest.mark.parametrize("path", sorted(CASES.glob("*.toml")), ids=lambda path: path.stem)
-def test_shipped_files_are_whole(path):
-    """Every case file that ships is read, the one for the 14B and the long one too."""
-    assert load_cases(path)
+def test_shipped_files_can_be_read():
+    """Every shipped case file is valid and has its cases."""
+    found = {path.stem: len(load_cases(path)) for path in CASES.glob("*.toml")}
+    assert found == {"accelerator": 3, "builtin": 10, "long": 1}

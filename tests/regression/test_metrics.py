@@ -1,4 +1,4 @@
-"""PSNR, SSIM and the mean difference against their definitions."""
+"""PSNR, SSIM and mean difference against their definitions."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ def picture():
 
 
 def test_equal_pictures_are_perfect(picture):
-    """A picture against itself: infinite PSNR, SSIM 1, no difference."""
+    """A picture compared with itself: infinite PSNR, SSIM 1, no difference."""
     assert psnr(picture, picture) == math.inf
     assert ssim(picture, picture) == pytest.approx(1)
     assert mean_abs_diff(picture, picture) == 0
 
 
 def test_a_constant_shift_is_counted_in_grey_levels(picture):
-    """Two levels everywhere: difference 2, PSNR 20 log10(255 / 2), structure nearly kept."""
+    """Two levels everywhere: difference 2, PSNR 20 log10(255 / 2), SSIM above 0.99."""
     shifted = np.clip(picture.astype(int) + 2, 0, 255).astype(np.uint8)
     assert mean_abs_diff(shifted, picture) == pytest.approx(2, abs=0.05)
     assert psnr(shifted, picture) == pytest.approx(20 * math.log10(255 / 2), abs=0.1)
     assert ssim(shifted, picture) > 0.99
 
 
-def test_ssim_is_the_formula_of_each_window(picture):
-    """The summed-area means give what a plain loop over the windows gives."""
+def test_ssim_equals_a_plain_loop(picture):
+    """Summed-area means give the same result as a loop over all windows."""
     noisy = np.clip(picture + np.random.default_rng(0).normal(0, 12, picture.shape), 0, 255).astype(np.uint8)
     luma = [frame.astype(float) @ [0.299, 0.587, 0.114] for frame in (noisy, picture)]
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
@@ -48,6 +48,6 @@ def test_ssim_is_the_formula_of_each_window(picture):
 
 
 def test_pictures_smaller_than_a_window_have_a_score():
-    """The window shrinks to a picture that is smaller."""
+    """The window shrinks to the picture."""
     tiny = np.full((4, 6, 3), 9, np.uint8)
     assert ssim(tiny, tiny) == pytest.approx(1)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lingbot_rt.client.frames import DELTA_GZIP, RAW
-from lingbot_rt.client.session import Front, SessionCore, init_message, websocket_url
+from lingbot_rt.client.protocol import BaseSession, ClientProtocol, init_message, websocket_url
 from lingbot_rt.errors import (
     ClientError,
     EventRefused,
@@ -28,8 +28,8 @@ from lingbot_rt.session.controls import parse_event
 pack = msgspec.msgpack.encode
 
 
-class Recorder(Front[int]):
-    """A front that keeps what it would send."""
+class RecordingSession(BaseSession[int]):
+    """A session that stores its messages instead of sending them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,27 +40,33 @@ class Recorder(Front[int]):
         return event_id
 
 
-def test_verbs_become_events_the_server_parses():
-    """Each verb is one event with the next id, and the server's parser takes its payload."""
-    front = Recorder()
-    assert [front.press("w"), front.press("a"), front.release("w"), front.release(), front.prompt("Rain.")] == [
+def test_methods_send_events_that_the_server_parses():
+    """Each method sends one event with the next id, and the server's parser takes its payload."""
+    session = RecordingSession()
+    assert [
+        session.press("w"),
+        session.press("a"),
+        session.release("w"),
+        session.release(),
+        session.prompt("Rain."),
+    ] == [
         1,
         2,
         3,
         4,
         5,
     ]
-    front.script([["w"], []])
-    held = [message["payload"]["transitions"][0]["actions"] for message in front.messages[:4]]
+    session.script([["w"], []])
+    held = [message["payload"]["transitions"][0]["actions"] for message in session.messages[:4]]
     assert held == [["w"], ["w", "a"], ["a"], []]
-    assert [message["event_id"] for message in front.messages] == [1, 2, 3, 4, 5, 6]
-    for message in front.messages:
+    assert [message["event_id"] for message in session.messages] == [1, 2, 3, 4, 5, 6]
+    for message in session.messages:
         assert parse_event(message["kind"], message["payload"])
 
 
 def test_header_and_payload_in_two_messages():
-    """A frame_batch_header waits for the binary message that follows it."""
-    core = SessionCore()
+    """The message after a frame_batch_header is its payload."""
+    protocol = ClientProtocol()
     fields = {
         "type": "frame_batch_header",
         "chunk_index": 3,
@@ -70,29 +76,29 @@ def test_header_and_payload_in_two_messages():
         "height": 1,
         "event_id": 9,
     }
-    assert core.receive(pack(fields)) == []
-    frames = core.receive(bytes(range(12)))
+    assert protocol.receive(pack(fields)) == []
+    frames = protocol.receive(bytes(range(12)))
     assert [(frame.index, frame.chunk_index, frame.event_id) for frame in frames] == [(0, 3, 9), (1, 3, 9)]
     np.testing.assert_array_equal(frames[1].pixels, [[[6, 7, 8], [9, 10, 11]]])
 
 
 def test_recorded_stats_and_error(golden):
-    """The recorded chunk_stats fills ChunkStats, without the fields only this server sends."""
+    """The recorded chunk_stats becomes ChunkStats. Fields that only this server sends are None."""
     record = json.loads(golden("transport/control_messages.json").read_text())
-    core = SessionCore()
-    core.receive(base64.b64decode(record["chunk_stats"]["msgpack_b64"]))
-    (stats,) = core.stats
+    protocol = ClientProtocol()
+    protocol.receive(base64.b64decode(record["chunk_stats"]["msgpack_b64"]))
+    (stats,) = protocol.stats
     assert (stats.chunk_index, stats.num_frames, stats.chunk_total_ms) == (2, 9, 1251)
     assert stats.dit_ms is None
     assert stats.overhead_ms is None
     with pytest.raises(EventRefused):
-        core.receive(base64.b64decode(record["error"]["msgpack_b64"]))
+        protocol.receive(base64.b64decode(record["error"]["msgpack_b64"]))
 
 
-def test_overhead_is_what_neither_network_used():
-    """chunk_total minus DiT minus VAE."""
-    core = SessionCore()
-    core.receive(
+def test_overhead():
+    """Chunk time minus DiT and VAE time."""
+    protocol = ClientProtocol()
+    protocol.receive(
         pack(
             {
                 "type": "chunk_stats",
@@ -104,7 +110,7 @@ def test_overhead_is_what_neither_network_used():
             }
         )
     )
-    assert core.stats[0].overhead_ms == 10
+    assert protocol.stats[0].overhead_ms == 10
 
 
 @pytest.mark.parametrize(
@@ -117,26 +123,26 @@ def test_overhead_is_what_neither_network_used():
     ],
 )
 def test_error_messages_have_classes(content, kind, reconnectable):
-    """The server's refusals become exceptions that keep its words and say whether to try again."""
+    """The server's refusals become exceptions with its message, and say whether to reconnect."""
     with pytest.raises(kind, match=content) as caught:
-        SessionCore().receive(pack({"type": "error", "content": content}))
+        ClientProtocol().receive(pack({"type": "error", "content": content}))
     assert caught.value.reconnectable is reconnectable
 
 
-def test_last_words_before_an_abnormal_close():
-    """An error that announces a close is told with that close; a normal close raises nothing."""
-    core = SessionCore()
-    core.closed(1000, "generation complete")
-    assert core.receive(pack({"type": "error", "content": "the server stops"})) == []
+def test_the_error_before_an_abnormal_close():
+    """``closed`` raises the error that the server sent before the close. A normal close raises nothing."""
+    protocol = ClientProtocol()
+    protocol.closed(1000, "generation complete")
+    assert protocol.receive(pack({"type": "error", "content": "the server stops"})) == []
     with pytest.raises(SessionLost, match="the server stops") as caught:
-        core.closed(1001, "")
+        protocol.closed(1001, "")
     assert caught.value.close_code == 1001
     assert caught.value.reconnectable
 
 
 def test_unknown_messages_are_ignored():
-    """A message type from a later server does no harm."""
-    assert SessionCore().receive(pack({"type": "weather", "sun": True})) == []
+    """A message type of a later server is ignored."""
+    assert ClientProtocol().receive(pack({"type": "weather", "sun": True})) == []
 
 
 VALUES = st.integers(-5, 2**32) | st.text(max_size=9) | st.binary(max_size=9) | st.none() | st.lists(st.integers(0, 9))
@@ -153,21 +159,22 @@ MESSAGES = st.builds(
 
 @settings(deadline=None)  # a loaded machine is no failure
 @given(st.lists(st.binary(max_size=200) | MESSAGES, max_size=3))
-def test_any_bytes_are_taken_or_named(messages):
-    """Whatever arrives, the core returns frames or raises one of the client's own errors."""
-    core = SessionCore()
+def test_any_bytes_are_decoded_or_refused(messages):
+    """Any message returns frames or raises a ClientError."""
+    protocol = ClientProtocol()
     for message in messages:
         with contextlib.suppress(ClientError):
-            core.receive(message)
+            protocol.receive(message)
 
 
-def test_text_is_no_message():
+def test_text_messages_are_refused():
+    """Every message must be binary."""
     with pytest.raises(ProtocolError):
-        SessionCore().receive("hello")
+        ClientProtocol().receive("hello")
 
 
 def test_init_message(tmp_path):
-    """Pictures in every form become bytes, URLs stay, None leaves a field out, the camera is on."""
+    """Pictures of every form become bytes, URLs stay, None leaves a field out, and the camera is on by default."""
     path = tmp_path / "picture.bin"
     path.write_bytes(b"file")
     for given_frame, start in (
@@ -197,5 +204,5 @@ def test_init_message(tmp_path):
     ],
 )
 def test_urls(url, endpoint):
-    """A server's address is enough; a full endpoint is left alone."""
+    """A server's address is enough. A URL with a path stays as it is."""
     assert websocket_url(url) == endpoint

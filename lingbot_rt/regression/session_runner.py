@@ -1,4 +1,4 @@
-"""Plays a scripted session, over a socket or in this process, and hands out its chunks one by one."""
+"""Runs a scripted session on a server or on an engine in this process, and yields its chunks one by one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lingbot_rt.client import connect
-from lingbot_rt.client.served import served_model
+from lingbot_rt.client.server_info import fetch_model_info
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import PlayFailed
 from lingbot_rt.offline import play
@@ -22,15 +22,15 @@ from lingbot_rt.session.plan import EnginePort
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Who made the frames: times are compared only where all of it is the same, bytes where ``makes_the_bytes_of``."""
+    """Where frames were made. Times are compared only if all fields are equal."""
 
     how: str  # "in process" or "over the wire"
     model: str
     device: str
     dtype: str
 
-    def makes_the_bytes_of(self, other: Origin) -> bool:
-        """Whether equal bytes can be expected: the way to them does not matter."""
+    def expects_same_bytes(self, other: Origin) -> bool:
+        """Whether frames must be equal byte for byte: ``how`` does not matter."""
         return (self.model, self.device, self.dtype) == (other.model, other.device, other.dtype)
 
     def __str__(self) -> str:
@@ -38,26 +38,30 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
-class PlayedChunk:
+class ChunkOutput:
+    """One chunk of a session."""
+
     frames: npt.NDArray[np.uint8]  # [n, H, W, 3]
-    stats: dict[str, Any]  # as in chunk_stats, as far as they are known
+    stats: dict[str, Any]  # fields of chunk_stats; in process only the engine's times
     event_id: int | None
 
 
-class Player(Protocol):
+class SessionRunner(Protocol):
+    """Runs scripted sessions, one at a time."""
+
     @property
     def origin(self) -> Origin: ...
 
-    def play(self, init: dict[str, Any]) -> AsyncIterator[PlayedChunk]:
-        """Every chunk of a ``scripted_init``. Raises LingbotError when it is refused or breaks."""
+    def run(self, init: dict[str, Any]) -> AsyncIterator[ChunkOutput]:
+        """Every chunk of a ``scripted_init``. Raises LingbotError if the session is refused or fails."""
 
 
-_NOT_SCRIPTED = {"output_compression", "realtime_preview_max_width", "record"}
+_LEFT_OUT = {"output_compression", "realtime_preview_max_width", "record"}
 
 
 def scripted_init(init: dict[str, Any], events: Iterable[CaseEvent], chunks: int) -> dict[str, Any]:
-    """The init of a session of ``chunks`` chunks whose events are pinned to theirs, sent as raw frames."""
-    return {key: value for key, value in init.items() if key not in _NOT_SCRIPTED} | {
+    """The init of a session of ``chunks`` chunks with each event pinned to its chunk. Frames come raw."""
+    return {key: value for key, value in init.items() if key not in _LEFT_OUT} | {
         "type": "init",
         "max_chunks": chunks,
         "pinned_events": [msgspec.to_builtins(event) for event in events],
@@ -67,27 +71,27 @@ def scripted_init(init: dict[str, Any], events: Iterable[CaseEvent], chunks: int
     }
 
 
-class ServerPlayer:
-    """Plays on a running server. Raises ConnectFailed when there is none at ``url``."""
+class ServerRunner:
+    """Runs sessions on a server. Raises ConnectFailed if nothing answers at ``url``."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self._url = url
         self._api_key = api_key
-        served = served_model(url, api_key)
-        known = (str(served.get(name, "unknown")) for name in ("id", "device", "dtype"))
-        self.origin = Origin("over the wire", *known)
+        served = fetch_model_info(url, api_key)
+        fields = (str(served.get(name, "unknown")) for name in ("id", "device", "dtype"))
+        self.origin = Origin("over the wire", *fields)
 
-    async def play(self, init: dict[str, Any]) -> AsyncIterator[PlayedChunk]:
+    async def run(self, init: dict[str, Any]) -> AsyncIterator[ChunkOutput]:
         fields = {key: value for key, value in init.items() if key != "type"}
         frames: list[npt.NDArray[np.uint8]] = []
         event_id, index = None, 0
         async with connect(self._url, api_key=self._api_key, script=None, **fields) as session:
 
-            def finished() -> PlayedChunk:
-                # A chunk's statistics stand between its frames and the next one's.
+            def finished() -> ChunkOutput:
+                # A chunk's statistics arrive after its frames and before the next chunk's.
                 if not session.stats or session.stats[-1].chunk_index != index:
-                    raise PlayFailed(f"chunk {index} came without its statistics")
-                return PlayedChunk(np.stack(frames), session.stats[-1].message, event_id)
+                    raise PlayFailed(f"chunk {index} arrived without its statistics")
+                return ChunkOutput(np.stack(frames), session.stats[-1].message, event_id)
 
             async for frame in session:
                 if frame.chunk_index != index:
@@ -96,12 +100,12 @@ class ServerPlayer:
                 event_id, index = frame.event_id, frame.chunk_index
                 frames.append(frame.pixels)
             if index != init["max_chunks"] - 1 or not frames:
-                raise PlayFailed(f"{init['max_chunks']} chunks were asked for, chunk {index} was the last that came")
+                raise PlayFailed(f"the session ended after chunk {index} of {init['max_chunks']}")
             yield finished()
 
 
-class EnginePlayer:
-    """Plays on a started engine; the statistics are the engine's own times."""
+class EngineRunner:
+    """Runs sessions on a started engine. The statistics are the engine's own times."""
 
     def __init__(self, engine: EnginePort, config: ServeConfig) -> None:
         self._engine = engine
@@ -109,10 +113,10 @@ class EnginePlayer:
         model_info = engine.model_info
         self.origin = Origin("in process", model_info.model_id, model_info.device, model_info.dtype)
 
-    async def play(self, init: dict[str, Any]) -> AsyncIterator[PlayedChunk]:
+    async def run(self, init: dict[str, Any]) -> AsyncIterator[ChunkOutput]:
         message = decode(msgspec.msgpack.encode(init))
         assert isinstance(message, Init)
         async for chunk in play(self._engine, self._config, message):
             timings = chunk.result.timings
             stats = {"chunk_total_ms": timings.total_ms, "dit_ms": timings.dit_ms, "vae_ms": timings.vae_ms}
-            yield PlayedChunk(chunk.frames, stats, chunk.plan.event_id)
+            yield ChunkOutput(chunk.frames, stats, chunk.plan.event_id)

@@ -1,4 +1,7 @@
-"""What the device gives to the two kinds of kernel that a chunk is made of, alone and at the chunk's own shapes."""
+"""The device's highest rate for linears and for attention, each measured alone at the shapes of a chunk.
+
+A chunk consists almost only of these two kinds of kernel, so their rates bound its time from below.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +19,25 @@ from lingbot_rt.models.attention import attend
 from lingbot_rt.models.quantize import product_on, quantize_rows
 
 _ROUNDS = 3
-_ROUND_S = 0.2  # long enough that the clock of an accelerator settles under load
-_MOST_REPEATS = 200
+_ROUND_S = 0.2  # long enough for the accelerator's clock to settle under load
+_MAX_REPEATS = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Ceiling:
-    """TFLOP/s, measured in the DiT's own precision with its own attention kernel."""
+class Roofline:
+    """TFLOP/s in the DiT's own dtype, with its own attention kernel."""
 
     linears: float
     attention: float
 
     def seconds(self, work: Flops) -> float:
-        """The least time that ``work`` can take at these rates."""
+        """The shortest time in which ``work`` can run at these rates."""
         return (work.linears / self.linears + work.attention / self.attention) / 1e12
 
 
 @torch.inference_mode()
-def measure_ceiling(pipeline: Pipeline, shape: ChunkShape) -> Ceiling:
-    """A block's four kinds of linear, and self-attention of the chunk's queries over its keys."""
+def measure_roofline(pipeline: Pipeline, shape: ChunkShape) -> Roofline:
+    """Times the four linear shapes of a block, and self-attention of a chunk's queries over the window's keys."""
     config, device = pipeline.dit.config, pipeline.device
 
     def random(*sizes: int) -> torch.Tensor:
@@ -53,28 +56,28 @@ def measure_ceiling(pipeline: Pipeline, shape: ChunkShape) -> Ceiling:
     k, v = random(1, shape.keys, *heads), random(1, shape.keys, *heads)
     attention_s = seconds_of(lambda: attend(q, k, v, pipeline.dit.attention_backend), device)
     attention_flops = block_flops(config, shape.tokens, shape.keys).self_attention
-    return Ceiling(linears=linear_flops / linears_s / 1e12, attention=attention_flops / attention_s / 1e12)
+    return Roofline(linears=linear_flops / linears_s / 1e12, attention=attention_flops / attention_s / 1e12)
 
 
 def _fp8_products(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], object]:
-    """The products alone: on a device the rounding to fp8 is part of what comes before them."""
+    """The fp8 products without the quantization of their inputs, which compiled code fuses into earlier kernels."""
     dtype, product = pairs[0][0].dtype, product_on(pairs[0][0].device)
-    rounded = [(*quantize_rows(x), *quantize_rows(weight)) for x, weight in pairs]
-    ready = [(x, weight, x_scale, scale.T.contiguous(), dtype) for x, x_scale, weight, scale in rounded]
-    return lambda: [product(*operands) for operands in ready]
+    quantized = [(*quantize_rows(x), *quantize_rows(weight)) for x, weight in pairs]
+    operands = [(x, weight, x_scale, scale.T.contiguous(), dtype) for x, x_scale, weight, scale in quantized]
+    return lambda: [product(*each) for each in operands]
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call: the median of three rounds of many, after one to warm up."""
+    """Seconds per call: the median of three rounds of many calls, after one warm-up call."""
 
     def round_of(repeats: int) -> float:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for _ in range(repeats):
             work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return (time.perf_counter() - begun) / repeats
+        return (time.perf_counter() - started) / repeats
 
     round_of(1)
-    repeats = max(1, min(int(_ROUND_S / round_of(1)), _MOST_REPEATS))
+    repeats = max(1, min(int(_ROUND_S / round_of(1)), _MAX_REPEATS))
     return statistics.median(round_of(repeats) for _ in range(_ROUNDS))

@@ -1,6 +1,7 @@
-"""The client's half of the wire without any socket: verbs become messages, messages become frames and statistics.
+"""The client's side of the wire protocol without a socket.
 
-The blocking and the async session are thin fronts over ``SessionCore`` (what arrives) and ``Front`` (what leaves).
+``ClientProtocol`` turns received messages into frames, statistics and errors. ``BaseSession`` turns method calls into
+events; the blocking and the async session derive from it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from lingbot_rt.errors import (
 )
 
 CAMERA_ON: tuple[tuple[str, ...], ...] = ((),)
-"""A script of one latent frame without keys: the session has camera control from its first chunk on."""
+"""A script of one latent frame without keys. It turns camera control on from the first chunk."""
 
 _KEPT_STATS = 1024
 _NORMAL_CLOSE = 1000
@@ -41,7 +42,7 @@ Sent = TypeVar("Sent")
 
 @dataclass(frozen=True, slots=True)
 class ChunkStats:
-    """A chunk's measurements in milliseconds; None where the server does not tell."""
+    """A chunk's measurements in milliseconds; None where the server does not report one."""
 
     chunk_index: int
     num_frames: int
@@ -51,7 +52,7 @@ class ChunkStats:
     vae_ms: float | None
     encode_ms: float | None
     window_frames: int | None
-    message: dict[str, Any] = field(repr=False)  # chunk_stats as it came
+    message: dict[str, Any] = field(repr=False)  # the whole chunk_stats message
 
     @classmethod
     def from_message(cls, message: dict[str, Any]) -> ChunkStats:
@@ -72,20 +73,20 @@ class ChunkStats:
 
     @property
     def overhead_ms(self) -> float | None:
-        """The part of the chunk that neither DiT nor VAE used."""
+        """Chunk time minus DiT and VAE time."""
         if self.dit_ms is None or self.vae_ms is None:
             return None
         return self.chunk_total_ms - self.dit_ms - self.vae_ms
 
 
-class SessionCore:
-    """Everything that arrives, in order. Holds one batch of frames at most."""
+class ClientProtocol:
+    """Takes every received message in order. Holds at most one frame header whose payload has not arrived."""
 
     def __init__(self) -> None:
         self.stats: deque[ChunkStats] = deque(maxlen=_KEPT_STATS)
         self._decoder = FrameDecoder()
         self._header: dict[str, Any] | None = None
-        self._last_words: str | None = None
+        self._closing_error: str | None = None
 
     def receive(self, message: bytes | str) -> list[Frame]:
         """One WebSocket message -> the frames it completes. Raises ClientError for the server's error messages."""
@@ -105,14 +106,14 @@ class SessionCore:
             case "error":
                 self._raise(str(fields.get("content", "")), fields.get("code"))
             case _:
-                pass  # an extension this client did not ask for
+                pass  # a message type of a later server
         return []
 
     def closed(self, code: int | None, reason: str) -> None:
-        """The line is closed: returns after a normal end, else raises SessionLost with the server's last words."""
+        """Call once the connection is closed. Raises SessionLost with the server's last error after an abnormal end."""
         if code != _NORMAL_CLOSE:
-            words = self._last_words or reason or "the line broke"
-            raise SessionLost(f"session lost: {words}", close_code=code)
+            cause = self._closing_error or reason or "the connection broke"
+            raise SessionLost(f"session lost: {cause}", close_code=code)
 
     def _raise(self, content: str, code: str | None) -> None:
         kinds: list[tuple[str, type[ClientError]]] = [
@@ -124,39 +125,37 @@ class SessionCore:
         for start, kind in kinds:
             if content.startswith(start) or code == kind.code:
                 raise kind(content)
-        # Any other error announces the close that follows it; that close ends the session with these words.
-        self._last_words = content
+        # The server closes after any other error. ``closed`` then raises it.
+        self._closing_error = content
 
 
-class Front(ABC, Generic[Sent]):
-    """What a blocking and an async session share: the verbs and the statistics.
+class BaseSession(ABC, Generic[Sent]):
+    """What the blocking and the async session share: events and statistics.
 
-    Each verb sends one message; its event id comes back in ``Frame.event_id``.
-
-    ``Sent`` is ``int``, the event id, in a blocking session and an awaitable of it in an async one.
-    Keys are w a s d to move and i j k l to look.
+    Each method below sends one event and returns its id: ``Sent`` is ``int`` in a blocking session and an awaitable of
+    it in an async one. The id comes back in ``Frame.event_id``. Keys are w a s d to move and i j k l to look.
     """
 
     def __init__(self) -> None:
-        self._core = SessionCore()
-        self._ready: deque[Frame] = deque()  # of the batch that came last
+        self._protocol = ClientProtocol()
+        self._decoded: deque[Frame] = deque()  # frames of the last batch that were not returned yet
         self._held: tuple[str, ...] = ()
         self._event_id = 0
 
     @property
     def stats(self) -> deque[ChunkStats]:
-        """Of the last 1,024 chunks; a chunk's arrive after its frames."""
-        return self._core.stats
+        """Statistics of the last 1,024 chunks. A chunk's statistics arrive after its frames."""
+        return self._protocol.stats
 
     @abstractmethod
     def _send(self, message: bytes, event_id: int) -> Sent: ...
 
     def press(self, *keys: str) -> Sent:
-        """Hold ``keys`` down, beside those that are held already."""
+        """Hold ``keys`` in addition to the keys already held."""
         return self.hold(*self._held, *keys)
 
     def release(self, *keys: str) -> Sent:
-        """Let go of ``keys``; of all when none is named."""
+        """Let go of ``keys``, or of all keys if none is given."""
         return self.hold(*(key for key in self._held if keys and key not in keys))
 
     def hold(self, *keys: str) -> Sent:
@@ -166,12 +165,12 @@ class Front(ABC, Generic[Sent]):
         return self._event("camera_actions", {"mode": "state", "transitions": [transition]})
 
     def script(self, actions: Sequence[Sequence[str]]) -> Sent:
-        """Play ``actions``, one list of keys a latent frame (four pixel frames), in place of held keys."""
+        """Play ``actions`` instead of held keys: one list of keys per latent frame (four pixel frames)."""
         self._held = ()
         return self._event("camera_actions", [list(keys) for keys in actions])
 
     def prompt(self, text: str) -> Sent:
-        """Change the sentence; in force from the next chunk."""
+        """Change the prompt from the next chunk on."""
         return self._event("prompt", text)
 
     def _event(self, kind: str, payload: object) -> Sent:
@@ -186,11 +185,12 @@ def init_message(
     script: Sequence[Sequence[str]] | None = CAMERA_ON,
     **fields: object,
 ) -> bytes:
-    """The first message of a session.
+    """The init message, encoded.
 
     ``first_frame``: an encoded picture, the path of one, a ``data:`` or http(s) URL that the server resolves, or
-    pixels uint8 [H, W, 3]. ``script``: keys of the first latent frames; None leaves camera control off until a key
-    comes. ``fields``: the wire's own, such as ``size="832x480"``, ``seed=1``, ``realtime_output_format="jpeg"``.
+    pixels uint8 [H, W, 3]. ``script``: keys of the first latent frames; None leaves camera control off until the first
+    key event. ``fields``: other fields of the init, such as ``size="832x480"``, ``seed=1``,
+    ``realtime_output_format="jpeg"``; None leaves a field out.
     """
     message: dict[str, object] = {"type": "init", "prompt": prompt, "first_frame": _picture(first_frame)}
     if script is not None:
@@ -200,7 +200,7 @@ def init_message(
 
 
 def websocket_url(url: str) -> str:
-    """``http://host:port`` or ``ws://host:port`` -> the session endpoint there; a URL with a path stays as it is."""
+    """``http://host:port`` or ``ws://host:port`` -> the session endpoint there. A URL with a path stays as it is."""
     if "://" not in url:
         url = "ws://" + url
     scheme, rest = url.split("://", 1)

@@ -1,4 +1,4 @@
-"""What a server says of itself before a session."""
+"""What a server reports about its model, without a session."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from urllib.parse import urlsplit
 
 from lingbot_rt.errors import ConnectFailed
 
-_LIMIT_S = 5
+_TIMEOUT_S = 5
 
 
-def served_model(url: str, api_key: str | None = None) -> dict[str, Any]:
-    """The entry of /v1/models of the server at ``url`` (http or ws); empty where it does not tell.
+def fetch_model_info(url: str, api_key: str | None = None) -> dict[str, Any]:
+    """The first entry of /v1/models of the server at ``url`` (http or ws); empty if the server has no such entry.
 
-    Raises ConnectFailed when nothing answers there.
+    Raises ConnectFailed if nothing answers at ``url``.
     """
     parts = urlsplit(url if "://" in url else f"http://{url}")
     scheme = "https" if parts.scheme in ("https", "wss") else "http"
@@ -24,7 +24,7 @@ def served_model(url: str, api_key: str | None = None) -> dict[str, Any]:
     if api_key:
         request.add_header("Authorization", f"Bearer {api_key}")
     try:
-        with urllib.request.urlopen(request, timeout=_LIMIT_S) as answer:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
             return dict(json.load(answer)["data"][0])
     except urllib.error.HTTPError:
         return {}

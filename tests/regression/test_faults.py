@@ -1,6 +1,6 @@
-"""The guard bites: one thing broken at a time, and the cases that must notice do, the others do not.
+"""The regression check finds faults: with one thing broken at a time, the affected cases fail and the others pass.
 
-Played on the golden checkpoint (window 9, sink 3), where any wrong key, position or feature changes every pixel.
+The cases run on the golden checkpoint (window 9, sink 3), where any wrong key, position or feature changes every pixel.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from lingbot_rt.models import dit
 from lingbot_rt.models.feature_cache import FeatureCache
 from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.models.vae import StreamingVAE
-from lingbot_rt.regression.compare import Comparison
-from lingbot_rt.regression.ground_truth import TruthWriter
-from lingbot_rt.regression.play import EnginePlayer, scripted_init
+from lingbot_rt.regression.check import CaseCheck
+from lingbot_rt.regression.ground_truth import GroundTruthWriter
+from lingbot_rt.regression.session_runner import EngineRunner, scripted_init
 from lingbot_rt.session.camera_path import CameraPath
 
 
 def ring_off_by_one(patch):
-    """Once the ring turns over, each frame lands one slot too far: the wrong one falls out."""
+    """Once the ring is full, each frame is written one slot too far and the wrong one is overwritten."""
     begin = KVCache.begin
 
     def shifted(self, start_frame, num_frames):
@@ -33,7 +33,7 @@ def ring_off_by_one(patch):
 
 
 def sink_dropped(patch):
-    """The sink is part of the ring: the first frames fall out like any other."""
+    """The window has no sink: the first frames are overwritten like any other."""
     make = KVCache.__init__
 
     def without_sink(self, **given):
@@ -43,18 +43,18 @@ def sink_dropped(patch):
 
 
 def rope_restarted(patch):
-    """Every chunk believes it is the first in time."""
+    """Every chunk gets the temporal positions of the first."""
     tables = dit.rope_tables
     patch.setattr(dit, "rope_tables", lambda head_dim, start_frame, *rest: tables(head_dim, 0, *rest))
 
 
 def context_skipped(patch):
-    """The last noisy forward's K/V stay in the window."""
+    """The context pass is skipped: the last noisy forward's K/V stay in the window."""
     patch.setattr(ChunkForward, "commit", lambda self, latents: None)
 
 
 def features_reset(patch):
-    """The VAE forgets the chunk before: its slots are blank."""
+    """The VAE's feature cache is cleared at each chunk."""
     decode = StreamingVAE.decode_latent_frame
 
     def forgetful(self, latent, features):
@@ -66,7 +66,7 @@ def features_reset(patch):
 
 
 def text_kv_stale(patch):
-    """A new prompt changes the words and not the K/V."""
+    """A new prompt does not change the text K/V."""
     build = SessionState.text_kv
 
     def stale(self, prompt):
@@ -76,7 +76,7 @@ def text_kv_stale(patch):
 
 
 def camera_history_cut(patch):
-    """Each chunk scales its steps by its own longest one and forgets the pose before it."""
+    """Each chunk scales its steps by its own longest one and forgets the previous pose."""
     extend = CameraPath.extend
 
     def forgetful(self, actions):
@@ -87,11 +87,11 @@ def camera_history_cut(patch):
 
 
 def features_shared(patch):
-    """All sessions decode with one list of features."""
+    """All sessions share one feature cache."""
     made = []
 
     def one_for_all(self):
-        # The first list is the engine's own probe, at another size.
+        # The first cache is the engine's own probe, at another size.
         if len(made) < 2:
             made.append(FeatureCache(self._vae._cached_conv_counts["decoder"]))
         return made[-1]
@@ -110,7 +110,7 @@ FAULTS = [
     (camera_history_cut, {"script", "sliding-window"}, {"neutral"}),
     (features_shared, {"in-turn-second"}, {"neutral"}),
 ]
-PLAYED = {
+CHECKED = {
     "neutral",
     "script",
     "held-keys",
@@ -124,57 +124,57 @@ PLAYED = {
 
 @pytest.fixture(scope="module")
 def cases(shipped_cases):
-    return [case for case in shipped_cases if case.name in PLAYED]
+    return [case for case in shipped_cases if case.name in CHECKED]
 
 
-async def play_all(config, cases, taker_of):
-    """What becomes of each case's taker, all on one engine."""
+async def run_all(config, cases, make_consumer):
+    """Runs all cases on one engine and returns the result of each case's consumer."""
     engine = Engine(config)
     await engine.start()
-    player, results = EnginePlayer(engine, config), []
+    runner, results = EngineRunner(engine, config), []
     try:
         for case in cases:
-            taker = taker_of(case)
-            async for chunk in player.play(scripted_init(case.init, case.events, case.chunks)):
-                taker.add(chunk)
-            results.append(taker.finish(player.origin))
+            consumer = make_consumer(case)
+            async for chunk in runner.run(scripted_init(case.init, case.events, case.chunks)):
+                consumer.add(chunk)
+            results.append(consumer.finish(runner.origin))
     finally:
         await engine.stop()
     return results
 
 
 @pytest.fixture(scope="module")
-async def truth(golden_config, cases, tmp_path_factory):
+async def ground_truth(golden_config, cases, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gt")
-    await play_all(golden_config, cases, lambda case: TruthWriter(folder, case))
+    await run_all(golden_config, cases, lambda case: GroundTruthWriter(folder, case))
     return folder
 
 
-async def verdicts(config, cases, truth) -> dict[str, list[str]]:
-    reports = await play_all(config, cases, lambda case: Comparison(case, truth, guard_latency=False))
+async def verdicts(config, cases, ground_truth) -> dict[str, list[str]]:
+    reports = await run_all(config, cases, lambda case: CaseCheck(case, ground_truth, check_latency=False))
     return {report.name: report.problems for report in reports}
 
 
-async def test_an_unchanged_build_passes_every_case(golden_config, cases, truth):
-    """The same build plays the same bytes: every case is exact."""
-    assert await verdicts(golden_config, cases, truth) == {case.name: [] for case in cases}
+async def test_an_unchanged_build_passes_every_case(golden_config, cases, ground_truth):
+    """The same build produces the same bytes: every case is exact."""
+    assert await verdicts(golden_config, cases, ground_truth) == {case.name: [] for case in cases}
 
 
 @pytest.mark.parametrize(("fault", "must_fail", "must_pass"), FAULTS, ids=[fault.__name__ for fault, *_ in FAULTS])
-async def test_a_fault_fails_the_right_cases(golden_config, cases, truth, monkeypatch, fault, must_fail, must_pass):
-    """What a fault touches fails, what it cannot touch passes."""
+async def test_faults(golden_config, cases, ground_truth, monkeypatch, fault, must_fail, must_pass):
+    """Cases that a fault affects fail, cases that it can't affect pass."""
     chosen = [case for case in cases if case.name in must_fail | must_pass]
     if fault is features_shared:
         chosen = [case for case in cases if case.name in {"neutral", "in-turn-second"}]
     fault(monkeypatch)
-    found = await verdicts(golden_config, chosen, truth)
+    found = await verdicts(golden_config, chosen, ground_truth)
     assert {name for name, problems in found.items() if problems} >= must_fail
     assert {name for name, problems in found.items() if not problems} >= must_pass
 
 
-async def test_another_seed_is_another_world(golden_config, cases, truth):
-    """The exactness above is no accident of constant pictures: another seed differs in every frame but the picture."""
+async def test_another_seed_is_another_world(golden_config, cases, ground_truth):
+    """Exactness is no accident of constant pictures: with another seed all frames of chunk 1 differ."""
     case = next(case for case in cases if case.name == "neutral")
     other = msgspec.structs.replace(case, init=case.init | {"seed": 7})
-    (problems,) = (await verdicts(golden_config, [other], truth)).values()
+    (problems,) = (await verdicts(golden_config, [other], ground_truth)).values()
     assert any(problem.startswith("chunk 1: 12 of 12 frames") for problem in problems)

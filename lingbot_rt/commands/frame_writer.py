@@ -1,7 +1,9 @@
-"""Frames to keep: an MP4 file (PyAV) or a folder of PNGs."""
+"""Writes pixel frames to an MP4 file (PyAV) or to a folder of PNGs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,26 +14,31 @@ from PIL import Image
 
 from lingbot_rt.errors import ConfigError
 
-_CRF = "16"  # libx264's quality scale: below 18 a difference is hard to see
+_CRF = "16"  # libx264's quality scale; differences are hard to see below 18
 
 
-class Clip:
-    """Takes pixel frames uint8 [H, W, 3], all of one size. This one keeps nothing."""
-
-    def add(self, pixels: npt.NDArray[np.uint8]) -> None:
-        """The next frame."""
-
-    def close(self) -> None:
-        """Finishes the file."""
-
-    def __enter__(self) -> Clip:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+WriteFrame = Callable[[npt.NDArray[np.uint8]], None]
+"""Takes pixel frames uint8 [H, W, 3], all of one size."""
 
 
-class PngFolder(Clip):
+@contextmanager
+def open_writer(path: str | None, fps: float) -> Iterator[WriteFrame]:
+    """NAME.mp4 -> a video at ``fps``, another name -> a folder of PNGs, None -> frames are discarded.
+
+    Raises ConfigError if a video is asked for and PyAV is not installed.
+    """
+    if path is None:
+        yield lambda pixels: None
+    elif path.lower().endswith(".mp4"):
+        with closing(Mp4File(Path(path), fps)) as video:
+            yield video.add
+    else:
+        yield PngFolder(Path(path)).add
+
+
+class PngFolder:
+    """frame_00000.png, frame_00001.png and so on."""
+
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
@@ -42,8 +49,8 @@ class PngFolder(Clip):
         self._count += 1
 
 
-class Mp4(Clip):
-    """H.264, at ``fps``. The picture's size comes with the first frame."""
+class Mp4File:
+    """H.264 video at ``fps``. The first frame sets its size."""
 
     def __init__(self, path: Path, fps: float) -> None:
         try:
@@ -59,7 +66,7 @@ class Mp4(Clip):
         self._stream: Any = None
 
     def add(self, pixels: npt.NDArray[np.uint8]) -> None:
-        # Chroma is halved along both sides: an odd preview loses its last row or column.
+        # yuv420p halves the chroma along both sides, so a picture of odd size loses its last row or column.
         height, width = (side // 2 * 2 for side in pixels.shape[:2])
         if self._stream is None:
             self._stream = self._file.add_stream("libx264", rate=self._fps, options={"crf": _CRF})
@@ -71,10 +78,3 @@ class Mp4(Clip):
         if self._stream is not None:
             self._file.mux(self._stream.encode())
         self._file.close()
-
-
-def open_clip(out: str | None, fps: float) -> Clip:
-    """``clip.mp4`` -> Mp4, another name -> a folder of PNGs, None -> nothing kept. Raises ConfigError without PyAV."""
-    if out is None:
-        return Clip()
-    return Mp4(Path(out), fps) if out.lower().endswith(".mp4") else PngFolder(Path(out))

@@ -1,0 +1,119 @@
+"""An engine inside a command's own process: device checks, progress bars while it loads, and its shutdown."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from lingbot_rt.commands.options import add_config_options, add_server_options, config_from
+from lingbot_rt.config import ServeConfig
+from lingbot_rt.session.plan import EngineStatus
+
+if TYPE_CHECKING:
+    from lingbot_rt.regression.session_runner import SessionRunner
+    from lingbot_rt.session.plan import EnginePort
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.1
+_BAR_FORMAT = "{desc:<32} {bar:30} {percentage:3.0f} %  {elapsed}"
+
+
+def add_runner_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that ``open_runner`` reads: --url, or the model and device of an engine in this process."""
+    add_server_options(parser, default_url=None)
+    add_config_options(parser, ("model", "device"), also=("max_pixels", "postprocess_model_dir"))
+
+
+@asynccontextmanager
+async def open_runner(args: argparse.Namespace) -> AsyncIterator[SessionRunner]:
+    """Runs sessions on the server at --url, or on an engine in this process that stops at the end."""
+    from lingbot_rt.regression.session_runner import EngineRunner, ServerRunner
+
+    if args.url:
+        yield await asyncio.to_thread(ServerRunner, args.url, args.api_key)
+        return
+    config = config_from(args)
+    require_devices(config)
+    async with started_engine(config) as engine:
+        yield EngineRunner(engine, config)
+
+
+@asynccontextmanager
+async def started_engine(config: ServeConfig) -> AsyncIterator[EnginePort]:
+    """A ready engine that stops at the end. Shows progress bars while it loads."""
+    from lingbot_rt.engine.engine import Engine
+
+    engine = Engine(config)
+    try:
+        with StartupBars() as bars:
+            await bars.follow(engine, asyncio.ensure_future(engine.start()))
+        yield engine
+    finally:
+        await engine.stop()
+
+
+def require_devices(config: ServeConfig) -> None:
+    """Raises ConfigError if --num-gpus asks for more devices than there are, or does not divide the heads."""
+    if config.num_gpus == 1 and "WORLD_SIZE" not in os.environ:
+        return
+    from lingbot_rt.parallel.launch import require_ranks
+
+    require_ranks(config)
+
+
+class StartupBars:
+    """One progress bar per loading stage, one after the other. Without a terminal: one log line per stage."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._bar: tqdm | None = None
+
+    async def follow(self, engine: EnginePort, until: asyncio.Future[None]) -> None:
+        """Shows the engine's status until it is ready or ``until`` is done. Raises what ``until`` raised."""
+        while not engine.status.ready and not until.done():
+            self.show(engine.status)
+            await asyncio.wait([until], timeout=_POLL_S)
+        if until.done():
+            await until
+
+    def show(self, status: EngineStatus) -> None:
+        stage = f"{status.stage}: {status.detail}" if status.detail else status.stage
+        if stage != self._stage:
+            self._finish()
+            self._stage = stage
+            if status.progress is not None:
+                # tqdm draws nothing on a terminal that reports 0 x 0; shutil falls back to 80 x 24.
+                size = shutil.get_terminal_size()
+                self._bar = tqdm(
+                    total=1.0, desc=stage, bar_format=_BAR_FORMAT, ncols=size.columns, nrows=size.lines, disable=None
+                )
+                if self._bar.disable:
+                    log.info("%s", stage)
+        if self._bar is not None and status.progress is not None:
+            self._bar.n = min(status.progress, 1.0)
+            self._bar.refresh()
+
+    def _finish(self) -> None:
+        if self._bar is not None:
+            self._bar.n = 1.0
+            self._bar.refresh()
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> StartupBars:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            self._finish()
+        elif self._bar is not None:
+            self._bar.close()
