@@ -166,7 +166,7 @@ def _dit_exchanges(exchanges: Exchanges, ranks: RankGroup, device: torch.device)
         return torch.randn(sizes, dtype=exchanges.dtype, device=device)
 
     count = exchanges.tokens
-    own = ranks.share(count)[ranks.rank]
+    own = ranks.split(count)[ranks.rank]
     q, k, v = (random(1, own, exchanges.heads, exchanges.head_dim) for _ in range(3))
     attended = random(1, count, exchanges.heads // ranks.world, exchanges.head_dim)
     flow = random(1, own, exchanges.out_channels * PATCH_SIZE**2)
@@ -202,7 +202,7 @@ def _vae_exchanges(exchanges: Exchanges, ranks: RankGroup, device: torch.device)
         latent = torch.zeros(1, vae.z_dim, 1, exchanges.size.latent_height, exchanges.size.latent_width)
     shapes = _HaloShapes(vae.decoder, ranks)
     features = vae.new_features()
-    with shapes.of(exchanges.size.latent_width):
+    with shapes.decoding(exchanges.size.latent_width):
         for _ in range(_STEADY_FRAME + 1):
             shapes.columns.clear()
             vae.decode_latent_frame(latent, features)
@@ -210,12 +210,12 @@ def _vae_exchanges(exchanges: Exchanges, ranks: RankGroup, device: torch.device)
     own = torch.randn(shapes.joined, device=device)
 
     def halos() -> None:
-        with shapes.of(exchanges.size.latent_width):
+        with shapes.decoding(exchanges.size.latent_width):
             for edge in edges:
                 WidthShards.widen(shapes, edge)
 
     def join() -> None:
-        with shapes.of(exchanges.size.latent_width):
+        with shapes.decoding(exchanges.size.latent_width):
             WidthShards.join(shapes, own)
 
     return [

@@ -15,7 +15,7 @@ from lingbot_rt.engine.memory import GB, require_room
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.errors import ConfigError
-from lingbot_rt.parallel.leader import Close, Leader
+from lingbot_rt.parallel.coordinator import Close, Coordinator, SingleCoordinator
 from lingbot_rt.session.camera_path import CameraPath
 from lingbot_rt.session.plan import ChunkPlan, ChunkResult, FrameGroup, SessionPlan
 from lingbot_rt.shapes import FrameSize
@@ -123,10 +123,10 @@ class Run:
 class Walk:
     """A session driven by hand, W held all the way and a turn now and then. ``leader`` hands it on to other ranks."""
 
-    def __init__(self, pipeline: Pipeline, plan: SessionPlan, leader: Leader | None = None) -> None:
+    def __init__(self, pipeline: Pipeline, plan: SessionPlan, leader: Coordinator | None = None) -> None:
         self._pipeline = pipeline
         self._plan = plan
-        self._leader = leader or Leader()
+        self._leader = leader or SingleCoordinator()
         with self._leader.command(plan):
             self._session = SessionState(pipeline, plan)
         self._camera = CameraPath()
@@ -151,7 +151,7 @@ class Walk:
             result = run_chunk(self._pipeline, self._session, plan, emit)
         self._next += 1
         ranks = self._pipeline.ranks
-        exchange_ms = None if ranks.world == 1 else result.timings.total_ms - ranks.pulse.compute_ms
+        exchange_ms = None if ranks.world == 1 else result.timings.total_ms - ranks.heartbeat.compute_ms
         return TimedChunk(result, 1000 * (first_at[0] - begun), exchange_ms)
 
     def end(self) -> None:
@@ -160,7 +160,7 @@ class Walk:
             pass
 
 
-def run_chunks(pipeline: Pipeline, load: Load, done: Callable[[], object], leader: Leader | None = None) -> Run:
+def run_chunks(pipeline: Pipeline, load: Load, done: Callable[[], object], leader: Coordinator | None = None) -> Run:
     """Warms up, then measures; ``done`` is called after every chunk, warm ones too. ``leader``: of several ranks.
 
     Raises ConfigError for a load that cannot be, CapacityError when its session would not fit.
@@ -192,7 +192,7 @@ def peak_memory_gb(device: torch.device) -> float | None:
     return torch.cuda.max_memory_allocated(device) / GB if device.type == "cuda" else None
 
 
-def profile_chunk(pipeline: Pipeline, load: Load, path: str, leader: Leader | None = None) -> None:
+def profile_chunk(pipeline: Pipeline, load: Load, path: str, leader: Coordinator | None = None) -> None:
     """A Chrome trace (chrome://tracing, Perfetto) of one chunk, as warm as the measured ones, in the file ``path``: of
     this process, where there are others."""
     plan = load.session_plan(pipeline)
@@ -207,13 +207,15 @@ def profile_chunk(pipeline: Pipeline, load: Load, path: str, leader: Leader | No
     profiler.export_chrome_trace(path)
 
 
-def _chunks(pipeline: Pipeline, plan: SessionPlan, session_length: int, leader: Leader | None) -> Iterator[TimedChunk]:
+def _chunks(
+    pipeline: Pipeline, plan: SessionPlan, session_length: int, leader: Coordinator | None
+) -> Iterator[TimedChunk]:
     """Sessions of so many chunks without end, one after the other: at full size the windows of two would not fit."""
     while True:
         yield from _session(pipeline, plan, session_length, leader)
 
 
-def _session(pipeline: Pipeline, plan: SessionPlan, length: int, leader: Leader | None) -> Iterator[TimedChunk]:
+def _session(pipeline: Pipeline, plan: SessionPlan, length: int, leader: Coordinator | None) -> Iterator[TimedChunk]:
     walk = Walk(pipeline, plan, leader)
     for _ in range(length):
         yield walk.step()

@@ -16,10 +16,10 @@ from lingbot_rt.bench.collectives import Exchange, Exchanges, measure
 from lingbot_rt.bench.random_model import random_pipeline, shapes_of
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline, resolve_device
-from lingbot_rt.engine.worker import follow, obey
+from lingbot_rt.engine.worker import run_worker, worker_loop
+from lingbot_rt.parallel.coordinator import Coordinator, Stop, create_coordinator
 from lingbot_rt.parallel.groups import RankGroup, Ranks
-from lingbot_rt.parallel.launch import Place
-from lingbot_rt.parallel.leader import Leader, Stop, lead
+from lingbot_rt.parallel.launch import RankInfo
 from lingbot_rt.session.plan import EngineStatus
 
 
@@ -47,7 +47,7 @@ class Job:
 
 
 @contextmanager
-def measured(job: Job, report: Callable[[EngineStatus], None]) -> Iterator[tuple[Pipeline, Leader]]:
+def measured(job: Job, report: Callable[[EngineStatus], None]) -> Iterator[tuple[Pipeline, Coordinator]]:
     """A pipeline over as many ranks as the job has. Raises EngineFailed when one is lost."""
     with _led(job) as leader:
 
@@ -71,11 +71,11 @@ def measured_exchanges(job: Job, exchanges: Exchanges) -> list[Exchange]:
 
 
 @contextmanager
-def _led(job: Job) -> Iterator[Leader]:
+def _led(job: Job) -> Iterator[Coordinator]:
     command = [sys.executable, "-m", "lingbot_rt.bench.ranks", job.to_json()]
     heads = shapes_of(job.config.model_path).dit.num_attention_heads
-    # The verdict on a lost rank is logged, and raised where rank 0 waits for it.
-    leader = lead(job.config, lambda verdict: None, command, heads)
+    # The failure of a lost rank is logged, and raised where rank 0 waits for it.
+    leader = create_coordinator(job.config, lambda failure: None, command, heads)
     try:
         yield leader
     finally:
@@ -84,7 +84,7 @@ def _led(job: Job) -> Iterator[Leader]:
 
 def _help(job: Job, group: RankGroup) -> None:
     if not job.exchanges_only:
-        obey(job.pipeline(lambda status: group.tick(), group), group)
+        worker_loop(job.pipeline(lambda status: group.tick(), group), group)
         return
     device = resolve_device(job.config.device)
     group.agree(True)
@@ -97,6 +97,6 @@ def _help(job: Job, group: RankGroup) -> None:
 
 
 if __name__ == "__main__":
-    job, place = Job.from_json(sys.argv[1]), Place.from_environment()
+    job, place = Job.from_json(sys.argv[1]), RankInfo.from_environment()
     assert place is not None, "rank 0 says where"
-    sys.exit(follow(job.config, place, partial(_help, job)))
+    sys.exit(run_worker(job.config, place, partial(_help, job)))

@@ -18,7 +18,7 @@ from lingbot_rt.bench.figures import Spread, number, table
 from lingbot_rt.bench.pipeline import Load, TimedChunk, Walk, peak_memory_gb, reset_peak_memory, run_chunks
 from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST, random_pipeline, random_vae
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.engine.compilation import keep_compiled_code, resolve_compile
+from lingbot_rt.engine.compilation import resolve_compile, set_compile_cache
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.models.quantize import quantize_linears, require_fp8
 from lingbot_rt.session.plan import SessionPlan
@@ -108,7 +108,7 @@ def _cases(
     how = "compiled" if compiles else "not compiled"
     yield f"{dtype} not compiled", lambda: _steady(pipeline, replace(load, chunks=min(load.chunks, _FEW)))
     if compiles:
-        keep_compiled_code(config.compile_cache)
+        set_compile_cache(config.compile_cache)
         pipeline.dit.compile_blocks()
         pipeline.vae.compile()
         yield f"{dtype} compiled", lambda: _steady(pipeline, load)

@@ -32,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = config_from(args)
     if is_follower():
-        from lingbot_rt.engine.worker import follow_launcher
+        from lingbot_rt.engine.worker import run_launched_worker
 
-        return follow_launcher(config)
+        return run_launched_worker(config)
     # Told to end is told to end: by Ctrl-C or by a service manager.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

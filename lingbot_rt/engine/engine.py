@@ -17,8 +17,9 @@ from lingbot_rt.engine.memory import describe_share, require_room
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import warm_up
+from lingbot_rt.engine.worker import worker_command
 from lingbot_rt.errors import EngineFailed, LingbotError
-from lingbot_rt.parallel.leader import Close, lead
+from lingbot_rt.parallel.coordinator import Close, create_coordinator
 from lingbot_rt.session.plan import ChunkPlan, ChunkResult, EngineStatus, FrameGroup, ModelInfo, SessionPlan
 from lingbot_rt.shapes import FrameSize
 
@@ -42,7 +43,7 @@ class Engine:
         self._pipeline: Pipeline | None = None
         self._sessions: dict[str, SessionState] = {}
         self._compiled: set[tuple[FrameSize, int]] = set()  # shapes that compiled code is there for
-        self._leader = lead(config, self._lose)
+        self._leader = create_coordinator(config, self._lose, worker_command(config))
         self._loss: asyncio.Future[str] | None = None  # which rank was lost and why; None with one rank
 
     @property

@@ -1,4 +1,4 @@
-"""Several processes compute what one computes, and go the same way at every turn."""
+"""Several processes compute what one computes, and all take the same branches."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def play(world: int, **changes) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def alone() -> tuple[list[torch.Tensor], np.ndarray]:
-    """What one process computes."""
+    """The latents and frames of one process."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         denoise = chunk_runner.denoise
@@ -56,8 +56,8 @@ def alone() -> tuple[list[torch.Tensor], np.ndarray]:
 
 @pytest.mark.parametrize(("world", "vae_parallel"), [(2, "none"), (4, "width")])
 async def test_ranks_compute_what_one_process_computes(world, vae_parallel, alone, latents):
-    """Eight chunks of 45 tokens with guidance, camera, prompt change and a sliding window: latents equal to 2e-5, and
-    frames to the last bit that truncation to a byte leaves; ten columns of latents over four ranks when they decode."""
+    """Eight chunks of 45 tokens with guidance, camera, prompt change and a sliding window: latents agree to 2e-5,
+    frames to one level of 255. With width, four ranks decode ten columns of latents."""
     expected, expected_frames = alone
     frames = await play(world, vae_parallel=vae_parallel)
     differences = [(a - b).abs().max().item() for a, b in zip(latents, expected, strict=True)]
