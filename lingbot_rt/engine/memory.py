@@ -89,7 +89,7 @@ def require_room(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
     smallest = plan.sink_frames + plan.latent_frames
     fix = f"use window <= {fitting}" if fitting >= smallest else "use a smaller size"
     if needed.postprocess_bytes:
-        fix += f", or turn off upscaling and interpolation ({needed.postprocess_bytes / GB:.1f} GB)"
+        fix += f", or do without upscaling and interpolation ({needed.postprocess_bytes / GB:.1f} GB)"
     raise CapacityError(
         f"window {plan.window_frames} at {plan.size} needs {needed.total_bytes / GB:.1f} GB, "
         f"{free / GB:.1f} GB is free: {fix}",

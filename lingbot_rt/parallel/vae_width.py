@@ -92,7 +92,7 @@ class WidthShards:
         rows = self._joined_rows(own)
         received = sent.new_empty(sum(rows), *sent.shape[1:])
         self._ranks.all_to_all(sent, received, to_first, rows, self._group)
-        # A new tensor on every rank: a compiler drops an operation whose result is its input.
+        # A new tensor, used on every rank: a compiler drops an operation whose result is not used.
         return received.movedim(0, -1).contiguous() if self._ranks.is_first else own.clone().contiguous()
 
     def joined_width(self, own: Tensor) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lingbot_rt.config import ServeConfig
+from lingbot_rt.engine.worker import worker_command
 from lingbot_rt.errors import ConfigError
 from lingbot_rt.parallel.groups import RankGroup
 from lingbot_rt.parallel.launch import RankInfo, require_ranks
@@ -45,6 +48,12 @@ def test_rank_info_survives_the_environment():
     assert RankInfo.from_environment({}) is None
     restarted = INFO.environment() | {"TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     assert RankInfo.from_environment(restarted) == dataclasses.replace(INFO, run_id="2", has_store=True)
+
+
+def test_workers_do_not_get_the_api_key():
+    """Other users can read a worker's command line."""
+    *_, values = worker_command(config(2, api_key="secret"))
+    assert ServeConfig(**json.loads(values)) == config(2)
 
 
 @given(count=st.integers(0, 10_000), world=st.integers(1, 16))

@@ -1,3 +1,5 @@
+"""Weight files: every usual form loads, anything else is one named error."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,3 +1,5 @@
+"""What a session asks of postprocessing: frame counts, sizes and the paths of models."""
+
 from __future__ import annotations
 
 import subprocess
