@@ -175,7 +175,7 @@ def _dit_collectives(spec: CollectivesSpec, ranks: RankGroup, device: torch.devi
         return torch.randn(sizes, dtype=spec.dtype, device=device)
 
     count = spec.tokens
-    own = ranks.share(count)[ranks.rank]
+    own = ranks.split(count)[ranks.rank]
     q, k, v = (random(1, own, spec.heads, spec.head_dim) for _ in range(3))
     attended = random(1, count, spec.heads // ranks.world, spec.head_dim)
     flow = random(1, own, spec.out_channels * PATCH_SIZE**2)
@@ -211,7 +211,7 @@ def _vae_collectives(spec: CollectivesSpec, ranks: RankGroup, device: torch.devi
         latent = torch.zeros(1, vae.z_dim, 1, spec.size.latent_height, spec.size.latent_width)
     shapes = _HaloShapes(vae.decoder, ranks)
     features = vae.new_features()
-    with shapes.of(spec.size.latent_width):
+    with shapes.decoding(spec.size.latent_width):
         for _ in range(_STEADY_FRAME + 1):
             shapes.columns.clear()
             vae.decode_latent_frame(latent, features)
@@ -219,12 +219,12 @@ def _vae_collectives(spec: CollectivesSpec, ranks: RankGroup, device: torch.devi
     own = torch.randn(shapes.joined, device=device)
 
     def halos() -> None:
-        with shapes.of(spec.size.latent_width):
+        with shapes.decoding(spec.size.latent_width):
             for edge in edges:
                 WidthShards.widen(shapes, edge)
 
     def join() -> None:
-        with shapes.of(spec.size.latent_width):
+        with shapes.decoding(spec.size.latent_width):
             WidthShards.join(shapes, own)
 
     return [

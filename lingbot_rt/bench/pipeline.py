@@ -15,7 +15,7 @@ from lingbot_rt.engine.memory import GB, require_room
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.errors import ConfigError
-from lingbot_rt.parallel.leader import Close, Leader
+from lingbot_rt.parallel.coordinator import Close, Coordinator, SingleCoordinator
 from lingbot_rt.session.camera_path import CameraPath
 from lingbot_rt.session.plan import ChunkPlan, ChunkResult, FrameGroup, SessionPlan
 from lingbot_rt.shapes import FrameSize
@@ -121,13 +121,13 @@ class Run:
 
 
 class SyntheticSession:
-    """A session without a client: holds W, and turns in every second chunk. ``leader`` sends it to the other ranks."""
+    """A session without a client: holds W and turns in every second chunk. ``coordinator`` tells the other ranks."""
 
-    def __init__(self, pipeline: Pipeline, plan: SessionPlan, leader: Leader | None = None) -> None:
+    def __init__(self, pipeline: Pipeline, plan: SessionPlan, coordinator: Coordinator | None = None) -> None:
         self._pipeline = pipeline
         self._plan = plan
-        self._leader = leader or Leader()
-        with self._leader.command(plan):
+        self._coordinator = coordinator or SingleCoordinator()
+        with self._coordinator.command(plan):
             self._session = SessionState(pipeline, plan)
         self._camera = CameraPath()
         self._next = 0
@@ -148,23 +148,23 @@ class SyntheticSession:
                 first_at.append(time.perf_counter())
 
         started = time.perf_counter()
-        with self._leader.command(plan):
+        with self._coordinator.command(plan):
             result = run_chunk(self._pipeline, self._session, plan, emit)
         self._next += 1
         ranks = self._pipeline.ranks
-        exchange_ms = None if ranks.world == 1 else result.timings.total_ms - ranks.pulse.compute_ms
+        exchange_ms = None if ranks.world == 1 else result.timings.total_ms - ranks.heartbeat.compute_ms
         return TimedChunk(result, 1000 * (first_at[0] - started), exchange_ms)
 
     def close(self) -> None:
         """Frees the session's memory on the other ranks."""
-        with self._leader.command(Close(self._plan.session_id)):
+        with self._coordinator.command(Close(self._plan.session_id)):
             pass
 
 
 def run_chunks(
-    pipeline: Pipeline, workload: Workload, on_chunk: Callable[[], object], leader: Leader | None = None
+    pipeline: Pipeline, workload: Workload, on_chunk: Callable[[], object], coordinator: Coordinator | None = None
 ) -> Run:
-    """Warms up, then measures. Calls ``on_chunk`` after every chunk, warm-up included. ``leader``: with several ranks.
+    """Warms up, then measures. Calls ``on_chunk`` after every chunk, warm-up included.
 
     Raises ConfigError for an impossible workload, CapacityError if its session does not fit in memory.
     """
@@ -172,7 +172,7 @@ def run_chunks(
     planned = require_room(pipeline, plan)
     warm, measured = workload.warm_chunks(plan), workload.measured_chunks()
     session_length = OPENING_CHUNKS if workload.opening else warm + measured
-    chunks = _chunks(pipeline, plan, session_length, leader)
+    chunks = _chunks(pipeline, plan, session_length, coordinator)
     for _ in range(warm):
         next(chunks)
         on_chunk()
@@ -195,13 +195,13 @@ def peak_memory_gb(device: torch.device) -> float | None:
     return torch.cuda.max_memory_allocated(device) / GB if device.type == "cuda" else None
 
 
-def profile_chunk(pipeline: Pipeline, workload: Workload, path: str, leader: Leader | None = None) -> None:
+def profile_chunk(pipeline: Pipeline, workload: Workload, path: str, coordinator: Coordinator | None = None) -> None:
     """Writes a Chrome trace (chrome://tracing, Perfetto) of one chunk to the file ``path``, after the same warm-up.
 
     The trace shows this process only, not the other ranks.
     """
     plan = workload.session_plan(pipeline)
-    session = SyntheticSession(pipeline, plan, leader)
+    session = SyntheticSession(pipeline, plan, coordinator)
     for _ in range(workload.warm_chunks(plan)):
         session.step()
     activities = [ProfilerActivity.CPU]
@@ -212,14 +212,18 @@ def profile_chunk(pipeline: Pipeline, workload: Workload, path: str, leader: Lea
     profiler.export_chrome_trace(path)
 
 
-def _chunks(pipeline: Pipeline, plan: SessionPlan, session_length: int, leader: Leader | None) -> Iterator[TimedChunk]:
+def _chunks(
+    pipeline: Pipeline, plan: SessionPlan, session_length: int, coordinator: Coordinator | None
+) -> Iterator[TimedChunk]:
     """Endless chunks: sessions of ``session_length`` chunks one after the other, since two windows may not fit."""
     while True:
-        yield from _session(pipeline, plan, session_length, leader)
+        yield from _session(pipeline, plan, session_length, coordinator)
 
 
-def _session(pipeline: Pipeline, plan: SessionPlan, length: int, leader: Leader | None) -> Iterator[TimedChunk]:
-    session = SyntheticSession(pipeline, plan, leader)
+def _session(
+    pipeline: Pipeline, plan: SessionPlan, length: int, coordinator: Coordinator | None
+) -> Iterator[TimedChunk]:
+    session = SyntheticSession(pipeline, plan, coordinator)
     for _ in range(length):
         yield session.step()
     session.close()

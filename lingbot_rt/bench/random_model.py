@@ -20,9 +20,8 @@ from lingbot_rt.engine.pipeline import DTYPES, Networks, Pipeline, assemble, res
 from lingbot_rt.models.attention import require_backend
 from lingbot_rt.models.checkpoint import DISTILLED_SHIFT, DISTILLED_STEPS, TRAINED_SIZE, open_checkpoint
 from lingbot_rt.models.dit import CausalDiT, DiTConfig
-from lingbot_rt.models.text_encoder import TextEncoder
 from lingbot_rt.models.vae import StreamingVAE
-from lingbot_rt.parallel.groups import Ranks
+from lingbot_rt.parallel.groups import Ranks, SingleRank
 from lingbot_rt.shapes import FrameSize
 
 LINGBOT_WORLD_FAST = "lingbot-world-fast"
@@ -71,7 +70,7 @@ def random_pipeline(config: ServeConfig, ranks: Ranks | None = None) -> Pipeline
     generator = torch.Generator(device).manual_seed(_SEED)
     with torch.device("meta"):
         empty_dit = CausalDiT(shapes.dit)
-    ranks = ranks or Ranks()
+    ranks = ranks or SingleRank()
     networks = Networks(
         dit=fill_random(empty_dit, dtype, device, generator),
         vae=random_vae(config),
@@ -109,7 +108,7 @@ def fill_random(module: Any, dtype: torch.dtype, device: torch.device, generator
     return module.requires_grad_(False).eval()
 
 
-class RandomTextEncoder(TextEncoder):
+class RandomTextEncoder:
     """Stands in for the text encoder: the same random embeddings for every prompt."""
 
     def __init__(self, config: DiTConfig, device: torch.device, generator: torch.Generator) -> None:

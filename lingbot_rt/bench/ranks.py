@@ -16,10 +16,10 @@ from lingbot_rt.bench.collectives import CollectivesSpec, Exchange, measure
 from lingbot_rt.bench.random_model import random_pipeline, shapes_of
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline, resolve_device
-from lingbot_rt.engine.worker import follow, obey
+from lingbot_rt.engine.worker import run_worker, worker_loop
+from lingbot_rt.parallel.coordinator import Coordinator, Stop, create_coordinator
 from lingbot_rt.parallel.groups import RankGroup, Ranks
-from lingbot_rt.parallel.launch import Place
-from lingbot_rt.parallel.leader import Leader, Stop, lead
+from lingbot_rt.parallel.launch import RankInfo
 from lingbot_rt.session.plan import EngineStatus
 
 
@@ -47,44 +47,44 @@ class Job:
 
 
 @contextmanager
-def pipeline_on_ranks(job: Job, report: Callable[[EngineStatus], None]) -> Iterator[tuple[Pipeline, Leader]]:
+def pipeline_on_ranks(job: Job, report: Callable[[EngineStatus], None]) -> Iterator[tuple[Pipeline, Coordinator]]:
     """A pipeline on all ranks of the job, and what commands the others. Raises EngineFailed if a rank is lost."""
-    with _started_ranks(job) as leader:
+    with _started_ranks(job) as coordinator:
 
         def on_progress(status: EngineStatus) -> None:
-            leader.ranks.tick()
+            coordinator.ranks.tick()
             report(status)
 
-        with leader.starting():
-            pipeline = job.pipeline(on_progress, leader.ranks)
-        yield pipeline, leader
+        with coordinator.starting():
+            pipeline = job.pipeline(on_progress, coordinator.ranks)
+        yield pipeline, coordinator
 
 
 def measure_on_ranks(job: Job, spec: CollectivesSpec) -> list[Exchange]:
     """Times the collectives on two ranks or more. Raises EngineFailed if a rank is lost."""
-    with _started_ranks(job) as leader:
-        with leader.starting():
+    with _started_ranks(job) as coordinator:
+        with coordinator.starting():
             device = resolve_device(job.config.device)
-        with leader.command(spec):
-            assert isinstance(leader.ranks, RankGroup), "one rank has no collectives"
-            return measure(spec, leader.ranks, device)
+        with coordinator.command(spec):
+            assert isinstance(coordinator.ranks, RankGroup), "one rank has no collectives"
+            return measure(spec, coordinator.ranks, device)
 
 
 @contextmanager
-def _started_ranks(job: Job) -> Iterator[Leader]:
+def _started_ranks(job: Job) -> Iterator[Coordinator]:
     command = [sys.executable, "-m", "lingbot_rt.bench.ranks", job.to_json()]
     heads = shapes_of(job.config.model_path).dit.num_attention_heads
     # A lost rank needs no callback here: it is logged, and raised where rank 0 waits for it.
-    leader = lead(job.config, lambda verdict: None, command, heads)
+    coordinator = create_coordinator(job.config, lambda failure: None, command, heads)
     try:
-        yield leader
+        yield coordinator
     finally:
-        leader.stop()
+        coordinator.stop()
 
 
 def _run_worker(job: Job, group: RankGroup) -> None:
     if not job.exchanges_only:
-        obey(job.pipeline(lambda status: group.tick(), group), group)
+        worker_loop(job.pipeline(lambda status: group.tick(), group), group)
         return
     device = resolve_device(job.config.device)
     group.agree(True)
@@ -97,6 +97,6 @@ def _run_worker(job: Job, group: RankGroup) -> None:
 
 
 if __name__ == "__main__":
-    job, place = Job.from_json(sys.argv[1]), Place.from_environment()
-    assert place is not None, "started without a place: only rank 0 may run this module"
-    sys.exit(follow(job.config, place, partial(_run_worker, job)))
+    job, place = Job.from_json(sys.argv[1]), RankInfo.from_environment()
+    assert place is not None, "not started as a rank: only rank 0 may run this module"
+    sys.exit(run_worker(job.config, place, partial(_run_worker, job)))

@@ -25,7 +25,7 @@ from lingbot_rt.bench.pipeline import (
 )
 from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST, random_pipeline, random_vae
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.engine.compilation import keep_compiled_code, resolve_compile
+from lingbot_rt.engine.compilation import resolve_compile, set_compile_cache
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.errors import one_line
 from lingbot_rt.models.quantize import quantize_linears, require_fp8
@@ -121,7 +121,7 @@ def _cases(
         lambda: _steady(pipeline, replace(workload, chunks=min(workload.chunks, _MAX_UNCOMPILED))),
     )
     if compiles:
-        keep_compiled_code(config.compile_cache)
+        set_compile_cache(config.compile_cache)
         pipeline.dit.compile_blocks()
         pipeline.vae.compile()
         yield f"{dtype} compiled", lambda: _steady(pipeline, workload)

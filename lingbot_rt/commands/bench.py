@@ -264,17 +264,17 @@ def _measure(job: Job, workload: Workload, trace: str | None) -> PipelineReport:
     started = time.perf_counter()
     with ExitStack() as stack:
         with StartupBars() as bars:
-            pipeline, leader = stack.enter_context(pipeline_on_ranks(job, bars.show))
+            pipeline, coordinator = stack.enter_context(pipeline_on_ranks(job, bars.show))
         took_s = time.perf_counter() - started
         print(f"{job.config.model_path} loaded on {pipeline.model_info.device} in {took_s:.1f} s", file=sys.stderr)
         plan = workload.session_plan(pipeline)
         total = workload.warm_chunks(plan) + workload.measured_chunks()
         with tqdm(total=total, unit="chunk", disable=None) as bar:
-            run = run_chunks(pipeline, workload, bar.update, leader)
+            run = run_chunks(pipeline, workload, bar.update, coordinator)
         roofline = measure_roofline(pipeline, full_shape(plan))
         report = pipeline_report(pipeline, "random" if job.random_weights else "loaded", run, roofline)
         if trace:
-            profile_chunk(pipeline, workload, trace, leader)
+            profile_chunk(pipeline, workload, trace, coordinator)
         return report
 
 

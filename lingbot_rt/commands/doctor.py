@@ -141,13 +141,13 @@ def _other_bytes(large: DiTConfig) -> int:
     import torch
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-    from lingbot_rt.engine.dry_run import transients
+    from lingbot_rt.engine.dry_run import peak_activations
     from lingbot_rt.engine.memory import camera_bytes
     from lingbot_rt.models.vae import StreamingVAE
 
     with torch.device("meta"):
         vae = StreamingVAE(AutoencoderKLWan())
-    taken = transients(large, vae, _LARGE_SIZE, large.latent_frames, torch.bfloat16, "none")
+    taken = peak_activations(large, vae, _LARGE_SIZE, large.latent_frames, torch.bfloat16, "none")
     return camera_bytes(large, _LARGE_SIZE, large.latent_frames, torch.bfloat16) + taken.forward + taken.decode
 
 

@@ -33,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = config_from(args)
     if _is_worker_rank():
-        from lingbot_rt.engine.worker import follow_launcher
+        from lingbot_rt.engine.worker import run_launched_worker
 
-        return follow_launcher(config)
+        return run_launched_worker(config)
     # A service manager's SIGTERM ends the server as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

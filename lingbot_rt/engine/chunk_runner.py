@@ -42,7 +42,7 @@ def run_chunk(
 
     with FrameReadback(pipeline.device, session.postprocessor, emit) as readback:
         # The frames leave before the context pass. On an accelerator, decode runs beside it on a stream of its own.
-        with pipeline.vae_placement.at_work(), readback.decoding(latents), clock.stage("vae"):
+        with pipeline.vae_placement.on_device(), readback.decoding(latents), clock.stage("vae"):
             for i in range(session.plan.latent_frames):
                 session.raise_if_cancelled()
                 pipeline.ranks.tick()

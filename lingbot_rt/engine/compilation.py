@@ -1,4 +1,4 @@
-"""Whether compiled code is used, and where it is kept."""
+"""Whether torch.compile is used, and where compiled code is cached."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ _COMPILERS = ("cc", "gcc", "clang", "g++", "c++", "clang++")
 
 
 def resolve_compile(name: str, device: torch.device) -> bool:
-    """``auto`` is on for cuda, where what it needs is there; on a CPU it gains a seventh of a
-    chunk, and a start takes a minute more: for those who ask.
+    """The value of ``--compile`` (auto, true, false) -> whether to compile.
 
-    Raises ConfigError for ``true`` without what it needs.
+    ``auto`` compiles on a GPU when compiler, headers and triton are installed. It does not compile on a CPU: the code
+    saves a seventh of the chunk time there, but a start takes a minute longer. Raises ConfigError for ``true`` when
+    something is missing.
     """
     if name == "false" or (name == "auto" and device.type != "cuda"):
         return False
-    lacks = _lacks(device)
-    if lacks and name == "true":
-        raise ConfigError(f"--compile true needs {lacks}, which is not here: install it or use --compile false")
-    if lacks:
-        log.warning("slower than it could be: to compile, this needs %s, which is not here", lacks)
-    return not lacks
+    missing = _missing_requirement(device)
+    if missing and name == "true":
+        raise ConfigError(f"--compile true needs {missing}, which is not installed: install it or use --compile false")
+    if missing:
+        log.warning("not compiled, so chunks take longer: torch.compile needs %s, which is not installed", missing)
+    return not missing
 
 
-def _lacks(device: torch.device) -> str:
-    """What is missing for torch.compile, or nothing."""
+def _missing_requirement(device: torch.device) -> str:
+    """What torch.compile needs and is not installed; empty when nothing is missing."""
     if not any(map(shutil.which, (*filter(None, (os.environ.get("CC"), os.environ.get("CXX"))), *_COMPILERS))):
         return "a C++ compiler"
-    # What inductor and triton generate is built against them; there is no sign of their lack before the first kernel.
+    # Code of inductor and triton is built against them. Without this check the first kernel would fail.
     if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
         return "Python's headers (Python.h)"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
@@ -46,8 +47,8 @@ def _lacks(device: torch.device) -> str:
     return ""
 
 
-def keep_compiled_code(folder: str | None) -> None:
-    """Later compilations are looked up in ``folder`` and kept there. Raises ConfigError when it cannot be written."""
+def set_compile_cache(folder: str | None) -> None:
+    """Makes ``folder`` the cache of compiled code, unless None. Raises ConfigError when it cannot be created."""
     if folder is None:
         return
     try:

@@ -1,6 +1,6 @@
 """Few-step denoising of one chunk by distribution-matching distillation (DMD), and the clean context pass.
 
-Shapes: x_BCFHW [1, z, F, h, w] latents; condition [1, 4 + z, F, h, w]; a forward's input is both, channels joined.
+Shapes: x_BCFHW [1, z, F, h, w] latents; condition [1, 4 + z, F, h, w]. A forward's input has the channels of both.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from torch import Tensor
 from lingbot_rt.engine.flow_match import CLEAN, FlowSchedule, predict_x0, renoise
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.models.dit import CameraModulation, CausalDiT, TextKV
+from lingbot_rt.models.i2v_condition import MASK_CHANNELS
 from lingbot_rt.models.kv_cache import KVCache
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkForward:
-    """The DiT with one chunk's conditions bound: everything a forward needs but the latents and the timestep."""
+    """The DiT with one chunk's conditions: everything that a forward needs except the latents and the timestep."""
 
     dit: CausalDiT
     session: SessionState
@@ -29,7 +30,7 @@ class ChunkForward:
     start_frame: int
 
     def flow(self, x_BCFHW: Tensor, timestep: float) -> Tensor:
-        """The flow prediction v; with guidance g > 1: u + g (c - u) of the two prompts' predictions."""
+        """The velocity v. With guidance g > 1 it is u + g (c - u), c for the prompt and u for the negative prompt."""
         conditional = self._forward(x_BCFHW, timestep, self.text_kv, self.session.cache)
         if self.session.negative is None:
             return conditional
@@ -37,7 +38,7 @@ class ChunkForward:
         return unconditional + self.session.plan.guidance_scale * (conditional - unconditional)
 
     def commit(self, latents_BCFHW: Tensor) -> None:
-        """The context pass: a forward of the clean latents at t = 0 leaves their K/V in the window."""
+        """The context pass: a forward of the clean latents at t = 0, which writes their K/V into the window."""
         self._forward(latents_BCFHW, CLEAN, self.text_kv, self.session.cache, commit=True)
         if self.session.negative is not None:
             negative = self.session.negative
@@ -55,12 +56,12 @@ def denoise(
 ) -> Tensor:
     """Noise -> the chunk's clean latents [1, z, F, h, w] in ``num_steps`` forwards.
 
-    ``draw(shape)`` gives standard normal noise of the session's generator; the order and shapes of the draws are
-    part of the arithmetic: first [1, z, F, h, w], then [1, F, z, h, w] before each step but the first.
+    ``draw(shape)`` gives standard normal noise from the session's generator. The results depend on the order and shapes
+    of the draws: first [1, z, F, h, w], then [1, F, z, h, w] before each step but the first.
     """
     steps = schedule.steps_for(num_steps)
     _, channels, frames, height, width = forward.condition.shape
-    latent_channels = channels - 4
+    latent_channels = channels - MASK_CHANNELS
     x = draw((1, latent_channels, frames, height, width))
     for i, step in enumerate(steps):
         flow = forward.flow(x, step.timestep)

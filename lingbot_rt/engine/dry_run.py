@@ -1,7 +1,8 @@
-"""What a chunk's computation takes beside weights and window, found by running it on the meta device.
+"""Peak memory of a chunk beside weights and window, found by running it on the meta device.
 
-Nothing is computed or allocated there, yet every tensor has its size and its life: the count is exact for the plain
-path, at any size and for any model, and compiled code takes less. Left out is what kernels take inside.
+The meta device computes and allocates nothing, but tensors have their sizes and lifetimes there. So the count is exact
+for uncompiled code, at any size and for any model. Compiled code takes less. Memory that kernels use inside is not
+counted.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ from torch.utils._pytree import tree_leaves
 from lingbot_rt.models.dit import CausalDiT, DiTConfig
 from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.models.quantize import quantize_linears
-from lingbot_rt.models.vae import StreamingVAE
+from lingbot_rt.models.vae import STEADY_FROM, StreamingVAE
 from lingbot_rt.shapes import FrameSize
 
 _META = torch.device("meta")
 
 
 @dataclass(frozen=True, slots=True)
-class Transients:
-    """Bytes."""
+class PeakActivations:
+    """The most bytes at once in each part of a session."""
 
-    features: int  # kept between latent frames by the VAE's decoder
-    forward: int  # most at once in a forward of the DiT
-    decode: int  # most at once while frames are decoded, the features and the frames before them included
-    encode: int  # most at once when a session opens
+    features: int  # the VAE decoder's feature cache, kept between latent frames
+    forward: int  # in a forward of the DiT
+    decode: int  # while frames are decoded, with the feature cache and the frames before them
+    encode: int  # while the first frame is encoded
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that were made inside and are still there: ``now``, and the most there were: ``peak``."""
+    """Counts bytes of tensors created inside: ``now`` those still alive, ``peak`` the most at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention as every real kernel does it: without the matrix of all scores, which the meta device's would make."""
+    """Attention without the matrix of all scores, as in every real kernel; the meta device's kernel allocates it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -76,35 +77,35 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def transients(
+def peak_activations(
     config: DiTConfig, vae: StreamingVAE, size: FrameSize, latent_frames: int, dtype: torch.dtype, quantization: str
-) -> Transients:
-    """For chunks of ``latent_frames`` at ``size``. Takes some tenths of a second, once a size."""
-    # Found again by the shadow, which has no weights: the real one's shall go when its pipeline goes.
-    return _transients(config, vae.on_meta, size, latent_frames, dtype, quantization)
+) -> PeakActivations:
+    """For chunks of ``latent_frames`` at ``size``. Takes some tenths of a second, once per size."""
+    # The cache's key is the VAE without weights: the real one would stay alive after its pipeline is gone.
+    return _peak_activations(config, vae.on_meta, size, latent_frames, dtype, quantization)
 
 
 @lru_cache(maxsize=8)
 @torch.inference_mode()
-def _transients(
-    config: DiTConfig, shadow: StreamingVAE, size: FrameSize, latent_frames: int, dtype: torch.dtype, quantization: str
-) -> Transients:
-    features = shadow.new_features()
-    latent = torch.empty(1, shadow.z_dim, 1, size.latent_height, size.latent_width, device=_META)
-    for _ in range(3):  # from then on every convolution keeps its full two frames
-        shadow.decode_latent_frame(latent, features)
+def _peak_activations(
+    config: DiTConfig, vae: StreamingVAE, size: FrameSize, latent_frames: int, dtype: torch.dtype, quantization: str
+) -> PeakActivations:
+    features = vae.new_features()
+    latent = torch.empty(1, vae.z_dim, 1, size.latent_height, size.latent_width, device=_META)
+    for _ in range(STEADY_FROM + 1):
+        vae.decode_latent_frame(latent, features)
 
     def decode_two() -> None:
         for _ in range(2):
-            pixels = shadow.decode_latent_frame(latent, features)  # kept during the next one, as in a chunk
+            pixels = vae.decode_latent_frame(latent, features)  # stays alive during the next decode, as in a chunk
             assert pixels.is_meta
 
     image = torch.empty(1, 3, size.height, size.width, device=_META)
-    return Transients(
+    return PeakActivations(
         features=features.nbytes,
         forward=_peak(_forward(config, size, latent_frames, dtype, quantization)),
         decode=_peak(decode_two),
-        encode=_peak(lambda: shadow.encode_condition(image, latent_frames)),
+        encode=_peak(lambda: vae.encode_condition(image, latent_frames)),
     )
 
 
@@ -117,7 +118,7 @@ def _peak(work: Callable[[], object]) -> int:
 def _forward(
     config: DiTConfig, size: FrameSize, latent_frames: int, dtype: torch.dtype, quantization: str
 ) -> Callable[[], object]:
-    """A forward of one block: the next one begins where it began."""
+    """A forward of a DiT with one block: memory is the same at the start of every block."""
     config = replace(config, num_layers=1)
     with _META:
         dit = CausalDiT(config).to(dtype)

@@ -19,8 +19,9 @@ from lingbot_rt.engine.memory import describe_share, require_room
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import warm_up
+from lingbot_rt.engine.worker import worker_command
 from lingbot_rt.errors import EngineFailed, LingbotError, one_line
-from lingbot_rt.parallel.leader import Close, lead
+from lingbot_rt.parallel.coordinator import Close, create_coordinator
 from lingbot_rt.session.plan import ChunkPlan, ChunkResult, EngineStatus, ModelInfo, SessionPlan
 from lingbot_rt.shapes import FrameSize
 
@@ -41,7 +42,7 @@ class Engine:
         self._pipeline: Pipeline | None = None
         self._sessions: dict[str, SessionState] = {}
         self._compiled: set[tuple[FrameSize, int]] = set()  # shapes that compiled code is there for
-        self._leader = lead(config, self._lose)
+        self._coordinator = create_coordinator(config, self._lose, worker_command(config))
         self._loss: asyncio.Future[str] | None = None  # which rank was lost and why; None with one rank
 
     @property
@@ -87,7 +88,7 @@ class Engine:
             # Before the other ranks are told: what does not load or fit is this client's mistake alone.
             require_room(self._loaded, plan)
             self._tell_of_compilation(plan)
-            with self._leader.command(plan):
+            with self._coordinator.command(plan):
                 self._sessions[plan.session_id] = SessionState(self._loaded, plan)
 
         await self._on_thread(build)
@@ -117,7 +118,7 @@ class Engine:
         for session_id in list(self._sessions):
             await self.close(session_id)
         self._status = EngineStatus("stopped")
-        stopping = asyncio.get_running_loop().run_in_executor(self._thread, self._leader.stop)
+        stopping = asyncio.get_running_loop().run_in_executor(self._thread, self._coordinator.stop)
         if self.is_lost:
             # The thread may wait for ever for a rank that is gone; its process will not.
             await asyncio.wait({stopping}, timeout=_LOST_GRACE_S)
@@ -129,14 +130,14 @@ class Engine:
         session = self._sessions.get(plan.session_id)
         if session is None:
             raise EngineFailed(f"session {plan.session_id} is not open")
-        with self._leader.command(plan):
+        with self._coordinator.command(plan):
             result = run_chunk(self._loaded, session, plan, emit)
-        timings = replace(result.timings, ranks_ms=self._leader.compute_ms)
+        timings = replace(result.timings, ranks_ms=self._coordinator.compute_ms)
         return replace(result, timings=timings)
 
     def _load(self) -> None:
-        with self._leader.starting():
-            pipeline = load_pipeline(self._config, self._report, self._leader.ranks)
+        with self._coordinator.starting():
+            pipeline = load_pipeline(self._config, self._report, self._coordinator.ranks)
             if pipeline.ranks.world > 1:
                 log.info("%s", describe_share(pipeline))
             self._pipeline = pipeline
@@ -157,19 +158,19 @@ class Engine:
             self._compiled.add(shape)
 
     def _report(self, status: EngineStatus) -> None:
-        self._leader.ranks.tick()
+        self._coordinator.ranks.tick()
         self._status = status
 
     def _release(self, session_id: str) -> None:
         if session_id not in self._sessions:
             return
-        with self._leader.command(Close(session_id)):
+        with self._coordinator.command(Close(session_id)):
             self._sessions.pop(session_id).release()
             if self._loaded.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _lose(self, verdict: str) -> None:
-        """A rank is lost, says the leader, on any thread."""
+        """A rank is lost, says the coordinator, on any thread."""
         assert self._loss is not None
         self._status = EngineStatus("failed", detail=verdict)
         self._loss.get_loop().call_soon_threadsafe(self._loss.set_result, verdict)

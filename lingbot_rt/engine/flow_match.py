@@ -1,4 +1,4 @@
-"""Flow matching: sigmas, shift, x0 from the velocity, re-noising. Pure functions.
+"""Flow matching as pure functions: sigmas, shift, x0 from the velocity, re-noising.
 
 x_t = (1 - sigma) x0 + sigma noise, velocity v = noise - x0, so x0 = x_t - sigma v. timestep = 1000 sigma.
 """
@@ -19,10 +19,10 @@ CLEAN = 0.0
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One denoise forward: what the network is told, and how noisy its input is."""
+    """One denoising forward."""
 
-    timestep: float  # 1000 sigma, as float32 gives it
-    sigma: float  # in [0, 1]
+    timestep: float  # the network's input: 1000 sigma, rounded to float32
+    sigma: float  # the share of noise in the latents, in [0, 1]
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
@@ -32,16 +32,16 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class FlowSchedule:
-    """The distilled steps of a checkpoint, unwarped, and the shift that warps them."""
+    """The distilled timesteps of a checkpoint before the shift, and the shift."""
 
     shift: float
     steps: tuple[int, ...]
 
     def steps_for(self, num_steps: int) -> tuple[Step, ...]:
-        """The steps of an ``num_inference_steps`` request, 1 <= n <= 50.
+        """The steps for a request's ``num_inference_steps``, 1 <= n <= 50, before the shift as follows.
 
-        n equal to the distilled count gives the distilled list; fewer pick round(linspace(0, N, n + 1))[:-1] of it;
-        more give linspace(1000, 0, n + 1)[:-1].
+        n <= N, the number of distilled steps: the distilled steps at round(linspace(0, N, n + 1))[:-1], which are all
+        of them for n = N. n > N: linspace(1000, 0, n + 1)[:-1].
         """
         if num_steps <= len(self.steps):
             picks = np.round(np.linspace(0, len(self.steps), num_steps + 1))[:-1].astype(int)
@@ -51,16 +51,16 @@ class FlowSchedule:
         return tuple(self._step(timestep) for timestep in unwarped)
 
     def _step(self, unwarped: float) -> Step:
-        # In float32 throughout, as the reference's table is: the network sees the timestep to the last bit.
+        # All in float32, as in the reference's table: the timestep must be equal to the last bit.
         sigma = shift_sigma(torch.tensor(unwarped / TRAIN_TIMESTEPS, dtype=torch.float32), self.shift)
         return Step(timestep=(sigma * TRAIN_TIMESTEPS).item(), sigma=sigma.item())
 
 
 def predict_x0(x_t: Tensor, flow: Tensor, sigma: float) -> Tensor:
-    """x0 = x_t - sigma v, computed in float64, in the dtype of ``flow``."""
+    """x0 = x_t - sigma v, computed in float64, returned in the dtype of ``flow``."""
     return (x_t.double() - sigma * flow.double()).to(flow.dtype)
 
 
 def renoise(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """(1 - sigma) x0 + sigma noise, computed in float32, in the dtype of ``x0``."""
+    """(1 - sigma) x0 + sigma noise, computed in float32, returned in the dtype of ``x0``."""
     return ((1 - sigma) * x0.float() + sigma * noise.float()).to(x0.dtype)

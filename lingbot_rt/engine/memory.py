@@ -1,4 +1,4 @@
-"""What a session takes on the device, counted before it starts."""
+"""Memory of a session on its device, counted before the session starts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lingbot_rt.engine.dry_run import transients
+from lingbot_rt.engine.dry_run import peak_activations
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.errors import CapacityError
 from lingbot_rt.models.dit import RAY_CHANNELS, DiTConfig
@@ -19,13 +19,13 @@ GB = 1e9
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes of one session, the weights (already there) left out."""
+    """Bytes of one session on its device, without the weights."""
 
     window_bytes: int  # K/V of the whole window, twice with guidance
     text_bytes: int  # embeddings and K/V of the prompts
-    condition_bytes: int  # the picture's latents
-    opening_bytes: int  # beside these while the session opens
-    chunk_bytes: int  # beside these inside a chunk: camera modulation, the VAE's features, activations
+    condition_bytes: int  # i2v condition
+    opening_bytes: int  # in addition, while the session opens
+    chunk_bytes: int  # in addition, inside a chunk: camera modulation, feature cache, activations
     postprocess_bytes: int  # of upscaling and interpolation, which run beside the forward
 
     @property
@@ -40,19 +40,20 @@ class MemoryPlan:
 
 
 def window_bytes(config: DiTConfig, size: FrameSize, window_frames: int, dtype: torch.dtype) -> int:
-    """K and V of every layer for ``window_frames`` latent frames: 1.278 GB a frame for the 14B at 832x480 in bf16."""
+    """K and V of every layer for ``window_frames`` latent frames: 1.278 GB per frame for the 14B at 832x480 in bf16."""
     width = config.num_attention_heads * config.attention_head_dim
     return 2 * config.num_layers * width * dtype.itemsize * window_frames * size.tokens_per_frame
 
 
 def camera_bytes(config: DiTConfig, size: FrameSize, latent_frames: int, dtype: torch.dtype) -> int:
-    """Scale and shift of every layer for a chunk."""
+    """Bytes of one chunk's camera modulation: scale and shift of every layer."""
     return 2 * config.num_layers * latent_frames * size.tokens_per_frame * config.dim * dtype.itemsize
 
 
 def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
-    """Of rank 0, which decodes; the other ranks take as much less. Loads the upscaling and interpolation networks that
-    ``plan`` asks for; raises InvalidInit when they do not load.
+    """The memory of rank 0, which decodes. The other ranks need less, as they do not.
+
+    Loads the upscaling and interpolation networks of ``plan``. Raises InvalidInit when they do not load.
     """
     config, itemsize = pipeline.dit.config, pipeline.dtype.itemsize
     branches = 2 if plan.guidance_scale > 1 else 1
@@ -60,25 +61,25 @@ def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
     camera = camera_bytes(config, plan.size, plan.latent_frames, pipeline.dtype) // world
     cells = plan.latent_frames * plan.size.latent_height * plan.size.latent_width
     prompt = config.text_len * (2 * config.num_layers * config.dim + config.text_dim) * itemsize
-    taken = transients(
+    peak = peak_activations(
         config, pipeline.vae, plan.size, plan.latent_frames, pipeline.dtype, pipeline.model_info.quantization
     )
     shards = pipeline.decode.shards
-    forward, decode, features = taken.forward // world, taken.decode // shards, taken.features // shards
-    # On an accelerator frames are decoded beside the context pass.
+    forward, decode, features = peak.forward // world, peak.decode // shards, peak.features // shards
+    # On a GPU frames are decoded while the context pass runs.
     activations = max(features + forward, decode) if pipeline.device.type == "cpu" else forward + decode
     return MemoryPlan(
         window_bytes=branches * window_bytes(config, plan.size, plan.window_frames, pipeline.dtype) // world,
         text_bytes=branches * prompt,
         condition_bytes=2 * cells * (config.in_channels - config.out_channels) * torch.float32.itemsize,
-        opening_bytes=taken.encode,
+        opening_bytes=peak.encode,
         chunk_bytes=camera + cells * RAY_CHANNELS * torch.float32.itemsize + activations,
         postprocess_bytes=pipeline.open_postprocessor(plan).memory_bytes(),
     )
 
 
 def require_room(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
-    """Raises CapacityError with the numbers, and the window that would fit, when the session is too large."""
+    """The session's memory. Raises CapacityError, with the window that would fit, when it is more than is free."""
     needed = plan_memory(pipeline, plan)
     free = _own_free_bytes(pipeline)
     if needed.total_bytes <= free:
@@ -101,13 +102,13 @@ def fits(pipeline: Pipeline, plan: SessionPlan) -> bool:
 
 
 def _own_free_bytes(pipeline: Pipeline) -> int:
-    """On a CPU every rank takes its share of the same memory."""
+    """Free bytes for this rank. On a CPU all ranks share the same memory."""
     free = free_bytes(pipeline.device)
     return free // pipeline.ranks.world if pipeline.device.type == "cpu" else free
 
 
 def describe_share(pipeline: Pipeline) -> str:
-    """One line for the log: where this rank runs, and what its weights and a default session's window take there."""
+    """One line for the log: this rank's device, and the memory of its weights and of a default session's window."""
     info, ranks = pipeline.model_info, pipeline.ranks
     weights = weight_bytes(pipeline.dit)
     window = window_bytes(pipeline.dit.config, info.default_size, info.window_frames, pipeline.dtype) // ranks.world
@@ -119,13 +120,13 @@ def describe_share(pipeline: Pipeline) -> str:
 
 
 def weight_bytes(module: torch.nn.Module) -> int:
-    """Of parameters and buffers, what is shared counted once."""
+    """Bytes of parameters and buffers. Shared ones count once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in module.state_dict().values()}
     return sum(storage.nbytes() for storage in storages.values())
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes a session may take: what the driver and torch's pool have free, on a CPU what the system has available."""
+    """Bytes free for a session: on a GPU those of driver and torch's pool, on a CPU the available host memory."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         pooled = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -134,13 +135,13 @@ def free_bytes(device: torch.device) -> int:
 
 
 def available_host_bytes() -> int:
-    """MemAvailable where the kernel tells it, else the free physical pages."""
+    """MemAvailable on Linux, else the free or, without Linux's /proc, all physical pages."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:
                 if line.startswith("MemAvailable:"):
                     return int(line.split()[1]) * 1024
     except OSError:
-        # Not Linux: the total is the best bound the standard library offers.
+        # Not Linux: the standard library knows only the total.
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

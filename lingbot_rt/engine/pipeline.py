@@ -1,4 +1,4 @@
-"""The loaded networks, where they run, and what they are."""
+"""Loads the networks of a model and sets them up on their device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import cast
 import torch
 
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.engine.compilation import keep_compiled_code, resolve_compile
+from lingbot_rt.engine.compilation import resolve_compile, set_compile_cache
 from lingbot_rt.engine.flow_match import FlowSchedule
 from lingbot_rt.engine.placement import Placement, StreamedBlocks
 from lingbot_rt.errors import CheckpointError, ConfigError, InvalidInit
@@ -19,10 +19,15 @@ from lingbot_rt.models.attention import require_backend, resolve_backend
 from lingbot_rt.models.checkpoint import load_dit, load_text_encoder, load_vae, open_checkpoint
 from lingbot_rt.models.dit import Block, CausalDiT, TextKV
 from lingbot_rt.models.quantize import quantize_linears, require_fp8
-from lingbot_rt.models.text_encoder import TextEncoder
+from lingbot_rt.models.text_encoder import PromptEncoder
 from lingbot_rt.models.vae import StreamingVAE
-from lingbot_rt.parallel.groups import Ranks
-from lingbot_rt.parallel.share import Decode, share_decode, share_dit, share_text
+from lingbot_rt.parallel.groups import Ranks, SingleRank
+from lingbot_rt.parallel.parallelize import (
+    FrameDecoder,
+    parallelize_decoder,
+    parallelize_dit,
+    parallelize_text_encoder,
+)
 from lingbot_rt.postprocess.stage import PostprocessNetworks, PostProcessor
 from lingbot_rt.session.plan import EngineStatus, ModelInfo, SessionPlan
 from lingbot_rt.shapes import FrameSize
@@ -34,16 +39,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class Networks:
-    """A model's three, with their weights."""
+    """The three networks of a model with their weights."""
 
     dit: CausalDiT
     vae: StreamingVAE
-    text_encoder: TextEncoder | None  # None where another rank has it
+    text_encoder: PromptEncoder | None  # on rank 0 only
 
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """One causal-DMD pipeline on one device."""
+    """The networks on their device, and how they run there."""
 
     model_info: ModelInfo
     schedule: FlowSchedule
@@ -53,36 +58,37 @@ class Pipeline:
     dit: CausalDiT
     vae: StreamingVAE
     vae_placement: Placement
-    decode: Decode
-    text_encoder: TextEncoder
+    decode: FrameDecoder
+    text_encoder: PromptEncoder
     text_encoder_placement: Placement
     postprocess: PostprocessNetworks
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: Ranks = field(default_factory=SingleRank)
 
     @property
     def own_heads(self) -> int:
-        """Heads of self-attention whose window this process keeps."""
+        """Attention heads of this rank, whose K/V are in its window."""
         return self.dit.config.num_attention_heads // self.ranks.world
 
     def open_postprocessor(self, plan: SessionPlan) -> PostProcessor:
-        """What the session's frames go through after decode. Raises InvalidInit when its model does not load."""
+        """The session's upscaling and interpolation. Raises InvalidInit when their networks do not load."""
         try:
             return self.postprocess.open(plan.postprocess, plan.size)
         except CheckpointError as error:
             raise InvalidInit(str(error), field=error.field) from None
 
     def text_kv(self, prompt: str) -> TextKV:
-        """A prompt's cross-attention K/V for every block of the DiT."""
-        # An encoder that rests on the CPU stays there for words that it knows: a visit moves 11 GB of the 14B's.
-        with nullcontext() if self.text_encoder.knows(prompt) else self.text_encoder_placement.at_work():
+        """Cross-attention K/V of ``prompt`` for every block of the DiT."""
+        # An offloaded encoder is not moved for a prompt that it knows: the 14B's encoder is 11 GB.
+        with nullcontext() if self.text_encoder.knows(prompt) else self.text_encoder_placement.on_device():
             text_BLD = self.text_encoder.encode(prompt)
         return self.dit.text_kv(text_BLD.to(self.device, self.dtype))
 
 
 def load_pipeline(config: ServeConfig, report: Callable[[EngineStatus], None], ranks: Ranks | None = None) -> Pipeline:
-    """Loads the model that ``config`` names, telling ``report`` how far it is; ``ranks`` share its sessions.
+    """Loads the model of ``config``. ``report`` gets the progress. ``ranks``: None for a single process.
 
-    Raises CheckpointError when the folder is incomplete, ConfigError when the device is not there.
+    Raises CheckpointError when the model's folder is incomplete, ConfigError when the device is missing or cannot do
+    what ``config`` asks.
     """
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
@@ -97,14 +103,14 @@ def load_pipeline(config: ServeConfig, report: Callable[[EngineStatus], None], r
     def part(name: str) -> Callable[[float], None]:
         return lambda done: report(EngineStatus("loading weights", done, name))
 
-    rest = torch.device("cpu")
-    dit = load_dit(folder, dtype, rest if config.dit_cpu_offload else device, part("transformer"))
-    vae = load_vae(folder, DTYPES[config.vae_dtype], rest if config.vae_cpu_offload else device, part("vae"))
-    ranks = ranks or Ranks()
+    host = torch.device("cpu")
+    dit = load_dit(folder, dtype, host if config.dit_cpu_offload else device, part("transformer"))
+    vae = load_vae(folder, DTYPES[config.vae_dtype], host if config.vae_cpu_offload else device, part("vae"))
+    ranks = ranks or SingleRank()
     text_encoder = None
     if ranks.is_first:
         text_encoder = load_text_encoder(
-            folder, dtype, rest if config.text_encoder_cpu_offload else device, part("text encoder")
+            folder, dtype, host if config.text_encoder_cpu_offload else device, part("text encoder")
         )
     schedule = FlowSchedule(folder.shift, folder.denoise_steps)
     return assemble(config, Networks(dit, vae, text_encoder), schedule, folder.default_size, ranks)
@@ -113,9 +119,9 @@ def load_pipeline(config: ServeConfig, report: Callable[[EngineStatus], None], r
 def assemble(
     config: ServeConfig, networks: Networks, schedule: FlowSchedule, default_size: FrameSize, ranks: Ranks
 ) -> Pipeline:
-    """Networks as loaded -> a pipeline that runs them as ``config`` says: quantized, offloaded, shared, compiled.
+    """Loaded networks -> a pipeline, with quantization, offload, several ranks and compilation as ``config`` says.
 
-    Raises ConfigError for what the device cannot do.
+    Raises ConfigError when the device cannot do it.
     """
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
@@ -128,15 +134,15 @@ def assemble(
     if config.dit_cpu_offload and device.type != "cpu":
         blocks = StreamedBlocks(dit.blocks, device)
         dit.blocks = cast("Sequence[Block]", blocks)
-        log.info("DiT offloaded: %.1f GB cross the bus in each forward", blocks.bytes_a_pass / 1e9)
+        log.info("DiT offloaded: each forward copies %.1f GB to the device", blocks.bytes_per_forward / 1e9)
     dit.to(device)
     dit.attention_backend = config.attention_backend
-    share_dit(dit, ranks)
+    parallelize_dit(dit, ranks)
     text_shape = (1, dit.config.text_len, dit.config.text_dim)
-    text_encoder = share_text(networks.text_encoder, ranks, text_shape, dtype, device)
-    decode = share_decode(vae, ranks, config.vae_parallel)
+    text_encoder = parallelize_text_encoder(networks.text_encoder, ranks, text_shape, dtype, device)
+    decode = parallelize_decoder(vae, ranks, config.vae_parallel)
     if compiled:
-        keep_compiled_code(config.compile_cache)
+        set_compile_cache(config.compile_cache)
         dit.compile_blocks()
         vae.compile()
     info = ModelInfo(
@@ -181,16 +187,16 @@ def assemble(
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is cuda where there is one, else cpu. Raises ConfigError for a cuda that is not there."""
+    """``auto`` is cuda when there is a CUDA device, else cpu. Raises ConfigError for ``cuda`` without one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu", field="device")
+        raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu", field="device")
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 on an accelerator and float32 on a CPU."""
+    """``auto`` is bfloat16 on a GPU and float32 on a CPU."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return DTYPES[name]

@@ -11,11 +11,11 @@ from torch import Tensor
 from lingbot_rt.engine.flow_match import CLEAN
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.errors import ChunkCancelled
+from lingbot_rt.models import to_device
 from lingbot_rt.models.dit import TextKV, TimeModulation
 from lingbot_rt.models.feature_cache import FeatureCache
 from lingbot_rt.models.i2v_condition import preprocess_image
 from lingbot_rt.models.kv_cache import KVCache
-from lingbot_rt.models.transfer import to_device
 from lingbot_rt.session.plan import SessionPlan
 
 
@@ -51,7 +51,7 @@ class SessionState:
             timestep: pipeline.dit.time_modulation(timestep) for timestep in (*timesteps, CLEAN)
         }
         image = preprocess_image(plan.first_frame).to(pipeline.device)
-        with pipeline.vae_placement.at_work():
+        with pipeline.vae_placement.on_device():
             self._condition_first, self._condition_later = pipeline.vae.encode_condition(image, plan.latent_frames)
         self.features: FeatureCache = pipeline.vae.new_features()
         self.text_kv(plan.prompt)

@@ -1,4 +1,4 @@
-"""Times of a chunk's stages without a wait inside the chunk: host clock on a CPU, device events elsewhere."""
+"""Times the stages of a chunk: by the host clock on a CPU, by device events on a GPU, so that no stage waits."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Marks begin and end of a stage on the current stream."""
+        """Marks the start and the end of a stage on the current stream."""
         begin = self._mark()
         yield
         self._marks[name] = (begin, self._mark())
 
     def finish(self) -> dict[str, float]:
-        """Waits for the device and returns every stage's milliseconds; ``total_ms`` is the wall time since creation."""
+        """Waits for the device; returns milliseconds by stage and sets ``total_ms``, the wall time since creation."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             stages = {name: begin.elapsed_time(end) for name, (begin, end) in self._marks.items()}

@@ -1,4 +1,4 @@
-"""Every shape that a session of the default size can meet is run once before /health says ready."""
+"""Runs every shape that a session of the default size can meet, before /health says ready."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _GUIDED_CHUNKS = 2
 
 
 def warm_up(pipeline: Pipeline, report: Callable[[float], None], *, postprocess: bool = False) -> None:
-    """A default session until its window has slid once, then a new prompt, then a chunk without camera; a guided one of
-    two chunks. ``report`` gets the share done.
+    """Runs a default session until its window has slid once, then a chunk with a new prompt and no camera, then two
+    chunks of a session with guidance. ``report`` gets the share done, 0 to 1.
 
-    On a device too small for the model's own window the largest that fits is taken. ``postprocess`` adds the upscaling
-    and interpolation networks at their usual factors.
+    If the model's own window does not fit, it takes the largest that does. ``postprocess`` adds the upscaling and
+    interpolation networks at their usual factors.
     """
     plan = _fitting(pipeline, default_plan(pipeline))
     if plan is None:
-        log.warning("a session of %s does not fit here: nothing is warmed up", pipeline.model_info.default_size)
+        log.warning("no warm-up: a session of %s does not fit in the free memory", pipeline.model_info.default_size)
         return
     guided = replace(plan, guidance_scale=2.0, window_frames=plan.sink_frames + plan.latent_frames)
     guided_chunks = _GUIDED_CHUNKS if pipeline.ranks.agree(fits(pipeline, guided)) else 0
@@ -58,7 +58,7 @@ def warm_up(pipeline: Pipeline, report: Callable[[float], None], *, postprocess:
 
 
 def default_plan(pipeline: Pipeline) -> SessionPlan:
-    """What an init that says nothing asks for, over a grey picture."""
+    """The plan of an init without any settings, with a grey first frame."""
     model_info = pipeline.model_info
     return SessionPlan(
         session_id="warm-up",
@@ -76,7 +76,7 @@ def default_plan(pipeline: Pipeline) -> SessionPlan:
 
 
 def _fitting(pipeline: Pipeline, plan: SessionPlan) -> SessionPlan | None:
-    """The plan with the largest window that fits; rank 0, which has the least room, decides for all."""
+    """``plan`` with the largest window that fits, or None. Rank 0 decides for all, as it has the least free memory."""
     for window in range(plan.window_frames, plan.sink_frames + plan.latent_frames - 1, -plan.latent_frames):
         smaller = replace(plan, window_frames=window)
         if pipeline.ranks.agree(fits(pipeline, smaller)):

@@ -1,10 +1,12 @@
-"""A follower's life: join, load, then do what rank 0 says until it says stop.
+"""The process of a rank other than 0: it joins, loads the model, then runs what rank 0 sends until told to stop.
 
-Run as ``python -m lingbot_rt.engine.worker CONFIG`` by rank 0; under torchrun ``lingbot-rt serve`` comes here itself.
+Rank 0 starts it as ``python -m lingbot_rt.engine.worker CONFIG``. Under torchrun ``lingbot-rt serve`` calls
+``run_launched_worker``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -23,39 +25,47 @@ from lingbot_rt.engine.memory import describe_share
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import warm_up
-from lingbot_rt.errors import ChunkCancelled, PeerLost
+from lingbot_rt.errors import ChunkCancelled, PeerLost, one_line
+from lingbot_rt.parallel.coordinator import Close, Stop
 from lingbot_rt.parallel.groups import RankGroup
-from lingbot_rt.parallel.launch import Place, require_ranks, uses_cuda
-from lingbot_rt.parallel.leader import Close, Stop
-from lingbot_rt.parallel.watch import START_PATIENCE, PulseSender, first_line
+from lingbot_rt.parallel.launch import RankInfo, require_ranks, uses_cuda
+from lingbot_rt.parallel.watchdog import START_PATIENCE, HeartbeatSender
 from lingbot_rt.session.plan import UNCHANGED, ChunkPlan, SessionPlan
 
 log = logging.getLogger(__name__)
 
+_COMMAND = (sys.executable, "-m", "lingbot_rt.engine.worker")
 
-def follow(config: ServeConfig, place: Place, work: Callable[[RankGroup], None]) -> int:
-    """The whole process of a follower: it joins, then does ``work``; the exit code. Rank 0 hears of a failure before
-    this returns."""
-    # Ctrl-C reaches every process of a terminal; rank 0 tells the others when to end.
+
+def worker_command(config: ServeConfig) -> list[str]:
+    """The command line of a worker process."""
+    # A worker does not need the API key, and command lines are visible to other users.
+    return [*_COMMAND, json.dumps(dataclasses.asdict(replace(config, api_key=None)))]
+
+
+def run_worker(config: ServeConfig, info: RankInfo, work: Callable[[RankGroup], None]) -> int:
+    """Joins the ranks and does ``work``; returns the exit code. After an error it tells rank 0 and exits with 1."""
+    # Ctrl-C reaches every process of a terminal. Rank 0 tells the workers when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    group = RankGroup(place.rank, place.world)
+    group = RankGroup(info.rank, info.world)
     limit_s = config.rank_timeout_s
-    sender = PulseSender(place.connect(limit_s), place.rank, group.pulse, limit_s, lambda: os._exit(1))
+    sender = HeartbeatSender(info.connect(limit_s), info.rank, group.heartbeat, limit_s, lambda: os._exit(1))
     sender.start()
     try:
         with torch.inference_mode():
-            device = place.device("cuda" if uses_cuda(config) else "cpu")
-            place.join(group, place.connect(limit_s), device, START_PATIENCE * limit_s)
+            device = info.device("cuda" if uses_cuda(config) else "cpu")
+            info.join(group, info.connect(limit_s), device, START_PATIENCE * limit_s)
             work(group)
     except Exception as error:
-        group.pulse.is_consequence = isinstance(error, PeerLost)
-        group.pulse.failure = first_line(error)
-        if not group.pulse.is_consequence:
-            log.exception("rank %d failed", place.rank)
+        # In this order: the watchdog must not read the error before it knows whose it is.
+        group.heartbeat.is_peer_lost = isinstance(error, PeerLost)
+        group.heartbeat.error = one_line(error)
+        if not group.heartbeat.is_peer_lost:
+            log.exception("rank %d failed", info.rank)
         with suppress(RuntimeError):
-            sender.tell()
+            sender.send()
         logging.shutdown()
-        # At once: tearing down a broken group may wait for ranks that are gone.
+        # At once: an orderly exit of a broken group may wait for ranks that are gone.
         os._exit(1)
     sender.stop()
     group.leave()
@@ -67,44 +77,50 @@ def _serve(config: ServeConfig, group: RankGroup) -> None:
     log.info("%s", describe_share(pipeline))
     if config.warmup:
         warm_up(pipeline, lambda done: group.tick())
-    obey(pipeline, group)
+    worker_loop(pipeline, group)
 
 
-def obey(pipeline: Pipeline, group: RankGroup) -> None:
-    """Says that this rank is ready, then follows rank 0's commands until it says stop."""
+def worker_loop(pipeline: Pipeline, group: RankGroup) -> None:
+    """Tells rank 0 that this rank is ready, then runs its commands until Stop."""
     group.agree(True)
     sessions: dict[str, SessionState] = {}
     while True:
         match group.receive():
             case SessionPlan() as plan:
-                # A session that this one takes the place of leaves first: there may be room for one window only.
-                sessions.pop(plan.session_id, None)
-                # Frames are rank 0's: so is what they go through after decode.
+                # The session that this one replaces goes first: there may be memory for one window only.
+                _close(sessions, plan.session_id)
+                # Only rank 0 has frames to upscale or interpolate.
                 sessions[plan.session_id] = SessionState(pipeline, replace(plan, postprocess=UNCHANGED))
             case ChunkPlan() as plan:
-                # Agreed by all: rank 0 said so before one of the forwards.
+                # All ranks agree on a cancelled chunk, and stop before the same forward or decode.
                 with suppress(ChunkCancelled):
                     run_chunk(pipeline, sessions[plan.session_id], plan, lambda group: None)
             case Close(session_id):
-                sessions.pop(session_id, None)
+                _close(sessions, session_id)
                 if pipeline.device.type == "cuda":
                     torch.cuda.empty_cache()
             case Stop():
                 return
 
 
-def follow_launcher(config: ServeConfig) -> int:
-    """A follower that torchrun started, or rank 0. Raises ConfigError for ranks that cannot be."""
+def _close(sessions: dict[str, SessionState], session_id: str) -> None:
+    session = sessions.pop(session_id, None)
+    if session is not None:
+        session.release()
+
+
+def run_launched_worker(config: ServeConfig) -> int:
+    """The whole process of a worker whose rank is in the environment. Raises ConfigError as ``require_ranks`` does."""
     require_ranks(config)
-    place = Place.from_environment()
-    assert place is not None, "the launcher says where"
+    info = RankInfo.from_environment()
+    assert info is not None, "rank 0 or torchrun has set the variables"
     logging.basicConfig(
         level=config.log_level.upper(),
-        format=f"%(asctime)s %(levelname)-7s [rank {place.rank}] %(message)s",
+        format=f"%(asctime)s %(levelname)-7s [rank {info.rank}] %(message)s",
         datefmt="%H:%M:%S",
     )
-    return follow(config, place, partial(_serve, config))
+    return run_worker(config, info, partial(_serve, config))
 
 
 if __name__ == "__main__":
-    sys.exit(follow_launcher(ServeConfig(**json.loads(sys.argv[1]))))
+    sys.exit(run_launched_worker(ServeConfig(**json.loads(sys.argv[1]))))

@@ -1,6 +1,6 @@
 """Scaled dot-product attention and the choice of its kernel.
 
-Shapes: B batch, N query tokens, M key tokens, H heads, D head_dim. No mask anywhere: a query sees the whole window.
+Shapes: B batch, N query tokens, M key tokens, H heads, D head_dim. There is no mask: a query sees the whole window.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lingbot_rt.errors import ConfigError
+from lingbot_rt.errors import ConfigError, one_line
 from lingbot_rt.models.kv_cache import KVCache
 
 _SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 _PACKAGES = {"flash-attn2": "flash_attn", "flash-attn3": "flash_attn_interface", "flash-attn4": "flash_attn.cute"}
-"""FlashAttention by generation: the module in which each keeps ``flash_attn_func``."""
+"""FlashAttention by generation: the module that has its ``flash_attn_func``."""
 
 BACKENDS = ("auto", "sdpa", *_SDPA, *_PACKAGES)
 
@@ -26,14 +26,14 @@ BACKENDS = ("auto", "sdpa", *_SDPA, *_PACKAGES)
 def attend(q_BNHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, backend: str = "auto") -> Tensor:
     """softmax(q k^T / sqrt(D)) v -> [B, N, H, D].
 
-    ``sdpa`` is torch's own preference; ``cudnn``, ``flash`` and ``math`` are torch's kernels of that name;
-    ``flash-attn2`` to ``4`` are the FlashAttention packages, which are never chosen unasked.
+    ``sdpa`` lets torch choose its kernel. ``cudnn``, ``flash`` and ``math`` are torch's kernels of that name.
+    ``flash-attn2`` to ``flash-attn4`` are the FlashAttention packages. ``auto``: see ``resolve_backend``.
     """
     if backend == "auto":
         backend = resolve_backend(backend, q_BNHD.device, q_BNHD.dtype)
     if backend in _PACKAGES:
         out = importlib.import_module(_PACKAGES[backend]).flash_attn_func(q_BNHD, k_BMHD, v_BMHD)
-        return out[0] if isinstance(out, tuple) else out  # some versions give the softmax's sums beside it
+        return out[0] if isinstance(out, tuple) else out  # some versions return the softmax's sums too
     q, k, v = (x.transpose(1, 2) for x in (q_BNHD, k_BMHD, v_BMHD))
     if backend in _SDPA:
         with sdpa_kernel(_SDPA[backend]):
@@ -46,35 +46,35 @@ def attend(q_BNHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, backend: str = "auto"
 class WindowAttention:
     """Self-attention of a chunk over its session's window.
 
-    The whole of what sequence parallelism changes: an object with these methods, which holds a share of the tokens and
-    exchanges them for heads around the kernel, takes this one's place as ``CausalDiT.window_attention``.
+    Sequence parallelism changes nothing else: ``parallel`` replaces ``CausalDiT.window_attention`` by a subclass that
+    has only some of the tokens, and exchanges them for heads around the kernel.
     """
 
     def own_tokens(self, x: Tensor, dim: int) -> Tensor:
-        """The part of ``x``, whose ``dim`` counts the chunk's tokens, that this process works on: all of it."""
+        """The tokens of ``x``, which are its dimension ``dim``, that this process computes: all of them."""
         return x
 
     def all_tokens(self, own_BNK: Tensor, count: int) -> Tensor:
-        """``own_tokens`` undone, for [B, N, K]: the chunk's ``count`` tokens."""
+        """The inverse of ``own_tokens``: this process's tokens [B, n, K] -> all ``count`` tokens [B, N, K]."""
         return own_BNK
 
     def store(self, k_BNHD: Tensor, v_BNHD: Tensor, cache: KVCache, layer: int) -> None:
-        """Puts the chunk's keys and values into the window: all that the context pass asks of the last layer."""
+        """Writes the chunk's keys and values into the window. The context pass needs no more of the last layer."""
         cache.write(layer, k_BNHD, v_BNHD)
 
     def __call__(
         self, q_BNHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, cache: KVCache, layer: int, backend: str
     ) -> Tensor:
-        """Stores the chunk's keys and values, then attends to all that is visible -> [B, N, H, D]."""
+        """Writes the chunk's keys and values, then attends to the visible window -> [B, N, H, D]."""
         cache.write(layer, k_BNHD, v_BNHD)
         return attend(q_BNHD, *cache.view(layer), backend)
 
 
 @lru_cache
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """``auto``: cuDNN in half precision on Hopper and later, else torch's preference; any other name is itself.
+    """``auto`` is cudnn in half precision on Hopper and later, else sdpa. Any other name stays as it is.
 
-    cuDNN's kernels are about 1.8 times as fast as torch's flash ones there, and read B N H D storage without a copy.
+    On Hopper cuDNN's kernels are about 1.8 times as fast as torch's flash kernels, and read B N H D storage directly.
     """
     if backend != "auto":
         return backend
@@ -84,12 +84,12 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
 
 
 def text_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The kernel for attention to the text: torch's own, which can be compiled into what surrounds it."""
+    """The kernel for attention to the text: one of torch's, as these compile together with the code around them."""
     return resolve_backend("auto" if backend in _PACKAGES else backend, device, dtype)
 
 
 def available_backends(device: torch.device) -> dict[str, str]:
-    """Each backend -> ``ok``, or why it does not run here, found by running it on a tiny input."""
+    """Each backend -> ``ok``, or the error of running it on a tiny input."""
     found = {}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x = torch.randn(1, 8, 2, 64, device=device, dtype=dtype)
@@ -98,16 +98,16 @@ def available_backends(device: torch.device) -> dict[str, str]:
             attend(x, x, x, backend)
             found[backend] = "ok"
         except (ImportError, RuntimeError, AttributeError) as error:
-            found[backend] = str(error).strip().split("\n")[0]
+            found[backend] = one_line(error)
     return found
 
 
 def require_backend(backend: str, device: torch.device) -> None:
-    """Raises ConfigError when ``backend`` does not run on ``device``, naming those that do."""
+    """Raises ConfigError, with the backends that run, when ``backend`` does not run on ``device``."""
     found = available_backends(device)
     if found[backend] != "ok":
         working = ", ".join(name for name, state in found.items() if state == "ok")
         raise ConfigError(
-            f"--attention-backend {backend} does not run on {device.type} ({found[backend]}); here run: {working}",
+            f"--attention-backend {backend} does not run on {device.type} ({found[backend]}); use one of: {working}",
             field="attention_backend",
         )

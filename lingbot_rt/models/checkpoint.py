@@ -1,7 +1,7 @@
-"""A diffusers-layout folder, a hub id or the built-in world -> the networks, on their device in one copy.
+"""Loads the networks of a folder in diffusers' layout, a hub id or the built-in world.
 
-Every network is built on the meta device, its memory allocated once where it will rest, and each tensor of the
-safetensors files copied straight into its place; a name or shape that does not fit is an error that lists it.
+A network is built on the meta device. Its memory is allocated once, on its final device, and each tensor of the
+safetensors files is copied into it. Names and shapes that do not fit are listed in one error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from lingbot_rt.config import BUILTIN
-from lingbot_rt.errors import CheckpointError
+from lingbot_rt.errors import CheckpointError, one_line
 from lingbot_rt.models.builtin import builtin_folder
 from lingbot_rt.models.dit import CausalDiT, DiTConfig, split_qkv
 from lingbot_rt.models.i2v_condition import MASK_CHANNELS
@@ -31,7 +31,7 @@ from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.shapes import FrameSize
 
 Progress = Callable[[float], None]
-"""Called with the share done, 0..1."""
+"""Called with the share done, 0 to 1."""
 
 DISTILLED_SHIFT = 10.0
 DISTILLED_STEPS = (1000, 821, 642, 321)
@@ -61,24 +61,24 @@ _DIFFUSERS_NAMES = [
     (r"scale_shift_table$", "head.modulation"),
     (r"proj_out\.", "head.head."),
 ]
-"""diffusers' names of the same parameters -> the original checkpoint's."""
+"""diffusers' parameter names -> the original checkpoint's."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFolder:
-    """A model on disk, its small files read and found to fit each other."""
+    """A model on disk. Its configurations are read and fit each other."""
 
     path: Path
     dit_config: DiTConfig
     shift: float  # of the flow-matching schedule
-    denoise_steps: tuple[int, ...]  # the distilled timesteps, unwarped
+    denoise_steps: tuple[int, ...]  # the distilled timesteps before the shift
     default_size: FrameSize
 
 
 def open_checkpoint(model_path: str) -> CheckpointFolder:
-    """``builtin``, a folder, or a hub id (fetched once, resumable). Reads no weights.
+    """Reads the configurations of ``builtin``, a folder or a hub id. A hub id is downloaded once, and can resume.
 
-    Raises CheckpointError saying what is missing or does not fit.
+    Raises CheckpointError, naming what is missing or does not fit.
     """
     if model_path == BUILTIN:
         path = builtin_folder()
@@ -88,7 +88,7 @@ def open_checkpoint(model_path: str) -> CheckpointFolder:
         path = _fetch(model_path)
     missing = [part for part in _PARTS if not (path / part).is_dir()]
     if missing:
-        raise _broken(f"{path} is not a diffusers model folder: it lacks {', '.join(part + '/' for part in missing)}")
+        raise _broken(f"{path} is not a diffusers model folder: it has no {', '.join(part + '/' for part in missing)}")
     index = _read_json(path / "model_index.json", default={})
     scheduler = _read_json(path / "scheduler" / "scheduler_config.json", default={})
     vae, text = (_read_json(path / part / "config.json") for part in ("vae", "text_encoder"))
@@ -117,7 +117,7 @@ def open_checkpoint(model_path: str) -> CheckpointFolder:
 def load_dit(
     folder: CheckpointFolder, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
 ) -> CausalDiT:
-    """The DiT; q, k and v of self-attention land in one fused linear. Raises CheckpointError."""
+    """The DiT, with q, k and v of self-attention in one fused linear. Raises CheckpointError."""
     with torch.device("meta"):
         dit = CausalDiT(folder.dit_config)
     state = _allocate(dit, dtype, device)
@@ -148,11 +148,11 @@ def load_text_encoder(
         tokenizer = AutoTokenizer.from_pretrained(folder.path / "tokenizer", local_files_only=True)
         config = UMT5Config.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise _broken(f"{folder.path}: text encoder: {_first_line(error)}") from None
+        raise _broken(f"{folder.path}: text encoder: {one_line(error)}") from None
     with torch.device("meta"):
         encoder = UMT5EncoderModel(config)
     state = _allocate(encoder, dtype, device)
-    # One table under two names; a checkpoint holds it under either.
+    # One table with two names. A checkpoint has it under either name.
     state["encoder.embed_tokens.weight"] = state["shared.weight"]
     targets = {name: tensor for name, tensor in state.items() if name != "encoder.embed_tokens.weight"}
     _fill(targets, path, lambda name: name.replace("encoder.embed_tokens.", "shared."), progress)
@@ -162,20 +162,20 @@ def load_text_encoder(
 
 
 def _fetch(model_id: str) -> Path:
-    """The hub's files, from its local cache or fetched with a progress bar; an interrupted fetch resumes."""
+    """The hub's files, from its local cache or downloaded with a progress bar."""
     try:
         return Path(snapshot_download(model_id, allow_patterns=_HUB_FILES))
     except HFValidationError:
         raise _broken(f"--model-path {model_id}: neither a folder that exists nor a hub id") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise _broken(
-            f"--model-path {model_id}: no such folder, and the hub did not give it ({_first_line(error)}); "
-            f"put its files in a folder and name that, for example --model-path ./models/{Path(model_id).name}"
+            f"--model-path {model_id}: no such folder, and the download from the hub failed ({one_line(error)}); "
+            f"put its files in a folder and name the folder, for example --model-path ./models/{Path(model_id).name}"
         ) from None
 
 
 def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A JSON object; ``default`` stands for a file that is not there."""
+    """A JSON object; ``default`` when the file does not exist."""
     if default is not None and not path.exists():
         return default
     try:
@@ -190,15 +190,15 @@ def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, A
 
 
 def _allocate(module: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Memory for every parameter of a module that was built on the meta device."""
+    """Allocates every parameter of a module that was built on the meta device."""
     return {name: torch.empty_like(value, dtype=dtype, device=device) for name, value in module.state_dict().items()}
 
 
 def _assign(module: Any, state: dict[str, Tensor]) -> Any:
-    """The module over the filled ``state`` itself; nothing is copied."""
+    """Makes the tensors of ``state`` the module's own, without a copy."""
     module.load_state_dict(state, assign=True)
     unfilled = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
-    assert not unfilled, f"not in the checkpoint and to be rebuilt here: {unfilled}"
+    assert not unfilled, f"tensors that no checkpoint file has: {unfilled}"
     return module.requires_grad_(False).eval()
 
 
@@ -211,7 +211,7 @@ def _original_name(name: str) -> str:
 
 
 def _fill(targets: dict[str, Tensor], folder: Path, rename: Callable[[str], str], progress: Progress | None) -> None:
-    """Copies every tensor of the folder's safetensors files into its target; anything that does not fit is an error."""
+    """Copies every tensor of the folder's safetensors files into its target. Raises CheckpointError."""
     missing, extra, misshapen = set(targets), [], []
     for done, name, tensor in _tensors(folder):
         target = targets.get(rename(name))
@@ -234,7 +234,7 @@ def _fill(targets: dict[str, Tensor], folder: Path, rename: Callable[[str], str]
 
 
 def _tensors(folder: Path) -> Iterator[tuple[float, str, Tensor]]:
-    """(share done, name, tensor) of every tensor in the folder, one in memory at a time."""
+    """(share done, name, tensor) of every tensor in the folder. Only one is in memory at a time."""
     files = _shards(folder)
     for number, path in enumerate(files):
         try:
@@ -247,7 +247,7 @@ def _tensors(folder: Path) -> Iterator[tuple[float, str, Tensor]]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The safetensors files that the folder's index names; without an index, all there are."""
+    """The safetensors files that the folder's index lists; all of them when there is no index."""
     index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
     if index is None:
         files = sorted(folder.glob("*.safetensors"))
@@ -257,12 +257,8 @@ def _shards(folder: Path) -> list[Path]:
         raise _broken(f"{folder} has no .safetensors file")
     absent = [path.name for path in files if not path.exists()]
     if absent:
-        raise _broken(f"{folder} lacks {len(absent)} of {len(files)} shards: {', '.join(absent[:_LISTED_KEYS])}")
+        raise _broken(f"{folder} misses {len(absent)} of {len(files)} shards: {', '.join(absent[:_LISTED_KEYS])}")
     return files
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def _broken(message: str) -> CheckpointError:

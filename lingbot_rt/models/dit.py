@@ -1,8 +1,8 @@
 """The causal DiT with camera modulation: LingBot-World's transformer, one chunk of latent frames at a time.
 
-Shape legend: B batch, C channels, F latent frames, h x w latent cells, N tokens of the chunk (F h/2 w/2), L text
-tokens, D model width, H heads, d head_dim. The arithmetic is that of the reference; parameter names are those of the
-original checkpoint, except that q, k and v of self-attention are one linear.
+The arithmetic is the reference's. Parameter names are the original checkpoint's, but q, k and v of self-attention are
+one linear. Shapes: B batch, C channels, F latent frames, h x w latent cells, N tokens of the chunk (F h/2 w/2), L text
+tokens, D model width, H heads, d head_dim.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ CameraModulation = list[tuple[Tensor, Tensor]]
 """Scale and shift [B, N, D] of every block."""
 
 RAY_CHANNELS = 6 * VAE_SPATIAL_STRIDE**2
-"""Channels of the ray map: origin and direction of 8x8 pixels, folded."""
+"""Channels of the ray map: origin and direction for each of the 8x8 pixels of a latent cell."""
 
 COMPILED_SHAPES = 64
-"""Shapes that compiled code is kept for; after so many sizes of frames and chunks, further ones run uncompiled."""
+"""Compiled shapes per function. After as many sizes of frames and chunks, further ones run uncompiled."""
 
 
 class TimeModulation(NamedTuple):
-    """What a timestep is to the network."""
+    """A timestep as the network's inputs."""
 
     embedding_BD: Tensor  # for the head, in the model's dtype
     projection_B6D: Tensor  # for the blocks, float32
@@ -42,7 +42,7 @@ class TimeModulation(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DiTConfig:
-    """What ``transformer/config.json`` says; the defaults are LingBot-World-Fast 14B."""
+    """The values of ``transformer/config.json``. The defaults are LingBot-World-Fast 14B's."""
 
     num_layers: int = 40
     num_attention_heads: int = 40
@@ -60,8 +60,7 @@ class DiTConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DiTConfig:
-        """From config.json's object; keys this class does not know are left alone. Raises ValueError for a patch
-        other than 1 x 2 x 2."""
+        """From config.json's object, ignoring unknown keys. Raises ValueError for a patch other than 1 x 2 x 2."""
         patch = values.get("patch_size", [1, PATCH_SIZE, PATCH_SIZE])
         if list(patch) != [1, PATCH_SIZE, PATCH_SIZE]:
             raise ValueError(f"patch_size {patch} is not [1, {PATCH_SIZE}, {PATCH_SIZE}]")
@@ -73,7 +72,7 @@ class DiTConfig:
 
     @property
     def latent_frames(self) -> int:
-        """Latent frames a chunk the model is trained for."""
+        """Latent frames per chunk."""
         return self.num_frames_per_block
 
     @property
@@ -86,7 +85,7 @@ class DiTConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the full width (all heads), in float32."""
+    """x / rms(x) * weight over the full width (all heads), computed in float32."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -98,13 +97,13 @@ class RMSNorm(nn.Module):
 
 
 def modulated_norm(x_BND: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """LN(x) (1 + scale) + shift in float32, in the dtype of ``x_BND``."""
+    """LN(x) (1 + scale) + shift, computed in float32, returned in the dtype of ``x_BND``."""
     normed = F.layer_norm(x_BND.float(), x_BND.shape[-1:], eps=eps)
     return (normed * (1 + scale) + shift).to(x_BND.dtype)
 
 
 def gated_residual(x_BND: Tensor, y_BND: Tensor, gate: Tensor) -> Tensor:
-    """x + gate y in float32, in the dtype of ``x_BND``."""
+    """x + gate y, computed in float32, returned in the dtype of ``x_BND``."""
     return (x_BND.float() + gate * y_BND.float()).to(x_BND.dtype)
 
 
@@ -119,7 +118,7 @@ class SelfAttention(nn.Module):
         self.o = nn.Linear(dim, dim)
 
     def project(self, x_BND: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k (normed, then turned by RoPE) and v, each [B, N, H, d]."""
+        """q, k (normed, then rotated by RoPE) and v, each [B, N, H, d]."""
         q, k, v = self.qkv(x_BND).chunk(3, dim=-1)
         q, k = self.norm_q(q), self.norm_k(k)
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))
@@ -151,8 +150,8 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """A transformer layer: self-attention over the window, camera, text, feed-forward.
 
-    Its two halves are plain functions of tensors of fixed shapes, so each compiles by itself; the window between them,
-    whose cursors move, stays outside.
+    Its two halves, before and after the attention kernel, are functions of tensors of fixed shapes, so each compiles by
+    itself. The window between them changes with every chunk and stays outside of compiled code.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -189,7 +188,7 @@ class Block(nn.Module):
         text_kv: tuple[Tensor, Tensor],
         backend: str,
     ) -> Tensor:
-        """All of the block that follows the attention kernel -> [B, N, D]."""
+        """The block after the attention kernel -> [B, N, D]."""
         _, _, gate, ffn_shift, ffn_scale, ffn_gate = self._modulation(time_B6D)
         x = gated_residual(x_BND, self.self_attn.o(attended_BNHd.flatten(2)), gate)
         if camera is not None:
@@ -204,7 +203,7 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Conv3d):
-    """The checkpoint's convolution, whose kernel is its stride: a linear over patches, with no 3-d kernel to pick."""
+    """A convolution whose kernel is its stride, computed as a linear over patches."""
 
     def forward(self, x_BCFhw: Tensor) -> Tensor:
         """[B, C, F, h, w] -> tokens [B, N, D]."""
@@ -225,7 +224,7 @@ class Head(nn.Module):
 
 
 class CausalDiT(nn.Module):
-    """One forward predicts the flow of a chunk; the chunk's K/V are left in the session's window."""
+    """One forward predicts the velocity of a chunk and writes the chunk's K/V into the session's window."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -243,14 +242,16 @@ class CausalDiT(nn.Module):
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        # `Sequence[Block]` to a type checker: a ModuleList forgets what it holds.
+        # For the type checker: a ModuleList does not know the type of its modules.
         self.blocks = cast("Sequence[Block]", nn.ModuleList(Block(config) for _ in range(config.num_layers)))
         self.head = Head(config)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """From here on the halves of a block run compiled. A block's parameters are inputs of that code, so one
-        compilation for a shape serves them all; it happens at the shape's first use."""
-        from torch import _dynamo as dynamo  # a second of imports that eager processes save
+        """Runs the two halves of every block compiled. Compilation happens at the first use of each shape.
+
+        A block's parameters are inputs of the compiled code, so all blocks share it.
+        """
+        from torch import _dynamo as dynamo  # imported here: it takes a second
 
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, COMPILED_SHAPES)
 
@@ -262,20 +263,22 @@ class CausalDiT(nn.Module):
         self.after_attention = compiled(Block.after_attention)
 
     def text_kv(self, text_BLD: Tensor) -> TextKV:
-        """Prompt embeddings [B, L, text_dim] -> K/V of every block. Once a prompt; zero rows take part too."""
+        """Prompt embeddings [B, L, text_dim] -> K/V of every block, once per prompt. Zero rows count too."""
         text = self.text_embedding(text_BLD)
         return [block.cross_attn.text_kv(text) for block in self.blocks]
 
     def camera_modulation(self, ray_map: Tensor) -> CameraModulation:
-        """Ray map [B, 384, F, h, w] -> scale and shift of every block, for this process's tokens. Once a chunk."""
+        """Ray map [B, 384, F, h, w] -> scale and shift of every block for this process's tokens, once per chunk."""
         embedded = self.patch_embedding_wancamctrl(self.window_attention.own_tokens(patchify(ray_map), dim=1))
         hidden = self.c2ws_hidden_states_layer1(embedded)
         camera = embedded + self.c2ws_hidden_states_layer2(F.silu(hidden))
         return [self._camera_modulation(block, camera) for block in self.blocks]
 
     def time_modulation(self, timestep: float | Tensor) -> TimeModulation:
-        """By the timestep's value: features [cos(t f), sin(t f)], f_i = 10000^(-i / (freq_dim / 2)). Once a session
-        for each of its timesteps; of a tensor [B], one for each sample."""
+        """A timestep, or a tensor [B] of one per sample -> the network's inputs, once per timestep of a session.
+
+        The features are [cos(t f), sin(t f)] with f_i = 10000^(-i / (freq_dim / 2)).
+        """
         like = self.head.modulation
         half = self.config.freq_dim // 2
         exponent = -torch.arange(half, dtype=torch.float64, device=like.device) / half
@@ -297,11 +300,11 @@ class CausalDiT(nn.Module):
         *,
         commit: bool = False,
     ) -> Tensor | None:
-        """Noisy latents and i2v condition [B, C, F, h, w] at ``timestep`` -> flow [B, 16, F, h, w].
+        """Noisy latents and i2v condition [B, C, F, h, w] at ``timestep`` -> velocity [B, 16, F, h, w].
 
-        ``timestep`` may be what ``time_modulation`` made of it. ``start_frame`` is the chunk's first latent frame of
-        the session. With ``commit`` (the context pass) the last block stops once its K/V are in the window, and None
-        comes back.
+        ``timestep`` may be a result of ``time_modulation``. ``start_frame`` is the chunk's first latent frame, counted
+        from the start of the session. With ``commit`` (the context pass) the last block stops once its K/V are in the
+        window, and the result is None.
         """
         frames, height, width = x_BCFhw.shape[2], x_BCFhw.shape[3] // PATCH_SIZE, x_BCFhw.shape[4] // PATCH_SIZE
         cache.begin(start_frame, frames)
@@ -333,19 +336,19 @@ class CausalDiT(nn.Module):
 
 
 def patchify(x_BCFhw: Tensor) -> Tensor:
-    """[B, C, F, h, w] -> tokens [B, N, C * 4]; a token's feature is channel * 4 + dy * 2 + dx."""
+    """[B, C, F, h, w] -> tokens [B, N, 4 * C]. A token's features are in the order (channel, dy, dx)."""
     x = x_BCFhw.unflatten(4, (-1, PATCH_SIZE)).unflatten(3, (-1, PATCH_SIZE))
     return x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
 
 
 def unpatchify(x_BNK: Tensor, frames: int, height: int, width: int) -> Tensor:
-    """Tokens [B, N, 4 * C], feature (dy, dx, channel) -> [B, C, F, h, w]."""
+    """Tokens [B, N, 4 * C], features in the order (dy, dx, channel) -> [B, C, F, h, w]."""
     x = x_BNK.unflatten(2, (PATCH_SIZE, PATCH_SIZE, -1)).unflatten(1, (frames, height, width))
     return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
 
 def split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The DiT's parameters under the original checkpoint's names: the rows of a fused qkv as q, k and v."""
+    """The DiT's parameters under the original checkpoint's names: a fused qkv becomes views of q, k and v."""
     split = {}
     for name, tensor in state.items():
         if ".self_attn.qkv." in name:

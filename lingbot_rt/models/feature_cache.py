@@ -1,4 +1,4 @@
-"""What the causal VAE decoder remembers between latent frames: the last inputs of each causal convolution."""
+"""The last inputs of each causal convolution of the VAE decoder, kept between latent frames."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 class FeatureCache:
-    """A session's own list, never the module's: sessions may interleave. Entries are diffusers'."""
+    """Belongs to a session, not to the module, so that sessions can interleave. Entries have diffusers' format."""
 
     def __init__(self, num_convolutions: int) -> None:
         self.slots: list[Tensor | str | None] = [None] * num_convolutions
-        self.frames = 0
+        self.frames = 0  # latent frames decoded
 
     @property
     def nbytes(self) -> int:

@@ -1,6 +1,6 @@
-"""The image condition of a session: a mask and the first frame's latents, beside the noise in every forward.
+"""The i2v condition of a session: a mask and the first frame's latents, input of every forward beside the noise.
 
-Shapes: B pictures (1 in a session), z latent channels, F latent frames a chunk, h x w latent cells, T pixel frames.
+Shapes: B images (1 in a session), z latent channels, F latent frames per chunk, h x w latent cells, T pixel frames.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from lingbot_rt.shapes import num_frames_for
 
 MASK_CHANNELS = 4
-"""One a pixel frame of a latent frame; all equal here."""
+"""Mask channels of the i2v condition: one per pixel frame of a latent frame. All four are equal here."""
 
 
 def preprocess_image(pixels: npt.NDArray[np.uint8]) -> Tensor:
@@ -23,16 +23,16 @@ def preprocess_image(pixels: npt.NDArray[np.uint8]) -> Tensor:
 
 
 def condition_video(image: Tensor, latent_frames: int) -> Tensor:
-    """[B, 3, H, W] -> the video to encode, [B, 3, T, H, W] for two chunks: the image, then frames of 0.0 (mid-grey).
+    """Images [B, 3, H, W] -> the video to encode, [B, 3, T, H, W]: the image, then frames of 0.0 (mid-grey).
 
-    Two chunks are enough: every chunk after the first is conditioned as the second is.
+    It covers two chunks: every later chunk has the condition of the second.
     """
     blank = image.new_zeros(len(image), 3, num_frames_for(2 * latent_frames) - 1, *image.shape[2:])
     return torch.cat([image[:, :, None], blank], dim=2)
 
 
 def condition_chunks(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents [B, z, 2F, h, w] of ``condition_video`` -> conditions [B, 4 + z, F, h, w] of chunk 0 and later ones."""
+    """Latents [B, z, 2F, h, w] of ``condition_video`` -> conditions [B, 4 + z, F, h, w] of chunk 0 and later chunks."""
     mask = latents.new_zeros(len(latents), MASK_CHANNELS, *latents.shape[2:])
     mask[:, :, 0] = 1
     condition = torch.cat([mask, latents], dim=1)

@@ -1,7 +1,9 @@
 """The attention window of one session: a fixed sink and a ring, written in place.
 
-B batch, N tokens, H heads, D head_dim. Keys are stored after RoPE at absolute positions and softmax over keys does
-not depend on their order, so the newest chunk simply overwrites the slots that fall out of the window.
+Keys are stored after RoPE at absolute positions, and softmax over keys does not depend on their order. So the newest
+chunk overwrites the slots of the frames that leave the window, and nothing moves.
+
+Shapes: L layers, S the keys and the values, B batch, N tokens, H heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from torch import Tensor
 class KVCache:
     """K/V of the first ``sink_frames`` latent frames and of the newest ``window_frames - sink_frames``.
 
-    ``batch`` sessions may share one while they are at the same chunk, as training's roll-outs do.
+    With ``batch`` > 1 several sessions at the same chunk share one cache, as in training.
     """
 
     def __init__(
@@ -43,17 +45,17 @@ class KVCache:
 
     @property
     def visible_frames(self) -> int:
-        """Latent frames a query attends to, the current chunk included."""
+        """Latent frames that a query attends to, with the current chunk."""
         return sum(frame is not None for frame in self._frames)
 
     @property
     def frame_of_slot(self) -> tuple[int | None, ...]:
-        """The absolute latent frame each slot holds."""
+        """The absolute latent frame in each slot."""
         return tuple(self._frames)
 
     @property
     def chunk_tokens(self) -> int:
-        """Tokens of the chunk that ``begin`` named."""
+        """Tokens of the current chunk."""
         return sum(count for _, _, count in self._spans)
 
     def release(self) -> None:
@@ -61,7 +63,7 @@ class KVCache:
         self._kv_LSBNHD = self._kv_LSBNHD.new_empty(0)
 
     def begin(self, start_frame: int, num_frames: int) -> None:
-        """Chooses the slots of the chunk [start_frame, start_frame + num_frames); each of its forwards writes there."""
+        """Starts a forward of the chunk [start_frame, start_frame + num_frames) and picks its slots."""
         ring = self.window_frames - self.sink_frames
         slots = []
         for frame in range(start_frame, start_frame + num_frames):
@@ -77,12 +79,12 @@ class KVCache:
                 first = i
 
     def write(self, layer: int, k_BNHD: Tensor, v_BNHD: Tensor) -> None:
-        """Puts the current chunk's K/V of ``layer`` over its slots."""
+        """Writes the current chunk's K/V of ``layer`` into its slots."""
         for source, target, count in self._spans:
             self._kv_LSBNHD[layer, 0, :, target : target + count] = k_BNHD[:, source : source + count]
             self._kv_LSBNHD[layer, 1, :, target : target + count] = v_BNHD[:, source : source + count]
 
     def view(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Visible keys and values of ``layer``, [B, visible tokens, H, D]; slots fill in order: a prefix."""
+        """Visible keys and values of ``layer``, [B, visible tokens, H, D] each: a prefix, as slots fill in order."""
         visible = self.visible_frames * self._tokens_per_frame
         return self._kv_LSBNHD[layer, 0, :, :visible], self._kv_LSBNHD[layer, 1, :, :visible]

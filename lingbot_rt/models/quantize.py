@@ -1,6 +1,6 @@
-"""fp8 linears: float8_e4m3fn weights with a scale a row, activations scaled row by row as they come.
+"""fp8 linears: float8_e4m3fn weights and activations, each with one scale per row.
 
-Not exact: about 4 % relative error a linear. Shapes: M rows of activations, K features in, N features out.
+The relative error is about 4 % per linear. Shapes: M rows of activations, K features in, N features out.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from lingbot_rt.errors import ConfigError
 
 FP8 = torch.float8_e4m3fn
 MAX = torch.finfo(FP8).max
-_LEAST_SCALE = 1e-12  # of a row of zeros
+_LEAST_SCALE = 1e-12  # for a row of zeros
 _MULTIPLE = 16
-"""Features in and out of what the device's fp8 kernels take."""
+"""The fp8 kernels take features in multiples of this."""
 
 _CAPABILITY = (8, 9)
+"""The first compute capability with fp8 kernels."""
 
 
 class Float8Linear(nn.Module):
-    """In a Linear's place: y = x W^T + b with both factors rounded to fp8, sums in float32, y in the dtype of x."""
+    """Replaces a Linear: y = x W^T + b with x and W rounded to fp8, sums in float32, y in the dtype of x."""
 
     weight: Tensor
     scale_1N: Tensor
@@ -33,8 +34,8 @@ class Float8Linear(nn.Module):
         super().__init__()
         if linear.in_features % _MULTIPLE or linear.out_features % _MULTIPLE:
             raise ConfigError(
-                f"--quantization fp8: a linear of {linear.in_features} x {linear.out_features} features is not made of "
-                f"multiples of {_MULTIPLE}: use --quantization none",
+                f"--quantization fp8 needs linears with multiples of {_MULTIPLE} features, this model has one of "
+                f"{linear.in_features} x {linear.out_features}: use --quantization none",
                 field="quantization",
             )
         weight_NK, scale_N1 = quantize_rows(linear.weight.detach())
@@ -45,26 +46,26 @@ class Float8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows_MK, scale_M1 = quantize_rows(x.flatten(0, -2))
         y_MN = product_on(x.device)(rows_MK, self.weight, scale_M1, self.scale_1N, x.dtype)
-        # Apart from the kernel: compiled, the addition joins what follows.
+        # Not in the kernel: when compiled, the addition fuses with the operations after it.
         return (y_MN + self.bias).unflatten(0, x.shape[:-1])
 
 
 def quantize_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Values [M, K] in fp8, and float32 scales [M, 1] that give them back; a row's largest magnitude becomes 448."""
+    """fp8 values [M, K] and float32 scales [M, 1] with x = value * scale. A row's largest magnitude becomes 448."""
     x = x_MK.float()
     scale_M1 = (x.abs().amax(dim=-1, keepdim=True) / MAX).clamp_min(_LEAST_SCALE)
     return (x / scale_M1).clamp(-MAX, MAX).to(FP8), scale_M1
 
 
 def scaled_mm(x_MK: Tensor, w_NK: Tensor, scale_M1: Tensor, scale_1N: Tensor, dtype: torch.dtype) -> Tensor:
-    """x w^T with the scales undone, by the device's fp8 kernel -> [M, N]."""
+    """x w^T times the scales, by the device's fp8 kernel -> [M, N]."""
     return torch._scaled_mm(
         x_MK, w_NK.T, scale_a=scale_M1, scale_b=scale_1N, out_dtype=dtype, use_fast_accum=x_MK.is_cuda
     )
 
 
 def plain_scaled_mm(x_MK: Tensor, w_NK: Tensor, scale_M1: Tensor, scale_1N: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same in float32: what runs where there is no such kernel, and what it is tested against."""
+    """``scaled_mm`` in float32, for devices without an fp8 kernel and for tests."""
     return (F.linear(x_MK.float(), w_NK.float()) * scale_M1 * scale_1N).to(dtype)
 
 
@@ -73,8 +74,7 @@ def product_on(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor
 
 
 def quantize_linears(module: nn.Module) -> None:
-    """Every Linear below ``module`` becomes a Float8Linear, one after the other: at no time are there two copies of
-    more than one weight. Raises ConfigError, see ``Float8Linear``."""
+    """Replaces every Linear below ``module`` by a Float8Linear, one by one to bound the memory. Raises ConfigError."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
@@ -82,7 +82,7 @@ def quantize_linears(module: nn.Module) -> None:
 
 
 def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ConfigError where fp8 linears cannot run. On a CPU they are emulated, and slower than plain ones."""
+    """Raises ConfigError when fp8 linears cannot run. On a CPU they are emulated, and slower than plain ones."""
     if device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)

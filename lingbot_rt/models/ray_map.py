@@ -1,6 +1,7 @@
-"""Camera poses -> the ray map the DiT is modulated by (the checkpoint calls it plucker; it is not o x d).
+"""Camera poses -> the ray map that modulates the DiT.
 
-F latent frames; a pixel's six channels are its ray's origin and unit direction, in the frame before's coordinates.
+A pixel's six channels are the origin and the unit direction of its ray, in the coordinates of the frame before. The
+checkpoint calls the map plucker, but it has no o x d. F latent frames, h x w latent cells.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lingbot_rt.models.transfer import to_device
+from lingbot_rt.models import to_device
 from lingbot_rt.shapes import VAE_SPATIAL_STRIDE, FrameSize, intrinsics
 
 
 def ray_map(relative_poses: npt.NDArray[np.float64], size: FrameSize, device: torch.device) -> Tensor:
-    """Relative poses [F, 4, 4] (camera to the frame before, scaled) -> [1, 384, F, h, w] float32.
+    """Relative poses [F, 4, 4] (camera to the frame before, scaled) -> float32 [1, 384, F, h, w].
 
     Channel = c * 64 + dy * 8 + dx, with c over (origin xyz, direction xyz). Pixel centres are at +0.5.
     """

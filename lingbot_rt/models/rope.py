@@ -1,7 +1,6 @@
 """Rotary position embedding over (time, height, width), interleaved pairs.
 
-Shapes: tables [tokens, head_dim / 2], or [batch, tokens, head_dim / 2] where samples differ; x_BNHD batch, tokens,
-heads, head_dim.
+Shapes: B batch, N tokens, H heads, D head_dim; tables [N, D / 2], or [B, N, D / 2] when samples differ.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ THETA = 10_000.0
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
-    """Dimensions of a head that turn with time, height and width: d - 4 (d // 6), 2 (d // 6), 2 (d // 6)."""
+    """How many dimensions of a head rotate with time, height and width: d - 4 (d // 6), 2 (d // 6), 2 (d // 6)."""
     spatial = 2 * (head_dim // 6)
     return head_dim - 2 * spatial, spatial, spatial
 
@@ -26,10 +25,10 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin [frames * height * width, head_dim / 2] for absolute latent frames from ``start_frame`` on.
 
-    Angles in float64, tables in float32; height and width count tokens and start at 0. The newest tables are kept,
-    so that the five forwards of a chunk share theirs.
+    Angles are computed in float64, tables are float32. Height and width count tokens. The newest tables are cached,
+    as all forwards of a chunk use the same ones.
     """
-    # Kept tensors must outlive the mode of the first caller: a training loop may not get inference tensors.
+    # Not in inference mode: a training loop may be the next to get the cached tensors.
     with torch.inference_mode(False):
         return _tables(head_dim, range(start_frame, start_frame + frames), height, width, device)
 
@@ -53,7 +52,7 @@ def _tables(
 
 
 def rotate(x_BNHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (x[2i], x[2i + 1]) by its token's angle; computed in float32, in the dtype of ``x_BNHD``."""
+    """Rotates each pair (x[2i], x[2i + 1]) by its token's angle, in float32; returns the dtype of ``x_BNHD``."""
     even, odd = x_BNHD.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_BNHD.dtype)

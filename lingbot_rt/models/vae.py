@@ -33,7 +33,7 @@ def _onednn_conv(
     return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
 
 
-# For torch.compile, to which the operation itself does not say what shape it gives.
+# torch.compile cannot infer the operation's output shape, so it is registered here.
 _compiled_onednn_conv = torch.library.custom_op("lingbot_rt::onednn_conv", _onednn_conv, mutates_args=())
 _compiled_onednn_conv.register_fake(lambda x, weight, bias, padding, stride: F.conv3d(x, weight, bias, stride, padding))
 
@@ -41,9 +41,16 @@ _compiled_onednn_conv.register_fake(lambda x, weight, bias, padding, stride: F.c
 class CausalConv3d(WanCausalConv3d):
     """diffusers' causal convolution, through oneDNN on a CPU.
 
-    torch sends a float32 3-d convolution of batch 1 to its slow path there; oneDNN is 3 to 15 times as fast at this
-    project's shapes and agrees to rounding.
+    On a CPU torch sends a float32 3-d convolution of batch 1 to its slow path. oneDNN is 3 to 15 times as fast at this
+    project's shapes, with results equal up to rounding.
     """
+
+    @classmethod
+    def like(cls, conv: Any) -> CausalConv3d:
+        """A new layer for the parameters of diffusers' ``conv``."""
+        width, _, height, _, twice_time, _ = conv._padding
+        padding = (twice_time // 2, height, width)
+        return cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, padding)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if input.device.type != "cpu" or input.dtype != torch.float32:
@@ -53,10 +60,16 @@ class CausalConv3d(WanCausalConv3d):
 
 
 class ChannelNorm(WanRMS_norm):
-    """diffusers' x / |x| sqrt(C) gamma over channels, with the norm as a plain sum of squares on a CPU.
+    """diffusers' x / |x| sqrt(C) gamma over channels. On a CPU the norm is a plain sum of squares.
 
-    torch's vector norm walks a strided dimension one element at a time there: it took as long as the convolutions.
+    On a CPU torch's vector norm over a strided dimension goes element by element, and took as long as the convolutions.
     """
+
+    @classmethod
+    def like(cls, norm: WanRMS_norm) -> ChannelNorm:
+        """A new layer for the parameters of diffusers' ``norm``."""
+        has_bias = isinstance(norm.bias, nn.Parameter)
+        return cls(len(norm.gamma.flatten()), norm.channel_first, images=norm.gamma.dim() == 3, bias=has_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or x.dtype != torch.float32 or not self.channel_first:
@@ -67,43 +80,67 @@ class ChannelNorm(WanRMS_norm):
 
 
 class Resample(WanResample):
-    """diffusers' resampling, which tells by kind what is remembered from the word that stands for nothing yet.
+    """diffusers' resampling. Uses isinstance, not ==, to detect the 'Rep' sentinel in the feature cache.
 
-    diffusers compares a tensor with a word, which torch 2.11 does not trace: the compiled decode fell into 16 pieces.
+    torch 2.11 cannot trace diffusers' comparison of a tensor with a string: the compiled decode fell into 16 pieces.
     """
 
+    @classmethod
+    def like(cls, resample: Any) -> Resample:
+        """A new layer for the parameters of diffusers' ``resample``."""
+        out_dim: Any = resample.resample[1].out_channels if resample.mode.startswith("upsample") else None
+        return cls(resample.dim, resample.mode, out_dim)
+
     def forward(self, x: Tensor, feat_cache: Slots | None = None, feat_idx: list[int] = [0]) -> Tensor:  # noqa: B006
-        remembered = None if feat_cache is None or self.mode != "upsample3d" else feat_cache[feat_idx[0]]
-        if feat_cache is None or not isinstance(remembered, Tensor):
+        cached = None if feat_cache is None or self.mode != "upsample3d" else feat_cache[feat_idx[0]]
+        if feat_cache is None or not isinstance(cached, Tensor):
             return super().forward(x, feat_cache, feat_idx)
-        known = x if x.shape[2] >= CACHE_T else torch.cat([remembered, x], dim=2)
-        feat_cache[feat_idx[0]] = known[:, :, -CACHE_T:].clone()
+        recent = x if x.shape[2] >= CACHE_T else torch.cat([cached, x], dim=2)
+        feat_cache[feat_idx[0]] = recent[:, :, -CACHE_T:].clone()
         feat_idx[0] += 1
-        # [B, 2 C, T, h, w]: a frame's two, one after the other.
-        doubled = self.time_conv(x, remembered).unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        # [B, 2 C, T, h, w] -> [B, C, 2 T, h, w]: the two frames made of each frame follow each other.
+        doubled = self.time_conv(x, cached).unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
         return super().forward(doubled)
 
 
-STEADY_FROM = 2
-"""Latent frames of a session after which every convolution remembers its full two frames: shapes no longer change."""
+_OWN_LAYERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    WanCausalConv3d: CausalConv3d.like,
+    WanRMS_norm: ChannelNorm.like,
+    WanResample: Resample.like,
+}
 
-_OWN_LAYERS = {WanCausalConv3d: CausalConv3d, WanRMS_norm: ChannelNorm, WanResample: Resample}
+
+def use_own_layers(module: nn.Module) -> None:
+    """Replaces diffusers' layers below ``module`` by the ones above, which take over the parameters themselves."""
+    for name, layer in list(module.named_children()):
+        like = _OWN_LAYERS.get(type(layer))
+        if like is not None:
+            with torch.device("meta"):
+                own = like(layer)
+            own.load_state_dict(layer.state_dict(), assign=True)
+            setattr(module, name, own)
+            layer = own
+        use_own_layers(layer)
+
+
+STEADY_FROM = 2
+"""Latent frames of a session after which every convolution caches its full two frames: shapes no longer change."""
 
 
 def channels_last(module: nn.Module) -> None:
-    """Weights of 3-d convolutions with their channels innermost, as an accelerator's kernels read them."""
+    """Moves the channels of 3-d convolution weights innermost, the layout that GPU kernels read."""
     for parameter in module.parameters():
         if parameter.dim() == 5:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
 
 
-def _kept(slot: Tensor) -> Tensor:
-    """A remembered tensor [1, C, 2, h, w] by itself and in one form, compiled code or not.
+def _compact(slot: Tensor) -> Tensor:
+    """A cached tensor [1, C, 2, h, w] with storage of its own and one batch stride, from compiled code or not.
 
-    Compiled code leaves out the copy of a slice, which would then keep all of what it is a slice of; and the stride of
-    a batch of one, which says nothing, differs between the two, which would count as another shape. It is that of a
-    whole sample: with a lesser one torch does not know channels-last memory for what it is, and joins it to the next
-    frames by way of a copy into the other layout and back.
+    Compiled code skips the copy of a slice, which would keep the whole sliced tensor alive. It also gives a batch of
+    one another stride than plain code does, and torch.compile would recompile for it. The stride is set to a whole
+    sample's: with a smaller one torch does not recognise channels-last memory, and would copy it into the other layout
+    and back to join it to the next frames.
     """
     if slot.untyped_storage().nbytes() > slot.nbytes:
         slot = slot.clone()
@@ -111,16 +148,15 @@ def _kept(slot: Tensor) -> Tensor:
 
 
 class StreamingVAE:
-    """Encodes a session's first frame and decodes its latents; latents are normalised on this side of it.
+    """Encodes a session's first frame and decodes its latents. Latents outside of it are normalised.
 
-    The module keeps nothing of a session: what the decoder remembers is in the session's own FeatureCache.
+    It keeps nothing of a session: the decoder's cached features are in the session's own FeatureCache.
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
+        """Takes ``vae`` over: its layers are replaced in place by this module's own."""
+        use_own_layers(vae)
         self._vae = vae.requires_grad_(False).eval()
-        for module in vae.modules():
-            # Same parameters, same arithmetic: the layers diffusers built only learn another way to compute it.
-            module.__class__ = _OWN_LAYERS.get(type(module), type(module))
         if vae.device.type == "cuda":
             channels_last(vae)
         self._steady_decode = self._decode
@@ -140,7 +176,7 @@ class StreamingVAE:
 
     @property
     def decoder(self) -> nn.Module:
-        """diffusers' own, for what shares it over ranks."""
+        """diffusers' decoder, which ``parallel`` splits over ranks."""
         return self._vae.decoder
 
     def to(self, device: torch.device) -> StreamingVAE:
@@ -152,7 +188,7 @@ class StreamingVAE:
 
     @cached_property
     def on_meta(self) -> StreamingVAE:
-        """The same network on the meta device: no weights, no arithmetic, every shape."""
+        """The same network on the meta device: shapes only, no weights and no arithmetic."""
         with torch.device("meta"):
             return StreamingVAE(nn.Module.to(AutoencoderKLWan.from_config(self._vae.config), self.dtype))
 
@@ -160,21 +196,23 @@ class StreamingVAE:
         return FeatureCache(self._vae._cached_conv_counts["decoder"])
 
     def compile(self, backend: str = "inductor") -> None:
-        """From here on the steady decode runs compiled; a session's first two latent frames, whose shapes come once,
-        do not. It is compiled at a frame size's first use."""
+        """Runs the decode compiled from the third latent frame of a session on: only their shapes repeat.
+
+        Compilation happens at the first use of each frame size.
+        """
         self._steady_decode = torch.compile(self._decode, dynamic=False, backend=backend)
 
     def decode_latent_frame(self, latent: Tensor, features: FeatureCache) -> Tensor:
         """The next latent frame [1, z, 1, h, w] of a session -> pixels [1, 3, n, H, W] in [0, 1], float32."""
         decode = self._decode if features.frames < STEADY_FROM else self._steady_decode
         pixels, slots = decode(latent, features.slots, features.frames == 0)
-        features.slots = [_kept(slot) if isinstance(slot, Tensor) else slot for slot in slots]
+        features.slots = [_compact(slot) if isinstance(slot, Tensor) else slot for slot in slots]
         features.frames += 1
         return pixels
 
     def _decode(self, latent: Tensor, slots: Slots, is_first: bool) -> tuple[Tensor, Slots]:
-        """A function of what it is given: pixels, and what is remembered in place of ``slots``."""
-        slots = list(slots)  # diffusers writes into it
+        """Pixels and the new slots; a pure function of its arguments."""
+        slots = list(slots)  # diffusers writes into the list
         z = (latent.float() * self._std + self._mean).to(self.dtype)
         pixels = self._vae.decoder(self._vae.post_quant_conv(z), feat_cache=slots, feat_idx=[0], first_chunk=is_first)
         if self._patch_size is not None:
@@ -182,14 +220,12 @@ class StreamingVAE:
         return (pixels.float().clamp(-1, 1) / 2 + 0.5).clamp(0, 1), slots
 
     def encode_condition(self, image: Tensor, latent_frames: int) -> tuple[Tensor, Tensor]:
-        """First frames [B, 3, H, W] in [-1, 1] -> i2v conditions [B, 4 + z, F, h, w], float32: chunk 0's, every
-        later's."""
+        """First frames [B, 3, H, W] in [-1, 1] -> float32 conditions [B, 4 + z, F, h, w] of chunk 0 and later."""
         return condition_chunks(self.encode(condition_video(image, latent_frames)))
 
     def encode(self, video: Tensor) -> Tensor:
-        """Pixels [B, 3, T, H, W] in [-1, 1] -> latents [B, z, F, h, w], float32: the distribution's mean, normalised,
-        after diffusers' own causal encoding."""
+        """Pixels [B, 3, T, H, W] in [-1, 1] -> float32 latents [B, z, F, h, w]: the distribution's mean, normalised."""
         mean = self._vae.encode(video.to(self.device, self.dtype)).latent_dist.mode().float()
-        # diffusers keeps the encoder's features on the module, and they would outlive the session.
+        # diffusers keeps the encoder's features on the module. They must not outlive the session.
         self._vae.clear_cache()
         return (mean - self._mean) / self._std

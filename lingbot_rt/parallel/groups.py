@@ -1,6 +1,6 @@
-"""This process among those that share a session: its rank, and everything that ranks say to each other.
+"""The ranks that share a session: this process's rank, and every exchange between ranks.
 
-NCCL carries what is on a GPU, gloo what is on a CPU. Legend: P ranks, N tokens of the chunk, n_r those of rank r.
+NCCL carries tensors on a GPU, gloo tensors on a CPU. Legend: P ranks, N tokens of the chunk, n_r tokens of rank r.
 """
 
 from __future__ import annotations
@@ -11,69 +11,95 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lingbot_rt.errors import PeerLost
-from lingbot_rt.parallel.watch import Pulse, first_line
+from lingbot_rt.errors import PeerLost, one_line
+from lingbot_rt.parallel.watchdog import Heartbeat
 
 _COMMAND_BYTES = 8192
-"""A ChunkPlan fits, so it takes one broadcast; the picture of a SessionPlan follows in a second one."""
+"""A ChunkPlan fits, so it takes one broadcast. The first frame of a SessionPlan does not, and takes a second one."""
 
 _LENGTH_BYTES = 8
 
 _UNLIMITED = timedelta(days=365)
-"""Of a collective: followers wait for the next command as long as nobody plays, and the watch judges the rest."""
+"""Time limit of a collective: workers wait for commands while nobody plays. The watchdog has the real limits."""
 
 
-class Ranks:
-    """One process alone: it has nobody to ask and shares nothing."""
+class Ranks(Protocol):
+    """What the engine asks of the ranks of a service, be it one process or several."""
 
-    def __init__(self, rank: int = 0, world: int = 1) -> None:
-        self.rank = rank
-        self.world = world
-        self.pulse = Pulse()
+    rank: int
+    world: int  # number of ranks
+    heartbeat: Heartbeat
 
     @property
     def is_first(self) -> bool:
-        """Rank 0 decodes and speaks to clients; the others only help to denoise."""
-        return self.rank == 0
+        """Whether this is rank 0, which decodes and talks to clients. The others only help to denoise."""
 
     def tick(self) -> None:
-        """Something went on: the watch shall not take this rank for a stalled one."""
-        self.pulse.ticks += 1
+        """Counts progress, so that the watchdog does not take this rank for a stalled one."""
 
     def agree(self, flag: bool) -> bool:
         """Rank 0's ``flag``, on every rank."""
-        return flag
 
     def begin_chunk(self) -> None:
-        """Waits for other ranks are counted from here on."""
+        """Starts to count the time spent waiting for other ranks."""
 
     def end_chunk(self, total_ms: float) -> None:
-        """The chunk took ``total_ms``, its device is done: what was not spent waiting for other ranks is this one's."""
-        self.pulse.compute_ms = total_ms
+        """Sets ``heartbeat.compute_ms``: ``total_ms`` of the chunk without the waits for other ranks.
 
-    def share(self, count: int) -> list[int]:
-        """``count`` tokens split over the ranks as evenly as whole tokens allow; earlier ranks get one more."""
-        whole, rest = divmod(count, self.world)
-        return [whole + (rank < rest) for rank in range(self.world)]
+        The device must have finished the chunk.
+        """
 
 
-class RankGroup(Ranks):
-    """All processes of a service. Raises PeerLost wherever another rank is gone."""
+class SingleRank:
+    """The Ranks of a service with one process."""
+
+    def __init__(self) -> None:
+        self.rank = 0
+        self.world = 1
+        self.heartbeat = Heartbeat()
+
+    @property
+    def is_first(self) -> bool:
+        return True
+
+    def tick(self) -> None:
+        self.heartbeat.ticks += 1
+
+    def agree(self, flag: bool) -> bool:
+        return flag
+
+    def begin_chunk(self) -> None: ...
+
+    def end_chunk(self, total_ms: float) -> None:
+        self.heartbeat.compute_ms = total_ms
+
+
+class RankGroup:
+    """The Ranks of a service with several processes. Every exchange raises PeerLost when another rank is gone."""
 
     def __init__(self, rank: int, world: int) -> None:
-        super().__init__(rank, world)
-        self.moved_bytes = 0  # to other ranks or from them, whichever is more: of what is spread over them
+        self.rank = rank
+        self.world = world
+        self.heartbeat = Heartbeat()
+        self.moved_bytes = 0  # sum over ``all_to_all`` and ``gather`` of max(bytes sent, bytes received) by this rank
         self._waited_ms = 0.0  # on the host, in this chunk
-        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # on the device
+        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # on the device, in this chunk
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def tick(self) -> None:
+        self.heartbeat.ticks += 1
 
     def join(self, store: dist.Store, device: torch.device) -> None:
-        """Waits for all ranks to come. ``device`` is this rank's own."""
+        """Waits until all ranks have joined. ``device`` is this rank's own."""
         on_gpu = device.type == "cuda"
         # NCCL's own watchdog would end the process before the client has been told.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
@@ -91,9 +117,14 @@ class RankGroup(Ranks):
         dist.destroy_process_group()
 
     def new_group(self) -> dist.ProcessGroup:
-        """All ranks again, for exchanges that run on another stream; every rank has to ask."""
+        """A second group of all ranks, for exchanges on another stream. Every rank must call this."""
         with self._exchange():
             return dist.new_group(timeout=_UNLIMITED)
+
+    def split(self, count: int) -> list[int]:
+        """How many of ``count`` tokens or columns each rank gets: as even as possible, the first ranks get one more."""
+        each, remainder = divmod(count, self.world)
+        return [each + (rank < remainder) for rank in range(self.world)]
 
     def begin_chunk(self) -> None:
         self._waited_ms = 0.0
@@ -101,17 +132,17 @@ class RankGroup(Ranks):
 
     def end_chunk(self, total_ms: float) -> None:
         on_device = sum(begin.elapsed_time(end) for begin, end in self._waits)
-        self.pulse.compute_ms = max(0.0, total_ms - self._waited_ms - on_device)
+        self.heartbeat.compute_ms = max(0.0, total_ms - self._waited_ms - on_device)
 
     def agree(self, flag: bool) -> bool:
-        # A byte on the host: the device's queue is not waited for.
+        # A byte on the host: this does not wait for the device's queue.
         word = torch.tensor([flag], dtype=torch.uint8)
         with self._exchange():
             dist.broadcast(word, src=0)
         return bool(word.item())
 
     def send(self, command: Any) -> None:
-        """Rank 0: gives ``command`` to every follower's ``receive``."""
+        """On rank 0: gives ``command`` to every worker's ``receive``."""
         body = pickle.dumps(command)
         packed = len(body).to_bytes(_LENGTH_BYTES, "little") + body
         first = torch.zeros(_COMMAND_BYTES, dtype=torch.uint8)
@@ -123,15 +154,15 @@ class RankGroup(Ranks):
                 dist.broadcast(torch.frombuffer(bytearray(packed[_COMMAND_BYTES:]), dtype=torch.uint8), src=0)
 
     def receive(self) -> Any:
-        """A follower: waits for the next command, as long as it takes."""
+        """On a worker: waits for the next command, without a time limit."""
         first = torch.empty(_COMMAND_BYTES, dtype=torch.uint8)
         with self._exchange():
             dist.broadcast(first, src=0)
             packed = first.numpy().tobytes()
             length = int.from_bytes(packed[:_LENGTH_BYTES], "little")
-            rest = length - (_COMMAND_BYTES - _LENGTH_BYTES)
-            if rest > 0:
-                second = torch.empty(rest, dtype=torch.uint8)
+            remaining = length - (_COMMAND_BYTES - _LENGTH_BYTES)
+            if remaining > 0:
+                second = torch.empty(remaining, dtype=torch.uint8)
                 dist.broadcast(second, src=0)
                 packed += second.numpy().tobytes()
         return pickle.loads(packed[_LENGTH_BYTES : _LENGTH_BYTES + length])
@@ -144,20 +175,23 @@ class RankGroup(Ranks):
         received_rows: Sequence[int],
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Rows of the contiguous ``sent``, ``sent_rows[r]`` of them for rank r, into ``received``, by rank likewise."""
+        """Sends ``sent_rows[r]`` rows of the contiguous ``sent`` to rank r and fills ``received`` in rank order.
+
+        ``group``: one of ``new_group``, for an exchange on another stream than the chunk's.
+        """
         row_bytes = sent[:1].nbytes
         self.moved_bytes += row_bytes * max(sum(rows) - rows[self.rank] for rows in (sent_rows, received_rows))
-        with self._exchange(sent.is_cuda, beside=group is not None):
+        with self._exchange(sent.is_cuda, on_other_stream=group is not None):
             dist.all_to_all_single(received, sent, list(received_rows), list(sent_rows), group)
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Rank 0's values, in every rank's ``tensor``."""
+        """Overwrites every rank's ``tensor`` with rank 0's."""
         with self._exchange(tensor.is_cuda):
             dist.broadcast(tensor, src=0)
 
     def gather(self, own: Tensor, rows: Sequence[int]) -> Tensor:
-        """Every rank's ``own`` [n_r, K], joined in the order of ranks -> [N, K] on every rank."""
-        # One size for all, the largest: gloo gathers no uneven ones. Less than a row of tokens is wasted.
+        """Each rank's ``own`` [n_r, K] -> [N, K] on every rank, in rank order. ``rows`` lists n_r."""
+        # gloo gathers tensors of one size only. The padding is at most one row per rank.
         largest = max(rows)
         padded = own.new_zeros(largest, own.shape[1])
         padded[: len(own)] = own
@@ -168,16 +202,18 @@ class RankGroup(Ranks):
         return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
 
     @contextmanager
-    def _exchange(self, on_gpu: bool = False, *, beside: bool = False) -> Iterator[None]:
-        """Counts the exchange, times the wait, and names what breaks. ``beside``: not on the stream of the chunk, which
-        does not wait for it."""
-        self.pulse.exchanges += 1
+    def _exchange(self, on_gpu: bool = False, *, on_other_stream: bool = False) -> Iterator[None]:
+        """Counts the exchange, times the wait and turns a failure into PeerLost.
+
+        A wait on another stream is not timed: the chunk's stream does not wait for it.
+        """
+        self.heartbeat.exchanges += 1
         begun = time.perf_counter()
-        begin = self._mark() if on_gpu and not beside else None
+        begin = self._mark() if on_gpu and not on_other_stream else None
         try:
             yield
         except RuntimeError as error:
-            raise PeerLost(first_line(error)) from error
+            raise PeerLost(one_line(error)) from error
         if begin is not None:
             # The host runs on while the device waits.
             self._waits.append((begin, self._mark()))

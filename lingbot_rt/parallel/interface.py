@@ -1,6 +1,7 @@
-"""Which network interface gloo takes between hosts.
+"""The choice of gloo's network interface between hosts.
 
-Left alone it goes by what the host's own name resolves to. On Debian that is 127.0.1.1, where no other host finds it.
+By default gloo uses the address that the host's own name resolves to. On Debian that is 127.0.1.1, which no other host
+can reach.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import torch.distributed as dist
 VARIABLE = "GLOO_SOCKET_IFNAME"
 
 _SIOCGIFADDR = 0x8915
-_ANY_PORT = 9  # nothing is sent there
+_ANY_PORT = 9  # only to look up the route: nothing is sent
 
 
 def choose_interface(store: dist.Store, rank: int, world: int, master: str, timeout: timedelta) -> None:
-    """Sets gloo's variable, unless it is set, to the interface that leads to other hosts. Every rank has to call it.
+    """Sets ``GLOO_SOCKET_IFNAME`` to the interface that leads to the other hosts, unless it is set already.
 
-    ``master``: where the store listens. Raises RuntimeError when a rank does not come within ``timeout``.
+    Every rank must call it. ``master`` is the store's address. Raises RuntimeError when a rank does not call it within
+    ``timeout``.
     """
     own = address_towards(master)
     store.set(f"address/{rank}", own)
@@ -32,7 +34,7 @@ def choose_interface(store: dist.Store, rank: int, world: int, master: str, time
     if VARIABLE in os.environ:
         return
     if is_loopback(own):
-        # The store is on this host: which way lead those who come from outside?
+        # The store is on this host. Take the way back to a rank of another host.
         outside = [text for key in keys if not is_loopback(text := store.get(key).decode())]
         own = address_towards(outside[0]) if outside else own
     name = interface_of(own)
@@ -41,7 +43,7 @@ def choose_interface(store: dist.Store, rank: int, world: int, master: str, time
 
 
 def address_towards(host: str) -> str:
-    """This host's IPv4 address on the way to ``host``; empty where there is no way."""
+    """This host's IPv4 address on the route to ``host``; empty when there is no route."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, _ANY_PORT))
@@ -55,15 +57,15 @@ def is_loopback(address: str) -> bool:
 
 
 def interface_of(address: str) -> str | None:
-    """The interface that has this IPv4 address, where the system (Linux) tells."""
+    """The interface with this IPv4 address, or None. Linux only."""
     if sys.platform != "linux" or not address:
         return None
     import fcntl
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
-                answer = fcntl.ioctl(asking, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
             except OSError:
                 continue  # no IPv4 address
             if socket.inet_ntoa(answer[20:24]) == address:

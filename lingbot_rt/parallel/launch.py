@@ -1,13 +1,12 @@
-"""How the ranks come to be: rank 0 starts the others on its host, or torchrun starts all, on any number of hosts.
+"""How the ranks are started: rank 0 starts the others on its host, or torchrun starts all, on any number of hosts.
 
-Either way a process finds its place in torchrun's environment variables: RANK, WORLD_SIZE, LOCAL_RANK,
+Either way a process finds its rank in torchrun's environment variables: RANK, WORLD_SIZE, LOCAL_RANK,
 LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import socket
 import subprocess
@@ -28,26 +27,24 @@ from lingbot_rt.parallel.interface import VARIABLE, choose_interface
 
 LOOPBACK = "127.0.0.1"
 
-_WORKER = (sys.executable, "-m", "lingbot_rt.engine.worker")
-
-END_GRACE_S = 2.0
+STOP_GRACE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """One process among all."""
+class RankInfo:
+    """One process of the service: its rank, its GPU and where rank 0's store is."""
 
     rank: int
-    world: int
-    local_rank: int  # which of its host's GPUs it takes
+    world: int  # number of ranks
+    local_rank: int  # the index of its GPU on its host
     address: str  # where rank 0's store listens
     port: int
-    run: str  # tells this run's keys from those of the one before, when torchrun restarts
-    store_is_there: bool  # torchrun's agent runs the store; rank 0 need not
+    run_id: str  # changes when torchrun restarts, so that the store's keys of the run before are not read
+    has_store: bool  # the store runs already; otherwise rank 0 starts it on its first connection
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Place | None:
-        """None outside torchrun and for a process that is alone."""
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> RankInfo | None:
+        """None when no launcher, torchrun or rank 0, started this process."""
         if "RANK" not in environment or "MASTER_PORT" not in environment:
             return None
         return cls(
@@ -56,12 +53,12 @@ class Place:
             local_rank=int(environment.get("LOCAL_RANK", environment["RANK"])),
             address=environment["MASTER_ADDR"],
             port=int(environment["MASTER_PORT"]),
-            run=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
-            store_is_there=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            run_id=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
+            has_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
 
     def environment(self) -> dict[str, str]:
-        """What a process needs in order to find this place."""
+        """The variables that ``from_environment`` reads in the process of this rank."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world),
@@ -71,7 +68,7 @@ class Place:
         }
 
     def device(self, name: str) -> torch.device:
-        """The rank's own device, made current. ``name``: cuda, or cpu."""
+        """The rank's own device, made current. ``name``: cuda or cpu."""
         if name != "cuda":
             return torch.device("cpu")
         device = torch.device("cuda", self.local_rank)
@@ -79,38 +76,38 @@ class Place:
         return device
 
     def join(self, group: RankGroup, store: dist.Store, device: torch.device, timeout_s: float) -> None:
-        """Makes ``group`` one with those of all other processes, once they have all come: within ``timeout_s``."""
+        """Joins ``group`` with all other ranks. Raises RuntimeError when a rank does not come within ``timeout_s``."""
         choose_interface(store, self.rank, self.world, self.address, timedelta(seconds=timeout_s))
         group.join(store, device)
 
     def connect(self, timeout_s: float) -> dist.Store:
-        """A connection to the store of its own: one that waits does not hold up another thread's."""
+        """A new connection to the store: each thread needs its own, as a waiting one blocks all who share it."""
         store = dist.TCPStore(
             self.address,
             self.port,
-            is_master=self.rank == 0 and not self.store_is_there,
+            is_master=self.rank == 0 and not self.has_store,
             wait_for_workers=False,
             timeout=timedelta(seconds=timeout_s),
-            # A second connection of rank 0 finds the server that its first one opened.
+            # Rank 0's second connection uses the server that its first one opened.
             multi_tenant=True,
         )
-        return dist.PrefixStore(f"lingbot_rt/{self.run}", store)
+        return dist.PrefixStore(f"lingbot_rt/{self.run_id}", store)
 
 
 def require_ranks(config: ServeConfig, heads: int | None = None) -> None:
-    """Raises ConfigError when --num-gpus asks for devices, or for a share of the heads, that cannot be.
+    """Raises ConfigError when --num-gpus does not fit the launcher, the machine or the model's attention heads.
 
-    ``heads``: of a model that is no folder.
+    ``heads``: read from the model's folder when None.
     """
-    place = Place.from_environment()
-    if place is not None and place.world != config.num_gpus:
+    info = RankInfo.from_environment()
+    if info is not None and info.world != config.num_gpus:
         raise ConfigError(
-            f"--num-gpus {config.num_gpus}: the launcher started {place.world} processes; use --num-gpus {place.world}",
+            f"--num-gpus {config.num_gpus}: the launcher started {info.world} processes; use --num-gpus {info.world}",
             field="num_gpus",
         )
     if config.num_gpus == 1:
         return
-    local = config.num_gpus if place is None else int(os.environ.get("LOCAL_WORLD_SIZE", place.world))
+    local = config.num_gpus if info is None else int(os.environ.get("LOCAL_WORLD_SIZE", info.world))
     found = torch.cuda.device_count()
     if uses_cuda(config) and found < local:
         raise ConfigError(
@@ -129,9 +126,9 @@ def uses_cuda(config: ServeConfig) -> bool:
     return config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
 
 
-def open_place(world: int, timeout_s: float) -> tuple[Place, dist.Store]:
-    """Rank 0 outside torchrun: a store on the loopback interface, at a port of its own, that followers can find."""
-    # Nothing of the ranks' talk leaves the host: neither the store nor gloo's own connections.
+def open_local_store(world: int, timeout_s: float) -> tuple[RankInfo, dist.Store]:
+    """On rank 0, outside torchrun: a store on the loopback interface, at a free port."""
+    # All traffic between the ranks stays on this host: the store's and gloo's own.
     if sys.platform == "linux":
         os.environ.setdefault(VARIABLE, "lo")
     with socket.create_server((LOOPBACK, 0)) as listener:
@@ -144,31 +141,21 @@ def open_place(world: int, timeout_s: float) -> tuple[Place, dist.Store]:
             timeout=timedelta(seconds=timeout_s),
             master_listen_fd=listener.detach(),
         )
-    place = Place(rank=0, world=world, local_rank=0, address=LOOPBACK, port=port, run="0", store_is_there=True)
-    return place, dist.PrefixStore(f"lingbot_rt/{place.run}", server)
+    info = RankInfo(rank=0, world=world, local_rank=0, address=LOOPBACK, port=port, run_id="0", has_store=True)
+    return info, dist.PrefixStore(f"lingbot_rt/{info.run_id}", server)
 
 
-def worker_command(config: ServeConfig) -> list[str]:
-    """Starts a follower of a server."""
-    # A key that opens the server is no business of its.
-    return [*_WORKER, json.dumps(dataclasses.asdict(dataclasses.replace(config, api_key=None)))]
-
-
-def start_followers(command: Sequence[str], place: Place) -> dict[int, subprocess.Popen[bytes]]:
-    """One process of ``command`` for each of the ranks 1 .. P - 1."""
+def start_workers(command: Sequence[str], info: RankInfo) -> dict[int, subprocess.Popen[bytes]]:
+    """Starts a process of ``command`` for each of the ranks 1 .. P - 1. ``info`` is rank 0's."""
     processes = {}
-    for rank in range(1, place.world):
-        own = dataclasses.replace(place, rank=rank, local_rank=rank)
-        processes[rank] = subprocess.Popen(
-            command,
-            env=os.environ | own.environment(),
-            stdin=subprocess.DEVNULL,
-        )
+    for rank in range(1, info.world):
+        own = dataclasses.replace(info, rank=rank, local_rank=rank)
+        processes[rank] = subprocess.Popen(command, env=os.environ | own.environment(), stdin=subprocess.DEVNULL)
     return processes
 
 
-def end_followers(processes: Mapping[int, subprocess.Popen[bytes]], *, grace_s: float = END_GRACE_S) -> None:
-    """Waits ``grace_s`` for those that were told to end; none is left after."""
+def stop_workers(processes: Mapping[int, subprocess.Popen[bytes]], *, grace_s: float) -> None:
+    """Waits ``grace_s`` for the processes to exit, then kills those that are left."""
     deadline = time.monotonic() + grace_s
     for process in processes.values():
         try:

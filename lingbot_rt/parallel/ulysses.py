@@ -1,6 +1,6 @@
-"""Ulysses: ranks hold tokens everywhere but inside self-attention, where each holds all tokens of its share of heads.
+"""Ulysses sequence parallelism: a rank has some tokens of all heads, but in self-attention all tokens of some heads.
 
-Shapes: B = 1 batch, N tokens of the chunk, n those of this rank, P ranks, H heads, D head_dim.
+Shapes: B = 1 batch, N tokens of the chunk, n tokens of this rank, P ranks, H heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -14,25 +14,24 @@ from lingbot_rt.parallel.groups import RankGroup
 
 
 class UlyssesAttention(WindowAttention):
-    """Two all-to-alls a layer: q, k and v together on the way in, the attended values on the way out.
+    """WindowAttention with two all-to-alls per layer: one for q, k and v together, one for the attended values.
 
-    The window of a rank holds its own heads only. Cross-attention needs no exchange: every rank has the whole text.
-    They stand between the two halves of a block, which compile without them.
+    A rank's window holds its own heads only. Cross-attention needs no exchange: every rank has the whole text. The
+    exchanges run between the two compiled halves of a block.
 
-    Nothing of them is overlapped with computing: on two H100 they were 0.27 ms of a layer's 5.2 ms. Attention needs all
-    of q, k and v; with the heads in two halves, the way out of the first could run beside the second, which is 0.05 ms
-    or 1 %, for twice the kernels and collectives, and these take processors from attention.
+    They do not overlap with computation. On two H100 they take 0.27 ms of a layer's 5.2 ms. Splitting the heads in two
+    would hide 0.05 ms of it (1 %), but needs twice the kernels and collectives, which take processors from attention.
     """
 
     def __init__(self, ranks: RankGroup) -> None:
         self._ranks = ranks
 
     def own_tokens(self, x: Tensor, dim: int) -> Tensor:
-        rows = self._ranks.share(x.shape[dim])
+        rows = self._ranks.split(x.shape[dim])
         return x.narrow(dim, sum(rows[: self._ranks.rank]), rows[self._ranks.rank])
 
     def all_tokens(self, own_BnK: Tensor, count: int) -> Tensor:
-        return self._ranks.gather(own_BnK[0], self._ranks.share(count))[None]
+        return self._ranks.gather(own_BnK[0], self._ranks.split(count))[None]
 
     def store(self, k_BnHD: Tensor, v_BnHD: Tensor, cache: KVCache, layer: int) -> None:
         cache.write(layer, *self.to_heads(cache.chunk_tokens, k_BnHD, v_BnHD))
@@ -44,18 +43,18 @@ class UlyssesAttention(WindowAttention):
         return self.to_tokens(super().__call__(q, k, v, cache, layer, backend))
 
     def to_heads(self, count: int, *own_BnHD: Tensor) -> tuple[Tensor, ...]:
-        """Each [1, n, H, D] of this rank's tokens -> [1, N, H / P, D] of its heads, all in one exchange."""
+        """Tensors [1, n, H, D] of this rank's tokens -> [1, N, H / P, D] of its heads, in one exchange."""
         world, own = self._ranks.world, own_BnHD[0].shape[1]
-        rows = self._ranks.share(count)
-        # [P, n, 3, H / P, D]: rank by rank what it gets. What comes in then lies in the order of tokens by itself.
+        rows = self._ranks.split(count)
+        # [P, n, 3, H / P, D], by receiving rank. What is received is then in the order of tokens.
         sent = torch.stack([x[0].unflatten(1, (world, -1)).transpose(0, 1) for x in own_BnHD], dim=2).flatten(0, 1)
         received = sent.new_empty(count, *sent.shape[1:])
         self._ranks.all_to_all(sent, received, [own] * world, rows)
         return tuple(x[None] for x in received.unbind(1))
 
     def to_tokens(self, attended_BNHD: Tensor) -> Tensor:
-        """[1, N, H / P, D] of this rank's heads -> [1, n, H, D] of its tokens."""
-        world, rows = self._ranks.world, self._ranks.share(attended_BNHD.shape[1])
+        """[1, N, H / P, D] of this rank's heads -> [1, n, H, D] of its tokens, in one exchange."""
+        world, rows = self._ranks.world, self._ranks.split(attended_BNHD.shape[1])
         own = rows[self._ranks.rank]
         sent = attended_BNHD[0].contiguous()
         received = sent.new_empty(world * own, *sent.shape[1:])

@@ -1,11 +1,11 @@
-"""The frames between two frames: RIFE's IFNet of version 4.0, which takes any time between 0 and 1.
+"""Frame interpolation with RIFE's IFNet, version 4.0: the frame at any time between two frames.
 
-Huang et al., "Real-Time Intermediate Flow Estimation for Video Frame Interpolation" (ECCV 2022). Four blocks look at
-the pair from coarse to fine; each refines the flow from the wanted instant to either frame, and the mask that mixes
-the two frames once warped along it.
+Huang et al., "Real-Time Intermediate Flow Estimation for Video Frame Interpolation" (ECCV 2022). Four blocks work from
+coarse to fine. Each refines the flow from the wanted time to both frames, and the mask that mixes the two warped
+frames. Parameter names are the published checkpoints'.
 
-Legend: B pairs, H x W pixels, h x w a block's grid, n frames, r frames out a frame in. Flow is [B, 4, H, W] in pixels:
-x and y to the first frame, then x and y to the second. Parameter names are those of the published checkpoints.
+Shapes: B pairs, H x W pixels, h x w a block's grid, n frames, r output frames per input frame. Flow is [B, 4, H, W] in
+pixels: x and y to the first frame, then x and y to the second.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 REDUCTIONS = (8, 4, 2, 1)
-"""Each block sees the pair this many times smaller."""
+"""How many times smaller each block sees the pair."""
 
 _GRID_MULTIPLE = 4
 """A block halves its grid twice."""
 
 _PAIRS_AT_ONCE = 4
-"""Bounds the memory of a forward; frames of one decoded group."""
+"""Bounds the memory of a forward. A decoded group has four frames."""
 
 
 def _conv_prelu(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
@@ -41,29 +41,29 @@ class FlowBlock(nn.Module):
         self.lastconv = nn.ConvTranspose2d(width, 5, 4, 2, padding=1)
 
     def forward(self, x_BChw: Tensor) -> Tensor:
-        """-> [B, 5, h/2, w/2]: change of flow in its own pixels, change of the mask's logit."""
+        """-> [B, 5, h/2, w/2]: the change of the flow, in pixels of this grid, and of the mask's logit."""
         x = self.conv0(x_BChw)
         return self.lastconv(x + self.convblock(x))
 
 
 class IFNet(nn.Module):
-    """``widths``: channels of each block, coarse to fine; ``convs``: convolutions in the middle of a block."""
+    """``widths``: channels of each block, coarse to fine. ``convs``: convolutions in the middle of a block."""
 
     def __init__(self, widths: Sequence[int], convs: int) -> None:
         super().__init__()
-        # Both frames and the time; later blocks also see the mask and the flow so far.
+        # Input channels: both frames and the time, in later blocks the mask and the flow so far too.
         for i, width in enumerate(widths):
             self.add_module(f"block{i}", FlowBlock(7 if i == 0 else 12, width, convs))
 
     def forward(self, first_B3HW: Tensor, second_B3HW: Tensor, time_B: Tensor, scale: float = 1.0) -> Tensor:
-        """float32 frames in [0, 1] and times in (0, 1) -> float32 [B, 3, H, W], the picture at each time.
+        """float32 frames in [0, 1] and times in (0, 1) -> float32 [B, 3, H, W], the frame at each time.
 
-        ``scale`` is the resolution at which motion is looked for, relative to the frames: 0.5 finds larger motion
-        in less time, 2 finds smaller things. Frames of any size: each block resizes to its own whole grid, so nothing
-        is padded and the picture is only ever sampled at its own resolution. Convolutions run in the weights' type,
-        coordinates in float32: half a mantissa places a pixel of a wide frame no better than to a quarter.
-        The original looks again at half the resolution when it finds motion above 32 pixels; here the caller says so
-        with ``scale``: the answer would have to be waited for on the host.
+        ``scale`` is the resolution of the motion search relative to the frames: 0.5 finds larger motion in less time, 2
+        finds smaller objects. The original repeats the search at half the resolution when it finds motion above 32
+        pixels. Here the caller sets ``scale``, as that check would make the host wait for the device.
+
+        Frames may have any size: each block resizes to its own grid, so nothing is padded. Convolutions run in the
+        weights' dtype. Coordinates are float32: float16 places a pixel of a wide frame only to a quarter of a pixel.
         """
         size = (first_B3HW.shape[-2], first_B3HW.shape[-1])
         warped = torch.cat((first_B3HW, second_B3HW), dim=1)
@@ -90,7 +90,7 @@ class IFNet(nn.Module):
 
 
 def _grid(size: tuple[int, int], reduction: float) -> tuple[int, int]:
-    """The nearest grid at or above ``size / reduction`` that a block can halve twice."""
+    """``size / reduction``, rounded up to a grid that a block can halve twice."""
     height, width = (_GRID_MULTIPLE * max(1, math.ceil(side / reduction / _GRID_MULTIPLE)) for side in size)
     return height, width
 
@@ -102,8 +102,8 @@ def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _rescale(flow_B4HW: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Flow in pixels of ``source`` [height, width] -> in pixels of ``target``."""
-    # Filled where it is: a tensor made of numbers would be copied from the host.
+    """Flow in pixels of a ``source`` (height, width) grid -> in pixels of ``target``."""
+    # Filled on the device: a tensor built from numbers would be copied from the host.
     factors = flow_B4HW.new_empty((1, 4, 1, 1))
     factors[:, 0::2] = target[1] / source[1]
     factors[:, 1::2] = target[0] / source[0]
@@ -111,7 +111,7 @@ def _rescale(flow_B4HW: Tensor, source: tuple[int, int], target: tuple[int, int]
 
 
 def _warp(frame_B3HW: Tensor, flow_B2HW: Tensor) -> Tensor:
-    """Each pixel is read where the flow points, bilinear; outside the frame its border goes on."""
+    """Reads each pixel where the flow points, with bilinear sampling. Outside the frame the border repeats."""
     height, width = frame_B3HW.shape[-2:]
     x = torch.arange(width, device=flow_B2HW.device) + flow_B2HW[:, 0]
     y = torch.arange(height, device=flow_B2HW.device)[:, None] + flow_B2HW[:, 1]
@@ -142,9 +142,9 @@ class Interpolator:
         return between.view(n - 1, each, height, width, 3)
 
     def memory_bytes(self, height: int, width: int, scale: float) -> int:
-        """About what one forward takes at its peak, the weights left out."""
-        # Full-size float32: two frames, warped twice over, flow and mask with their change, coordinates.
+        """Estimated peak bytes of one forward, without the weights."""
+        # float32 at full size: two frames, both warped, flow and mask with their changes, coordinates.
         full = height * width * 36
-        # The finest block: its input, then half its width at half the side, in at most four bytes.
+        # The finest block: its input, then half its width at half the side, at most four bytes per value.
         finest = int(height * width * scale**2) * (12 + 16)
         return 4 * _PAIRS_AT_ONCE * (full + finest)

@@ -1,6 +1,6 @@
-"""Weight files -> networks. The architecture is read off the weights' names and shapes.
+"""Weight files -> networks. The architecture follows from the names and shapes of the weights.
 
-Taken are ``.safetensors``, and the ``.pth`` / ``.pkl`` files that torch saves, of which only tensors are unpickled.
+Files are ``.safetensors``, or torch's ``.pth`` and ``.pkl``, of which only tensors are unpickled.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lingbot_rt.errors import CheckpointError
+from lingbot_rt.errors import CheckpointError, one_line
 from lingbot_rt.postprocess.interpolate import REDUCTIONS, IFNet, Interpolator
 from lingbot_rt.postprocess.upscale import RRDBNet, SRVGGNetCompact, Upscaler
 
@@ -27,16 +27,16 @@ SHIPPED_UPSCALER = WEIGHTS / "realesr-animevideov3.safetensors"
 SHIPPED_INTERPOLATOR = WEIGHTS / "rife-v4.safetensors"
 
 _CONTAINERS = ("params_ema", "params")
-"""Real-ESRGAN's files wrap the weights; the averaged ones are the better ones."""
+"""Real-ESRGAN's files have the weights under these names. The averaged weights, params_ema, are the better ones."""
 
 _RIFE_TRAINING_ONLY = ("block_tea.", "contextnet.", "unet.")
-"""Parts of RIFE's file that its interpolation does not use: the training's teacher, and a refinement left out."""
+"""Parts of RIFE's file that interpolation does not need: the teacher used in training, and a refinement network."""
 
 _DAMAGE = (
     *(SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError),
     *(struct.error, AssertionError, AttributeError, LookupError, TypeError),
 )
-"""What reading a damaged file raises; the second line is torch's unpickler meeting opcodes out of their order."""
+"""Errors of reading a damaged file. Those of the second line come from torch's unpickler."""
 
 _LISTED_KEYS = 4
 
@@ -44,9 +44,9 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 def load_upscaler(path: Path | None, device: torch.device) -> Upscaler:
-    """``path`` None: the shipped network (animevideov3, factor 4).
+    """The upscaler of a weight file. ``path`` None is the shipped one (animevideov3, factor 4).
 
-    Raises CheckpointError when there is no such file, it is damaged, or no Real-ESRGAN generator.
+    Raises CheckpointError when the file is missing, damaged or not a Real-ESRGAN generator.
     """
     path = path or SHIPPED_UPSCALER
     weights = read_weights(path)
@@ -61,9 +61,9 @@ def load_upscaler(path: Path | None, device: torch.device) -> Upscaler:
 
 
 def load_interpolator(path: Path | None, device: torch.device) -> Interpolator:
-    """``path`` None: the shipped network (RIFE 4.0).
+    """The interpolator of a weight file. ``path`` None is the shipped one (RIFE 4.0).
 
-    Raises CheckpointError when there is no such file, it is damaged, or no IFNet of RIFE 4.0.
+    Raises CheckpointError when the file is missing, damaged or not an IFNet of RIFE 4.0.
     """
     path = path or SHIPPED_INTERPOLATOR
     weights = {k: v for k, v in read_weights(path).items() if not k.startswith(_RIFE_TRAINING_ONLY)}
@@ -78,7 +78,7 @@ def load_interpolator(path: Path | None, device: torch.device) -> Interpolator:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Every tensor of the file by its plain name, on the CPU."""
+    """The tensors of a file by name, on the CPU. Raises CheckpointError when it is missing or damaged."""
     if not path.is_file():
         fix = ": run scripts/fetch_models" if path.parent == WEIGHTS else ""
         raise CheckpointError(f"there is no weight file {path}{fix}")
@@ -88,14 +88,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{path} is damaged or holds more than weights: {reason}") from None
+        raise CheckpointError(f"{path} is damaged or has more than weights: {one_line(error)}") from None
     for container in _CONTAINERS:
         if isinstance(found, Mapping) and isinstance(found.get(container), Mapping):
             found = found[container]
             break
     if not isinstance(found, Mapping) or not found or not all(isinstance(v, Tensor) for v in found.values()):
-        raise CheckpointError(f"{path} holds no table of weights")
+        raise CheckpointError(f"{path} has no table of weights")
     return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
 
 
@@ -121,18 +120,18 @@ def _rrdb(weights: Mapping[str, Tensor], path: Path) -> RRDBNet:
 
 
 def _numbered(weights: Mapping[str, Tensor], pattern: str) -> int:
-    """How many different numbers the names have at the pattern's group: counted, as a forged one may be huge."""
+    """How many different numbers names have at the pattern's group. Not the largest, which a forged file can choose."""
     return len({match[1] for match in map(re.compile(pattern).match, weights) if match})
 
 
 def _shape(weights: Mapping[str, Tensor], name: str, path: Path) -> torch.Size:
     if name not in weights or weights[name].ndim != 4:
-        raise CheckpointError(f"{path}: {name} is missing or no convolution")
+        raise CheckpointError(f"{path}: {name} is missing or not a convolution")
     return weights[name].shape
 
 
 def _filled(net: Net, weights: Mapping[str, Tensor], path: Path, device: torch.device) -> Net:
-    """The network built on the meta device with its weights in place: fp16 on an accelerator, else float32."""
+    """Gives a network of the meta device its weights: float16 on a GPU, else float32."""
     targets = net.state_dict()
     wrong = sorted(targets.keys() ^ weights.keys())
     wrong += [name for name in targets.keys() & weights.keys() if targets[name].shape != weights[name].shape]
@@ -140,12 +139,12 @@ def _filled(net: Net, weights: Mapping[str, Tensor], path: Path, device: torch.d
         more = f" and {len(wrong) - _LISTED_KEYS} more" if len(wrong) > _LISTED_KEYS else ""
         kind = type(net).__name__
         raise CheckpointError(
-            f"{path} looks like {kind} but does not fit it: missing, unexpected or misshapen are "
+            f"{path} looks like {kind} but does not fit it. Missing, unexpected or misshapen: "
             f"{', '.join(wrong[:_LISTED_KEYS])}{more}"
         )
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     placed = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
-    # Convolutions of half floats run channels-last on an accelerator; on a CPU it saves the frames a transposition.
+    # On a GPU float16 convolutions run channels-last. On a CPU it saves a transposition of the frames.
     last = {name: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for name, t in placed.items()}
     net.load_state_dict(last, assign=True)
     return net.requires_grad_(False).eval()
@@ -153,4 +152,4 @@ def _filled(net: Net, weights: Mapping[str, Tensor], path: Path, device: torch.d
 
 def _unknown(path: Path, expected: str, weights: Mapping[str, Tensor]) -> CheckpointError:
     names = ", ".join(list(weights)[:_LISTED_KEYS])
-    return CheckpointError(f"{path} is no {expected}: it holds {len(weights)} tensors named {names}, ...")
+    return CheckpointError(f"{path} is not a {expected}: it has {len(weights)} tensors named {names}, ...")

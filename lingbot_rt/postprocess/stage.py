@@ -1,6 +1,6 @@
-"""Frames in, frames out: the stage of a session between decode and transport.
+"""The stage of a session between decode and transport: interpolation, then upscaling.
 
-Interpolation comes first: the network that looks for motion then works at the decoded size, not at a larger one.
+Interpolation comes first, so that the motion search runs at the decoded size.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from lingbot_rt.shapes import VAE_TEMPORAL_STRIDE, FrameSize
 
 
 class PostProcessor:
-    """One a session: remembers the last frame, so that pairs go on across calls and chunks."""
+    """One per session. It keeps the last frame, to interpolate from it to the first frame of the next call."""
 
     def __init__(
         self, plan: PostprocessPlan, size: FrameSize, upscaler: Upscaler | None, interpolator: Interpolator | None
     ) -> None:
-        """``size`` is that of the decoded frames; each network is there when the plan asks for it."""
+        """``size`` is that of the decoded frames. A network is given exactly when the plan needs it."""
         assert (upscaler is not None) == plan.upscales, "an upscaler exactly when the plan upscales"
         assert (interpolator is not None) == plan.interpolates, "an interpolator exactly when the plan interpolates"
         self._plan = plan
@@ -47,8 +47,8 @@ class PostProcessor:
     def process(self, frames_nHWC: Tensor) -> Tensor:
         """uint8 [n, H, W, 3] -> uint8 [plan.frames_out(n), sH, sW, 3] on the same device, in order of time.
 
-        A decoded frame leaves after the frames between it and the one before it; with upscaling off it is unchanged.
-        On an accelerator this only launches work on the current stream.
+        A decoded frame comes after the frames between it and the frame before. Without upscaling it is unchanged. On a
+        GPU this only launches work on the current stream.
         """
         frames = frames_nHWC
         if self._interpolator is not None and len(frames):
@@ -60,9 +60,9 @@ class PostProcessor:
         return frames
 
     def take_timings(self) -> dict[str, float]:
-        """Milliseconds of each step in the calls since this was last asked: ``interpolate_ms``, ``upscale_ms``.
+        """Milliseconds since the last call by step that ran: ``interpolate_ms``, ``upscale_ms``.
 
-        Only the steps that ran are there. On an accelerator the work must be done, that is, synchronized with.
+        On a GPU the caller must have synchronized with the work.
         """
         spent: dict[str, float] = defaultdict(float)
         for name, begin, end in self._marks:
@@ -71,7 +71,7 @@ class PostProcessor:
         return dict(spent)
 
     def memory_bytes(self) -> int:
-        """About what a call for one decoded group takes on the device at its peak, the weights left out."""
+        """Estimated peak bytes of a call for one decoded group, without the weights."""
         frames_in = VAE_TEMPORAL_STRIDE + 1
         group = self._plan.rate * frames_in * self._size.bytes_per_frame
         height, width = self._size.height, self._size.width
@@ -85,7 +85,7 @@ class PostProcessor:
 
     def _with_frames_between(self, frames: Tensor, interpolator: Interpolator) -> Tensor:
         known = frames if self._last is None else torch.cat((self._last, frames))
-        # A copy: the caller's frames may be a view of memory that is written again.
+        # A copy: the caller may overwrite the memory of its frames.
         self._last = frames[-1:].clone()
         between = interpolator(known, self._plan.rate, self._plan.interpolation_scale)
         steps = torch.cat((between, known[1:, None]), dim=1).flatten(0, 1)
@@ -99,7 +99,7 @@ class PostProcessor:
 
 
 class PostprocessNetworks:
-    """The networks on one device, each file loaded once, when the first session asks for it."""
+    """The networks on one device. Each file is loaded once, when a session first needs it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -107,37 +107,38 @@ class PostprocessNetworks:
         self._interpolators: dict[Path | None, Interpolator] = {}
 
     def loaded(self, plan: PostprocessPlan) -> bool:
-        """Whether a session of this plan can start without reading a file."""
+        """Whether the networks of ``plan`` are loaded."""
         upscaler = not plan.upscales or plan.upscaling_model in self._upscalers
         return upscaler and (not plan.interpolates or plan.interpolation_model in self._interpolators)
 
     def open(self, plan: PostprocessPlan, size: FrameSize) -> PostProcessor:
         """A session's processor.
 
-        Raises CheckpointError, with the field of the init, when a network's file is missing or not what it should be.
+        Raises CheckpointError, with the field of the init, when the file of a network is missing or does not fit.
         """
         upscaler, interpolator = None, None
         if plan.upscales:
             model = plan.upscaling_model
-            with _blaming("upscaling_model_path" if model else "enable_upscaling"):
+            with _naming("upscaling_model_path" if model else "enable_upscaling"):
                 upscaler = self._upscalers.get(model) or load_upscaler(model, self._device)
             self._upscalers[model] = upscaler
         if plan.interpolates:
             model = plan.interpolation_model
-            with _blaming("frame_interpolation_model_path" if model else "enable_frame_interpolation"):
+            with _naming("frame_interpolation_model_path" if model else "enable_frame_interpolation"):
                 interpolator = self._interpolators.get(model) or load_interpolator(model, self._device)
             self._interpolators[model] = interpolator
         return PostProcessor(plan, size, upscaler, interpolator)
 
     def warm_up(self, plan: PostprocessPlan, size: FrameSize) -> None:
-        """Loads the plan's networks and runs the shapes of a session: its first frame alone, then decoded groups."""
+        """Loads the plan's networks and runs the shapes of a session: the first frame alone, then a decoded group."""
         processor = self.open(plan, size)
         for count in (1, VAE_TEMPORAL_STRIDE):
             processor.process(torch.zeros((count, size.height, size.width, 3), dtype=torch.uint8, device=self._device))
 
 
 @contextmanager
-def _blaming(field: str) -> Iterator[None]:
+def _naming(field: str) -> Iterator[None]:
+    """Sets the field of a CheckpointError raised inside."""
     try:
         yield
     except CheckpointError as error:

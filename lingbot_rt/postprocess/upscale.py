@@ -1,7 +1,7 @@
-"""Larger frames: the two generators of Real-ESRGAN, and the step from uint8 frames to uint8 frames.
+"""Upscaling: the two generators of Real-ESRGAN, from uint8 frames to larger uint8 frames.
 
-Legend: B batch, C channels, H x W pixels in, s the network's factor, n frames.
-Parameter names are those of the published checkpoints, so that their files load as they are.
+Parameter names are the published checkpoints', so that their files load unchanged.
+Shapes: B batch, C channels, H x W input pixels, s the network's factor, n frames.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 _LEAK = 0.2
 _RESIDUAL = 0.2
-"""Share of a dense block's (and of a block of three) output that is added to its input."""
+"""The factor of a dense block's output, and of three such blocks', before it is added to the input."""
 
 
 def _conv3(channels_in: int, channels_out: int) -> nn.Conv2d:
@@ -20,9 +20,9 @@ def _conv3(channels_in: int, channels_out: int) -> nn.Conv2d:
 
 
 class SRVGGNetCompact(nn.Module):
-    """A plain stack of 3x3 convolutions at the input's resolution; adds detail to the enlarged input.
+    """A stack of 3x3 convolutions at the input's resolution, whose output is added to the enlarged input.
 
-    ``body`` alternates convolution and PReLU and ends in the convolution whose 3 s^2 channels become pixels.
+    ``body`` alternates convolution and PReLU. The 3 s^2 channels of its last convolution become pixels.
     """
 
     def __init__(self, features: int, inner_convs: int, scale: int) -> None:
@@ -40,12 +40,12 @@ class SRVGGNetCompact(nn.Module):
         return detail + F.interpolate(x_BCHW, scale_factor=float(self.scale), mode="nearest")
 
     def values_per_pixel(self) -> int:
-        """Values alive at once a pixel of the input: a convolution's input and output, then the enlarged picture."""
+        """Values in memory at once per input pixel: a convolution's input and output, then the enlarged frame."""
         return 3 * self.features + 5 * 3 * self.scale**2
 
 
 class _DenseBlock(nn.Module):
-    """Five convolutions, each sees the block's input and all outputs before its own."""
+    """Five convolutions. The input of each is the block's input and all outputs before."""
 
     def __init__(self, features: int, growth: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class _ResidualOfDense(nn.Module):
 
 
 class RRDBNet(nn.Module):
-    """The large generator: always enlarges what it sees by 4; smaller factors fold pixels into channels first.
+    """The large generator. It enlarges by 4; for factors 2 and 1 it first folds pixels into channels.
 
     ``fold`` is 1, 2 or 4 for factors 4, 2 and 1.
     """
@@ -94,7 +94,7 @@ class RRDBNet(nn.Module):
         self.conv_last = _conv3(features, 3)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """[B, 3, H, W] in [0, 1] -> [B, 3, sH, sW]. Sides that do not fold evenly are padded, the result cropped."""
+        """[B, 3, H, W] in [0, 1] -> [B, 3, sH, sW]. Sides that do not fold evenly are padded, and cropped again."""
         height, width = x_BCHW.shape[-2:]
         padded = F.pad(x_BCHW, (0, -width % self.fold, 0, -height % self.fold), mode="replicate")
         x = self.conv_first(F.pixel_unshuffle(padded, self.fold))
@@ -105,7 +105,7 @@ class RRDBNet(nn.Module):
         return x[..., : height * self.scale, : width * self.scale]
 
     def values_per_pixel(self) -> int:
-        """Values alive at once a pixel of the input: the last convolutions at full output size outweigh the body."""
+        """Values in memory at once per input pixel, most of them in the last convolutions at full output size."""
         body = 2 * (2 * self.features + 4 * self.growth)
         return max(3 * self.features * self.scale**2, body // self.fold**2) + 3 * 3 * self.scale**2
 
@@ -119,9 +119,9 @@ class Upscaler:
         self.device, self.dtype = weight.device, weight.dtype
 
     def __call__(self, frames_nHWC: Tensor, scale: int) -> Tensor:
-        """uint8 [n, H, W, 3] -> uint8 [n, scale H, scale W, 3], one frame at a time: one fills a device.
+        """uint8 [n, H, W, 3] -> uint8 [n, scale H, scale W, 3], one frame at a time, as one keeps a device busy.
 
-        A network of another factor is followed by a bicubic resize to exactly ``scale``.
+        A bicubic resize follows when ``scale`` is not the network's factor.
         """
         n, height, width, _ = frames_nHWC.shape
         larger = frames_nHWC.new_empty((n, height * scale, width * scale, 3))
@@ -131,7 +131,7 @@ class Upscaler:
 
     def _enlarge(self, frame_HWC: Tensor, scale: int) -> Tensor:
         height, width, _ = frame_HWC.shape
-        # A view of HWC memory seen as CHW is channels-last already, the layout the weights are in.
+        # HWC memory viewed as CHW is channels-last, the layout of the weights.
         x = frame_HWC.permute(2, 0, 1)[None].to(self.dtype) / 255
         y = self.net(x)
         if self.net.scale != scale:
@@ -139,6 +139,6 @@ class Upscaler:
         return y[0].permute(1, 2, 0).mul(255).round_().clamp_(0, 255).to(torch.uint8)
 
     def memory_bytes(self, height: int, width: int, scale: int) -> int:
-        """About what enlarging one frame takes at its peak, the weights left out."""
+        """Estimated peak bytes of enlarging one frame, without the weights."""
         values = self.net.values_per_pixel() + (3 * 3 * scale**2 if scale != self.net.scale else 0)
         return height * width * values * self.dtype.itemsize

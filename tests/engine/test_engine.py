@@ -264,7 +264,7 @@ def test_cuda_without_cuda_is_one_clear_error(monkeypatch):
 
 
 def test_placement_keeps_an_offloaded_network_on_the_cpu_between_visits(monkeypatch):
-    """An offloaded network is on its device inside at_work only, also when the work raises."""
+    """An offloaded network is on its device inside on_device only, also when the work raises."""
 
     class Network:
         device = torch.device("meta")
@@ -279,7 +279,7 @@ def test_placement_keeps_an_offloaded_network_on_the_cpu_between_visits(monkeypa
     assert network.device.type == "cpu"
 
     def visit():
-        with placement.at_work():
+        with placement.on_device():
             assert network.device == device
             raise ValueError("broke")
 

@@ -1,4 +1,4 @@
-"""What a session takes, as planned and as counted while it runs."""
+"""The memory of a session, as planned and as counted while it runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from lingbot_rt.engine.chunk_runner import run_chunk
-from lingbot_rt.engine.dry_run import LiveBytes, transients
+from lingbot_rt.engine.dry_run import LiveBytes, peak_activations
 from lingbot_rt.engine.memory import plan_memory, weight_bytes
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.models.dit import DiTConfig
@@ -65,17 +65,17 @@ def test_live_bytes_come_and_go():
 
 def test_the_14b_at_its_size(pipeline):
     """Counted without allocating it: a forward of the 14B at 832x480 takes 0.8 GB beside weights and window."""
-    taken = transients(DiTConfig(), pipeline.vae, FrameSize(832, 480), 3, torch.bfloat16, "none")
-    assert 0.7e9 < taken.forward < 0.9e9
-    fp8 = transients(DiTConfig(), pipeline.vae, FrameSize(832, 480), 3, torch.bfloat16, "fp8")
-    assert taken.forward < fp8.forward < 2e9
+    peak = peak_activations(DiTConfig(), pipeline.vae, FrameSize(832, 480), 3, torch.bfloat16, "none")
+    assert 0.7e9 < peak.forward < 0.9e9
+    fp8 = peak_activations(DiTConfig(), pipeline.vae, FrameSize(832, 480), 3, torch.bfloat16, "fp8")
+    assert peak.forward < fp8.forward < 2e9
 
 
 def test_counting_keeps_no_weights():
-    """A VAE whose pipeline is gone is gone too: several are measured in one process, on one device."""
+    """The cached count of a VAE does not keep the VAE's weights in memory."""
     vae = StreamingVAE(AutoencoderKLWan.from_config({"base_dim": 8, "num_res_blocks": 1}))
     weight = weakref.ref(vae.decoder.conv_in.weight)
-    transients(TINY, vae, FrameSize(64, 64), 1, torch.float32, "none")
+    peak_activations(TINY, vae, FrameSize(64, 64), 1, torch.float32, "none")
     del vae
     gc.collect()
     assert weight() is None

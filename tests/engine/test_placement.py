@@ -1,4 +1,4 @@
-"""Networks that rest on the host: they visit the device when they work, a DiT with two of its blocks at a time."""
+"""Offload: whole networks, and a DiT of which two blocks at a time are on the device."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_device_holds_two_blocks():
     blocks = StreamedBlocks(dit.blocks, CPU)
     storages = {parameter.untyped_storage().data_ptr() for parameter in blocks.parameters()}
     assert len(storages) == 2
-    assert block_bytes * 4 <= blocks.bytes_a_pass <= block_bytes * 4 * 1.5  # small ones, each begins at 256 bytes
+    assert block_bytes * 4 <= blocks.bytes_per_forward <= block_bytes * 4 * 1.5  # small ones, each begins at 256 bytes
 
 
 def test_streamed_blocks_share_a_compilation():
@@ -101,17 +101,17 @@ def test_streamed_blocks_share_a_compilation():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 
-def test_a_text_encoder_visits_the_device_for_new_words_only(pipeline):
-    """The same prompt again, and one in other spaces, are answered from what is remembered."""
-    visits = []
+def test_a_text_encoder_is_moved_for_new_prompts_only(pipeline):
+    """A prompt that differs in white space only comes from the encoder's cache."""
+    moves = []
 
     class Counted(Placement):
         @contextmanager
-        def at_work(self):
-            visits.append(1)
+        def on_device(self):
+            moves.append(1)
             yield
 
     counting = dataclasses.replace(pipeline, text_encoder_placement=Counted(pipeline.text_encoder, CPU, offload=False))
     seen = [counting.text_kv(prompt) for prompt in ("A walk nobody took.", "A walk  nobody took.", "Another one.")]
-    assert len(visits) == 2
+    assert len(moves) == 2
     assert torch.equal(seen[0][0][0], seen[1][0][0])

@@ -35,7 +35,7 @@ def test_backends_agree(backend):
 @pytest.mark.parametrize("with_sums", [False, True])
 @pytest.mark.parametrize("backend", ["flash-attn2", "flash-attn3", "flash-attn4"])
 def test_flash_attention_packages(monkeypatch, backend, with_sums):
-    """A package's function gets B N H D as it is, and its output is taken with or without the softmax's sums."""
+    """A package's function gets B N H D tensors, and may return the softmax's sums beside its output."""
     module = types.ModuleType("package")
 
     def flash_attn_func(q, k, v):
@@ -51,8 +51,8 @@ def test_flash_attention_packages(monkeypatch, backend, with_sums):
     assert available_backends(CPU)[backend] == "ok"
 
 
-def test_the_kernel_is_resolved_once(monkeypatch):
-    """auto is cuDNN in half precision on Hopper and torch's choice elsewhere; the text never takes a package."""
+def test_choice_of_the_kernel(monkeypatch):
+    """auto is cuDNN in half precision on Hopper and torch's choice elsewhere; text attention never uses a package."""
     device = torch.device("cuda", 0)
     resolve_backend.cache_clear()
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
@@ -68,8 +68,8 @@ def test_the_kernel_is_resolved_once(monkeypatch):
     assert resolve_backend("flash", CPU, torch.float32) == "flash"
 
 
-def test_what_runs_here_is_known():
-    """Each backend is found to run or is said why not; the defaults run everywhere."""
+def test_available_backends():
+    """Every backend is listed as ok or with its error; the defaults run everywhere."""
     found = available_backends(CPU)
     assert set(found) == set(BACKENDS)
     assert found["auto"] == found["sdpa"] == found["math"] == "ok"
@@ -79,16 +79,16 @@ def test_what_runs_here_is_known():
 def test_a_backend_that_does_not_run_is_refused():
     """Asking for cuDNN on a CPU is one line that names the backends that run."""
     require_backend("math", CPU)
-    with pytest.raises(ConfigError, match=r"--attention-backend cudnn does not run on cpu .*here run: auto, sdpa"):
+    with pytest.raises(ConfigError, match=r"--attention-backend cudnn does not run on cpu .*use one of: auto, sdpa"):
         require_backend("cudnn", CPU)
 
 
 def test_window_attention_can_be_replaced(dit, arrays):
-    """Sequence parallelism's seam: an object in its place sees every layer's q, k, v and the context pass's store."""
+    """A replacement, as for sequence parallelism, gets every layer's q, k, v and the context pass's last K/V."""
     calls = []
 
     class HeadsInTwoHalves(WindowAttention):
-        """What two ranks would do: each half of the heads with a window of its own."""
+        """As two ranks do it: each half of the heads has its own window."""
 
         def __init__(self) -> None:
             self.halves = [

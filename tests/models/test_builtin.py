@@ -14,7 +14,7 @@ from lingbot_rt.engine.flow_match import FlowSchedule, predict_x0, renoise
 from lingbot_rt.models import builtin
 from lingbot_rt.models.builtin import builtin_folder
 from lingbot_rt.models.checkpoint import load_dit, load_text_encoder, load_vae, open_checkpoint
-from lingbot_rt.models.i2v_condition import preprocess_image
+from lingbot_rt.models.i2v_condition import MASK_CHANNELS, preprocess_image
 from lingbot_rt.models.ray_map import ray_map
 from lingbot_rt.session.camera_path import CameraPath
 from lingbot_rt.shapes import FrameSize
@@ -77,7 +77,7 @@ def test_sizes(world):
     assert folder.default_size.is_whole_tokens
     assert (dit.config.latent_frames, dit.config.sink_frames, dit.config.window_frames) == (3, 3, 12)
     assert dit.config.num_attention_heads % 4 == 0
-    assert dit.config.in_channels == 2 * vae.z_dim + 4
+    assert dit.config.in_channels == 2 * vae.z_dim + MASK_CHANNELS
 
 
 def test_made_once_and_deterministic(cache_dir, world, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Folders and hub ids: what loads, and how what does not is said."""
+"""Loading folders and hub ids, and the errors for those that do not load."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_shards_and_diffusers_names(model):
         assert torch.equal(tensor, original[name]), name
 
     (model / "transformer" / "a-00002-of-2.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"lacks 1 of 2 shards: a-00002-of-2\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"misses 1 of 2 shards: a-00002-of-2\.safetensors"):
         load_dit(open_checkpoint(str(model)), torch.float32, CPU)
 
 
@@ -152,7 +152,7 @@ def test_damaged_and_absent_files(model):
     with pytest.raises(CheckpointError, match=r"has no \.safetensors file"):
         load_dit(folder, torch.float32, CPU)
     shutil.rmtree(model / "tokenizer")
-    with pytest.raises(CheckpointError, match="it lacks tokenizer/"):
+    with pytest.raises(CheckpointError, match="it has no tokenizer/"):
         open_checkpoint(str(model))
     (model / "tokenizer").mkdir()
     with pytest.raises(CheckpointError, match="text encoder: "):

@@ -27,7 +27,7 @@ def cache_of(sink: int, window: int) -> KVCache:
 
 
 def keys(frames: range, layer: int, attempt: int) -> torch.Tensor:
-    """Keys [1, N, H, D] that tell frame, token, layer and the forward they came from."""
+    """Keys [1, N, H, D] with a value of their own for each frame, token, layer and forward."""
     tokens = torch.tensor([frame * 100.0 + token for frame in frames for token in range(TOKENS)])
     return (tokens + layer * 0.25 + attempt * 0.0625).view(1, -1, 1, 1).expand(1, -1, HEADS, DIM).contiguous()
 
@@ -73,14 +73,3 @@ def test_one_allocation_that_never_moves():
         cache.begin(3 * chunk, 3)
         assert cache.view(0)[0].data_ptr() == place
     assert cache.nbytes == before == 2 * LAYERS * 9 * TOKENS * HEADS * DIM * 4
-
-
-def test_reset_forgets_every_frame():
-    """After a reset nothing is visible and the first chunk goes to the sink again."""
-    cache = cache_of(1, 4)
-    for chunk in range(3):
-        cache.begin(3 * chunk, 3)
-    cache.reset()
-    assert cache.visible_frames == 0
-    cache.begin(0, 3)
-    assert cache.frame_of_slot == (0, 1, 2, None)

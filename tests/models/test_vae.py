@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, WanRMS_norm
 from safetensors.torch import load_file
 from torch import nn
 
 from lingbot_rt.models.i2v_condition import MASK_CHANNELS, preprocess_image
-from lingbot_rt.models.vae import StreamingVAE, _kept, channels_last
+from lingbot_rt.models.vae import StreamingVAE, _compact, channels_last
 
 WAN_22 = {
     "base_dim": 8,
@@ -60,12 +61,11 @@ def test_decode_equals_the_reference(vae, arrays):
     assert np.abs(to_uint8(pixels).astype(int) - golden["frames_uint8"].numpy()).max() <= 1
 
 
-def test_features_reset(vae, arrays):
-    """After a reset the next latent frame is a session's first: one pixel frame, then four."""
+def test_new_features_start_a_session(vae, arrays):
+    """With a new feature cache the next latent frame is a session's first: one pixel frame, then four."""
     golden = arrays("vae/decode")
+    decode(vae, golden["latents"][:, :, :3], vae.new_features())
     features = vae.new_features()
-    decode(vae, golden["latents"][:, :, :3], features)
-    features.reset()
     assert features.nbytes == 0
     pixels = decode(vae, golden["latents"][:, :, 3:6], features)
     assert np.abs(to_uint8(pixels).astype(int) - golden["reset_decode_of_chunk1_uint8"].numpy()).max() <= 1
@@ -104,6 +104,9 @@ def test_wan_22_layouts(config):
 
 def test_cpu_layers_equal_diffusers(plain, vae):
     """The convolutions through oneDNN and the norms as plain sums agree with diffusers' own to 1e-5."""
+    kinds = {type(module) for module in vae._vae.modules()}
+    assert kinds.isdisjoint({WanCausalConv3d, WanRMS_norm, WanResample})
+    assert vae._vae.state_dict().keys() == plain.state_dict().keys()
     latents = torch.randn(1, 16, 3, 6, 4)
     mean = torch.tensor(plain.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(plain.config.latents_std).view(1, -1, 1, 1, 1)
@@ -127,9 +130,9 @@ def test_condition_of_other_chunk_lengths(vae, latent_frames):
     """Any F keeps the rules: only latent frame 0 of chunk 0 is marked, and the blank tail is what the image leaves."""
     first, later = vae.encode_condition(torch.rand(1, 3, 32, 32) * 2 - 1, latent_frames)
     assert first.shape == later.shape == (1, 20, latent_frames, 4, 4)
-    assert first[:, :4, 0].eq(1).all()
-    assert not first[:, :4, 1:].any()
-    assert not later[:, :4].any()
+    assert first[:, :MASK_CHANNELS, 0].eq(1).all()
+    assert not first[:, :MASK_CHANNELS, 1:].any()
+    assert not later[:, :MASK_CHANNELS].any()
 
 
 def test_encoding_leaves_nothing_on_the_module(vae):
@@ -165,10 +168,10 @@ def test_channels_last_weights(plain, vae, arrays):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-def test_kept_frames_keep_their_layout(layout):
-    """What is remembered joins the next frames without a copy into another layout, and holds no more than itself."""
+def test_cached_frames_keep_their_layout(layout):
+    """A cached slice joins the next frames in their layout, and does not keep the sliced tensor alive."""
     frames = torch.randn(1, 8, 4, 6, 5).contiguous(memory_format=layout)
-    kept = _kept(frames[:, :, -2:])
+    kept = _compact(frames[:, :, -2:])
     assert torch.equal(kept, frames[:, :, -2:])
     assert kept.untyped_storage().nbytes() == kept.nbytes
     assert torch.cat([kept, frames], dim=2).is_contiguous(memory_format=layout)

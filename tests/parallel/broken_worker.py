@@ -1,4 +1,4 @@
-"""A follower with a fault: ``python broken_worker.py FAULT RANK CONFIG``. Every rank but RANK is sound."""
+"""A worker with a fault: ``python broken_worker.py FAULT RANK CONFIG``. Only rank RANK has it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 import time
 
 from lingbot_rt.config import ServeConfig
+from lingbot_rt.engine import worker
 from lingbot_rt.errors import CheckpointError
-from lingbot_rt.parallel import worker
 
 
 def raise_in_chunk(*args):
@@ -34,4 +34,4 @@ if __name__ == "__main__":
                 worker.run_chunk = stall_in_chunk
             case "load":
                 worker.load_pipeline = fail_to_load
-    sys.exit(worker.follow_launcher(ServeConfig(**json.loads(config))))
+    sys.exit(worker.run_launched_worker(ServeConfig(**json.loads(config))))

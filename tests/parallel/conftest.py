@@ -1,4 +1,4 @@
-"""The built-in model, whose DiT has four heads, over real processes that talk through gloo."""
+"""The built-in model, whose DiT has four heads, on real processes that communicate through gloo."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 
 from lingbot_rt.config import ServeConfig
+from lingbot_rt.engine import worker
 from lingbot_rt.engine.engine import Engine
-from lingbot_rt.parallel import launch
 from lingbot_rt.session.plan import ChunkPlan, SessionPlan
 from lingbot_rt.shapes import FrameSize
 
 SIZE = FrameSize(80, 48)
-"""15 tokens a latent frame: 45 a chunk, which neither 2 nor 4 ranks can share evenly."""
+"""15 tokens per latent frame, 45 per chunk: neither 2 nor 4 ranks get equal numbers of them."""
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """The built-in weights are drawn once, where the followers find them too."""
+    """The built-in weights are made once, in a folder that the workers use too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LINGBOT_RT_CACHE", str(tmp_path_factory.mktemp("cache")))
         # The checkout, also for processes that start elsewhere.
-        patch.syspath_prepend(str(Path(launch.__file__).parents[2]))
-        patch.setenv("PYTHONPATH", str(Path(launch.__file__).parents[2]))
+        patch.syspath_prepend(str(Path(worker.__file__).parents[2]))
+        patch.setenv("PYTHONPATH", str(Path(worker.__file__).parents[2]))
         yield
 
 
@@ -74,10 +74,10 @@ def chunk(index: int, prompt: str = "a quiet street", *, camera: bool = False) -
 
 @pytest.fixture
 def broken(monkeypatch) -> Callable[[str, int], None]:
-    """``broken("stall", 1)``: followers started from now on have that fault on that rank."""
+    """``broken("stall", 1)``: workers started from now on have that fault on that rank."""
 
     def choose(fault: str, rank: int) -> None:
         script = Path(__file__).parent / "broken_worker.py"
-        monkeypatch.setattr(launch, "_WORKER", (sys.executable, str(script), fault, str(rank)))
+        monkeypatch.setattr(worker, "_COMMAND", (sys.executable, str(script), fault, str(rank)))
 
     return choose

@@ -1,4 +1,4 @@
-"""Between hosts gloo takes the interface that leads there, whatever a host's own name resolves to."""
+"""Between hosts gloo uses the interface that leads to the others, whatever a host's own name resolves to."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LIMIT = timedelta(minutes=1)
 
 @pytest.fixture
 def network(monkeypatch):
-    """Rank 0's host has the store and calls itself 127.0.1.1; rank 1's reaches it by another name's address."""
-    monkeypatch.setenv(VARIABLE, "")  # what the tests leave there is taken away again
+    """Rank 0's host has the store, and its own name is 127.0.1.1. Rank 1's host reaches it at 10.0.0.1."""
+    monkeypatch.setenv(VARIABLE, "")  # so that monkeypatch restores it after the test
     monkeypatch.delenv(VARIABLE)
     ways = {"hosta": "127.0.1.1", "10.0.0.1": "10.0.0.2", "10.0.0.2": "10.0.0.1"}
     monkeypatch.setattr(interface, "address_towards", ways.__getitem__)
@@ -27,7 +27,7 @@ def network(monkeypatch):
 
 
 def choose_on(store: dist.Store, own: str, other: str) -> str | None:
-    """What rank 0 chooses when its store's name is ``own``; rank 1 comes by ``other``."""
+    """Rank 0's choice when it reaches the store at ``own``, and rank 1 at ``other``."""
     with ThreadPoolExecutor() as threads:
         first = threads.submit(choose_interface, store, 0, 2, own, LIMIT)
         store.set("address/1", interface.address_towards(other))
@@ -36,24 +36,24 @@ def choose_on(store: dist.Store, own: str, other: str) -> str | None:
 
 
 def test_a_loopback_name_does_not_hide_the_way_out(network):
-    """The host of the store goes by where the others come from."""
+    """The store's host takes the interface towards the other hosts."""
     assert choose_on(dist.HashStore(), "hosta", "10.0.0.1") == "eth7"
 
 
 def test_ranks_of_one_host_stay_on_it(network):
-    """Nobody comes from outside."""
+    """Without other hosts the loopback interface is used."""
     assert choose_on(dist.HashStore(), "hosta", "hosta") == "lo"
 
 
-def test_what_is_set_stays(network, monkeypatch):
-    """An operator knows better."""
+def test_a_variable_that_is_set_stays(network, monkeypatch):
+    """An operator's GLOO_SOCKET_IFNAME is not overwritten."""
     monkeypatch.setenv(VARIABLE, "ib0")
     assert choose_on(dist.HashStore(), "hosta", "10.0.0.1") == "ib0"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="interfaces are asked for as Linux has it")
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 def test_the_loopback_interface_is_found():
-    """Addresses and interfaces are the system's."""
+    """The system's own addresses and interfaces are found; an unknown address has none."""
     assert address_towards("127.0.0.1") == "127.0.0.1"
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("192.0.2.1") is None

@@ -12,7 +12,7 @@ from tests.parallel.conftest import chunk, config, engine_of, session_plan
 
 
 def assert_none_left(engine: Engine) -> None:
-    processes = engine._leader._processes
+    processes = engine._coordinator._processes
     assert processes
     assert all(process.poll() is not None for process in processes.values())
 
@@ -20,7 +20,8 @@ def assert_none_left(engine: Engine) -> None:
 async def lost_in_chunk(engine: Engine) -> str:
     """The error of the chunk in which a rank is lost."""
     with pytest.raises(EngineFailed) as failure:
-        await engine.run(chunk(0), lambda group: None)
+        async for _ in engine.run(chunk(0)):
+            pass
     assert engine.is_lost
     assert engine.status.stage == "failed"
     assert engine.status.detail == str(failure.value)
@@ -39,18 +40,18 @@ async def test_a_rank_that_raises(broken):
 
 
 async def test_a_rank_that_stalls(broken):
-    """A rank that stands still while others wait for it is named once the limit is over."""
+    """A rank that makes no progress while others wait for it is named after the time limit."""
     broken("stall", 1)
     async with engine_of(2) as engine:
         await engine.open(session_plan())
-        # Long enough that a busy machine is not taken for a frozen one.
-        engine._leader._watch.limit_s = 4.0
+        # Long enough that a busy machine does not count as a stall.
+        engine._coordinator._watchdog.limit_s = 4.0
         assert re.match(r"rank 1 stalled: for \d+ s it has not come to exchange", await lost_in_chunk(engine))
     assert_none_left(engine)
 
 
 async def test_a_rank_that_does_not_come_up(broken):
-    """A failure while loading fails the start, naming the rank; the other ranks end too."""
+    """An error while loading fails the start and names the rank. All ranks end."""
     broken("load", 1)
     engine = Engine(config(2))
     with pytest.raises(EngineFailed) as failure:

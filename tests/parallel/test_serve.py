@@ -13,13 +13,13 @@ FAREWELL_LIMIT_S = 60
 
 
 def children(process: int) -> list[int]:
-    """Of all its threads."""
+    """The child processes of all its threads."""
     listed = [path.read_text().split() for path in Path(f"/proc/{process}/task").glob("*/children")]
     return [int(pid) for pids in listed for pid in pids]
 
 
 def is_alive(process: int) -> bool:
-    """Whether it runs; one that has ended and was not asked for yet does not."""
+    """Whether the process runs. A zombie does not."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -40,18 +40,18 @@ def init(golden) -> dict:
 def test_a_rank_killed_in_a_session(golden, tmp_path):
     """The client gets chunks, then an error that names the rank; the service exits 1 and leaves no process."""
     flags = ("--num-gpus", "2", "--ulysses-degree", "2", "--device", "cpu", "--warmup", "false")
-    # Longer than the default: a busy machine is not a frozen rank. One that is killed is noticed at once.
+    # Longer than the default, for busy machines. A killed rank is noticed at once.
     flags += ("--rank-timeout-s", "120")
     with running(tmp_path, *flags) as server, wire(server, init(golden)) as client:
-        (follower,) = children(server.process.pid)
+        (worker,) = children(server.process.pid)
         assert len(client.chunk().frames) == 9
-        os.kill(follower, signal.SIGKILL)
+        os.kill(worker, signal.SIGKILL)
         message: dict = {}
         while message.get("type") != "error":
             message, _ = client.receive()
         assert message["content"] == "error during generate loop: rank 1 was killed by SIGKILL"
         assert server.process.wait(FAREWELL_LIMIT_S) == 1
-        assert not is_alive(follower)
+        assert not is_alive(worker)
 
 
 def test_ranks_that_cannot_be_are_one_line(capsys):

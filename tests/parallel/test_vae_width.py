@@ -1,4 +1,4 @@
-"""A decode shared by width gives the whole decode's pixels: the real decoder over gloo, a rank a thread."""
+"""A decode split by width gives the pixels of the whole decode: the real decoder over gloo, one thread per rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.parallel.groups import RankGroup
-from lingbot_rt.parallel.share import share_decode
+from lingbot_rt.parallel.parallelize import parallelize_decoder
 from lingbot_rt.parallel.vae_width import WidthShards
 
 TOLERANCE = 1e-5
@@ -36,7 +36,7 @@ WAN_22 = {
 
 
 class ThreadRank(RankGroup):
-    """A rank in a thread, with a gloo group that is not the process's."""
+    """A rank in a thread, with a gloo group of its own."""
 
     def __init__(self, rank: int, world: int, store: dist.Store) -> None:
         super().__init__(rank, world)
@@ -66,15 +66,15 @@ def decoded(decode, vae: StreamingVAE, stream: Tensor) -> Tensor | None:
 
 def on_rank(rank: int, world: int, store: dist.Store, plain: AutoencoderKLWan, streams: list[Tensor]):
     group, vae = ThreadRank(rank, world, store), StreamingVAE(copy.deepcopy(plain))
-    decode = share_decode(vae, group, "width")
+    decode = parallelize_decoder(vae, group, "width")
     return [decoded(decode, vae, stream) for stream in streams], group.exchanged
 
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("generation", [{}, WAN_22], ids=["wan2.1", "wan2.2"])
 def test_shards_make_the_whole(world, generation):
-    """Even widths, uneven ones, and one with fewer columns than four ranks: rank 0's pixels are the whole's to 1e-5
-    over five latent frames, the others have none."""
+    """Even widths, uneven ones, and one with fewer columns than four ranks: rank 0's pixels equal the whole decode's to
+    1e-5 over five latent frames, and the other ranks have none."""
     torch.manual_seed(1)
     plain = AutoencoderKLWan.from_config({"base_dim": 8, "num_res_blocks": 1} | generation)
     vae = StreamingVAE(copy.deepcopy(plain))
@@ -88,14 +88,14 @@ def test_shards_make_the_whole(world, generation):
         assert whole.std() > 0.01
         assert (pixels - whole).abs().max() <= TOLERANCE
     assert all(pixels is None for pixelss, _ in others for pixels in pixelss)
-    # Not by every rank computing all of it.
+    # The ranks did not each decode everything.
     assert first[1] > 0
 
 
 def exchanged_on(rank: int, store: dist.Store, plain: AutoencoderKLWan) -> list[tuple[Tensor, Tensor]]:
     shards = WidthShards(copy.deepcopy(plain).decoder, ThreadRank(rank, 2, store))
     own = torch.arange(12.0).view(1, 1, 2, 2, 3) + 100 * rank
-    with shards.of(6):
+    with shards.decoding(6):
         return [
             (torch.compile(exchange, backend="eager", fullgraph=True)(own), exchange(own))
             for exchange in (shards.widen, shards.join)
@@ -103,7 +103,7 @@ def exchanged_on(rank: int, store: dist.Store, plain: AutoencoderKLWan) -> list[
 
 
 def test_exchanges_compile_without_a_break():
-    """A compiled decoder stays in one piece: to torch.compile an exchange is an operation, and gives what it gives."""
+    """torch.compile takes an exchange as one operation without a graph break, with the same result."""
     plain = AutoencoderKLWan.from_config({"base_dim": 8, "num_res_blocks": 1})
     store = dist.HashStore()
     with ThreadPoolExecutor(2) as threads:

@@ -1,3 +1,5 @@
+"""IFNet against the original and against motion whose middle frames are known."""
+
 from __future__ import annotations
 
 import numpy as np

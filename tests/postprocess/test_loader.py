@@ -1,3 +1,5 @@
+"""Weight files: every usual form loads, anything else is one named error."""
+
 from __future__ import annotations
 
 import contextlib
@@ -77,7 +79,7 @@ def test_code_in_a_file_is_not_run(tmp_path, capsys):
     torch.save({"params": Harmful()}, tmp_path / "bad.pth")
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Harmful(), protocol=2))
     for name in ("bad.pth", "plain.pkl"):
-        with pytest.raises(CheckpointError, match="damaged or holds more than weights"):
+        with pytest.raises(CheckpointError, match="damaged or has more than weights"):
             load_upscaler(tmp_path / name, CPU)
     assert "run while loading" not in capsys.readouterr().out
 
@@ -125,9 +127,9 @@ def test_missing_files(tmp_path, monkeypatch):
         (lambda w: w.pop("body.2.bias"), "does not fit it"),
         (lambda w: w.update({"extra.weight": torch.zeros(1)}), "extra.weight"),
         (lambda w: w.update({"body.2.weight": torch.zeros(8, 8, 1, 1)}), "body.2.weight"),
-        (lambda w: w.update({"body.999999999.weight": torch.zeros(8)}), "missing or no convolution|no SRVGG"),
-        (lambda w: w.update({"body.0.weight": torch.zeros(())}), "missing or no convolution"),
-        (lambda w: [w.pop(name) for name in list(w) if name.startswith("body.0")], "no Real-ESRGAN generator"),
+        (lambda w: w.update({"body.999999999.weight": torch.zeros(8)}), "missing or not a convolution|not a SRVGG"),
+        (lambda w: w.update({"body.0.weight": torch.zeros(())}), "missing or not a convolution"),
+        (lambda w: [w.pop(name) for name in list(w) if name.startswith("body.0")], "not a Real-ESRGAN generator"),
         (lambda w: w.update({"conv_first.weight": torch.zeros(8, 5, 3, 3)}), "body.0.rdb1.conv1.weight"),
     ],
 )
@@ -151,9 +153,9 @@ def test_other_things_than_tables_of_weights(tmp_path):
 
 def test_one_kind_is_not_the_other():
     """An interpolation network is not taken for an upscaler, nor an upscaler for an interpolation network."""
-    with pytest.raises(CheckpointError, match="no Real-ESRGAN generator"):
+    with pytest.raises(CheckpointError, match="not a Real-ESRGAN generator"):
         load_upscaler(loader.SHIPPED_INTERPOLATOR, CPU)
-    with pytest.raises(CheckpointError, match="no RIFE network"):
+    with pytest.raises(CheckpointError, match="not a RIFE network"):
         load_interpolator(loader.SHIPPED_UPSCALER, CPU)
 
 

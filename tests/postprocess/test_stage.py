@@ -1,3 +1,5 @@
+"""PostProcessor: frames across calls, both steps together, timings and memory."""
+
 from __future__ import annotations
 
 import pytest

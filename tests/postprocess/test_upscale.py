@@ -1,3 +1,5 @@
+"""The Real-ESRGAN networks against ncnn with the original files."""
+
 from __future__ import annotations
 
 import numpy as np
