@@ -126,15 +126,24 @@ def test_every_folder_is_in_the_layout():
     assert set(first_cells(page("architecture.md"), "Package layout")) == {f"{path.parent.name}/" for path in files}
 
 
-def test_the_example_in_the_readme_runs(tmp_path):
-    """The Python session of the README runs against the built-in model, and its prompt's id comes back at last."""
+@pytest.fixture(scope="module")
+def printed_by_the_example(tmp_path_factory) -> list[str]:
+    """What the Python session of the README prints when it runs against the built-in model, line by line."""
     ((_, example),) = check_docs.blocks(ROOT / "README.md", "python")
-    with running(tmp_path, "--warmup", "false") as server:
+    with running(tmp_path_factory.mktemp("serve"), "--warmup", "false") as server:
         program = example.replace(check_docs.DEFAULT_URL, server.http)
         assert program != example
         done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == 81
-    assert lines[0].endswith("(96, 160, 3)")
-    assert lines[-1].split()[2] == "3"
+    return done.stdout.splitlines()
+
+
+def test_the_example_in_the_readme_runs(printed_by_the_example):
+    """It prints a line per frame, of the size it asked for, and ends by itself."""
+    assert len(printed_by_the_example) == 81
+    assert all(line.endswith("(96, 160, 3)") for line in printed_by_the_example)
+
+
+def test_the_example_gets_its_prompt_back(printed_by_the_example):
+    """The last frames carry the id of the prompt, which was sent after the key was released."""
+    assert printed_by_the_example[-1].split()[2] == "3"
