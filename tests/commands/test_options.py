@@ -11,8 +11,8 @@ import pytest
 
 from lingbot_rt.cli import main
 from lingbot_rt.commands import VERBS
-from lingbot_rt.commands.options import GROUPS, add_config_options, config_from, describe, value_form
-from lingbot_rt.config import ServeConfig, flag, load_config
+from lingbot_rt.commands.options import GROUPS, add_config_options, config_from
+from lingbot_rt.config import ServeConfig, load_config
 from lingbot_rt.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -170,15 +170,3 @@ def test_an_unknown_key_of_a_file_is_named(tmp_path):
     file.write_text("prot = 1\n")
     with pytest.raises(ConfigError, match="prot"):
         parse(f"--config {file}")
-
-
-def test_the_readme_lists_every_flag():
-    """The table of flags in the README is the one that the configuration gives."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for field in FIELDS:
-        row = f"| `{flag(field.name)}` | {cell(value_form(field))} | {cell(describe(field))} |"
-        assert row in readme, f"README.md lacks, or has otherwise:\n{row}"
-
-
-def cell(text: str) -> str:
-    return text.replace("|", "\\|")

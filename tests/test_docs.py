@@ -1,0 +1,149 @@
+"""README.md and docs/ are held to the code: commands parse, links resolve, quotes and tables are the code's own."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+
+import pytest
+
+from lingbot_rt import errors
+from lingbot_rt.commands.options import GROUPS
+from lingbot_rt.session.messages import EXTENSIONS
+from lingbot_rt.telemetry import Metrics
+from tests.e2e.served import running
+
+ROOT = Path(__file__).parents[1]
+
+
+def load_check_docs():
+    loader = SourceFileLoader("check_docs", str(ROOT / "scripts" / "check_docs"))
+    module = module_from_spec(spec_from_loader(loader.name, loader))
+    sys.modules[loader.name] = module  # dataclasses look their module up
+    loader.exec_module(module)
+    return module
+
+
+check_docs = load_check_docs()
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def first_cells(text: str, heading: str) -> list[str]:
+    """The names in backticks of the first column of the table below ``heading``."""
+    section = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    rows = [line.split(" | ")[0] for line in section.splitlines() if line.startswith("| `")]
+    return [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+
+
+@pytest.mark.parametrize("path", check_docs.PAGES, ids=lambda path: path.name)
+def test_a_page_is_true_to_the_code(path):
+    """Commands parse, files, links and anchors exist, quotes and tables of flags are what the code says."""
+    assert check_docs.problems_of(path) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("```bash\nlingbot-rt serve --no-such-flag\n```", "unrecognized"),
+        ("```bash\nlingbot-rt serve --port 70000\n```", "between 0 and 65535"),
+        ("```bash\nlingbot-rt serve --config configs/none.toml\n```", "does not exist"),
+        ("```bash\nlingbot-rt client --size large\n```", "large"),
+        ("```bash\nscripts/none\n```", "does not exist"),
+        ("```bash\npython scripts/bench_page.py URL --no-such-flag\n```", "has no --no-such-flag"),
+        ("```bash\nsudo reboot\n```", "not a program"),
+        ("```python\nworld =\n```", "invalid syntax"),
+        ("In prose: `lingbot-rt bench pipeline --no-such-flag`.", "unrecognized"),
+        ("See `lingbot_rt/none.py`.", "does not exist"),
+        ("[a](none.md)", "does not exist"),
+        ("# Title\n[a](#none)", "no heading #none"),
+        ("<!-- source: lingbot_rt/shapes.py none -->\n", "has no none"),
+        ("<!-- source: lingbot_rt/shapes.py FrameSize -->\n```python\nclass FrameSize: ...\n```\n", "--fix"),
+        ("<!-- flags: none -->\n", "no group"),
+    ],
+)
+def test_what_is_wrong_is_found(tmp_path, text, problem):
+    """Each kind of mistake is one problem that says what is wrong."""
+    wrong = tmp_path / "wrong.md"
+    wrong.write_text(text + "\n")
+    found = check_docs.problems_of(wrong)
+    assert len(found) == 1
+    assert problem in found[0]
+
+
+def test_fix_writes_quotes_and_tables(tmp_path):
+    """A directive alone, or one with an old text below it, gets the code's text; what surrounds it stays."""
+    stale = tmp_path / "stale.md"
+    stale.write_text(
+        "before\n<!-- source: lingbot_rt/shapes.py FrameSize.parse -->\n```python\nold\n```\nbetween\n"
+        "<!-- flags: limits -->\nafter\n"
+    )
+    assert check_docs.directive_problems(stale, fix=True) == []
+    text = stale.read_text()
+    assert text.startswith("before\n")
+    assert "\nbetween\n" in text
+    assert text.endswith("\nafter\n")
+    assert "```python\n@classmethod\ndef parse(" in text
+    assert "| `--max-pixels` | N |" in text
+    assert check_docs.directive_problems(stale, fix=False) == []
+
+
+def test_every_flag_is_listed():
+    """docs/flags.md has the table of every group that ``lingbot-rt serve`` has."""
+    tables = re.findall(r"<!-- flags: (\w+) -->", page("flags.md"))
+    assert tables == list(GROUPS)
+
+
+def test_every_metric_is_listed():
+    """The table of metrics in docs/operations.md has the server's metrics and no other."""
+    metrics = {family.name for family in Metrics().registry.collect()}
+    listed = {name for name in first_cells(page("operations.md"), "Metrics") if name.startswith("lingbot_rt_")}
+    assert listed == metrics
+
+
+def test_every_error_code_exists():
+    """The error codes of docs/wire.md are codes of named errors."""
+    named = {kind.code for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "code")}
+    listed = set(first_cells(page("wire.md"), "Errors and close codes"))
+    assert listed
+    assert listed <= named
+
+
+def test_every_extension_is_listed():
+    """docs/wire.md lists the extensions that an init may name, and no other."""
+    assert set(first_cells(page("wire.md"), "Extensions")) == set(EXTENSIONS)
+
+
+def test_every_folder_is_in_the_layout():
+    """The table of the package layout has every folder of the package."""
+    files = (path for path in (ROOT / "lingbot_rt").glob("*/*") if path.suffix in (".py", ".json"))
+    assert set(first_cells(page("architecture.md"), "Package layout")) == {f"{path.parent.name}/" for path in files}
+
+
+@pytest.fixture(scope="module")
+def printed_by_the_example(tmp_path_factory) -> list[str]:
+    """What the Python session of the README prints when it runs against the built-in model, line by line."""
+    ((_, example),) = check_docs.blocks(ROOT / "README.md", "python")
+    with running(tmp_path_factory.mktemp("serve"), "--warmup", "false") as server:
+        program = example.replace(check_docs.DEFAULT_URL, server.http)
+        assert program != example
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_the_example_in_the_readme_runs(printed_by_the_example):
+    """It prints a line per frame, of the size it asked for, and ends by itself."""
+    assert len(printed_by_the_example) == 81
+    assert all(line.endswith("(96, 160, 3)") for line in printed_by_the_example)
+
+
+def test_the_example_gets_its_prompt_back(printed_by_the_example):
+    """The last frames carry the id of the prompt, which was sent after the key was released."""
+    assert printed_by_the_example[-1].split()[2] == "3"
