@@ -8,6 +8,7 @@ can grow.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import Executor
@@ -47,7 +48,8 @@ class Stream:
         self._metrics = metrics
         self._recorder = recorder
         self._encoder = FrameEncoder(session.settings.output)
-        self._pacer = Pacer(session.settings.playback_fps, session.usual_frames) if session.settings.pacing else None
+        settings = session.settings
+        self._pacer = Pacer(settings.playback_fps if settings.pacing else math.inf, session.usual_frames)
         self._woken = asyncio.Event()
         self._first_frames_s = 0.0  # from the start of the newest chunk to its first frames
 
@@ -59,19 +61,16 @@ class Stream:
                 frames: list[npt.NDArray[np.uint8]] = []
                 async with Prefetch(self._batches(chunk, run, frames)) as batches:
                     async for batch in batches:
-                        waited_ms = 0.0
-                        if self._pacer is not None:
-                            waited_ms = await self._pacer.until_due(batch.num_frames, chunk.plan.event_id)
-                        messages = self._session.frame_batch(chunk, batch)
-                        self._session.sent(chunk, await self._outbox.send(*messages, pace_wait_ms=waited_ms))
+                        pace_wait_ms = await self._pacer.until_due(batch.num_frames, chunk.plan.event_id)
+                        sent = await self._outbox.send(*self._session.frame_batch(chunk, batch))
+                        self._session.sent(chunk, sent, pace_wait_ms)
                 await self._outbox.send(self._session.stats(chunk, run.result))
                 self._report(chunk, run, frames)
 
     def wake(self) -> None:
         """To be called after every event: whoever waits looks again."""
         self._woken.set()
-        if self._pacer is not None:
-            self._pacer.wake()
+        self._pacer.wake()
 
     async def _chunks(self) -> AsyncGenerator[tuple[Chunk, ChunkRun], None]:
         """Plans and starts chunk after chunk, each as late as it may: keys are sampled fresh."""
@@ -79,21 +78,19 @@ class Stream:
         while not self._session.is_complete:
             asked_at = time.monotonic()
             idle_since = await run.finished() if run is not None else asked_at
-            ready_at = time.monotonic()
-            await self._may_start()
+            pace_wait_ms = await self._may_start()
             now = time.monotonic()
             chunk = self._session.next_chunk(now)
             run = self._engine.run(chunk.plan)
             chunk.stats.request_prepare_ms = 1000 * (time.monotonic() - now)
             chunk.stats.queue_wait_ms = 1000 * max(asked_at - idle_since, 0.0)
-            if self._pacer is not None:
-                chunk.stats.pace_wait_ms = 1000 * (now - ready_at)
-                self._pacer.plan(chunk.num_frames)
+            chunk.stats.pace_wait_ms = pace_wait_ms
+            self._pacer.plan(chunk.num_frames)
             await self._outbox.send(*chunk.acknowledgements)
             yield chunk, run
 
-    async def _may_start(self) -> None:
-        """The one place that decides when the next chunk may start, once the engine is free.
+    async def _may_start(self) -> float:
+        """The one place that decides when the next chunk may start, once the engine is free; what pacing took, in ms.
 
         ``Prefetch`` has seen to it that no more than one chunk before it is unsent. A paused session starts none. A
         paced one waits as long as its frames would have to wait anyway, or for an event: its frames are due at once.
@@ -102,11 +99,9 @@ class Stream:
             while self._session.is_paused:
                 self._woken.clear()
                 await self._woken.wait()
-            if self._pacer is None:
-                return
-            await self._pacer.until_worth_starting(self._first_frames_s)
+            pace_wait_ms = await self._pacer.until_worth_starting(self._first_frames_s)
             if not self._session.is_paused:
-                return
+                return pace_wait_ms
 
     async def _batches(
         self, chunk: Chunk, run: ChunkRun, frames: list[npt.NDArray[np.uint8]]

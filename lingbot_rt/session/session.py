@@ -37,7 +37,6 @@ MAX_RECORDED_EVENTS = 4096
 class SendTimes:
     """What it took to send one batch, in milliseconds."""
 
-    pace_wait_ms: float  # held back until it was due
     header_write_ms: float  # the first message
     payload_write_ms: float  # the second one, when there is one
     sent_at: float  # the end, in seconds of the session's clock
@@ -168,10 +167,10 @@ class Session:
         stats.content_type = batch.content_type
         return messages
 
-    def sent(self, chunk: Chunk, times: SendTimes) -> None:
-        """The batch that ``frame_batch`` gave last has left."""
+    def sent(self, chunk: Chunk, times: SendTimes, pace_wait_ms: float) -> None:
+        """The batch that ``frame_batch`` gave last has left, after ``pace_wait_ms`` until it was due."""
         stats = chunk.stats
-        stats.pace_wait_ms += times.pace_wait_ms
+        stats.pace_wait_ms += pace_wait_ms
         stats.header_write_ms += times.header_write_ms
         stats.raw_write_ms += times.payload_write_ms
         if stats.num_batches == 1 and chunk.newest_event is not None:

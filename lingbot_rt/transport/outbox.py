@@ -25,11 +25,8 @@ class Outbox:
         self._write = write
         self._lock = asyncio.Lock()
 
-    async def send(self, *messages: bytes, pace_wait_ms: float = 0.0) -> SendTimes:
-        """Returns when the last message has left. Raises what the socket raises.
-
-        ``pace_wait_ms``: what the caller waited for the messages to be due; it is passed on.
-        """
+    async def send(self, *messages: bytes) -> SendTimes:
+        """Returns when the last message has left. Raises what the socket raises."""
         async with self._lock:
             begin = first_at = time.monotonic()
             for number, message in enumerate(messages, start=1):
@@ -37,4 +34,4 @@ class Outbox:
                 if number == 1:
                     first_at = time.monotonic()
             end = time.monotonic()
-        return SendTimes(pace_wait_ms, 1000 * (first_at - begin), 1000 * (end - first_at), end)
+        return SendTimes(1000 * (first_at - begin), 1000 * (end - first_at), end)

@@ -20,7 +20,7 @@ _SHORTEST_WAIT_S = 0.005
 
 
 class Pacer:
-    """Lets frames leave no faster than ``fps``, and says how late a chunk may start.
+    """Lets frames leave no faster than ``fps``, and says how late a chunk may start. ``math.inf``: nothing ever waits.
 
     A stream that fell behind does not catch up in a burst. A new event id starts the clock anew: what the player just
     did is shown at once. ``chunk_frames`` is the usual length of a chunk.
@@ -82,8 +82,9 @@ class Pacer:
         """
         return max(self._next_due, self._clock()) + (self._planned - self._unpaced) / self._fps - expected_s
 
-    async def until_worth_starting(self, expected_s: float) -> None:
-        """Waits for ``worth_starting_at``, or for an event as far as the bucket goes."""
+    async def until_worth_starting(self, expected_s: float) -> float:
+        """Waits for ``worth_starting_at``, or for an event as far as the bucket goes; the milliseconds it waited."""
+        begin = self._clock()
         while (early_s := self.worth_starting_at(expected_s) - self._clock()) > 0:
             try:
                 async with asyncio.timeout(max(early_s, _SHORTEST_WAIT_S)):
@@ -92,7 +93,8 @@ class Pacer:
                 continue  # frames may have left meanwhile, or been held up
             await asyncio.sleep(self._bucket.wait_s(self.worth_starting_at(expected_s) - self._clock()))
             self._bucket.spend(self.worth_starting_at(expected_s) - self._clock())
-            return
+            break
+        return 1000 * (self._clock() - begin)
 
 
 class TokenBucket:
