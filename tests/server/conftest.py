@@ -202,7 +202,7 @@ async def running(engine: FakeEngine, page: Path | None = None, **options: Any) 
             assert not task.done(), task.result()
             it = Running(listener.getsockname()[1], engine, app.state.service, server)
             yield it
-            await it.idle()
+            await wait_until(lambda: not it.service.connections)
         finally:
             server.should_exit = True
             await task

@@ -131,6 +131,10 @@ class FakeEngine:
         timings = ChunkTimings(0.1, ms * 0.7, ms * 0.3, ms, {"denoise": ms * 0.6, "context": ms * 0.1})
         return ChunkResult(plan.chunk_index, total, session.window_frames, timings)
 
+    def occupy(self, gate: threading.Event) -> None:
+        """Keeps the engine's thread busy until ``gate`` is set, after what it has been told to do so far."""
+        self._thread.submit(gate.wait, 30)
+
     async def close(self, session_id: str) -> None:
         if session_id in self._cancelled:
             self._cancelled[session_id].set()
