@@ -326,7 +326,8 @@ def test_heartbeats_come_at_their_interval():
 
 
 def test_chunk_times_follow_one_another():
-    """Chunks overlap, their times do not: each counts from the end of the one before, or from its own beginning."""
+    """Chunks overlap, their times do not: each counts from the end of the one before, whenever it was planned. The first
+    one, of a session or after a pause, counts from its own beginning."""
     it = session(protocol_extensions=("pause",))
     assert send_chunk(it, planned_at=10.0, sent_at=10.4)["chunk_total_ms"] == 400
     assert send_chunk(it, planned_at=10.3, sent_at=10.9)["chunk_total_ms"] == 500
@@ -334,6 +335,7 @@ def test_chunk_times_follow_one_another():
     it.receive(Event(kind="resume"), now=20.0)
     assert send_chunk(it, planned_at=20.0, sent_at=20.3)["chunk_total_ms"] == 300
     assert send_chunk(it, planned_at=20.2, sent_at=20.7)["chunk_total_ms"] == 400
+    assert send_chunk(it, planned_at=21.0, sent_at=21.2)["chunk_total_ms"] == 500
 
 
 def test_the_statistics_of_a_chunk():
