@@ -109,7 +109,7 @@ def test_a_cancelled_chunk_stops_before_its_next_forward(pipeline, session_plan)
 
 
 def test_timings_add_up(pipeline, session_plan):
-    """The stages are within the chunk's wall time and cover at least 80 % of it."""
+    """The stages are within the chunk's wall time and cover at least 95 % of it."""
     walk = Walk(pipeline, session_plan({}))
     for _ in range(3):
         walk.step()
@@ -119,4 +119,4 @@ def test_timings_add_up(pipeline, session_plan):
         shares.append((timings.dit_ms + timings.vae_ms + timings.prepare_ms) / timings.total_ms)
     assert max(shares) <= 1
     # The best of three: a busy machine may stop one of them between two stages.
-    assert max(shares) >= 0.8
+    assert max(shares) >= 0.95

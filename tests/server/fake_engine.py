@@ -53,7 +53,7 @@ class FakeEngine:
     max_open_pixels: int = 10**9
     plans: list[ChunkPlan] = field(default_factory=list)
     emitted_at: list[float] = field(default_factory=list)  # time.monotonic() of each latent frame's frames
-    asked: list[SessionPlan] = field(default_factory=list)  # on their way to be opened, or opened
+    opening: list[SessionPlan] = field(default_factory=list)  # those that the thread has begun to open
     opened: list[SessionPlan] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
 
@@ -99,10 +99,10 @@ class FakeEngine:
         if plan.size.pixels > self.max_open_pixels:
             raise CapacityError(f"{plan.size} needs 9.0 GB, 1.0 GB is free: use a smaller size")
         self._cancelled[plan.session_id] = threading.Event()
-        self.asked.append(plan)
         await self._on_thread(self._open, plan)
 
     def _open(self, plan: SessionPlan) -> None:
+        self.opening.append(plan)
         assert self.may_open.wait(30)
         self._sessions[plan.session_id] = plan
         self._next_frame[plan.session_id] = 0

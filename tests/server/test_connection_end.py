@@ -55,12 +55,12 @@ async def test_a_client_that_leaves_frees_everything(serve):
     }
     for moment, messages in moments.items():
         for abrupt in (False, True):
-            engine.asked.clear()
+            engine.opening.clear()
             if moment == "while opening":
                 engine.may_open.clear()
             async with server.client(*messages) as client:
                 if moment == "while opening":
-                    await wait_until(lambda: engine.asked)
+                    await wait_until(lambda: engine.opening)
                 if moment in ("in mid-chunk", "while paused"):
                     await client.receive()
                 if moment == "while paused":

@@ -332,6 +332,7 @@ values = st.recursive(
 names = st.sampled_from([*Init.__struct_fields__, *Event.__struct_fields__, "other"])
 
 
+@settings(max_examples=50)
 @given(tag=st.sampled_from(["init", "event"]), fields=st.dictionaries(names, values))
 def test_no_map_breaks_the_decoder(tag, fields):
     """Every map gives an Init, an Event or a RequestError."""

@@ -168,7 +168,7 @@ def test_pictures_decode_close_to_the_frames(monkeypatch, name, has_simplejpeg):
     ),
     limit=st.none() | st.integers(1, 24),
 )
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_lengths_split_the_payload(name, pixels, limit):
     """Whatever the count and size, the payload is exactly one picture per frame, each of the size in the header."""
     batch = FrameEncoder(OutputFormat(name, preview_max_width=limit)).encode(pixels, event_id=None)
