@@ -109,8 +109,14 @@ def test_a_cancelled_chunk_stops_before_its_next_forward(pipeline, session_plan)
 
 
 def test_timings_add_up(pipeline, session_plan):
-    """The stages are within the chunk's wall time and cover most of it."""
+    """The stages are within the chunk's wall time and cover at least 95 % of it."""
     walk = Walk(pipeline, session_plan({}))
-    walk.step()
-    timings = walk.results[0].timings
-    assert 0 < timings.dit_ms + timings.vae_ms + timings.prepare_ms <= timings.total_ms
+    for _ in range(3):
+        walk.step()
+    shares = []
+    for timings in (result.timings for result in walk.results):
+        assert min(timings.prepare_ms, timings.dit_ms, timings.vae_ms) > 0
+        shares.append((timings.dit_ms + timings.vae_ms + timings.prepare_ms) / timings.total_ms)
+    assert max(shares) <= 1
+    # The best of three: a busy machine may stop one of them between two stages.
+    assert max(shares) >= 0.95

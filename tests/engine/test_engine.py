@@ -22,7 +22,6 @@ from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import warm_up
 from lingbot_rt.errors import CapacityError, CheckpointError, ChunkCancelled, ConfigError, EngineFailed, InvalidInit
 from lingbot_rt.models.dit import DiTConfig
-from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.postprocess import loader
 from lingbot_rt.postprocess.stage import PostprocessNetworks
 from lingbot_rt.session.plan import ChunkPlan, ChunkResult, PostprocessPlan
@@ -297,4 +296,3 @@ def test_deterministic_noise_repeats(pipeline, session_plan):
     draws = [session.draw((1, 16, 3, 8, 8)).numpy() for session in (first, second, other)]
     assert np.array_equal(draws[0], draws[1])
     assert not np.array_equal(draws[0], draws[2])
-    assert isinstance(first.cache, KVCache)

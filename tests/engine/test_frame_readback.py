@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from lingbot_rt.engine import frame_readback
-from lingbot_rt.engine.frame_readback import FrameReadback
+from lingbot_rt.engine.frame_readback import FrameReadback, to_uint8
+from lingbot_rt.engine.pipeline import load_pipeline
+from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.postprocess.stage import PostProcessor
 from lingbot_rt.session.plan import PostprocessPlan
 from lingbot_rt.shapes import FrameSize
@@ -20,9 +25,10 @@ class Arrival:
     """In an event's place: the copy has arrived when the test says so."""
 
     def __init__(self):
-        self.arrived = threading.Event()
+        self.waited_for, self.arrived = threading.Event(), threading.Event()
 
     def synchronize(self):
+        self.waited_for.set()
         assert self.arrived.wait(LIMIT_S)
 
 
@@ -39,9 +45,11 @@ def arrivals(monkeypatch) -> list[Arrival]:
     return made
 
 
-def readback(emit) -> FrameReadback:
-    size = FrameSize(16, 16)
-    return FrameReadback(torch.device("cuda", 0), PostProcessor(PostprocessPlan(), size, None, None), emit)
+GPU = torch.device("cuda", 0)
+
+
+def readback(emit, device: torch.device = GPU) -> FrameReadback:
+    return FrameReadback(device, PostProcessor(PostprocessPlan(), FrameSize(16, 16), None, None), emit)
 
 
 def push(to: FrameReadback, index: int) -> None:
@@ -60,6 +68,7 @@ def test_a_group_leaves_when_it_has_arrived(arrivals):
         for index in range(3):
             push(leaving, index)
         arrivals[2].arrived.set()
+        assert arrivals[0].waited_for.wait(LIMIT_S)
         assert out == []
         arrivals[0].arrived.set()
         assert first_out.wait(LIMIT_S)
@@ -81,19 +90,116 @@ def test_an_error_of_emit_is_raised_at_the_end(arrivals):
         arrivals[0].arrived.set()
 
 
-def test_a_cancelled_chunk_waits_for_no_more_than_one_group(arrivals):
-    """When the chunk raises, groups that are not being waited for yet never leave, and no thread is left."""
+@pytest.mark.parametrize("arrived", [0, 1, 2])
+def test_a_cancelled_chunk_waits_for_no_more_than_one_group(arrivals, monkeypatch, arrived):
+    """When the chunk raises, the group that is being waited for still leaves, those behind it never, and no thread is
+    left."""
+
+    class Waiter(ThreadPoolExecutor):
+        def shutdown(self, **options):
+            super().shutdown(**options | {"wait": False})
+            arrivals[arrived].arrived.set()
+            super().shutdown()
+
+    monkeypatch.setattr(frame_readback, "ThreadPoolExecutor", Waiter)
     out: list[int] = []
     before = threading.active_count()
 
     def cancelled() -> None:
         with readback(lambda group: out.append(group.group_index)) as leaving:
-            for index in range(3):
+            for index in range(4):
                 push(leaving, index)
-            threading.Timer(0.05, arrivals[0].arrived.set).start()
+            for arrival in arrivals[:arrived]:
+                arrival.arrived.set()
+            assert arrivals[arrived].waited_for.wait(LIMIT_S)
             raise KeyError("cancelled")
 
     with pytest.raises(KeyError, match="cancelled"):
         cancelled()
-    assert out in ([], [0])
-    assert threading.active_count() <= before + 1  # the timer may be ending
+    assert out == list(range(arrived + 1))
+    assert threading.active_count() <= before
+
+
+def test_on_a_cpu_a_group_leaves_inside_push():
+    """Without an accelerator there is neither a stream nor a thread."""
+    out = []
+    with readback(out.append, torch.device("cpu")) as leaving, leaving.decoding(torch.zeros(1)):
+        for index in range(2):
+            push(leaving, index)
+            assert [int(group.pixels.max()) for group in out] == list(range(index + 1))
+
+
+class Streams:
+    """Records what is asked of streams, in the place of an accelerator's."""
+
+    def __init__(self, monkeypatch):
+        self.calls: list[str] = []
+        monkeypatch.setattr(frame_readback, "_decode_stream", lambda device: self)
+        monkeypatch.setattr(frame_readback, "start_copy", self.start_copy)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the caller's stream")
+        monkeypatch.setattr(torch.cuda, "stream", self.stream)
+
+    def wait_stream(self, other):
+        self.calls.append(f"wait for {other}")
+
+    def record_stream(self, stream):
+        """The latents' method."""
+        assert stream is self
+        self.calls.append("keep the latents")
+
+    @contextmanager
+    def stream(self, entered):
+        assert entered is self
+        self.calls.append("enter")
+        try:
+            yield
+        finally:
+            self.calls.append("leave")
+
+    def start_copy(self, frames):
+        self.calls.append("copy")
+        arrival = Arrival()
+        arrival.arrived.set()
+        return frames, arrival
+
+
+def test_decode_and_copy_are_on_the_decode_stream(monkeypatch):
+    """The decode stream waits for the latents, whose memory is kept for it. Decode and copy run there, in this order,
+    and what follows does not."""
+    streams = Streams(monkeypatch)
+    with readback(lambda group: None) as leaving:
+        with leaving.decoding(streams):
+            streams.calls.append("decode")
+            push(leaving, 0)
+        streams.calls.append("context pass")
+    begin = ["wait for the caller's stream", "keep the latents", "enter"]
+    assert streams.calls == [*begin, "decode", "copy", "leave", "context pass"]
+
+
+def test_a_decode_that_raises_leaves_its_stream(monkeypatch):
+    """The error comes out, and the engine thread is back on the stream that it came from."""
+    streams = Streams(monkeypatch)
+    with pytest.raises(ValueError, match="broke"), readback(lambda group: None) as leaving, leaving.decoding(streams):
+        raise ValueError("broke")
+    assert streams.calls[-2:] == ["enter", "leave"]
+
+
+@pytest.mark.gpu
+def test_frames_are_those_of_a_plain_decode(golden_config, session_plan):
+    """Latents that are written late, on the caller's stream, and overwritten by nobody give the pixels of a decode that
+    has waited for everything."""
+    pipeline = load_pipeline(dataclasses.replace(golden_config, device="cuda"), lambda status: None)
+    plain, streamed = (SessionState(pipeline, session_plan({}, session_id=name)) for name in ("plain", "streamed"))
+    drawn, out = plain.draw((1, 16, 3, 8, 8)), []
+    with torch.inference_mode():
+        decoded = [pipeline.decode(drawn[:, :, i : i + 1], plain.features) for i in range(3)]
+        expected = [to_uint8(pixels).cpu().numpy() for pixels in decoded]
+        latents = torch.zeros_like(drawn)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(200_000_000)  # cycles of the device: about a tenth of a second
+        latents.copy_(drawn)
+        with FrameReadback(pipeline.device, streamed.postprocessor, out.append) as leaving, leaving.decoding(latents):
+            for i in range(3):
+                leaving.push(pipeline.decode(latents[:, :, i : i + 1], streamed.features), 0, i, 3)
+    for group, pixels in zip(out, expected, strict=True):
+        assert abs(group.pixels.astype(int) - pixels).max() <= 1

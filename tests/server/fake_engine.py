@@ -43,20 +43,23 @@ def frame(plan: SessionPlan, number: int) -> np.ndarray:
 
 @dataclass
 class FakeEngine:
-    """``group_s`` is slept before each latent frame, ``open_s`` while opening."""
+    """``group_s`` is slept before each latent frame. Opening a session waits for ``may_open``."""
 
     group_s: float = 0.0
-    open_s: float = 0.0
     close_s: float = 0.0
     fail_at_chunk: int | None = None
     start_error: LingbotError | None = None
     loading: EngineStatus | None = None  # stays in this status until ``finish_loading``
     max_open_pixels: int = 10**9
     plans: list[ChunkPlan] = field(default_factory=list)
+    emitted_at: list[float] = field(default_factory=list)  # time.monotonic() of each latent frame's frames
+    opening: list[SessionPlan] = field(default_factory=list)  # those that the thread has begun to open
     opened: list[SessionPlan] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.may_open = threading.Event()
+        self.may_open.set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fake-engine")
         self._sessions: dict[str, SessionPlan] = {}
         self._cancelled: dict[str, threading.Event] = {}
@@ -99,16 +102,17 @@ class FakeEngine:
         await self._on_thread(self._open, plan)
 
     def _open(self, plan: SessionPlan) -> None:
-        time.sleep(self.open_s)
+        self.opening.append(plan)
+        assert self.may_open.wait(30)
         self._sessions[plan.session_id] = plan
         self._next_frame[plan.session_id] = 0
         self.opened.append(plan)
 
     def run(self, plan: ChunkPlan) -> ThreadedChunkRun:
+        self.plans.append(plan)
         return ThreadedChunkRun(lambda emit: self._on_thread(self._run, plan, emit))
 
     def _run(self, plan: ChunkPlan, emit: Emit) -> ChunkResult:
-        self.plans.append(plan)
         if plan.chunk_index == self.fail_at_chunk:
             raise EngineFailed("RuntimeError: out of fuel")
         session = self._sessions[plan.session_id]
@@ -121,10 +125,15 @@ class FakeEngine:
             pixels = np.stack([frame(session, first + i) for i in range(count)])
             self._next_frame[plan.session_id] += count
             total += count
+            self.emitted_at.append(time.monotonic())
             emit(FrameGroup(plan.chunk_index, index, session.latent_frames, pixels))
         ms = 1000 * (time.perf_counter() - started)
         timings = ChunkTimings(0.1, ms * 0.7, ms * 0.3, ms, {"denoise": ms * 0.6, "context": ms * 0.1})
         return ChunkResult(plan.chunk_index, total, session.window_frames, timings)
+
+    def occupy(self, gate: threading.Event) -> None:
+        """Keeps the engine's thread busy until ``gate`` is set, after what it has been told to do so far."""
+        self._thread.submit(gate.wait, 30)
 
     async def close(self, session_id: str) -> None:
         if session_id in self._cancelled:

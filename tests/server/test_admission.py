@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,21 @@ from hypothesis import strategies as st
 
 from lingbot_rt.errors import SessionBusy
 from lingbot_rt.server.admission import Admission
+
+
+@pytest.fixture
+async def no_waiting(monkeypatch) -> None:
+    """Time passes at once when nothing is left to do, and only then: a busy machine changes nothing."""
+    loop = asyncio.get_running_loop()
+    clock = SimpleNamespace(now=loop.time())
+    select = loop._selector.select
+
+    def pass_time(timeout: float | None = None) -> list:
+        clock.now += timeout or 0.0
+        return select(None if timeout is None else 0)
+
+    monkeypatch.setattr(loop, "time", lambda: clock.now)
+    monkeypatch.setattr(loop._selector, "select", pass_time)
 
 
 async def hold(admission: Admission, entered: asyncio.Event, leave: asyncio.Event) -> None:
@@ -20,7 +36,7 @@ async def hold(admission: Admission, entered: asyncio.Event, leave: asyncio.Even
 
 async def test_the_slot_is_passed_on_in_order():
     """Clients get the slot in the order in which they came, and learn each new place in line."""
-    admission = Admission(wait_s=5)
+    admission = Admission(wait_s=60)
     served, places = [], []
 
     async def client(name: str) -> None:
@@ -39,13 +55,16 @@ async def test_the_slot_is_passed_on_in_order():
     assert not admission.is_busy
 
 
+@pytest.mark.usefixtures("no_waiting")
 async def test_the_wait_is_limited():
     """After ``wait_s`` the client is refused and no longer in line."""
-    admission = Admission(wait_s=0.05)
+    admission, loop = Admission(wait_s=5), asyncio.get_running_loop()
     async with admission.slot():
+        begin = loop.time()
         with pytest.raises(SessionBusy):
             async with admission.slot():
                 pass
+        assert loop.time() - begin == pytest.approx(5)
         assert admission.waiting == 0
     assert not admission.is_busy
 
@@ -59,33 +78,38 @@ async def test_without_a_wait_the_refusal_is_immediate():
                 pass
 
 
+@pytest.mark.usefixtures("no_waiting")
 async def test_a_leaving_holder_extends_the_wait():
     """A client that waits for a session that is ending is refused only after ``leaving_limit_s`` more."""
-    admission = Admission(wait_s=0.02, leaving_limit_s=0.3)
+    admission, loop = Admission(wait_s=5, leaving_limit_s=30), asyncio.get_running_loop()
     async with admission.slot() as slot:
         slot.leaving()
         waiter = asyncio.create_task(hold(admission, entered := asyncio.Event(), leave := asyncio.Event()))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(34)
         assert not waiter.done()
     await asyncio.wait_for(entered.wait(), 1)
     leave.set()
     await waiter
     async with admission.slot() as slot:
         slot.leaving()
+        begin = loop.time()
         with pytest.raises(SessionBusy):
             async with admission.slot():
                 pass
+        assert loop.time() - begin == pytest.approx(35, abs=0.06)
 
 
+@pytest.mark.usefixtures("no_waiting")
 async def test_only_the_next_in_line_waits_longer():
     """The next in line becomes the holder. The client behind it is refused after its wait as usual."""
-    admission = Admission(wait_s=0.05)
+    admission = Admission(wait_s=5)
     async with admission.slot() as slot:
         slot.leaving()
         first = asyncio.create_task(hold(admission, entered := asyncio.Event(), leave := asyncio.Event()))
         await asyncio.sleep(0)
         second = asyncio.create_task(hold(admission, asyncio.Event(), leave))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(10)
+        assert not second.done()
     await entered.wait()
     with pytest.raises(SessionBusy):
         await second

@@ -59,7 +59,7 @@ async def test_the_cookbooks_sketch_works_as_it_stands(serve, tmp_path):
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", code, cwd=tmp_path, stdout=asyncio.subprocess.PIPE
     )
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         output, _ = await process.communicate()
     assert process.returncode == 0
     messages = []
@@ -83,7 +83,7 @@ def test_the_field_tables_name_every_field():
     text = (Path(__file__).parents[2] / "docs" / "wire.md").read_text(encoding="utf-8")
     section = text.partition("## init")[2]
     init, _, rest = section.partition("## event")
-    event = rest.partition("\n## ")[0]
+    event = rest.partition("| kind |")[0]
     row = re.compile(r"^\| `(\w+)`", re.MULTILINE)
     assert set(row.findall(init)) == set(messages.Init.__struct_fields__) | {"type"}
-    assert set(row.findall(event)) >= set(messages.Event.__struct_fields__) | {"type"}
+    assert set(row.findall(event)) == set(messages.Event.__struct_fields__) | {"type"}

@@ -14,12 +14,12 @@ from lingbot_rt.errors import CheckpointError
 from lingbot_rt.server.app import Server, create_app
 from lingbot_rt.session.plan import EngineStatus
 from lingbot_rt.telemetry import HideKeys, configure_logging
-from tests.server.conftest import event, init, state
+from tests.server.conftest import LIMIT_S, event, init, state
 from tests.server.fake_engine import FakeEngine
 
 
 async def get(server, path: str, **options) -> httpx.Response:
-    async with httpx.AsyncClient(base_url=server.http, timeout=5) as client:
+    async with httpx.AsyncClient(base_url=server.http, timeout=LIMIT_S, verify=False) as client:
         return await client.get(path, **options)
 
 
@@ -95,7 +95,7 @@ async def test_an_engine_that_cannot_start_ends_the_server():
     error = CheckpointError("transformer/config.json is missing")
     config = ServeConfig(port=0, log_level="warning")
     app = create_app(config, FakeEngine(start_error=error))
-    await asyncio.wait_for(Server(app, config).serve(), 5)
+    await asyncio.wait_for(Server(app, config).serve(), LIMIT_S)
     assert app.state.service.failure is error
 
 
@@ -196,7 +196,7 @@ async def test_a_page_elsewhere_may_send_its_key(serve):
         "Access-Control-Request-Method": "GET",
         "Access-Control-Request-Headers": "authorization",
     }
-    async with httpx.AsyncClient(base_url=server.http) as client:
+    async with httpx.AsyncClient(base_url=server.http, timeout=LIMIT_S, verify=False) as client:
         answer = await client.options("/v1/models", headers=headers)
     assert answer.status_code == 200
     assert "authorization" in answer.headers["access-control-allow-headers"].lower()

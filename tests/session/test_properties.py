@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -39,12 +40,12 @@ wire = st.recursive(
             st.sampled_from(["mode", "transitions", "actions", "input_types", "prompt", "x"]), inner, max_size=4
         )
     ),
-    max_leaves=12,
+    max_leaves=6,
 )
 
 
 @given(kind=st.sampled_from(["prompt", "camera_actions", "composite_input", "jump", ""]), payload=wire)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150)
 def test_any_payload_is_taken_or_refused_by_name(kind, payload):
     """Whatever a client packs, the parser answers with events or with InvalidEvent, nothing else."""
     refused = None
@@ -58,10 +59,10 @@ def test_any_payload_is_taken_or_refused_by_name(kind, payload):
 @given(
     st.lists(
         st.tuples(st.one_of(events.map(lambda e: ("event", e)), st.integers(1, 8).map(lambda n: ("sample", n)))),
-        max_size=40,
+        max_size=15,
     )
 )
-@settings(deadline=None)
+@settings(max_examples=60)
 def test_samples_have_the_length_asked_for(steps):
     """Once control was asked for, every sample has one entry a latent frame; nothing waits without bound."""
     queue, controlled = ConditionQueue("p"), False
@@ -80,8 +81,8 @@ def test_samples_have_the_length_asked_for(steps):
             assert sampled.camera_actions is None or len(sampled.camera_actions) == value
 
 
-@given(st.lists(keys, min_size=1, max_size=20))
-@settings(deadline=None)
+@given(st.lists(keys, min_size=1, max_size=10))
+@settings(max_examples=50)
 def test_what_is_held_last_stays_held(transitions):
     """After any burst of transitions the second chunk holds exactly the newest keys."""
     queue = ConditionQueue("p")
@@ -173,41 +174,37 @@ def test_a_refusal_never_spells_out_what_a_client_sent():
             assert len(str(error.value)) < 200
 
 
-def test_a_walk_of_100_000_frames_is_exact_and_flat():
-    """Poses after 100,000 frames equal a direct computation, in the bytes of state that the first frames took."""
+def test_a_walk_of_20_000_frames_is_exact_and_flat():
+    """Poses after 20,000 frames equal a direct computation, in the bytes of state that the first frames took."""
     random = np.random.default_rng(3)
-    walk = [tuple(TOKENS[i] for i in np.flatnonzero(row)) for row in random.random((100_000, 8)) < 0.2]
+    walk = [tuple(TOKENS[i] for i in np.flatnonzero(row)) for row in random.random((20_000, 8)) < 0.2]
     path = CameraPath()
     path.extend(tuple(walk[:30]))
     state = len(pickle.dumps(path))
-    for start in range(30, len(walk) - 1, 1000):
-        tail = path.extend(tuple(walk[start : min(start + 1000, len(walk))]))
+    for start in range(30, len(walk), 1000):
+        tail = path.extend(tuple(walk[start : start + 1000]))
     assert len(pickle.dumps(path)) <= state + 16
-
-    yaw, pitch, position = 0, 0, np.zeros(3, np.longdouble)
-    poses = []
-    for held in walk:
-        yaw += 6 * (("l" in held) - ("j" in held))
-        step = 4 * (("i" in held) - ("k" in held))
-        pitch += step if abs(pitch + step) <= PITCH_LIMIT_DEGREES else 0
-        y = np.deg2rad(np.longdouble(yaw))
-        forward = np.array([np.sin(y), 0, np.cos(y)], np.longdouble)
-        right = np.array([np.cos(y), 0, -np.sin(y)], np.longdouble)
-        # The reference normalises the flattened axis with 1e-6 in the denominator; pitch shortens the forward one.
-        flat = abs(np.cos(np.deg2rad(np.longdouble(pitch))))
-        along = ("w" in held) - ("s" in held)
-        across = ("d" in held) - ("a" in held)
-        position = position + np.longdouble(0.05) * (
-            along * forward * flat / (flat + 1e-6) + across * right / (1 + 1e-6)
-        )
-        poses.append(position)
-    np.testing.assert_allclose(path.pose[:3, 3], poses[-1].astype(float), atol=1e-9)
+    np.testing.assert_allclose(path.pose[:3, 3], end_of(walk), atol=1e-9)
     np.testing.assert_allclose(path.pose[:3, :3] @ path.pose[:3, :3].T, np.eye(3), atol=1e-14)
     assert np.linalg.norm(tail[:, :3, 3], axis=-1).max() <= 1
 
 
-@given(st.lists(actions.filter(bool), min_size=1, max_size=6))
-@settings(deadline=None)
+def end_of(walk: list[tuple[str, ...]]) -> np.ndarray:
+    """The position after ``walk``: the sum of its steps in extended precision."""
+    along, across, turn, tilt = (
+        np.array([(more in held) - (less in held) for held in walk]) for more, less in ("ws", "da", "lj", "ik")
+    )
+    pitch = list(accumulate(4 * tilt, lambda at, step: at + step if abs(at + step) <= PITCH_LIMIT_DEGREES else at))
+    yaw = np.deg2rad(6 * np.cumsum(turn).astype(np.longdouble))
+    flat = np.abs(np.cos(np.deg2rad(np.array(pitch, np.longdouble))))
+    # The reference normalises the flattened axis with 1e-6 in the denominator; pitch shortens the forward one.
+    forward, right = along * flat / (flat + 1e-6), across / np.longdouble(1 + 1e-6)
+    x, z = forward * np.sin(yaw) + right * np.cos(yaw), forward * np.cos(yaw) - right * np.sin(yaw)
+    return (np.longdouble(0.05) * np.array([x.sum(), 0, z.sum()])).astype(float)
+
+
+@given(st.lists(actions.filter(bool), min_size=1, max_size=4))
+@settings(max_examples=30)
 def test_relative_poses_chain_to_the_pose(chunks):
     """Undoing the scale, the product of relative poses is the way from the first pose to the last."""
     path, scaled, longest = CameraPath(), [], []

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
+from lingbot_rt.session.session import SendTimes
+from lingbot_rt.transport import outbox as outbox_module
 from lingbot_rt.transport.outbox import Outbox
 
 
@@ -64,19 +67,17 @@ async def test_a_cancelled_sender_frees_the_way():
     assert sent == [b"following"]
 
 
-async def test_times_tell_header_from_payload():
-    """The first message's time is the header's, the others' the payload's; what pacing took is passed on."""
+async def test_times_tell_header_from_payload(monkeypatch):
+    """The first message's time is the header's, the others' the payload's."""
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(outbox_module, "time", clock)
 
     async def write(data: bytes, *, more: bool) -> None:
-        await asyncio.sleep(0.02 if data == b"body" else 0)
+        clock.now += {b"head": 0.25, b"body": 0.5, b"whole": 1.0}[data]
 
     outbox = Outbox(write)
-    both, whole = await outbox.send(b"head", b"body", pace_wait_ms=7.0), await outbox.send(b"whole")
-    assert both.payload_write_ms >= 19
-    assert both.payload_write_ms > both.header_write_ms
-    assert whole.payload_write_ms < 1
-    assert (both.pace_wait_ms, whole.pace_wait_ms) == (7.0, 0.0)
-    assert both.sent_at < whole.sent_at
+    assert await outbox.send(b"head", b"body", b"body") == SendTimes(250.0, 1000.0, 101.25)
+    assert await outbox.send(b"whole") == SendTimes(1000.0, 0.0, 102.25)
 
 
 async def test_what_the_socket_raises_comes_through():
