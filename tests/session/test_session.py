@@ -326,8 +326,10 @@ def test_heartbeats_come_at_their_interval():
 
 
 def test_chunk_times_follow_one_another():
-    """Chunks overlap, their times do not: each counts from the end of the one before, whenever it was planned. The first
-    one, of a session or after a pause, counts from its own beginning."""
+    """Chunks overlap, their times do not: each counts from the end of the one before, whenever it was planned.
+
+    The first one, of a session or after a pause, counts from its own beginning.
+    """
     it = session(protocol_extensions=("pause",))
     assert send_chunk(it, planned_at=10.0, sent_at=10.4)["chunk_total_ms"] == 400
     assert send_chunk(it, planned_at=10.3, sent_at=10.9)["chunk_total_ms"] == 500
