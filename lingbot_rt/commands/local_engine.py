@@ -15,11 +15,10 @@ from tqdm import tqdm
 
 from lingbot_rt.commands.options import add_config_options, add_server_options, config_from
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.session.plan import EngineStatus
 
 if TYPE_CHECKING:
     from lingbot_rt.regression.session_runner import SessionRunner
-    from lingbot_rt.session.plan import EnginePort
+    from lingbot_rt.session.plan import EnginePort, EngineStatus
 
 log = logging.getLogger(__name__)
 

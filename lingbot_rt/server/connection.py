@@ -292,7 +292,7 @@ class Connection:
                     # First of all: from here on nobody in line is refused, however long the rest takes.
                     slot.leaving()
                     service.metrics.active.dec()
-                    await service.engine.close(session.id)
+                    await _to_the_end(service.engine.close(session.id))
         return Close(1000, "generation complete")
 
     async def _stream_session(self, session: Session, recorder: SessionRecorder | None) -> None:
@@ -335,6 +335,19 @@ class Connection:
     async def _tell_place(self, position: int) -> None:
         if self._session is not None and "queue" in self._session.settings.extensions:
             await self._outbox.send(queue_message(position))
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Waits for ``work`` even if it is cancelled meanwhile: a session that is closing must not stay open."""
+    task, cancelled = asyncio.create_task(work), None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    task.result()
+    if cancelled is not None:
+        raise cancelled
 
 
 @contextmanager

@@ -83,10 +83,10 @@ async def test_what_counts_as_sent_is_nearly_at_the_client(serve, monkeypatch):
     megabytes of older frames."""
     in_between, link, counted = [], None, Session.sent
 
-    def sent(session, chunk, times):
+    def sent(session, chunk, times, pace_wait_ms):
         total = 12 * chunk.plan.chunk_index * FRAME + chunk.stats.raw_bytes
         in_between.append(total - link.carried)
-        counted(session, chunk, times)
+        counted(session, chunk, times, pace_wait_ms)
 
     monkeypatch.setattr(Session, "sent", sent)
     server = await serve(FakeEngine(), send_timeout_s=5)
