@@ -7,7 +7,6 @@ import socket as sockets
 import threading
 
 import msgspec
-import pytest
 from websockets.asyncio.client import connect
 
 from lingbot_rt.config import ENDPOINT
