@@ -51,7 +51,7 @@ class Engine:
 
     @property
     def is_lost(self) -> bool:
-        """One of several ranks is gone: nothing can be computed any more, the process has to end."""
+        """Whether one of several ranks is gone. Then nothing can be computed any more and the process has to end."""
         return self._loss is not None and self._loss.done()
 
     @property
@@ -66,7 +66,7 @@ class Engine:
         return self._pipeline
 
     async def start(self) -> None:
-        """Loads and warms up; returns when ready. Raises what loading raised, with the status saying so."""
+        """Loads and warms up; returns when ready. Raises what loading raised; ``status`` then says so too."""
         if self._config.num_gpus > 1:
             self._loss = asyncio.get_running_loop().create_future()
         try:
@@ -76,16 +76,16 @@ class Engine:
             raise
 
     async def open(self, plan: SessionPlan) -> None:
-        """Encodes prompt and picture and allocates the session's window.
+        """Encodes the prompt and the picture and allocates the session's window.
 
-        Raises CapacityError, with nothing allocated, when the session would not fit in what is free now, and
-        InvalidInit when an upscaling or interpolation model does not load.
+        Raises CapacityError, with nothing allocated, if the session does not fit in the memory that is free now.
+        Raises InvalidInit if an upscaling or interpolation model does not load.
         """
 
         def build() -> None:
             if not self._loaded.postprocess.loaded(plan.postprocess):
                 log.info("first use of upscaling or interpolation: loading its networks")
-            # Before the other ranks are told: what does not load or fit is this client's mistake alone.
+            # Checked before the other ranks are told: what does not load or fit concerns this client only.
             require_room(self._loaded, plan)
             self._tell_of_compilation(plan)
             with self._coordinator.command(plan):
@@ -101,15 +101,15 @@ class Engine:
         return ThreadedChunkRun(lambda emit: self._on_thread(lambda: self._run_chunk(plan, emit)))
 
     async def close(self, session_id: str) -> None:
-        """Interrupts the session's chunk, if one is in work, and frees what it held. Idempotent."""
+        """Interrupts the session's chunk, if one is running, and frees the session's memory. Idempotent."""
         session = self._sessions.get(session_id)
         if session is not None:
             session.cancel()
-        # On the thread, in order: after the interrupted chunk, and after an `open` that is still on its way.
+        # The thread works in order: this comes after the interrupted chunk and after an `open` that has not run yet.
         try:
             await self._on_thread(lambda: self._release(session_id))
         except EngineFailed:
-            # With a rank lost the process ends, and its memory with it.
+            # If a rank is lost, the process ends and its memory is freed with it.
             if not self.is_lost:
                 raise
 
@@ -120,7 +120,7 @@ class Engine:
         self._status = EngineStatus("stopped")
         stopping = asyncio.get_running_loop().run_in_executor(self._thread, self._coordinator.stop)
         if self.is_lost:
-            # The thread may wait for ever for a rank that is gone; its process will not.
+            # The thread may wait for a lost rank for ever. The process must not.
             await asyncio.wait({stopping}, timeout=_LOST_GRACE_S)
         else:
             await stopping
@@ -154,7 +154,9 @@ class Engine:
     def _tell_of_compilation(self, plan: SessionPlan) -> None:
         shape = (plan.size, plan.latent_frames)
         if self.model_info.compiled and shape not in self._compiled:
-            log.info("first session of %s, %d latent frames a chunk: its first chunks are slow, they compile", *shape)
+            log.info(
+                "first session of %s with %d latent frames per chunk: its first chunks compile and are slow", *shape
+            )
             self._compiled.add(shape)
 
     def _report(self, status: EngineStatus) -> None:
@@ -169,11 +171,11 @@ class Engine:
             if self._loaded.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _lose(self, verdict: str) -> None:
+    def _lose(self, failure: str) -> None:
         """A rank is lost, says the coordinator, on any thread."""
         assert self._loss is not None
-        self._status = EngineStatus("failed", detail=verdict)
-        self._loss.get_loop().call_soon_threadsafe(self._loss.set_result, verdict)
+        self._status = EngineStatus("failed", detail=failure)
+        self._loss.get_loop().call_soon_threadsafe(self._loss.set_result, failure)
 
     async def _on_thread(self, job: Callable[[], Result]) -> Result:
         """``job``'s result. Raises EngineFailed as soon as a rank is lost: the thread may then be stuck for good."""

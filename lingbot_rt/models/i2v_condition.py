@@ -13,7 +13,7 @@ from torch import Tensor
 from lingbot_rt.shapes import num_frames_for
 
 MASK_CHANNELS = 4
-"""Mask channels of the i2v condition: one per pixel frame of a latent frame. All four are equal here."""
+"""Mask channels of the i2v condition: one for each pixel frame of a latent frame. All four are equal here."""
 
 
 def preprocess_image(pixels: npt.NDArray[np.uint8]) -> Tensor:

@@ -1,6 +1,6 @@
 """Keys -> camera poses, in float64 with running state: a long walk stays exact and costs the same at every step.
 
-c2w: camera-to-world [4, 4], OpenCV axes (x right, y down, z forward). F latent frames a chunk.
+c2w: camera-to-world [4, 4], OpenCV axes (x right, y down, z forward). F latent frames per chunk.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ YAW_DEGREES = 6
 PITCH_DEGREES = 4
 PITCH_LIMIT_DEGREES = 85
 STEP = 0.05
-"""World units a latent frame."""
+"""World units per latent frame."""
 
 
 class CameraPath:

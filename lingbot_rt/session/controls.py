@@ -199,9 +199,9 @@ def parse_event(kind: str, payload: object) -> tuple[ControlEvent, ...]:
 
 
 def parse_script(value: object, field: str = "camera_actions") -> Actions:
-    """``list[list[str]]``, one list a latent frame -> Actions. Raises InvalidEvent."""
+    """``list[list[str]]``, one list per latent frame -> Actions. Raises InvalidEvent."""
     if not isinstance(value, list | tuple) or not all(isinstance(keys, list | tuple) for keys in value):
-        raise InvalidEvent(f"{shown(value)} is not list[list[str]], one list of keys a latent frame", field=field)
+        raise InvalidEvent(f"{shown(value)} is not list[list[str]], one list of keys per latent frame", field=field)
     if len(value) > MAX_PENDING:
         raise InvalidEvent(f"{len(value)} latent frames are too many, at most {MAX_PENDING}", field=field)
     return tuple(_parse_keys(keys, f"{field}[{i}]") for i, keys in enumerate(value))

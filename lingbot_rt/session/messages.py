@@ -334,7 +334,7 @@ class ChunkStats:
     ws_payload_bytes: int = 0
     content_type: str = ""
     # From here on: what the reference does not send.
-    queue_wait_ms: float = 0.0  # waiting for room in the outbox before the plan
+    queue_wait_ms: float = 0.0  # the engine was free, but a chunk before the last one was still unsent
     dit_ms: float = 0.0
     vae_ms: float = 0.0
     event_latency_ms: float | None = None  # from receiving the event to sending the first frame that carries it

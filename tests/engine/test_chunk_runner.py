@@ -32,7 +32,7 @@ class Walk:
 
 @pytest.mark.parametrize("latent_frames", [1, 2, 3, 4, 5])
 def test_frames_a_chunk_follow_num_frames(pipeline, session_plan, latent_frames):
-    """F latent frames a chunk give 4 (F - 1) + 1 pixel frames first and 4 F after, one group a latent frame."""
+    """F latent frames per chunk give 4 (F - 1) + 1 pixel frames first and 4 F after, one group per latent frame."""
     walk = Walk(pipeline, session_plan({}, latent_frames=latent_frames, window_frames=3 + 2 * latent_frames))
     for index in range(3):
         frames = walk.step()

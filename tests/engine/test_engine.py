@@ -249,7 +249,7 @@ async def test_a_network_that_is_missing_is_named_with_the_command(engine, sessi
 
 
 def test_window_bytes_of_the_14b():
-    """The 14B's window costs 1.278 GB a latent frame at 832x480 in bf16."""
+    """The 14B's window costs 1.278 GB per latent frame at 832x480 in bf16."""
     config = DiTConfig(num_layers=40, num_attention_heads=40, attention_head_dim=128)
     assert window_bytes(config, FrameSize(832, 480), 1, torch.bfloat16) == 1_277_952_000
 

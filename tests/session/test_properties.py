@@ -64,7 +64,7 @@ def test_any_payload_is_taken_or_refused_by_name(kind, payload):
 )
 @settings(max_examples=60)
 def test_samples_have_the_length_asked_for(steps):
-    """Once control was asked for, every sample has one entry a latent frame; nothing waits without bound."""
+    """Once control was asked for, every sample has one entry per latent frame; nothing waits without bound."""
     queue, controlled = ConditionQueue("p"), False
     for ((kind, value),) in steps:
         if kind == "event":
