@@ -17,6 +17,18 @@ settings.load_profile("no-deadline")
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked ``gpu`` are skipped where there is no accelerator; ``-m gpu`` runs them alone."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no accelerator"))
+
+
 @pytest.fixture(scope="session")
 def golden():
     """``golden("dit/config.json")`` -> the path of a golden file."""

@@ -18,4 +18,4 @@ class FeatureCache:
 
     def release(self) -> None:
         """Frees the memory, whoever still holds this cache. Nothing else may be called afterwards."""
-        self.slots.clear()
+        self.slots = [None] * len(self.slots)

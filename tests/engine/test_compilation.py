@@ -141,7 +141,6 @@ def test_modulation_of_known_timesteps(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_no_wait_inside_a_chunk(golden_config):
     """On a GPU no operation of a warm chunk makes the host wait for the device, and compiled chunks equal eager ones.
 

@@ -97,6 +97,7 @@ def features_shared(patch):
         return made[-1]
 
     patch.setattr(StreamingVAE, "new_features", one_for_all)
+    patch.setattr(FeatureCache, "release", lambda self: None)
 
 
 FAULTS = [
