@@ -16,12 +16,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from lingbot_rt.errors import ProtocolError
+from lingbot_rt.session.messages import DELTA_GZIP_TYPE, ENCODED_TYPES, RAW_TYPE
 
 Pixels = npt.NDArray[np.uint8]
-
-RAW = "application/x-raw-rgb"
-DELTA_GZIP = "application/x-raw-rgb-delta-gzip"
-ENCODED = ("image/webp", "image/jpeg")
 
 _GZIP_WINDOW_BITS = 31
 
@@ -58,12 +55,12 @@ class FrameDecoder:
 
     def _pictures(self, header: dict[str, Any], payload: bytes) -> Iterator[Pixels]:
         content_type = header["content_type"]
-        if content_type in ENCODED:
+        if content_type in ENCODED_TYPES.values():
             return _encoded_pictures(payload, header["payload_lengths"])
         shape = (header["num_frames"], header["height"], header["width"], 3)
-        if content_type == RAW:
+        if content_type == RAW_TYPE:
             return iter(_as_frames(payload, shape))
-        if content_type == DELTA_GZIP:
+        if content_type == DELTA_GZIP_TYPE:
             return iter(self._undo_deltas(header, _inflate(payload, int(np.prod(shape))), shape))
         raise ProtocolError(f"unknown content type {content_type!r}")
 

@@ -12,13 +12,13 @@ import math
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import Executor
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from lingbot_rt.recording.record_file import RecordedEvent
 from lingbot_rt.recording.session_record import SessionRecorder
-from lingbot_rt.server.prefetch import Prefetch
 from lingbot_rt.session.messages import EncodedBatch, stats_fields
 from lingbot_rt.session.plan import ChunkRun, EnginePort
 from lingbot_rt.session.session import Chunk, Session
@@ -26,6 +26,8 @@ from lingbot_rt.telemetry import Metrics
 from lingbot_rt.transport.encode import FrameEncoder
 from lingbot_rt.transport.outbox import Outbox
 from lingbot_rt.transport.pacing import Pacer
+
+Item = TypeVar("Item")
 
 
 class Stream:
@@ -127,3 +129,43 @@ class Stream:
             events = [RecordedEvent(*event) for event in chunk.events]
             self._recorder.chunk(stats.chunk_index, events, stats.event_id, frames, stats_fields(stats))
         self._metrics.count_chunk(stats, run.result.timings.ranks_ms)
+
+
+class Prefetch(Generic[Item]):
+    """A queue of length one: runs ``source`` one item ahead of its user.
+
+    Used as ``async with Prefetch(source) as items: async for item in items``. The next item is begun when the one
+    before is taken, never earlier. What ``source`` raises is raised in its place, after the items that came before it.
+    Leaving the block stops ``source``.
+    """
+
+    def __init__(self, source: AsyncGenerator[Item, None]) -> None:
+        self._source = source
+        self._next: asyncio.Task[Item | None] | None = None
+
+    async def __aenter__(self) -> Prefetch[Item]:
+        self._next = asyncio.create_task(self._make())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        assert self._next is not None
+        self._next.cancel()
+        await asyncio.wait({self._next})
+        if not self._next.cancelled():
+            self._next.exception()  # nobody asked for the item any more, nor for what went wrong with it
+        await self._source.aclose()
+
+    def __aiter__(self) -> Prefetch[Item]:
+        return self
+
+    async def __anext__(self) -> Item:
+        assert self._next is not None
+        item = await self._next
+        if item is None:
+            raise StopAsyncIteration
+        self._next = asyncio.create_task(self._make())
+        return item
+
+    async def _make(self) -> Item | None:
+        """The next item; None at the end."""
+        return await anext(self._source, None)

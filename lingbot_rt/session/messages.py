@@ -22,6 +22,11 @@ from lingbot_rt.errors import InvalidEvent, InvalidInit, LingbotError, RequestEr
 
 log = logging.getLogger(__name__)
 
+RAW_TYPE = "application/x-raw-rgb"
+DELTA_GZIP_TYPE = "application/x-raw-rgb-delta-gzip"
+ENCODED_TYPES = {"webp": "image/webp", "jpeg": "image/jpeg"}
+"""Content types of frame batches."""
+
 EXTENSIONS = ("session", "queue", "control_ack", "heartbeat", "pause", "pinned_events")
 """Names an init may list in ``protocol_extensions``. Other names are ignored."""
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lingbot_rt.session.messages import EncodedBatch
+from lingbot_rt.session.messages import DELTA_GZIP_TYPE, ENCODED_TYPES, RAW_TYPE, EncodedBatch
 from lingbot_rt.session.settings import OutputFormat
 
 Pixels = npt.NDArray[np.uint8]
@@ -49,7 +49,7 @@ class FrameEncoder:
         """Encodes one piece of ``split``. Calls must be in the order of the stream, one at a time."""
         match self._output.name:
             case "raw":
-                return self._raw_batch("application/x-raw-rgb", "raw", pixels, np.ascontiguousarray(pixels).tobytes())
+                return self._raw_batch(RAW_TYPE, "raw", pixels, np.ascontiguousarray(pixels).tobytes())
             case "delta-gzip":
                 return self._delta(pixels, event_id)
             case "webp" | "jpeg" as name:
@@ -62,7 +62,7 @@ class FrameEncoder:
         encode: Callable[[Pixels], bytes] = partial(_CODECS[name], size=size, quality=quality)
         pictures = list(_encoders.map(encode, pixels)) if len(pixels) > 1 else [encode(pixels[0])]
         return EncodedBatch(
-            content_type=f"image/{name}",
+            content_type=ENCODED_TYPES[name],
             encoding=name,
             num_frames=len(pictures),
             payload=b"".join(pictures),
@@ -85,10 +85,8 @@ class FrameEncoder:
         np.bitwise_xor(pixels[1:], pixels[:-1], out=deltas[1:])
         deltas[0] = pixels[0] if reference is None else pixels[0] ^ reference
         self._previous, self._previous_event_id = pixels[-1].copy(), event_id
-        kind = "application/x-raw-rgb-delta-gzip"
-        return self._raw_batch(
-            kind, "delta-gzip", pixels, _gzip(deltas), None if reference is None else "previous-frame"
-        )
+        told = None if reference is None else "previous-frame"
+        return self._raw_batch(DELTA_GZIP_TYPE, "delta-gzip", pixels, _gzip(deltas), told)
 
     def _raw_batch(
         self, content_type: str, encoding: str, pixels: Pixels, payload: bytes, delta_reference: str | None = None

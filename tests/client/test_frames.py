@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lingbot_rt.client.frames import DELTA_GZIP, RAW, FrameDecoder
+from lingbot_rt.client.frames import FrameDecoder
 from lingbot_rt.errors import ProtocolError
+from lingbot_rt.session.messages import DELTA_GZIP_TYPE, RAW_TYPE
 
 
 def header(content_type: str, frames: int, width: int, height: int, **more: object) -> dict:
@@ -76,7 +77,7 @@ def test_delta_chains_of_any_shape(seed, batches):
     previous = None
     for count, key in batches:
         frames = random.integers(0, 256, (count, 2, 3, 3), np.uint8)
-        fields = header(DELTA_GZIP, count, 3, 2)
+        fields = header(DELTA_GZIP_TYPE, count, 3, 2)
         reference = np.zeros((2, 3, 3), np.uint8)
         if previous is not None and not key:
             fields["delta_reference"] = "previous-frame"
@@ -105,15 +106,15 @@ def test_encoded_pictures(kind):
 @pytest.mark.parametrize(
     ("fields", "payload"),
     [
-        (header(RAW, 2, 4, 4), b"x" * 95),
-        (header(DELTA_GZIP, 1, 4, 4), b"no gzip at all"),
-        (header(DELTA_GZIP, 1, 4, 4), gzip.compress(bytes(10**6), mtime=0)),
-        (header(DELTA_GZIP, 1, 4, 4), gzip.compress(bytes(47), mtime=0)),
-        (header(DELTA_GZIP, 1, 4, 4, delta_reference="previous-frame"), gzip.compress(bytes(48), mtime=0)),
+        (header(RAW_TYPE, 2, 4, 4), b"x" * 95),
+        (header(DELTA_GZIP_TYPE, 1, 4, 4), b"no gzip at all"),
+        (header(DELTA_GZIP_TYPE, 1, 4, 4), gzip.compress(bytes(10**6), mtime=0)),
+        (header(DELTA_GZIP_TYPE, 1, 4, 4), gzip.compress(bytes(47), mtime=0)),
+        (header(DELTA_GZIP_TYPE, 1, 4, 4, delta_reference="previous-frame"), gzip.compress(bytes(48), mtime=0)),
         (header("image/webp", 1, 4, 4, payload_lengths=[5]), b"xxxxx"),
         (header("image/webp", 1, 4, 4, payload_lengths=[4]), b"xxxxx"),
         (header("video/ogg", 1, 4, 4), b""),
-        ({"content_type": RAW, "num_frames": 0, "width": 1}, b""),
+        ({"content_type": RAW_TYPE, "num_frames": 0, "width": 1}, b""),
     ],
 )
 def test_broken_batches_are_named(fields, payload):

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lingbot_rt.client.frames import DELTA_GZIP, RAW
 from lingbot_rt.client.protocol import BaseSession, ClientProtocol, init_message, websocket_url
 from lingbot_rt.errors import (
     ClientError,
@@ -24,6 +23,7 @@ from lingbot_rt.errors import (
     SessionLost,
 )
 from lingbot_rt.session.controls import parse_event
+from lingbot_rt.session.messages import DELTA_GZIP_TYPE, RAW_TYPE
 
 pack = msgspec.msgpack.encode
 
@@ -147,7 +147,7 @@ def test_unknown_messages_are_ignored():
 
 VALUES = st.integers(-5, 2**32) | st.text(max_size=9) | st.binary(max_size=9) | st.none() | st.lists(st.integers(0, 9))
 TYPES = st.sampled_from(["frame_batch", "frame_batch_header", "chunk_stats", "error", "other"])
-CONTENT_TYPES = st.sampled_from([RAW, DELTA_GZIP, "image/webp", "other"])
+CONTENT_TYPES = st.sampled_from([RAW_TYPE, DELTA_GZIP_TYPE, "image/webp", "other"])
 KEYS = ["chunk_index", "num_frames", "width", "height", "payload", "payload_lengths", "chunk_total_ms", "content"]
 MESSAGES = st.builds(
     lambda kind, content_type, rest: pack(rest | {"type": kind, "content_type": content_type}),

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from lingbot_rt.server.prefetch import Prefetch
+from lingbot_rt.server.stream import Prefetch
 
 
 async def settle() -> None:
