@@ -76,17 +76,18 @@ class Admission:
         ticket = _Ticket()
         self._line.append(ticket)
         self._number_places()
+        entered = False
         try:
-            return await self._wait(ticket, tell_place)
-        except BaseException:
-            # Cancelled or refused in the same turn in which the slot was handed over: the next client gets it.
-            if ticket.slot is not None:
-                self._pass_on()
-            raise
+            slot = await self._wait(ticket, tell_place)
+            entered = True
+            return slot
         finally:
             if ticket in self._line:
                 self._line.remove(ticket)
                 self._number_places()
+            elif not entered:
+                # Cancelled or refused in the same turn in which the slot was granted: the next client gets it.
+                self._pass_on()
 
     async def _wait(self, ticket: _Ticket, tell_place: TellPlace | None) -> Slot:
         loop = asyncio.get_running_loop()

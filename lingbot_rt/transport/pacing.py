@@ -15,8 +15,7 @@ Clock = Callable[[], float]
 EARLY_CHUNKS = 2
 """How far keys may take a paced world ahead of its pace, in chunks: pressing and letting go are answered at once."""
 
-
-_SHORTEST_WAIT_S = 0.005
+_SHORTEST_WAIT_S = 0.005  # between two looks at a stream that is held up
 
 
 class Pacer:
