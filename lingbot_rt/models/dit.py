@@ -269,9 +269,13 @@ class CausalDiT(nn.Module):
 
     def camera_modulation(self, ray_map: Tensor) -> CameraModulation:
         """Ray map [B, 384, F, h, w] -> scale and shift of every block for this process's tokens, once per chunk."""
-        embedded = self.patch_embedding_wancamctrl(self.window_attention.own_tokens(patchify(ray_map), dim=1))
-        hidden = self.c2ws_hidden_states_layer1(embedded)
-        camera = embedded + self.c2ws_hidden_states_layer2(F.silu(hidden))
+        own = self.window_attention.own_tokens(patchify(ray_map), dim=1)
+        return self.modulation_of_rays(self.patch_embedding_wancamctrl(own))
+
+    def modulation_of_rays(self, embedded_BND: Tensor) -> CameraModulation:
+        """Embedded ray maps -> scale and shift of every block."""
+        hidden = self.c2ws_hidden_states_layer1(embedded_BND)
+        camera = embedded_BND + self.c2ws_hidden_states_layer2(F.silu(hidden))
         return [self._camera_modulation(block, camera) for block in self.blocks]
 
     def time_modulation(self, timestep: float | Tensor) -> TimeModulation:

@@ -20,7 +20,8 @@ class WorldConfig:
 
     size: FrameSize = field(default_factory=lambda: FrameSize(160, 96))
     z_dim: int = 24
-    vae_width: int = 32
+    vae_width: int = 32  # of the encoder, which runs once per session
+    vae_decoder_width: int = 24
     dit_heads: int = 4
     dit_head_dim: int = 64
     dit_layers: int = 8
@@ -68,7 +69,7 @@ class WorldConfig:
             "_class_name": "AutoencoderKLWan",
             "attn_scales": [],
             "base_dim": self.vae_width,
-            "decoder_base_dim": self.vae_width,
+            "decoder_base_dim": self.vae_decoder_width,
             "dim_mult": [1, 2, 4],
             "dropout": 0.0,
             "in_channels": 12,
@@ -123,6 +124,7 @@ TINY = WorldConfig(
     size=FrameSize(32, 32),
     z_dim=4,
     vae_width=4,
+    vae_decoder_width=4,
     dit_heads=2,
     dit_head_dim=24,
     dit_layers=2,
@@ -138,6 +140,7 @@ SMALL = WorldConfig(
     size=FrameSize(80, 48),
     z_dim=16,
     vae_width=16,
+    vae_decoder_width=16,
     dit_heads=2,
     dit_head_dim=64,
     dit_layers=4,

@@ -13,22 +13,29 @@ Every trajectory is rendered in two looks. A file of the run's latents/ holds, f
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
-from lingbot_rt.models.checkpoint import CheckpointFolder, load_vae
-from lingbot_rt.models.i2v_condition import MASK_CHANNELS
-from lingbot_rt.models.vae import StreamingVAE
+from lingbot_rt.models.checkpoint import CheckpointFolder
+from lingbot_rt.models.i2v_condition import MASK_CHANNELS, condition_chunks, condition_video
+from lingbot_rt.models.vae import channels_last
 from scripts.world.config import CHUNK_FRAMES
 from scripts.world.render import Renderer
 from scripts.world.scene import LOOKS
 from scripts.world.train_vae import video
 from scripts.world.training_loop import Options, append_line
-from scripts.world.trajectories import make_trajectory, random_actions, start_view
+from scripts.world.trajectories import make_trajectory, random_actions, start_view, still_actions
+from scripts.world.whole_clip import encode, use_whole_clips
 
 CHUNKS = 12
+STILL_SHARE = 0.08
+"""Share of trajectories that press no key at all, for sessions that only look or have no camera control."""
+
+ENCODED_AT_ONCE = 8  # clips
 
 
 def checkpoint(options: Options) -> CheckpointFolder:
@@ -37,11 +44,33 @@ def checkpoint(options: Options) -> CheckpointFolder:
     return CheckpointFolder(options.model, config.dit, config.shift, config.steps, config.size)
 
 
+class ClipEncoder:
+    """The trained VAE's encoder: clips to normalised latents."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self._vae = use_whole_clips(AutoencoderKLWan.from_pretrained(folder).to(device).eval())
+        if device.type == "cuda":
+            channels_last(self._vae)
+        config = self._vae.config
+        self._mean, self._std = (
+            torch.tensor(config[name], device=device).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std")
+        )
+
+    def __call__(self, clips: Tensor) -> Tensor:
+        """[B, 3, T, H, W] in [-1, 1] -> [B, z, F, h, w]."""
+        parts = [encode(self._vae, part)[0] for part in clips.split(ENCODED_AT_ONCE)]
+        return (torch.cat(parts) - self._mean) / self._std
+
+
 def encode_trajectories(
-    vae: StreamingVAE, renderer: Renderer, rng: np.random.Generator, count: int, chunks: int
+    encoder: ClipEncoder, renderer: Renderer, rng: np.random.Generator, count: int, chunks: int
 ) -> dict[str, Tensor]:
     """The tensors of one file: ``count`` trajectories of ``chunks`` chunks."""
-    trajectories = [make_trajectory(start_view(rng), random_actions(rng, CHUNK_FRAMES * chunks)) for _ in range(count)]
+    frames = CHUNK_FRAMES * chunks
+    actions = [
+        still_actions(frames) if rng.random() < STILL_SHARE else random_actions(rng, frames) for _ in range(count)
+    ]
+    trajectories = [make_trajectory(start_view(rng), one) for one in actions]
     poses = np.stack([one.view.pixel_frames().poses() for one in trajectories])
     looks = torch.from_numpy(np.stack([rng.permutation(len(LOOKS))[:2] for _ in trajectories]))
     parts: dict[str, list[Tensor]] = {"latents": [], "first": [], "later": []}
@@ -49,10 +78,13 @@ def encode_trajectories(
         look_of_frame = looks[:, i].repeat_interleave(poses.shape[1])
         pictures = renderer.render(poses.reshape(-1, 4, 4), look_of_frame)
         clips = video(pictures.unflatten(0, poses.shape[:2]))
-        parts["latents"].append(vae.encode(clips))
-        first, later = vae.encode_condition(clips[:, :, 0], CHUNK_FRAMES)
-        parts["first"].append(first[:, MASK_CHANNELS:])
-        parts["later"].append(later[:, MASK_CHANNELS:])
+        first, later = condition_chunks(encoder(condition_video(clips[:, :, 0], CHUNK_FRAMES)))
+        for name, latents in (
+            ("latents", encoder(clips)),
+            ("first", first[:, MASK_CHANNELS:]),
+            ("later", later[:, MASK_CHANNELS:]),
+        ):
+            parts[name].append(latents)
     tensors = {name: torch.stack(tensors, 1).half().cpu() for name, tensors in parts.items()}
     return tensors | {
         "relative": torch.from_numpy(np.stack([one.relative for one in trajectories])).float(),
@@ -65,12 +97,14 @@ def make(options: Options, count: int, chunks: int = CHUNKS) -> None:
     """Adds files of ``count`` trajectories until the stage's minutes are spent or ``options.steps`` files are added."""
     folder = options.run / "latents"
     folder.mkdir(parents=True, exist_ok=True)
-    vae = load_vae(checkpoint(options), torch.float32, options.device)
+    encoder = ClipEncoder(options.model / "vae", options.device)
     renderer = Renderer(options.config.size, options.device, options.config.supersample)
     began, added = time.monotonic(), 0
     number = len(list(folder.glob("*.pt")))
     while time.monotonic() - began < 60 * options.minutes and (options.steps is None or added < options.steps):
-        tensors = encode_trajectories(vae, renderer, np.random.default_rng((options.seed, 2, number)), count, chunks)
+        tensors = encode_trajectories(
+            encoder, renderer, np.random.default_rng((options.seed, 2, number)), count, chunks
+        )
         scratch = folder / "new"
         torch.save(tensors, scratch)
         scratch.rename(folder / f"{number:04}.pt")

@@ -234,13 +234,6 @@ def _fountain() -> tuple[Shape, ...]:
     )
 
 
-def _lamp() -> tuple[Shape, ...]:
-    return (
-        cone(0, 0, 0, 0.026, 0.02, 0.42, Paint(DARK)),
-        ball(0, 0.46, 0, 0.062, _glass),
-    )
-
-
 def _post(lintel: bool) -> tuple[Shape, ...]:
     """One of the gate's two posts. ``lintel`` adds the beams, above eye height."""
     beams = (
@@ -276,10 +269,6 @@ LANDMARKS = (
     Landmark(1.36, 1.12, _castle(), 0.55),
     Landmark(-0.24, 0.42, _post(lintel=True), 0.14),
     Landmark(0.24, 0.42, _post(lintel=False), 0.14),
-    Landmark(0.26, 2.02, _lamp(), 0.16),
-    Landmark(-0.3, 1.02, _lamp(), 0.16),
-    Landmark(0.84, 1.76, _lamp(), 0.16),
-    Landmark(2.0, 1.72, _lamp(), 0.16),
 )
 
 

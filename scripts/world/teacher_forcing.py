@@ -10,13 +10,18 @@ B samples, S chunks, N tokens per chunk, D width, H heads, d head_dim. The clean
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lingbot_rt.models.attention import attend
-from lingbot_rt.models.dit import CameraModulation, CausalDiT, unpatchify
+from lingbot_rt.models.dit import RAY_CHANNELS, CameraModulation, CausalDiT, patchify, unpatchify
+from lingbot_rt.models.ray_map import ray_map
 from lingbot_rt.models.rope import rope_tables
-from lingbot_rt.shapes import PATCH_SIZE
+from lingbot_rt.shapes import PATCH_SIZE, VAE_SPATIAL_STRIDE, FrameSize
 from scripts.world.config import CHUNK_FRAMES
 from scripts.world.training_data import MAX_SESSION_CHUNKS, TrajectoryBatch
 
@@ -78,7 +83,30 @@ def rope_of_chunks(dit: CausalDiT, batch: TrajectoryBatch, cells: torch.Size) ->
 
 
 def camera_modulation_of(dit: CausalDiT, batch: TrajectoryBatch) -> CameraModulation:
-    """Scale and shift [B S, N, D] of every block. They are zero in samples without camera, which changes nothing."""
-    keep = batch.camera.repeat_interleave(batch.rays.shape[1])[:, None, None]
-    modulation = dit.camera_modulation(batch.rays.flatten(0, 1).to(dit.head.head.weight.dtype))
+    """Scale and shift [B S, N, D] of every block. They are zero in samples without camera, which changes nothing.
+
+    A ray map is linear in the 12 numbers of its pose. So the ray maps of 12 unit poses are embedded, and a frame's
+    embedding is their sum, weighted with its pose: the maps of all frames would be the largest tensors of the step.
+    """
+    embedding = dit.patch_embedding_wancamctrl
+    height, width = batch.latents.shape[-2:]
+    with torch.autocast(batch.poses.device.type, enabled=False):
+        basis = F.linear(unit_ray_maps(height, width, batch.poses.device), embedding.weight.float())
+        numbers = batch.poses[..., :3, :].flatten(3).flatten(0, 2).float()  # B S 3, 12
+        embedded = (numbers @ basis.flatten(1)).unflatten(1, basis.shape[1:]) + embedding.bias
+    chunks = embedded.unflatten(0, (-1, CHUNK_FRAMES)).flatten(1, 2)
+    keep = batch.camera.repeat_interleave(batch.poses.shape[1])[:, None, None]
+    modulation = dit.modulation_of_rays(chunks.to(dit.head.head.weight.dtype))
     return [(scale * keep.to(scale.dtype), shift * keep.to(shift.dtype)) for scale, shift in modulation]
+
+
+@lru_cache
+def unit_ray_maps(height: int, width: int, device: torch.device) -> Tensor:
+    """The ray maps, as patches [12, tokens, 1536], of the 12 "poses" that have a single 1 in their upper three rows.
+
+    ``height`` and ``width`` are in latent cells.
+    """
+    units = np.zeros((12, 4, 4))
+    units[np.arange(12), np.arange(12) // 4, np.arange(12) % 4] = 1
+    size = FrameSize(VAE_SPATIAL_STRIDE * width, VAE_SPATIAL_STRIDE * height)
+    return patchify(ray_map(units, size, device)).view(12, -1, RAY_CHANNELS * PATCH_SIZE**2)

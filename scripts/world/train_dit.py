@@ -4,9 +4,9 @@
     python -m scripts.world.train_dit rollout --minutes 4
     python -m scripts.world.train_dit sharp --minutes 2.5
 
-Each phase ends by writing transformer/ of the run's model/, which is then a whole checkpoint folder. rollout and sharp
-start from the transformer/ that is there. All minimise the squared error of the velocity of noisy chunks, given clean
-chunks as context. They differ in the chunks:
+Each phase ends by writing transformer/ of the run's model/, which is then a whole checkpoint folder. It starts from the
+transformer/ that is there, if any. All minimise the squared error of the velocity of noisy chunks, given clean chunks
+as context. They differ in the chunks:
 
 teacher   the true latents with noise of any level; contexts get a little noise too
 rollout   chunks that the model generated with the serving code, so that it learns to continue from its own pictures;
@@ -16,26 +16,29 @@ sharp     the same as rollout, plus the loss of a discriminator between true and
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lingbot_rt.engine.flow_match import shift_sigma
+from lingbot_rt.engine.flow_match import FlowSchedule, shift_sigma
 from lingbot_rt.models.checkpoint import load_dit, load_text_encoder
 from lingbot_rt.models.dit import CausalDiT, split_qkv
+from scripts.world.captured import Captured
 from scripts.world.config import WorldConfig
 from scripts.world.export import complete
 from scripts.world.make_latents import checkpoint
-from scripts.world.self_forcing import roll_out
+from scripts.world.muon import BatchedMuon
+from scripts.world.self_forcing import Rollout, roll_out
 from scripts.world.teacher_forcing import forward
-from scripts.world.training_data import TrajectoryBatch, TrajectoryDataset
+from scripts.world.training_data import SampleIndices, TrajectoryBatch, TrajectoryDataset
 from scripts.world.training_loop import (
     EMA,
     Options,
+    Stateful,
     TrainingLoop,
     append_line,
     learning_rate,
@@ -80,46 +83,36 @@ class Discriminator(nn.Module):
         return self.layers(latents)
 
 
-class TeacherForcingBatches:
-    """Batches of true chunks with noise."""
-
-    def __init__(self, dataset: TrajectoryDataset, config: WorldConfig, batch: int) -> None:
-        self._dataset, self._config, self._batch = dataset, config, batch
-        self._served = torch.tensor([step.sigma for step in config.schedule.steps_for(len(config.steps))])
-
-    def __call__(self, rng: np.random.Generator) -> DenoisingBatch:
-        sample = self._dataset.sample(rng, self._batch, self._config.sample_chunks)
-        truth = sample.latents
-        shape, device = truth.shape[:2], truth.device
-        anywhere = shift_sigma(torch.rand(shape).clamp(0.02, 1), self._config.shift)
-        served = self._served[torch.randint(len(self._served), shape)]
-        sigma = torch.where(torch.rand(shape) < 0.5, anywhere, served).to(device)
-        amount = CONTEXT_NOISE * torch.rand(shape[0], device=device) * (torch.rand(shape[0], device=device) < 0.5)
-        clean = add_noise(truth, amount[:, None].expand(shape))
-        return DenoisingBatch(sample, clean, add_noise(truth, sigma), sigma, sample.weight)
+def teacher_forcing_batch(truth: TrajectoryBatch, schedule: FlowSchedule) -> DenoisingBatch:
+    """True chunks with noise: half at a sigma of the schedule, half at any. Contexts of half the samples get some."""
+    shape, device = truth.latents.shape[:2], truth.latents.device
+    anywhere = shift_sigma(torch.rand(shape, device=device).clamp(0.02, 1), schedule.shift)
+    sigma = torch.where(torch.rand(shape, device=device) < 0.5, anywhere, pick(served_sigmas(schedule, device), shape))
+    amount = CONTEXT_NOISE * torch.rand(shape[0], device=device) * (torch.rand(shape[0], device=device) < 0.5)
+    clean = add_noise(truth.latents, amount[:, None].expand(shape))
+    return DenoisingBatch(truth, clean, add_noise(truth.latents, sigma), sigma, truth.weight)
 
 
-class SelfForcingBatches:
-    """Batches of generated chunks, each chunk at a random denoise step."""
+def self_forcing_batch(truth: TrajectoryBatch, rollout: Rollout, schedule: FlowSchedule) -> DenoisingBatch:
+    """Generated chunks, each at a random denoise step."""
+    shape, device = rollout.latents.shape[:2], rollout.latents.device
+    sigmas = served_sigmas(schedule, device)
+    step = torch.randint(len(sigmas), shape, device=device)
+    rows = step[:, :, None, None, None, None, None].expand(-1, -1, 1, *rollout.latents.shape[2:])
+    sigma = sigmas[step]
+    # The target is an error divided by sigma: without this weight late steps would dominate the loss.
+    weight = (4 * sigma**2).clamp(max=1)
+    return DenoisingBatch(truth, rollout.latents, rollout.inputs.gather(2, rows)[:, :, 0], sigma, weight)
 
-    def __init__(self, dataset: TrajectoryDataset, config: WorldConfig, batch: int, dit: CausalDiT) -> None:
-        self._dataset, self._config, self._batch, self._dit = dataset, config, batch, dit
-        self._sigmas = torch.tensor([step.sigma for step in config.schedule.steps_for(len(config.steps))])
-        self._uses = 0
 
-    def __call__(self, rng: np.random.Generator) -> DenoisingBatch:
-        if self._uses % STEPS_PER_ROLLOUT == 0:
-            self._sample = self._dataset.sample(rng, self._batch, self._config.sample_chunks, from_start=True)
-            self._rollout = roll_out(self._dit, self._sample, self._config.schedule)
-        self._uses += 1
-        rollout = self._rollout
-        shape, device = rollout.latents.shape[:2], rollout.latents.device
-        step = torch.randint(len(self._sigmas), shape)
-        sigma = self._sigmas[step].to(device)
-        rows = step.to(device)[:, :, None, None, None, None, None].expand(-1, -1, 1, *rollout.latents.shape[2:])
-        # The target is an error divided by sigma: without this weight late steps would dominate the loss.
-        weight = (4 * sigma**2).clamp(max=1)
-        return DenoisingBatch(self._sample, rollout.latents, rollout.inputs.gather(2, rows)[:, :, 0], sigma, weight)
+@lru_cache
+def served_sigmas(schedule: FlowSchedule, device: torch.device) -> Tensor:
+    return torch.tensor([step.sigma for step in schedule.steps_for(len(schedule.steps))], device=device)
+
+
+def pick(values: Tensor, shape: torch.Size) -> Tensor:
+    """Random entries of ``values``."""
+    return values[torch.randint(len(values), shape, device=values.device)]
 
 
 def add_noise(latents: Tensor, sigma_BS: Tensor) -> Tensor:
@@ -145,8 +138,8 @@ def make_optimisers(dit: CausalDiT) -> list[torch.optim.Optimizer]:
     matrices = [p for name, p in dit.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in dit.parameters() if id(p) not in chosen]
-    muon = torch.optim.Muon(matrices, lr=1e-3, momentum=0.95, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+    fused = others[0].is_cuda or None
+    return [BatchedMuon(matrices), torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)]
 
 
 def new_dit(config: WorldConfig) -> CausalDiT:
@@ -167,30 +160,88 @@ def new_dit(config: WorldConfig) -> CausalDiT:
     return dit
 
 
+class Phase:
+    """One phase's networks and data, and the functions that a step consists of.
+
+    The functions keep their results, because on an accelerator they are captured once and replayed.
+    """
+
+    def __init__(self, phase: str, dit: CausalDiT, dataset: TrajectoryDataset, config: WorldConfig, batch: int) -> None:
+        self.phase, self.dit, self._dataset, self._config, self._batch = phase, dit, dataset, config, batch
+        device = dit.head.head.weight.device
+        self.discriminator = Discriminator(config.z_dim).to(device) if phase == "sharp" else None
+        self._indices = self._draw(np.random.default_rng(0)).to(device)
+        self._generate, self._gradients = Captured(self._roll_out, device), Captured(self._forward_backward, device)
+        self._autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
+        self._steps = 0
+
+    def step(self, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Sets the gradients of one batch and returns its figures."""
+        if self.phase == "teacher":
+            self._indices.copy_(self._draw(rng))
+        elif self._steps % STEPS_PER_ROLLOUT == 0:
+            self._indices.copy_(self._draw(rng))
+            self._generate()
+        self._steps += 1
+        return self._gradients()
+
+    def _draw(self, rng: np.random.Generator) -> SampleIndices:
+        chunks = self._config.sample_chunks
+        return self._dataset.draw(rng, self._batch, chunks, from_start=self.phase != "teacher")
+
+    def _roll_out(self) -> dict[str, Tensor]:
+        with self._autocast():
+            self._truth = self._dataset.gather(self._indices)
+            self._rollout = roll_out(self.dit, self._truth, self._config.schedule)
+        return {}
+
+    def _forward_backward(self) -> dict[str, Tensor]:
+        self.dit.zero_grad(set_to_none=True)
+        with self._autocast():
+            if self.phase == "teacher":
+                data = teacher_forcing_batch(self._dataset.gather(self._indices), self._config.schedule)
+            else:
+                data = self_forcing_batch(self._truth, self._rollout, self._config.schedule)
+            loss, latents = velocity_loss(self.dit, data)
+        error = (latents.detach() - data.truth.latents).square().mean(dim=(0, 2, 3, 4, 5))
+        figures = {"loss": loss.detach(), "x0_first": error[0], "x0_last": error[-1]}
+        parameters = list(self.dit.parameters())
+        if self.discriminator is not None:
+            got, true = latents.flatten(0, 1), data.truth.latents.flatten(0, 1)
+            # Predictions from much noise are blurred whatever the model does: only late steps count.
+            late = (data.sigma < 0.7).flatten()
+            fooled = F.softplus(self.discriminator(true) - self.discriminator(got)).mean(dim=(1, 2, 3, 4))
+            adversarial = (fooled * late).sum() / late.sum().clamp_min(1)
+            loss = loss + ADVERSARIAL_WEIGHT * adversarial
+            self.discriminator.zero_grad(set_to_none=True)
+            judge = discriminator_loss(self.discriminator, got.detach(), true)
+            judge.backward()
+            figures |= {"adversarial": adversarial.detach(), "judge": judge.detach()}
+        loss.backward(inputs=parameters)
+        return figures | {"grad": nn.utils.clip_grad_norm_(parameters, 1.0)}
+
+
 def train(options: Options, phase: str, batch: int) -> float:
     """Trains one phase and returns the loss of its last step."""
     config, device = options.config, options.device
     folder = checkpoint(options)
     text = load_text_encoder(folder, torch.float32, device)
-    dataset = TrajectoryDataset(options.run / "latents", text, config.size, device, options.seed)
+    dataset = TrajectoryDataset(options.run / "latents", text, device, options.seed)
     torch.manual_seed(options.seed)
-    from_checkpoint = (options.model / "transformer" / "config.json").exists() and phase != "teacher"
+    from_checkpoint = (options.model / "transformer" / "config.json").exists()
     dit = load_dit(folder, torch.float32, device) if from_checkpoint else new_dit(config).to(device)
     dit.requires_grad_().train()
     dit.attention_backend = "sdpa"  # has a backward pass on every device
     ema = EMA(dit)
     optimisers = make_optimisers(dit)
-    parts = {"dit": dit, "average": ema} | {f"optimiser{i}": each for i, each in enumerate(optimisers)}
-    discriminator = Discriminator(config.z_dim).to(device) if phase == "sharp" else None
-    if discriminator is not None:
-        discriminator_optimiser = torch.optim.AdamW(discriminator.parameters(), lr=3e-4, betas=(0.0, 0.95))
-        parts |= {"judge": discriminator, "judge_optimiser": discriminator_optimiser}
+    parts: dict[str, Stateful] = {"dit": dit, "average": ema}
+    parts |= {f"optimiser{i}": each for i, each in enumerate(optimisers)}
+    work = Phase(phase, dit, dataset, config, batch)
+    judges: list[torch.optim.Optimizer] = []
+    if work.discriminator is not None:
+        judges = [torch.optim.AdamW(work.discriminator.parameters(), lr=3e-4, betas=(0.0, 0.95))]
+        parts |= {"judge": work.discriminator, "judge_optimiser": judges[0]}
     loop = TrainingLoop(phase, options, parts)
-    next_batch: Callable[[np.random.Generator], DenoisingBatch]
-    if phase == "teacher":
-        next_batch = TeacherForcingBatches(dataset, config, batch)
-    else:
-        next_batch = SelfForcingBatches(dataset, config, batch, dit)
     if device.type == "cuda":
         dit.compile_blocks()
         torch._dynamo.config.recompile_limit = 64  # with and without gradients, shapes of training and of roll-outs
@@ -199,37 +250,20 @@ def train(options: Options, phase: str, batch: int) -> float:
     loss, warm_steps = torch.zeros(()), 300 if phase == "teacher" else 50
     for step in loop:
         set_learning_rate(optimisers, learning_rate(loop, PEAK_RATE[phase], warm_steps))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            data = next_batch(np.random.default_rng((options.seed, PHASES.index(phase), step)))
-            loss, latents = velocity_loss(dit, data)
-        total = loss
-        if discriminator is not None:
-            got, true = latents.flatten(0, 1), data.truth.latents.flatten(0, 1)
-            loop.record(judge=discriminator_step(discriminator, discriminator_optimiser, got.detach(), true))
-            # Predictions from much noise are blurred whatever the model does: only late steps count.
-            late = (data.sigma < 0.7).flatten()
-            fooled = F.softplus(discriminator(true) - discriminator(got)).mean(dim=(1, 2, 3, 4))
-            adversarial = (fooled * late).sum() / late.sum().clamp_min(1)
-            total = total + ADVERSARIAL_WEIGHT * adversarial
-            loop.record(adversarial=adversarial)
-        dit.zero_grad(set_to_none=True)
-        total.backward()
-        norm = nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
-        for optimiser in optimisers:
+        figures = work.step(np.random.default_rng((options.seed, PHASES.index(phase), step)))
+        loss = figures["loss"]
+        for optimiser in (*optimisers, *judges):
             optimiser.step()
         ema.update()
-        error = (latents.detach() - data.truth.latents).square().mean(dim=(0, 2, 3, 4, 5))
-        loop.record(loss=loss, grad=norm, x0_first=error[0], x0_last=error[-1])
+        loop.record(**figures)
     ema.apply()
     save_part(options.model / "transformer", config.transformer, split_qkv(dit.state_dict()))
     complete(options.model, config)
     return loss.item()
 
 
-def discriminator_step(
-    discriminator: Discriminator, optimiser: torch.optim.Optimizer, got: Tensor, true: Tensor
-) -> Tensor:
-    """One step of the discriminator: a relativistic loss on each true chunk and the generated one in its place.
+def discriminator_loss(discriminator: Discriminator, got: Tensor, true: Tensor) -> Tensor:
+    """A relativistic loss on each true chunk and the generated one in its place.
 
     Finite differences give a gradient penalty at both, which keeps the training stable.
     """
@@ -238,9 +272,6 @@ def discriminator_step(
     for latents, score in ((true, real), (got, fake)):
         shifted = discriminator(latents + PENALTY_NOISE * torch.randn_like(latents))
         loss = loss + PENALTY_WEIGHT * (shifted - score).square().mean() / PENALTY_NOISE
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    optimiser.step()
     return loss
 
 

@@ -5,14 +5,17 @@ python -m scripts.world.train_vae --minutes 8
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
+from lingbot_rt.models.vae import channels_last
+from scripts.world.captured import Captured
 from scripts.world.render import Renderer
 from scripts.world.scene import LOOKS
 from scripts.world.training_loop import (
@@ -25,12 +28,15 @@ from scripts.world.training_loop import (
     set_learning_rate,
 )
 from scripts.world.trajectories import make_trajectory, random_actions, start_view
+from scripts.world.whole_clip import decode, encode, use_whole_clips
 
 LATENT_FRAMES = 4  # per clip: 13 pictures
 PEAK_RATE = 1e-3
 KL_WEIGHT = 2e-5
-LATENT_NOISE = 0.03
-"""Noise added to latents in training, so that the decoder tolerates small errors of the DiT. Latents are around 1."""
+LATENT_NOISE = 0.1
+"""Most noise added to latents in training, so that the decoder tolerates small errors of the DiT."""
+
+REFRESH_EVERY = 4  # steps
 
 GREY_SHARE, SWITCH_SHARE = 0.05, 0.1
 """Shares of clips that turn grey after their first picture, like an image condition, and that change their look."""
@@ -56,9 +62,8 @@ class ClipPool:
         self._next += count
 
     def batch(self, count: int) -> Tensor:
-        """[count, 3, T, H, W] in [-1, 1]."""
-        picks = torch.from_numpy(self._rng.integers(len(self.clips), size=count)).to(self.clips.device)
-        return video(self.clips[picks])
+        """Random clips, [count, 3, T, H, W] in [-1, 1]."""
+        return video(self.clips[torch.randint(len(self.clips), (count,), device=self.clips.device)])
 
     def _render(self, count: int) -> Tensor:
         poses, looks, grey = [], [], []
@@ -84,17 +89,6 @@ def video(clips_BTHW3: Tensor) -> Tensor:
     return clips_BTHW3.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Raw latents [B, z, F, h, w] -> pixels [B, 3, T, H, W]. Unlike StreamingVAE it does not clamp: that would cut
-    gradients."""
-    z = vae.post_quant_conv(latents)
-    slots = [None] * vae._cached_conv_counts["decoder"]
-    frames = [
-        vae.decoder(z[:, :, i : i + 1], feat_cache=slots, feat_idx=[0], first_chunk=i == 0) for i in range(z.shape[2])
-    ]
-    return unpatchify(torch.cat(frames, dim=2), patch_size=vae.config.patch_size)
-
-
 def picture_loss(got: Tensor, true: Tensor) -> Tensor:
     """L1, plus twice the squared error, plus L1 between picture gradients at three scales, which sharpens edges."""
     loss = F.l1_loss(got, true) + 2 * F.mse_loss(got, true)
@@ -111,35 +105,54 @@ def psnr(got: Tensor, true: Tensor) -> Tensor:
     return -10 * torch.log10(F.mse_loss(got.clamp(-1, 1), true) / 4)
 
 
-def train(options: Options, batch: int, clips: int, refresh: int = 8) -> float:
+def reconstruction(vae: Any, latents: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and the PSNR of decoded latents."""
+    got = decode(vae, latents).float()
+    return picture_loss(got, true), psnr(got.detach(), true)
+
+
+def train(options: Options, batch: int, clips: int, refresh: int = 4) -> float:
     """Trains the VAE and returns its PSNR on held-out clips."""
     config, device = options.config, options.device
-    vae = AutoencoderKLWan.from_config(config.vae).to(device).train()
+    vae = use_whole_clips(AutoencoderKLWan.from_config(config.vae).to(device).train())
+    on_cuda = device.type == "cuda"
+    encoded: Callable[..., tuple[Tensor, Tensor]] = encode
+    reconstructed: Callable[..., tuple[Tensor, Tensor]] = reconstruction
+    if on_cuda:
+        channels_last(vae)
+        torch.backends.cudnn.benchmark = True
+        encoded, reconstructed = (torch.compile(one, dynamic=False) for one in (encode, reconstruction))
     ema = EMA(vae)
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=1e-3)
+    optimiser = torch.optim.AdamW(
+        vae.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=1e-3, fused=on_cuda or None
+    )
     loop = TrainingLoop("vae", options, {"vae": vae, "average": ema, "optimiser": optimiser})
     renderer = Renderer(config.size, device, config.supersample)
     pool = ClipPool(renderer, clips, seed=options.seed + 1 + loop.step)
     held_out = ClipPool(renderer, min(32, clips), seed=10**6)
     append_line(options.run, {"stage": "vae", "pool_seconds": round(loop.seconds, 1)})
+
+    def gradients() -> dict[str, Tensor]:
+        optimiser.zero_grad(set_to_none=True)
+        true = pool.batch(batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_cuda):
+            mean, log_variance = (part.float() for part in encoded(vae, true))
+            noise = LATENT_NOISE * torch.rand(batch, 1, 1, 1, 1, device=device) + torch.exp(0.5 * log_variance)
+            loss, score = reconstructed(vae, mean + torch.randn_like(mean) * noise, true)
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        (loss + KL_WEIGHT * config.z_dim * kl).backward()
+        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        return {"loss": loss, "kl": kl, "grad": norm, "psnr": score}
+
+    step_gradients = Captured(gradients, device)
     for step in loop:
         set_learning_rate([optimiser], learning_rate(loop, PEAK_RATE))
-        if step % 2 == 0 and refresh:
+        if refresh and step % REFRESH_EVERY == 0:
             pool.refresh(min(refresh, clips))
-        true = pool.batch(batch)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            posterior = vae.encode(true).latent_dist
-            mean, log_variance = posterior.mean.float(), posterior.logvar.float()
-            latents = mean + torch.randn_like(mean) * (torch.exp(0.5 * log_variance) + LATENT_NOISE)
-            got = decode(vae, latents).float()
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        loss = picture_loss(got, true) + KL_WEIGHT * config.z_dim * kl
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        figures = step_gradients()
         optimiser.step()
         ema.update()
-        loop.record(loss=loss, kl=kl, grad=norm, psnr=psnr(got, true))
+        loop.record(**figures)
     ema.apply()
     return _finish(options, loop, vae.eval(), held_out)
 
@@ -150,10 +163,9 @@ def _finish(options: Options, loop: TrainingLoop, vae: Any, held_out: ClipPool) 
     latents, scores = [], []
     for clips in held_out.clips.split(8):
         true = video(clips)
-        mean = vae.encode(true).latent_dist.mode()
+        mean, _ = encode(vae, true)
         latents.append(mean)
         scores += [psnr(a, b) for a, b in zip(decode(vae, mean), true, strict=True)]
-    vae.clear_cache()
     rows = torch.cat(latents).transpose(0, 1).flatten(1)
     config = options.config.vae | {
         "latents_mean": rows.mean(1).tolist(),
@@ -174,8 +186,8 @@ if __name__ == "__main__":
         minutes=8,
         extra=(
             ("--batch", {"type": int, "default": 16, "help": "clips per step"}),
-            ("--clips", {"type": int, "default": 4096, "help": "clips kept on the device, 0.6 MB each"}),
-            ("--refresh", {"type": int, "default": 8, "help": "clips replaced at every other step; 0: never"}),
+            ("--clips", {"type": int, "default": 3072, "help": "clips kept on the device, 0.6 MB each"}),
+            ("--refresh", {"type": int, "default": 4, "help": "clips replaced at every fourth step; 0: never"}),
         ),
     )
     train(options, args.batch, args.clips, args.refresh)

@@ -1,4 +1,4 @@
-"""The DiT's training data: chunks of encoded trajectories with prompts, ray maps and positions in the session.
+"""The DiT's training data: chunks of encoded trajectories with prompts, camera poses and positions in the session.
 
 B samples of S chunks each. Chunk 0 is the first of its session. Chunks 1.. are consecutive; they follow chunk 0
 directly or lie far later in the session.
@@ -6,7 +6,7 @@ directly or lie far later in the session.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from lingbot_rt.models.i2v_condition import MASK_CHANNELS
-from lingbot_rt.models.ray_map import ray_map
 from lingbot_rt.models.text_encoder import TextEncoder
-from lingbot_rt.shapes import FrameSize
 from scripts.world.config import CHUNK_FRAMES
 from scripts.world.prompts import sample_prompt
 from scripts.world.scene import LOOKS
@@ -27,8 +25,8 @@ FAR_SHARE = 0.35
 SWITCH_SHARE = 0.35
 """Share of samples in which the look changes."""
 
-NO_CAMERA_SHARE = 0.08
-"""Share of samples without ray maps, as in sessions without camera control."""
+NO_CAMERA_SHARE = 0.6
+"""Share of the samples that stand still in which no ray maps are given, as in sessions without camera control."""
 
 NUM_PROMPTS = 1536
 MAX_SESSION_CHUNKS = 400
@@ -41,90 +39,111 @@ class TrajectoryBatch:
 
     latents: Tensor  # [B, S, z, 3, h, w], the ground truth
     conditions: Tensor  # [B, S, 4 + z, 3, h, w]
-    rays: Tensor  # [B, S, 384, 3, h, w]
+    poses: Tensor  # [B, S, 3, 4, 4], relative to the frame before, as the ray maps take them
     camera: Tensor  # [B], 1 with ray maps, 0 without
-    prompts: Tensor  # [P, L, text_dim], the distinct ones
+    prompts: Tensor  # [P, L, text_dim]
     prompt_of: Tensor  # [B, S], each chunk's row of prompts
     start_frames: Tensor  # [B, S], index of each chunk's first latent frame in its session
     weight: Tensor  # [B, S], loss weight: 0 where the chunks before are not in the sample
 
 
+@dataclass(frozen=True, slots=True)
+class SampleIndices:
+    """Which stored chunks and prompts make up a batch."""
+
+    trajectory: Tensor  # [B, S]
+    view: Tensor  # [B, S], 0 or 1: which of the trajectory's two looks
+    chunk: Tensor  # [B, S], in the stored trajectory
+    position: Tensor  # [B, S], in the session
+    prompt: Tensor  # [B, looks], a prompt of every look
+    camera: Tensor  # [B]
+    weight: Tensor  # [B, S]
+
+    def to(self, device: torch.device) -> SampleIndices:
+        return SampleIndices(*(getattr(self, field.name).to(device, copy=True) for field in fields(self)))
+
+    def copy_(self, other: SampleIndices) -> None:
+        """Overwrites the values, for functions that were captured with these tensors. Does not wait for the device."""
+        for field in fields(self):
+            target, source = getattr(self, field.name), getattr(other, field.name)
+            target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
+
+
 class TrajectoryDataset:
     """All encoded trajectories on the device, and encoded prompts of every look."""
 
-    def __init__(self, folder: Path, text: TextEncoder, size: FrameSize, device: torch.device, seed: int) -> None:
+    def __init__(self, folder: Path, text: TextEncoder, device: torch.device, seed: int) -> None:
         files = [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))]
         if not files:
             raise FileNotFoundError(f"{folder} has no trajectories: run make_latents first")
         joined = {name: torch.cat([file[name] for file in files]) for name in files[0]}
-        self._latents, self._first, self._later = (joined[name].to(device) for name in ("latents", "first", "later"))
-        self._relative, self._looks = joined["relative"].numpy().astype(np.float64), joined["looks"].numpy()
-        self._size, self._device = size, device
+        self._latents, self._first, self._later, self._poses, self._looks = (
+            joined[name].to(device) for name in ("latents", "first", "later", "relative", "looks")
+        )
+        self._stands_still = (joined["relative"] == torch.eye(4)).flatten(1).all(dim=1).numpy()
         rng = np.random.default_rng((seed, 3))
         prompts = [sample_prompt(rng) for _ in range(NUM_PROMPTS)]
         self._rows_of_look = [
             np.array([i for i, (_, of) in enumerate(prompts) if of == look]) for look in range(len(LOOKS))
         ]
         with torch.no_grad():
-            self._prompts = torch.cat([text.encode(prompt).float() for prompt, _ in prompts])
+            self._prompts = torch.cat([text.encode(prompt).float() for prompt, _ in prompts]).to(device)
 
     @property
     def num_trajectories(self) -> int:
         return len(self._latents)
 
+    def draw(self, rng: np.random.Generator, count: int, num_chunks: int, *, from_start: bool = False) -> SampleIndices:
+        """``count`` samples of ``num_chunks`` chunks. ``from_start``: consecutive from the first chunk, none far."""
+        first = rng.integers(self.num_trajectories, size=count)
+        still = self._stands_still[first]
+        chunks = np.arange(num_chunks)
+        trajectory, chunk = np.tile(first[:, None], num_chunks), np.tile(chunks, (count, 1))
+        position, weight = chunk.copy(), np.ones((count, num_chunks), dtype=np.float32)
+        if not from_start:
+            far = rng.random(count) < FAR_SHARE
+            # Who stands still sees the same place later.
+            other = np.where(still, first, rng.integers(self.num_trajectories, size=count))
+            trajectory[far, 1:] = other[far, None]
+            stored = rng.integers(1, self._poses.shape[1] // CHUNK_FRAMES - num_chunks + 2, size=count)
+            later = rng.integers(num_chunks, MAX_SESSION_CHUNKS, size=count)
+            for values, begin in ((chunk, stored), (position, later)):
+                values[far, 1:] = begin[far, None] + chunks[:-1]
+            weight[far, 1:3] = 0
+        look = rng.integers(2, size=(count, 1))
+        switch = np.where(rng.random(count) < SWITCH_SHARE, rng.integers(1, num_chunks, size=count), num_chunks)
+        view = np.where(chunks >= switch[:, None], 1 - look, look)
+        prompt = np.stack([rng.choice(rows, size=count) for rows in self._rows_of_look], axis=1)
+        camera = 1 - (still & (rng.random(count) < NO_CAMERA_SHARE)).astype(np.float32)
+        return SampleIndices(*map(torch.from_numpy, (trajectory, view, chunk, position, prompt, camera, weight)))
+
+    def gather(self, indices: SampleIndices) -> TrajectoryBatch:
+        """The batch of ``indices``, which must be on the dataset's device."""
+        rows, view = indices.trajectory, indices.view
+        frames = CHUNK_FRAMES * indices.chunk[..., None] + torch.arange(CHUNK_FRAMES, device=rows.device)
+        samples = torch.arange(len(rows), device=rows.device)[:, None]
+        return TrajectoryBatch(
+            # Indices around a slice put their own dimensions first: B S 3 z h w.
+            latents=self._latents[rows[..., None], view[..., None], :, frames].float().transpose(2, 3),
+            conditions=self._conditions(rows[:, 0], view[:, 0], rows.shape[1]),
+            poses=self._poses[rows[..., None], frames],
+            camera=indices.camera,
+            prompts=self._prompts[indices.prompt.flatten()],
+            prompt_of=len(LOOKS) * samples + self._looks[rows, view],
+            start_frames=CHUNK_FRAMES * indices.position,
+            weight=indices.weight,
+        )
+
     def sample(
         self, rng: np.random.Generator, count: int, num_chunks: int, *, from_start: bool = False
     ) -> TrajectoryBatch:
-        """``count`` samples of ``num_chunks`` chunks. ``from_start``: consecutive from the first chunk, none far."""
-        columns = zip(*(self._draw(rng, num_chunks, from_start) for _ in range(count)), strict=True)
-        trajectory, view, stored, position, prompt, weight = (np.array(column) for column in columns)
-        used, prompt_of = np.unique(prompt, return_inverse=True)
-        frames = stored[..., None] * CHUNK_FRAMES + np.arange(CHUNK_FRAMES)
-        return TrajectoryBatch(
-            latents=self._chunks(trajectory, view, frames),
-            conditions=self._conditions(trajectory, view),
-            rays=self._rays(self._relative[trajectory[..., None], frames]),
-            camera=self._tensor(rng.random(count) >= NO_CAMERA_SHARE).float(),
-            prompts=self._prompts[self._tensor(used)],
-            prompt_of=self._tensor(prompt_of.reshape(prompt.shape)),
-            start_frames=self._tensor(CHUNK_FRAMES * position),
-            weight=self._tensor(weight).float(),
-        )
+        """``draw``, then ``gather``."""
+        return self.gather(self.draw(rng, count, num_chunks, from_start=from_start).to(self._latents.device))
 
-    def _draw(self, rng: np.random.Generator, num_chunks: int, from_start: bool) -> tuple[np.ndarray, ...]:
-        """One sample: each chunk's trajectory, view of it (0 or 1), stored chunk, position, prompt and weight."""
-        first, look, far = (rng.integers(high) for high in (self.num_trajectories, 2, self.num_trajectories))
-        stored, position = np.arange(num_chunks), np.arange(num_chunks)
-        trajectory, weight = np.full(num_chunks, first), np.ones(num_chunks)
-        if not from_start and rng.random() < FAR_SHARE:
-            later = np.arange(num_chunks - 1)
-            stored[1:] = rng.integers(1, self._relative.shape[1] // CHUNK_FRAMES - num_chunks + 2) + later
-            position[1:] = rng.integers(num_chunks, MAX_SESSION_CHUNKS) + later
-            trajectory[1:] = far
-            weight[1:3] = 0
-        view = np.full(num_chunks, look)
-        if rng.random() < SWITCH_SHARE:
-            view[rng.integers(1, num_chunks) :] = 1 - look
-        prompts = np.array([rng.choice(rows) for rows in self._rows_of_look])
-        return trajectory, view, stored, position, prompts[self._looks[trajectory, view]], weight
-
-    def _chunks(self, trajectory: np.ndarray, view: np.ndarray, frames: np.ndarray) -> Tensor:
-        rows, views = (self._tensor(index)[..., None] for index in (trajectory, view))
-        # Indices around a slice put their own dimensions first: B S 3 z h w.
-        return self._latents[rows, views, :, self._tensor(frames)].float().transpose(2, 3)
-
-    def _conditions(self, trajectory: np.ndarray, view: np.ndarray) -> Tensor:
-        start = self._tensor(trajectory[:, 0]), self._tensor(view[:, 0])
-        later = self._later[start].float()[:, None].expand(-1, view.shape[1] - 1, -1, -1, -1, -1)
-        latents = torch.cat([self._first[start].float()[:, None], later], dim=1)
+    def _conditions(self, trajectory_B: Tensor, view_B: Tensor, num_chunks: int) -> Tensor:
+        first = self._first[trajectory_B, view_B].float()[:, None]
+        later = self._later[trajectory_B, view_B].float()[:, None].expand(-1, num_chunks - 1, -1, -1, -1, -1)
+        latents = torch.cat([first, later], dim=1)
         mask = latents.new_zeros(*latents.shape[:2], MASK_CHANNELS, *latents.shape[3:])
         mask[:, 0, :, 0] = 1
         return torch.cat([mask, latents], dim=2)
-
-    def _rays(self, relative_BS344: np.ndarray) -> Tensor:
-        count, num_chunks = relative_BS344.shape[:2]
-        rays = ray_map(relative_BS344.reshape(-1, 4, 4), self._size, self._device)
-        return rays[0].unflatten(1, (count, num_chunks, CHUNK_FRAMES)).permute(1, 2, 0, 3, 4, 5)
-
-    def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self._device)

@@ -143,7 +143,7 @@ class TrainingLoop:
     def record(self, **figures: Tensor) -> None:
         """Adds a step's figures to the means of the next log line. Does not wait for the device."""
         for name, value in figures.items():
-            self._figures.setdefault(name, []).append(value.detach().float())
+            self._figures.setdefault(name, []).append(value.detach().float().clone())  # graphs reuse it
 
     def log(self, **figures: Any) -> None:
         """Writes a line to log.jsonl and to the terminal."""

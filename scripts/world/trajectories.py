@@ -110,8 +110,13 @@ def place_in_world(start: View, poses: Array) -> View:
     )
 
 
+def still_actions(count: int) -> Actions:
+    """No key, ever."""
+    return (NEUTRAL,) * count
+
+
 def random_actions(rng: np.random.Generator, count: int) -> Actions:
-    """Single keys, pairs of keys and no key, each held for a random time."""
+    """Single keys, pairs of keys and no key, each held for a random time; some spells without a key are long."""
     limit = PITCH_LIMIT_DEGREES if rng.random() < 0.1 else TYPICAL_PITCH_DEGREES
     actions: list[Keys] = []
     pitch = 0
@@ -122,7 +127,10 @@ def random_actions(rng: np.random.Generator, count: int) -> Actions:
             keys = SINGLE_KEYS[rng.integers(1, len(SINGLE_KEYS))]
         elif kind < 0.9:
             keys = KEY_PAIRS[rng.integers(len(KEY_PAIRS))]
-        for _ in range(1 + int(rng.geometric(0.22))):
+        held = 1 + int(rng.geometric(0.22))
+        if keys == NEUTRAL and rng.random() < 0.3:
+            held = int(rng.integers(9, 25))
+        for _ in range(held):
             step = PITCH_DEGREES * (("i" in keys) - ("k" in keys))
             if abs(pitch + step) > limit:
                 keys = tuple(key for key in keys if key not in "ik")

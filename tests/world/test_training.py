@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from lingbot_rt.engine.flow_match import predict_x0, renoise
 from lingbot_rt.models.kv_cache import KVCache
+from lingbot_rt.models.ray_map import ray_map
+from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.shapes import FrameSize
 from scripts.world import make_latents, train_dit, train_text, train_vae
 from scripts.world.config import TINY
 from scripts.world.export import export
+from scripts.world.muon import BatchedMuon
 from scripts.world.render import Renderer
 from scripts.world.self_forcing import roll_out
 from scripts.world.teacher_forcing import forward
 from scripts.world.training_data import TrajectoryBatch, TrajectoryDataset
 from scripts.world.training_loop import Options, save_part
 from scripts.world.trajectories import View
+from scripts.world.whole_clip import decode, encode, use_whole_clips
 from scripts.world.worlds import Prompt, ServedWorld, Start
 
 CPU = torch.device("cpu")
@@ -104,9 +110,9 @@ def test_samples_of_the_dataset(tmp_path):
         def encode(self, prompt: str) -> torch.Tensor:
             return torch.full((1, 2, 3), float(len(prompt)))
 
-    dataset = TrajectoryDataset(tmp_path, Words(), TINY.size, CPU, seed=0)  # type: ignore[arg-type]
+    dataset = TrajectoryDataset(tmp_path, Words(), CPU, seed=0)  # type: ignore[arg-type]
     batch = dataset.sample(np.random.default_rng(0), 40, num_chunks)
-    assert batch.rays.shape == (40, num_chunks, 384, 3, 4, 4)
+    assert batch.poses.shape == (40, num_chunks, 3, 4, 4)
     code = batch.latents[:, :, 0, :, 0, 0]
     assert torch.equal(code, code[..., :1] + torch.arange(3))
     frame = code[..., 0] % 100
@@ -120,6 +126,43 @@ def test_samples_of_the_dataset(tmp_path):
     assert (batch.conditions[:, 0, 4:] == 7).all()
     assert (batch.conditions[:, 1:, 4:] == 9).all()
     assert batch.conditions[0, :, 0, :, 0, 0].tolist() == [[1, 0, 0]] + [[0, 0, 0]] * (num_chunks - 1)
+
+
+def test_whole_clips_are_the_serving_codes():
+    """All frames of a clip at once give the latents and pictures that the streaming VAE gives frame by frame."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan.from_config(TINY.vae)
+    for parameter in vae.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, mean=0.0 if parameter.ndim > 4 else 0.5)
+    clips = torch.rand(2, 3, 13, 32, 32) * 2 - 1
+    with torch.inference_mode():
+        mean, _ = encode(use_whole_clips(copy.deepcopy(vae)), clips)
+        pictures = decode(use_whole_clips(copy.deepcopy(vae)), mean)
+        streaming = StreamingVAE(vae)
+        features = streaming.new_features()
+        latents = streaming.encode(clips)
+        served = [streaming.decode_latent_frame(one, features) for one in latents[:1].split(1, dim=2)]
+    assert torch.allclose(mean, latents, atol=1e-5)
+    assert pictures.std() > 0.1
+    assert torch.allclose((pictures[:1] / 2 + 0.5).clamp(0, 1), torch.cat(served, dim=2), atol=1e-5)
+
+
+def test_batched_muon_is_torchs():
+    """Matrices of three shapes, stepped together or one by one."""
+    torch.manual_seed(0)
+    shapes = [(8, 8), (24, 8), (8, 8), (8, 32)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(matrix.detach().clone()) for matrix in ours]
+    batched = BatchedMuon(ours, lr=0.05, weight_decay=0.02)
+    single = torch.optim.Muon(theirs, lr=0.05, weight_decay=0.02, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        batched.step()
+        single.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=2e-3)  # bfloat16 inside
 
 
 @pytest.fixture
@@ -146,13 +189,17 @@ def random_batch(num_chunks: int) -> TrajectoryBatch:
             ],
             1,
         ),
-        rays=torch.randn(2, num_chunks, 384, *cells),
+        poses=torch.randn(2, num_chunks, 3, 4, 4),
         camera=torch.tensor([1.0, 0.0]),
         prompts=torch.randn(2, TINY.text_len, TINY.text_dim),
         prompt_of=torch.stack([(torch.arange(num_chunks) > 3).long(), (torch.arange(num_chunks) < 2).long()]),
         start_frames=3 * torch.arange(num_chunks).expand(2, num_chunks),
         weight=torch.ones(2, num_chunks),
     )
+
+
+def ray_map_of(batch: TrajectoryBatch, session: int, chunk: int) -> torch.Tensor:
+    return ray_map(batch.poses[session, chunk].numpy(), FrameSize(32, 48), CPU)
 
 
 def cache_of(dit, tokens: int) -> KVCache:
@@ -181,7 +228,7 @@ def test_teacher_forcing_is_the_cached_roll_out(dit):
         text_kv = [dit.text_kv(prompt[None]) for prompt in batch.prompts]
         for i in range(num_chunks):
             kv = text_kv[int(batch.prompt_of[session, i])]
-            camera = dit.camera_modulation(batch.rays[session, i][None]) if batch.camera[session] else None
+            camera = dit.camera_modulation(ray_map_of(batch, session, i)) if batch.camera[session] else None
 
             def serve(latents, timestep, commit=False, i=i, session=session, kv=kv, camera=camera, cache=cache):
                 x = torch.cat([latents, batch.conditions[session, i]])[None]
@@ -201,7 +248,7 @@ def test_roll_outs_are_the_serving_codes(dit):
     torch.manual_seed(5)
     cache, text_kv = cache_of(dit, tokens=6), dit.text_kv(batch.prompts[:1])
     for i in range(3):
-        camera = dit.camera_modulation(batch.rays[0, i][None])
+        camera = dit.camera_modulation(ray_map_of(batch, 0, i))
         x = torch.randn(2, *batch.latents.shape[2:])[:1]
         for n, step in enumerate(steps):
             assert torch.allclose(x, rollout.inputs[:1, i, n], atol=1e-4)
