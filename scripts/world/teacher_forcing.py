@@ -26,11 +26,6 @@ from scripts.world.config import CHUNK_FRAMES
 from scripts.world.training_data import MAX_SESSION_CHUNKS, TrajectoryBatch
 
 
-def context_of(chunk: int) -> list[int]:
-    """The clean chunks that a chunk attends to besides itself: the first one and the two before it."""
-    return sorted({0, chunk - 2, chunk - 1} & set(range(chunk)))
-
-
 def forward(dit: CausalDiT, batch: TrajectoryBatch, clean: Tensor, noisy: Tensor, timestep_BS: Tensor) -> Tensor:
     """Flow of every noisy chunk, [B, S, z, 3, h, w] like ``clean`` and ``noisy``."""
     count, num_chunks = clean.shape[:2]
@@ -57,18 +52,29 @@ def forward(dit: CausalDiT, batch: TrajectoryBatch, clean: Tensor, noisy: Tensor
 
 
 def attend_chunks(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
-    """[2, B, S, N, H, d] (clean, noisy) -> [2 B S, N, H, d]. One call per number of context chunks."""
+    """Attention of the clean and noisy copies of all chunks, [2, B, S, N, H, d] each -> [2 B S, N, H, d].
+
+    Chunks with equally many context chunks, which are all from the fourth on, are attended to together.
+    """
     num_chunks = q.shape[2]
     parts = []
-    for group in [[chunk] for chunk in range(min(3, num_chunks))] + [list(range(3, num_chunks))] * (num_chunks > 3):
-        others = torch.tensor([context_of(chunk) for chunk in group], dtype=torch.long, device=q.device)
-        keys = []
-        for own in (k, v):
-            context = own[0][:, others].flatten(2, 3)  # B, group, tokens of all context chunks, H, d
-            keys.append(torch.cat([context.expand(2, *context.shape), own[:, :, group]], dim=3).flatten(0, 2))
+    for begin, end in [(i, i + 1) for i in range(min(3, num_chunks))] + [(3, num_chunks)] * (num_chunks > 3):
+        group = slice(begin, end)
+        keys = [_with_context(own, begin, end).flatten(0, 2) for own in (k, v)]
         out = attend(q[:, :, group].flatten(0, 2), *keys, backend)
-        parts.append(out.unflatten(0, (2, q.shape[1], len(group))))
+        parts.append(out.unflatten(0, (2, q.shape[1], end - begin)))
     return torch.cat(parts, dim=2).flatten(0, 2)
+
+
+def _with_context(own: Tensor, begin: int, end: int) -> Tensor:
+    """[2, B, S, N, ...] -> [2, B, end - begin, M, ...]: the clean tokens of the first chunk and of the two before each
+    chunk, where there are such chunks, and then its own tokens."""
+    clean = own[0]
+    contexts = [clean[:, begin - back : end - back] for back in (2, 1) if begin - back > 0]
+    if begin > 0:
+        contexts.insert(0, clean[:, :1].expand(-1, end - begin, *[-1] * (clean.dim() - 2)))
+    together = [context.expand(2, *context.shape) for context in contexts]
+    return torch.cat([*together, own[:, :, begin:end]], dim=3)
 
 
 def rope_of_chunks(dit: CausalDiT, batch: TrajectoryBatch, cells: torch.Size) -> tuple[Tensor, Tensor]:
