@@ -1,7 +1,7 @@
 """Measures a trained world through the serving code, compares it with the bars, and makes a contact sheet.
 
     python -m scripts.world.evaluate --model runs/world/model --out runs/world/evaluation
-    python -m scripts.world.evaluate --model runs/world/model --short            # about a minute on two cores
+    python -m scripts.world.evaluate --model runs/world/model --short            # about 90 s on two cores
 
     python -m scripts.world.evaluate --model runs/world/model --only vae,rollouts
     python -m scripts.world.evaluate --model runs/world/model --video walk.mp4
@@ -316,7 +316,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/world/evaluation"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--short", action="store_true", help="about a minute on two cores: fewer groups and cases, lower bars"
+        "--short", action="store_true", help="about 90 s on two cores: fewer groups and cases, lower bars"
     )
     parser.add_argument("--only", type=_group_names, metavar="NAME,NAME", help=f"measure these: {', '.join(GROUPS)}")
     parser.add_argument(

@@ -284,9 +284,10 @@ def standing_still(world: World, renderer: Renderer, count: int, chunks: int = 6
 
 
 def walk_beside_truth(world: World, renderer: Renderer, chunks: int) -> Iterator[Frames]:
-    """The pictures of one walk with random keys, true left and generated right: uint8 [2 H, 4 W, 3]."""
+    """The pictures of one walk, level with random keys, true left and generated right: uint8 [2 H, 4 W, 3]."""
     start, rng = next(held_out_starts(1, purpose=8))
-    actions = random_actions(rng, CHUNK_FRAMES * chunks)
+    random = random_actions(rng, CHUNK_FRAMES * chunks)
+    actions = tuple(tuple(key for key in keys if key not in "ik") for keys in random)
     poses = make_trajectory(start.view, actions).view.pixel_frames().poses()
     session = world.start(start)
     for chunk in range(chunks):
