@@ -10,7 +10,9 @@ import torch
 
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.regression.metrics import psnr
+from lingbot_rt.session.camera_path import YAW_DEGREES
 from lingbot_rt.session.controls import NEUTRAL, Actions, Keys
+from lingbot_rt.shapes import VAE_TEMPORAL_STRIDE
 from scripts.world.config import CHUNK_FRAMES
 from scripts.world.prompts import HELD_OUT
 from scripts.world.render import Renderer
@@ -22,6 +24,8 @@ from scripts.world.worlds import Frames, Prompt, Session, Start, World
 HELD_OUT_SEED = 1_000_000
 """Training uses smaller seeds."""
 
+_PERFECT_DB = 99.0  # of equal pictures, to keep means finite
+_OTHER_VIEWS = 8  # random views that a full turn is compared with
 _FIT_ROUNDS, _FIT_CANDIDATES, _FIT_KEPT = 5, 24, 5
 _FIT_SPREAD = (0.1, 0.1, 5.0, 3.0)  # initial standard deviations of x, z, yaw and pitch
 
@@ -39,7 +43,13 @@ def _prompt(rng: np.random.Generator, look: int) -> Prompt:
 
 
 def picture(renderer: Renderer, view: View, look: int) -> Frames:
-    return renderer.render(view.poses(), [look] * len(view.x)).cpu().numpy()
+    """The true pictures of ``view``, one per entry."""
+    return _pictures(renderer, view.poses(), look)
+
+
+def _pictures(renderer: Renderer, poses: np.ndarray, look: int) -> Frames:
+    """The true pictures of c2w ``poses`` [n, 4, 4]."""
+    return renderer.render(poses, [look] * len(poses)).cpu().numpy()
 
 
 def vae_psnr(vae: StreamingVAE, renderer: Renderer, clips: int) -> float:
@@ -54,7 +64,7 @@ def vae_psnr(vae: StreamingVAE, renderer: Renderer, clips: int) -> float:
             features = vae.new_features()
             got = torch.cat([vae.decode_latent_frame(one, features) for one in latents.split(1, dim=2)], dim=2)
         frames = (got[0].permute(1, 2, 3, 0) * 255).to(torch.uint8).cpu().numpy()
-        scores += [psnr(a, b) for a, b in zip(frames, true, strict=True)]
+        scores += [_psnr(a, b) for a, b in zip(frames, true, strict=True)]
     return float(np.mean(scores))
 
 
@@ -167,8 +177,7 @@ def rollouts(world: World, renderer: Renderer, count: int, chunks: Sequence[int]
     sheet: list[list[tuple[Frames, Frames]]] = []
 
     def add(source: str, chunk: int, got: Frames, true: Frames) -> None:
-        scores = [psnr(a, b) for a, b in zip(got, true, strict=True)]
-        found.setdefault(source, {}).setdefault(chunk, []).extend(min(score, 99.0) for score in scores)
+        found.setdefault(source, {}).setdefault(chunk, []).extend(_psnr(a, b) for a, b in zip(got, true, strict=True))
 
     for start, rng in held_out_starts(count, purpose=4):
         actions = random_actions(rng, CHUNK_FRAMES * (max(chunks) + 1))
@@ -213,8 +222,83 @@ def statistics(frame: Frames) -> np.ndarray:
     return np.array([x.mean(), x.std(), (np.diff(x, axis=0) ** 2).mean() + (np.diff(x, axis=1) ** 2).mean()])
 
 
+@dataclass
+class Turn:
+    """Means over the sessions of a full turn, in dB but for ``turned``, and the contact sheet's pictures."""
+
+    psnr: float  # the last picture to the first view
+    random_view: float  # the last picture to random true views of the same look
+    above: float  # the difference, where a session that did not turn right counts at most 0
+    turned: float  # the share of sessions that did
+    sheet: list[list[tuple[Frames, Frames]]]  # every second chunk's last picture: [session][column] (true, got)
+
+
+def full_turn(world: World, renderer: Renderer, count: int) -> Turn:
+    """Holds key `l` for 360 degrees, and compares the last picture with the first view and with random views.
+
+    A world that keeps its first picture, or turns left, also ends at the first view. So a quarter of the turn in, the
+    nearest of the true views at 0, 90, 180 and 270 degrees must be that at 90. The first latent frame never moves:
+    the turn ends one latent frame after 20 chunks, and no key is held for the rest of that chunk.
+    """
+    turn = 360 // YAW_DEGREES  # latent frames
+    actions: Actions = (("l",),) * (turn + 1)
+    actions += (NEUTRAL,) * (-len(actions) % CHUNK_FRAMES)
+    to_first, to_random, above, turned = [], [], [], []
+    sheet = []
+    for start, rng in held_out_starts(count, purpose=6):
+        look = start.prompt.look
+        played = _play(world.start(start), actions, start.prompt)
+        poses = make_trajectory(start.view, actions).view.poses()
+        others = _pictures(renderer, np.concatenate([start_view(rng).poses() for _ in range(_OTHER_VIEWS)]), look)
+        quarters = _pictures(renderer, poses[: turn : turn // 4], look)
+        last = played[-1][-1]
+        to_first.append(_psnr(last, quarters[0]))
+        to_random.append(float(np.mean([_psnr(last, other) for other in others])))
+        quarter_way = np.concatenate(played)[VAE_TEMPORAL_STRIDE * (turn // 4)]
+        turned.append(int(np.argmax([_psnr(quarter_way, true) for true in quarters])) == 1)
+        gain = to_first[-1] - to_random[-1]
+        above.append(gain if turned[-1] else min(gain, 0.0))
+        truths = _pictures(renderer, poses[CHUNK_FRAMES - 1 :: 2 * CHUNK_FRAMES], look)
+        sheet.append([(true, frames[-1]) for true, frames in zip(truths, played[::2], strict=True)])
+    return Turn(
+        psnr=float(np.mean(to_first)),
+        random_view=float(np.mean(to_random)),
+        above=float(np.mean(above)),
+        turned=float(np.mean(turned)),
+        sheet=sheet,
+    )
+
+
+def standing_still(world: World, renderer: Renderer, count: int, chunks: int = 60) -> dict[str, float]:
+    """Mean dB of the last picture after ``chunks`` to the first view, without camera control and with no key held."""
+    still: dict[str, Actions | None] = {"no camera": None, "no key": (NEUTRAL,) * CHUNK_FRAMES}
+    found: dict[str, list[float]] = {name: [] for name in still}
+    for start, _ in held_out_starts(count, purpose=7):
+        first = picture(renderer, start.view, start.prompt.look)[0]
+        for name, actions in still.items():
+            session = world.start(start)
+            for _ in range(chunks):
+                last = session.step(actions, start.prompt)[-1]
+            found[name].append(_psnr(last, first))
+    return {name: float(np.mean(scores)) for name, scores in found.items()}
+
+
+def walk_beside_truth(world: World, renderer: Renderer, chunks: int) -> Iterator[Frames]:
+    """The pictures of one walk, level with random keys, true left and generated right: uint8 [2 H, 4 W, 3]."""
+    start, rng = next(held_out_starts(1, purpose=8))
+    random = random_actions(rng, CHUNK_FRAMES * chunks)
+    actions = tuple(tuple(key for key in keys if key not in "ik") for keys in random)
+    poses = make_trajectory(start.view, actions).view.pixel_frames().poses()
+    session = world.start(start)
+    for chunk in range(chunks):
+        got = session.step(actions[CHUNK_FRAMES * chunk : CHUNK_FRAMES * (chunk + 1)], start.prompt)
+        true = _pictures(renderer, poses[: len(got)], start.prompt.look)
+        poses = poses[len(got) :]
+        yield from np.concatenate([true, got], axis=2).repeat(2, axis=1).repeat(2, axis=2)
+
+
 def contact_sheet(rows: list[list[tuple[Frames, Frames]]]) -> Frames:
-    """A pair of rows per trajectory, true above generated; one column per measured chunk."""
+    """A pair of rows per trajectory, true above generated; one column per chunk."""
     lines = [np.concatenate([pair[i] for pair in row], axis=1) for row in rows for i in (0, 1)]
     return np.concatenate(lines)
 
@@ -222,3 +306,7 @@ def contact_sheet(rows: list[list[tuple[Frames, Frames]]]) -> Frames:
 def _play(session: Session, actions: Actions, prompt: Prompt) -> list[Frames]:
     """The frames of each chunk."""
     return [session.step(actions[i : i + CHUNK_FRAMES], prompt) for i in range(0, len(actions), CHUNK_FRAMES)]
+
+
+def _psnr(got: Frames, true: Frames) -> float:
+    return min(psnr(got, true), _PERFECT_DB)

@@ -17,8 +17,9 @@ from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.pipeline import load_pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.session.camera_path import CameraPath
-from lingbot_rt.session.controls import Actions
+from lingbot_rt.session.controls import NEUTRAL, Actions
 from lingbot_rt.session.plan import ChunkPlan, FrameGroup, SessionPlan
+from scripts.world.config import CHUNK_FRAMES
 from scripts.world.render import Renderer
 from scripts.world.trajectories import View, place_in_world
 
@@ -44,8 +45,8 @@ class Start:
 
 
 class Session(Protocol):
-    def step(self, actions: Actions, prompt: Prompt) -> Frames:
-        """The frames of the next chunk."""
+    def step(self, actions: Actions | None, prompt: Prompt) -> Frames:
+        """The frames of the next chunk. None: without camera control, as in a session that never sets a camera."""
 
     def fork(self) -> Session:
         """A copy that continues from here independently."""
@@ -65,7 +66,7 @@ class ServedWorld:
     def __init__(self, folder: Path, device: str, renderer: Renderer, ablation: str | None = None) -> None:
         config = ServeConfig(model_path=str(folder), device=device, dtype="float32")
         self.pipeline = load_pipeline(config, lambda status: None)
-        self.renderer, self.ablation = renderer, ablation
+        self.folder, self.renderer, self.ablation = folder, renderer, ablation
 
     def start(self, start: Start) -> ServedSession:
         model_info = self.pipeline.model_info
@@ -92,10 +93,10 @@ class ServedSession:
         self._path = CameraPath()
         self._chunk = 0
 
-    def step(self, actions: Actions, prompt: Prompt) -> Frames:
-        relative = self._path.extend(actions)
+    def step(self, actions: Actions | None, prompt: Prompt) -> Frames:
+        relative = None if actions is None else self._path.extend(actions)
         text = prompt.text
-        if self._world.ablation == "rays":
+        if self._world.ablation == "rays" and relative is not None:
             relative = np.broadcast_to(np.eye(4), relative.shape)
         if self._world.ablation == "text":
             text = self._state.plan.prompt
@@ -129,7 +130,10 @@ class ServedSession:
 
 
 class GroundTruthWorld:
-    """The renderer as a world. ``corrupt`` may change keys and prompt, to test what a metric says of a wrong world."""
+    """The renderer as a world. Without camera control it stands still.
+
+    ``corrupt`` may change keys and prompt, to test what a metric says of a wrong world.
+    """
 
     def __init__(
         self, renderer: Renderer, corrupt: Callable[[Actions, Prompt], tuple[Actions, Prompt]] | None = None
@@ -146,7 +150,9 @@ class GroundTruthSession:
         self._path = CameraPath()
         self._poses: list[npt.NDArray[np.float64]] = []
 
-    def step(self, actions: Actions, prompt: Prompt) -> Frames:
+    def step(self, actions: Actions | None, prompt: Prompt) -> Frames:
+        if actions is None:
+            actions = (NEUTRAL,) * CHUNK_FRAMES
         if self._world.corrupt is not None:
             actions, prompt = self._world.corrupt(actions, prompt)
         first = 4 * (len(self._poses) - 1) + 1 if self._poses else 0
