@@ -1,12 +1,13 @@
-"""The Muon optimiser for many small matrices: those of equal shape are orthogonalised together.
+"""The Muon optimiser for many small matrices and kernels: those of equal shape are orthogonalised together.
 
-torch.optim.Muon takes them one by one, which for this model is 2,400 kernels per step. The numbers are the same.
+torch.optim.Muon takes them one by one, which for the DiT is 2,400 GPU kernels per step. The numbers are the same. A
+convolution's kernel counts as a matrix with one row per output channel.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -34,10 +35,11 @@ class BatchedMuon(torch.optim.Optimizer):
                         self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
                 buffers = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-                updates = orthogonalised(torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"])))
+                ahead = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
+                updates = orthogonalised(ahead.flatten(2))
                 rate = group["lr"] * 0.2 * math.sqrt(max(updates.shape[1:]))
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(matrices, list(updates.float().unbind()), alpha=-rate)
+                torch._foreach_add_(matrices, list(updates.float().view_as(ahead).unbind()), alpha=-rate)
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -57,3 +59,24 @@ def _by_shape(matrices: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     for matrix in matrices:
         shapes.setdefault(matrix.shape, []).append(matrix)
     yield from shapes.values()
+
+
+def muon_and_adamw(
+    module: nn.Module,
+    for_muon: Callable[[str, nn.Parameter], bool],
+    *,
+    betas: tuple[float, float],
+    weight_decay: float = 0.0,
+    scale: float = 1.0,
+) -> list[torch.optim.Optimizer]:
+    """Muon for the parameters that ``for_muon`` chooses by name and shape, AdamW for the others.
+
+    Muon's learning rate is ``scale`` times AdamW's, for which ``betas`` and ``weight_decay`` are.
+    """
+    chosen, others = [], []
+    for name, parameter in module.named_parameters():
+        (chosen if for_muon(name, parameter) else others).append(parameter)
+    muon = BatchedMuon(chosen)
+    muon.param_groups[0]["scale"] = scale
+    fused = others[0].is_cuda or None
+    return [muon, torch.optim.AdamW(others, betas=betas, weight_decay=weight_decay, fused=fused)]

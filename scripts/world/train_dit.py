@@ -31,7 +31,7 @@ from scripts.world.captured import Captured
 from scripts.world.config import WorldConfig
 from scripts.world.export import complete
 from scripts.world.make_latents import checkpoint
-from scripts.world.muon import BatchedMuon
+from scripts.world.muon import muon_and_adamw
 from scripts.world.self_forcing import Rollout, roll_out
 from scripts.world.teacher_forcing import forward
 from scripts.world.training_data import SampleIndices, TrajectoryBatch, TrajectoryDataset
@@ -135,11 +135,7 @@ def velocity_loss(dit: CausalDiT, batch: DenoisingBatch) -> tuple[Tensor, Tensor
 
 def make_optimisers(dit: CausalDiT) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for all other parameters."""
-    matrices = [p for name, p in dit.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in dit.parameters() if id(p) not in chosen]
-    fused = others[0].is_cuda or None
-    return [BatchedMuon(matrices), torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)]
+    return muon_and_adamw(dit, lambda name, p: name.startswith("blocks.") and p.ndim == 2, betas=(0.9, 0.95))
 
 
 def new_dit(config: WorldConfig) -> CausalDiT:

@@ -12,15 +12,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from torch import Tensor
+from torch import Tensor, nn
 
 from lingbot_rt.models.vae import channels_last
 from scripts.world.captured import Captured
+from scripts.world.muon import muon_and_adamw
 from scripts.world.render import Renderer
 from scripts.world.scene import LOOKS
 from scripts.world.training_loop import (
     EMA,
     Options,
+    Stateful,
     TrainingLoop,
     append_line,
     learning_rate,
@@ -32,8 +34,8 @@ from scripts.world.whole_clip import decode, encode, use_whole_clips
 
 LATENT_FRAMES = 4  # per clip: 13 pictures
 PEAK_RATE = 1e-3
-KL_WEIGHT = 2e-5
-LATENT_NOISE = 0.1
+KL_WEIGHT = 1e-6
+LATENT_NOISE = 0.03
 """Most noise added to latents in training, so that the decoder tolerates small errors of the DiT."""
 
 REFRESH_EVERY = 4  # steps
@@ -90,8 +92,8 @@ def video(clips_BTHW3: Tensor) -> Tensor:
 
 
 def picture_loss(got: Tensor, true: Tensor) -> Tensor:
-    """L1, plus twice the squared error, plus L1 between picture gradients at three scales, which sharpens edges."""
-    loss = F.l1_loss(got, true) + 2 * F.mse_loss(got, true)
+    """L1, eight times the squared error, and L1 between picture gradients at three scales, which sharpens edges."""
+    loss = F.l1_loss(got, true) + 8 * F.mse_loss(got, true)
     a, b = (x.transpose(1, 2).flatten(0, 1) for x in (got, true))
     for _ in range(3):
         for dim in (-1, -2):
@@ -111,10 +113,25 @@ def reconstruction(vae: Any, latents: Tensor, true: Tensor) -> tuple[Tensor, Ten
     return picture_loss(got, true), psnr(got.detach(), true)
 
 
+def make_optimisers(vae: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the convolutions between features, AdamW for those at the ends and all other parameters.
+
+    With Muon training needed about 1.6 times fewer steps for the same PSNR than with AdamW alone.
+    """
+
+    def for_muon(name: str, parameter: nn.Parameter) -> bool:
+        return parameter.ndim >= 4 and not any(end in name for end in ("conv_in", "conv_out", "quant_conv"))
+
+    return muon_and_adamw(vae, for_muon, betas=(0.9, 0.98), weight_decay=1e-3, scale=2.0)
+
+
 def train(options: Options, batch: int, clips: int, refresh: int = 4) -> float:
     """Trains the VAE and returns its PSNR on held-out clips."""
     config, device = options.config, options.device
-    vae = use_whole_clips(AutoencoderKLWan.from_config(config.vae).to(device).train())
+    folder = options.model / "vae"
+    from_checkpoint = (folder / "config.json").exists()
+    vae = AutoencoderKLWan.from_pretrained(folder) if from_checkpoint else AutoencoderKLWan.from_config(config.vae)
+    vae = use_whole_clips(vae.to(device).train())
     on_cuda = device.type == "cuda"
     encoded: Callable[..., tuple[Tensor, Tensor]] = encode
     reconstructed: Callable[..., tuple[Tensor, Tensor]] = reconstruction
@@ -123,17 +140,18 @@ def train(options: Options, batch: int, clips: int, refresh: int = 4) -> float:
         torch.backends.cudnn.benchmark = True
         encoded, reconstructed = (torch.compile(one, dynamic=False) for one in (encode, reconstruction))
     ema = EMA(vae)
-    optimiser = torch.optim.AdamW(
-        vae.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=1e-3, fused=on_cuda or None
-    )
-    loop = TrainingLoop("vae", options, {"vae": vae, "average": ema, "optimiser": optimiser})
+    optimisers = make_optimisers(vae)
+    parts: dict[str, Stateful] = {"vae": vae, "average": ema}
+    parts |= {f"optimiser{i}": each for i, each in enumerate(optimisers)}
+    loop = TrainingLoop("vae", options, parts)
     renderer = Renderer(config.size, device, config.supersample)
     pool = ClipPool(renderer, clips, seed=options.seed + 1 + loop.step)
     held_out = ClipPool(renderer, min(32, clips), seed=10**6)
-    append_line(options.run, {"stage": "vae", "pool_seconds": round(loop.seconds, 1)})
+    facts = {"from_checkpoint": from_checkpoint, "pool_seconds": round(loop.seconds, 1)}
+    append_line(options.run, {"stage": "vae"} | facts)
 
     def gradients() -> dict[str, Tensor]:
-        optimiser.zero_grad(set_to_none=True)
+        vae.zero_grad(set_to_none=True)
         true = pool.batch(batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=on_cuda):
             mean, log_variance = (part.float() for part in encoded(vae, true))
@@ -146,11 +164,12 @@ def train(options: Options, batch: int, clips: int, refresh: int = 4) -> float:
 
     step_gradients = Captured(gradients, device)
     for step in loop:
-        set_learning_rate([optimiser], learning_rate(loop, PEAK_RATE))
+        set_learning_rate(optimisers, learning_rate(loop, PEAK_RATE))
         if refresh and step % REFRESH_EVERY == 0:
             pool.refresh(min(refresh, clips))
         figures = step_gradients()
-        optimiser.step()
+        for optimiser in optimisers:
+            optimiser.step()
         ema.update()
         loop.record(**figures)
     ema.apply()

@@ -148,7 +148,7 @@ def test_whole_clips_are_the_serving_codes():
 
 
 def test_batched_muon_is_torchs():
-    """Matrices of three shapes, stepped together or one by one."""
+    """Matrices of three shapes, stepped together or one by one; a kernel is the matrix of its rows."""
     torch.manual_seed(0)
     shapes = [(8, 8), (24, 8), (8, 8), (8, 32)]
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
@@ -163,6 +163,12 @@ def test_batched_muon_is_torchs():
         single.step()
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a, b, atol=2e-3)  # bfloat16 inside
+    kernel, matrix = torch.nn.Parameter(torch.ones(4, 2, 3, 1, 1)), torch.nn.Parameter(torch.ones(4, 6))
+    kernel.grad = torch.randn_like(kernel)
+    matrix.grad = kernel.grad.flatten(1)
+    BatchedMuon([kernel]).step()
+    BatchedMuon([matrix]).step()
+    assert torch.equal(kernel.flatten(1), matrix)
 
 
 @pytest.fixture
