@@ -10,6 +10,7 @@ B samples, S chunks, N tokens per chunk, D width, H heads, d head_dim. The clean
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lingbot_rt.models.attention import attend
-from lingbot_rt.models.dit import RAY_CHANNELS, CameraModulation, CausalDiT, patchify, unpatchify
+from lingbot_rt.models.dit import RAY_CHANNELS, Block, CameraModulation, CausalDiT, TextKV, patchify, unpatchify
 from lingbot_rt.models.ray_map import ray_map
 from lingbot_rt.models.rope import rope_tables
 from lingbot_rt.shapes import PATCH_SIZE, VAE_SPATIAL_STRIDE, FrameSize
@@ -26,29 +27,61 @@ from scripts.world.config import CHUNK_FRAMES
 from scripts.world.training_data import MAX_SESSION_CHUNKS, TrajectoryBatch
 
 
-def forward(dit: CausalDiT, batch: TrajectoryBatch, clean: Tensor, noisy: Tensor, timestep_BS: Tensor) -> Tensor:
-    """Flow of every noisy chunk, [B, S, z, 3, h, w] like ``clean`` and ``noisy``."""
+def forward(
+    dit: CausalDiT,
+    batch: TrajectoryBatch,
+    clean: Tensor,
+    noisy: Tensor,
+    timestep_BS: Tensor,
+    layer: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """Flow of every noisy chunk, [B, S, z, 3, h, w] like ``clean`` and ``noisy``. ``layer``: a compiled run_layer."""
     count, num_chunks = clean.shape[:2]
+    layer = layer or run_layer
     channels = torch.cat([torch.stack([clean, noisy]), batch.conditions.expand(2, *batch.conditions.shape)], dim=3)
     x = dit.patch_embedding(channels.flatten(0, 2))
     timesteps = torch.stack([torch.zeros_like(timestep_BS), timestep_BS]).flatten()
     time = dit.time_modulation(timesteps)
     rope = rope_of_chunks(dit, batch, channels.shape[-2:])
     camera = camera_modulation_of(dit, batch)
-    text_kv = dit.text_kv(batch.prompts.to(x.dtype))
-    rows = batch.prompt_of.flatten()
-    for i, block in enumerate(dit.blocks):
-        q, k, v = dit.before_attention(block, x, time.projection_B6D, *(table.repeat(2, 1, 1) for table in rope))
-        attended = attend_chunks(
-            *(part.unflatten(0, (2, count, num_chunks)) for part in (q, k, v)), dit.attention_backend
-        )
-        modulation = tuple(part.repeat(2, 1, 1) for part in camera[i])
-        text = tuple(part[rows].repeat(2, 1, 1, 1) for part in text_kv[i])
-        x = dit.after_attention(block, x, attended, time.projection_B6D, modulation, text, dit.attention_backend)
+    text = text_of_chunks(dit, batch)
+    for block, modulation, text_kv in zip(dit.blocks, camera, text, strict=True):
+        x = layer(block, x, time.projection_B6D, rope, modulation, text_kv, (count, num_chunks), dit.attention_backend)
     half = count * num_chunks
     tokens = dit.head(x[half:], time.embedding_BD[half:])
     height, width = (side // PATCH_SIZE for side in channels.shape[-2:])
     return unpatchify(tokens, CHUNK_FRAMES, height, width).unflatten(0, (count, num_chunks))
+
+
+def run_layer(
+    block: Block,
+    x: Tensor,
+    time_B6D: Tensor,
+    rope: tuple[Tensor, Tensor],
+    camera: tuple[Tensor, Tensor],
+    text_kv: tuple[Tensor, Tensor],
+    shape: tuple[int, int],
+    backend: str,
+) -> Tensor:
+    """A block on both copies, [2 B S, N, D]. ``shape`` is (B, S). Rope, camera and text have rows for one copy, B S.
+
+    One function, so that compiled code never writes the second copy of these rows to memory.
+    """
+    both = [torch.cat([part, part]) for part in (*rope, *camera, *text_kv)]
+    q, k, v = block.before_attention(x, time_B6D, both[0], both[1])
+    attended = attend_chunks(*(part.unflatten(0, (2, *shape)) for part in (q, k, v)), backend)
+    return block.after_attention(x, attended, time_B6D, (both[2], both[3]), (both[4], both[5]), backend)
+
+
+def text_of_chunks(dit: CausalDiT, batch: TrajectoryBatch) -> TextKV:
+    """Cross-attention keys and values [B S, L, H, d] of every block.
+
+    A matrix picks each chunk's prompt: the backward pass of an index would add up rows one by one.
+    """
+    text_kv = dit.text_kv(batch.prompts.to(dit.head.head.weight.dtype))
+    prompts = torch.arange(len(batch.prompts), device=batch.prompts.device)
+    picks = (batch.prompt_of.flatten()[:, None] == prompts).to(text_kv[0][0].dtype)
+    return [tuple((picks @ part.flatten(1)).unflatten(1, part.shape[1:]) for part in kv) for kv in text_kv]  # type: ignore[misc]
 
 
 def attend_chunks(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:

@@ -16,6 +16,7 @@ sharp     the same as rollout, plus the loss of a discriminator between true and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -33,7 +34,7 @@ from scripts.world.export import complete
 from scripts.world.make_latents import checkpoint
 from scripts.world.muon import muon_and_adamw
 from scripts.world.self_forcing import Rollout, roll_out
-from scripts.world.teacher_forcing import forward
+from scripts.world.teacher_forcing import forward, run_layer
 from scripts.world.training_data import SampleIndices, TrajectoryBatch, TrajectoryDataset
 from scripts.world.training_loop import (
     EMA,
@@ -121,13 +122,15 @@ def add_noise(latents: Tensor, sigma_BS: Tensor) -> Tensor:
     return (1 - sigma) * latents + sigma * torch.randn_like(latents)
 
 
-def velocity_loss(dit: CausalDiT, batch: DenoisingBatch) -> tuple[Tensor, Tensor]:
+def velocity_loss(
+    dit: CausalDiT, batch: DenoisingBatch, layer: Callable[..., Tensor] = run_layer
+) -> tuple[Tensor, Tensor]:
     """The loss and the predicted clean latents.
 
     The target is the velocity that leads to the true latents, (x - truth) / sigma, from generated inputs too.
     """
     sigma = batch.sigma[:, :, None, None, None, None]
-    flow = forward(dit, batch.truth, batch.clean, batch.noisy, 1000 * batch.sigma).float()
+    flow = forward(dit, batch.truth, batch.clean, batch.noisy, 1000 * batch.sigma, layer).float()
     error = (flow - (batch.noisy - batch.truth.latents) / sigma).square().mean(dim=(2, 3, 4, 5))
     loss = (error * batch.weight).sum() / batch.weight.sum()
     return loss, batch.noisy - sigma * flow
@@ -169,6 +172,7 @@ class Phase:
         self._indices = self._draw(np.random.default_rng(0)).to(device)
         self._generate, self._gradients = Captured(self._roll_out, device), Captured(self._forward_backward, device)
         self._autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
+        self._layer = run_layer if device.type == "cpu" else torch.compile(run_layer, dynamic=False)
         self._steps = 0
 
     def step(self, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -198,7 +202,7 @@ class Phase:
                 data = teacher_forcing_batch(self._dataset.gather(self._indices), self._config.schedule)
             else:
                 data = self_forcing_batch(self._truth, self._rollout, self._config.schedule)
-            loss, latents = velocity_loss(self.dit, data)
+            loss, latents = velocity_loss(self.dit, data, self._layer)
         error = (latents.detach() - data.truth.latents).square().mean(dim=(0, 2, 3, 4, 5))
         figures = {"loss": loss.detach(), "x0_first": error[0], "x0_last": error[-1]}
         parameters = list(self.dit.parameters())
