@@ -38,6 +38,9 @@ MAX_TILE_PIXELS = 16_000_000
 MAX_PARTS = 2**16
 """Chunks, segments or entries in one file."""
 
+MAX_GIF_BLOCKS = 2**19
+"""Of 255 bytes at most, before a GIF's first frame."""
+
 
 @dataclass(frozen=True, slots=True)
 class PictureFile:
@@ -92,8 +95,8 @@ def damaged(name: str, extent: str) -> InvalidFirstFrame:
     )
 
 
-def _too_many_parts() -> InvalidFirstFrame:
-    return InvalidFirstFrame(f"the file has more than {MAX_PARTS} parts, which is the most that is read")
+def _too_many_parts(limit: int = MAX_PARTS) -> InvalidFirstFrame:
+    return InvalidFirstFrame(f"the file has more than {limit} parts, which is the most that is read")
 
 
 # --- PNG ---
@@ -144,8 +147,9 @@ def _jpeg(data: bytes) -> PictureFile:
         body_bytes = int.from_bytes(data[at + 2 : at + 4], "big") - 2 if at + 4 <= len(data) else len(data)
         end = at + 4 + body_bytes
         body = data[at + 4 : end]
-        if end > len(data) and _is_jpeg_pixels(marker, body):
-            found = None
+        if end > len(data):
+            if _is_jpeg_pixels(marker, body):
+                found = None  # not the end of the picture, but of what is there of it
             break
         if marker in _START_OF_FRAME:
             rows, columns = struct.unpack_from(">HH", body, 1)
@@ -223,18 +227,17 @@ def _gif(data: bytes) -> PictureFile:
     """The screen, the colours and the first frame: comments and other extensions before it are left out."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     at = 13 + ((6 << (flags & 7)) if flags & 0x80 else 0)
-    parts = [data[:at]]
-    steps = 0
-    while data[at] == 0x21:
-        start, label = at, data[at + 1]
-        at += 2
+    parts, blocks = [data[:at]], 0
+    while data[at] in (0x21, 0):
+        start, at = at, at + 2 * (data[at] == 0x21)  # a zero too many is passed by
         while data[at]:
             at += 1 + data[at]
-            steps += 1
-            if steps > 8 * MAX_PARTS:
-                raise _too_many_parts()
+            blocks += 1
         at += 1
-        if label == 0xF9:
+        blocks += 1
+        if blocks > MAX_GIF_BLOCKS:
+            raise _too_many_parts(MAX_GIF_BLOCKS)
+        if data[start : start + 2] == b"!\xf9":
             parts.append(data[start:at])
     if data[at] != 0x2C:
         raise ValueError

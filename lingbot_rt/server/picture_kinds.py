@@ -32,7 +32,8 @@ _READ: dict[str, tuple[str, re.Pattern[bytes]]] = {
     "TGA": (
         "TGA",
         re.compile(
-            rb".(?:\0[\x02\x03\x0a\x0b]\0\0\0\0.|\x01[\x01\x09]....[\x0f\x10\x18\x20]).{8}[\x08\x0f\x10\x18\x20]", re.DOTALL
+            rb".(?:\0[\x02\x03\x0a\x0b]\0\0\0\0.|\x01[\x01\x09]....[\x0f\x10\x18\x20]).{8}[\x08\x0f\x10\x18\x20]",
+            re.DOTALL,
         ),
     ),
 }
