@@ -13,6 +13,9 @@ from lingbot_rt.session.messages import shown
 HEAD_BYTES = 1024
 """How much of a file is looked at."""
 
+_MAX_NAME = 255
+"""Of a file, characters."""
+
 _READ: dict[str, tuple[str, re.Pattern[bytes]]] = {
     "PNG": ("PNG", re.compile(rb"\x89PNG\r\n\x1a\n")),
     "JPEG": ("JPEG", re.compile(rb"\xff\xd8\xff")),
@@ -152,7 +155,7 @@ def looks_like_base64(text: str) -> bool:
     if not re.fullmatch(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*", text[: 4 * HEAD_BYTES].rstrip("=\r\n \t")):
         return False
     letters = re.sub(r"\s+", "", text[: 4 * HEAD_BYTES])
-    if max(len(part) for part in letters.split("/")) > 255:  # longer than the name of a file can be
+    if len(letters) > HEAD_BYTES or max(len(part) for part in letters.split("/")) > _MAX_NAME:
         return True
     letters = letters.rstrip("=").replace("-", "+").replace("_", "/")
     head = base64.b64decode(letters[: len(letters) // 4 * 4])

@@ -26,6 +26,9 @@ _FILES = DaemonPool(2, "first frames of the folder")
 """Apart from the rest: a folder may be on a disk that hangs."""
 
 _MAX_PATH = 4096
+_NO_PATH = re.compile(r"[\0\r\n]|^\s*(?:<|[{\[]\s*[\"{\[])")
+"""Several lines, or the beginning of a document."""
+
 _WAYS = "send the picture's bytes or a data: URL"
 
 
@@ -57,7 +60,7 @@ def _check_is_path(value: str, scheme: str) -> None:
             f"a string of {len(value)} characters that looks like base64, "
             "expected data:image/png;base64, before it, or the picture's bytes"
         )
-    if len(value) > _MAX_PATH or "\0" in value:
+    if len(value) > _MAX_PATH or _NO_PATH.search(value):
         raise InvalidFirstFrame(f"a string of {len(value)} characters ({shown(value[:40])}) is no path, {_WAYS}")
 
 
