@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from lingbot_rt.errors import InvalidFirstFrame
 from lingbot_rt.server import picture_kinds
+from lingbot_rt.server.avif_file import read_avif
 from lingbot_rt.server.picture_metadata import exif_orientation, xmp_orientation
 from lingbot_rt.server.tiff_file import read_tiff
 
@@ -358,22 +359,9 @@ def _tiff(data: bytes) -> PictureFile:
     return picture
 
 
-_AVIF_BOX = re.compile(rb"ispe\0\0\0\0(.{8})|infe[\x02\x03]...(?:..|....)..(Exif|mime)", re.DOTALL)
-"""The size of an item, or the kind of an item that is EXIF or XMP."""
-
-
 def _avif(data: bytes) -> PictureFile:
-    """Its EXIF and XMP are renamed, so that the decoder passes them by. The orientation is a property of its own."""
-    sizes = [(0, 0)]
-    content = bytearray(data)
-    for count, match in enumerate(_AVIF_BOX.finditer(data)):
-        if count == MAX_PARTS:
-            raise _too_many_parts()
-        if match[2]:
-            content[match.start(2) : match.end(2)] = b"none"
-        else:
-            sizes.append(struct.unpack(">II", match[1]))
-    return PictureFile("AVIF", bytes(content), max(size[0] for size in sizes), max(size[1] for size in sizes))
+    """Without EXIF and XMP. The orientation is a property of its own."""
+    return PictureFile("AVIF", *read_avif(data))
 
 
 def _at(layout: str, offset: int, name: str) -> Callable[[bytes], PictureFile]:

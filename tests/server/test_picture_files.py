@@ -176,6 +176,26 @@ def large_avif(width: int, height: int) -> bytes:
     )
 
 
+def large_in_avif(width: int, height: int) -> bytes:
+    """The file says 64x48, the AV1 picture inside says more: its sides have 16 bits each."""
+    data = bytearray(saved(IMAGE, "AVIF"))
+    at = data.index(b"mdat") + 4
+    assert data[at : at + 3] == b"\x12\0\x0a"  # a delimiter, then the sequence header
+    header = int.from_bytes(data[at + 4 : at + 4 + data[at + 3]], "big")
+    bits = f"{header:0{8 * data[at + 3]}b}"
+    assert bits[4] == "1"  # the short header: after ten bits come the sides
+    widths, heights = int(bits[10:14], 2) + 1, int(bits[14:18], 2) + 1
+    bits = f"{bits[:10]}{15:04b}{15:04b}{width - 1:016b}{height - 1:016b}{bits[18 + widths + heights :]}"
+    bits += "0" * (-len(bits) % 8)
+    changed = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    longer = len(changed) - data[at + 3]
+    data[at + 3 : at + 4 + data[at + 3]] = bytes([len(changed)]) + changed
+    item = data.index(b"iloc") + 18  # one item of one extent: its place and length
+    (length,) = struct.unpack_from(">I", data, item + 4)
+    struct.pack_into(">I", data, item + 4, length + longer)
+    return bytes(data)
+
+
 def large_in(kind: str):
     def make(width: int, height: int) -> bytes:
         data = bytearray(saved(IMAGE, kind))
@@ -195,6 +215,7 @@ LARGE = {
     "JPEG": large_jpeg,
     "JPEG 2000": large_jp2,
     "AVIF": large_avif,
+    "picture in an AVIF": large_in_avif,
     "TIFF": lambda width, height: tiff(side=(width, height)),
     "PPM": lambda width, height: f"P6 {width} {height} 255\n".encode() + bytes(100),
     **{kind: large_in(kind) for kind in ("BMP", "QOI", "TGA", "PCX")},
