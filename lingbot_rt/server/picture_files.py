@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from lingbot_rt.errors import InvalidFirstFrame
 from lingbot_rt.server import picture_kinds
 from lingbot_rt.server.avif_file import read_avif
-from lingbot_rt.server.picture_metadata import exif_orientation, xmp_orientation
+from lingbot_rt.server.picture_metadata import exif_orientation, raw_profile_orientation, xmp_orientation
 from lingbot_rt.server.tiff_file import read_tiff
 
 MAX_DECODED_PIXELS = 64_000_000
@@ -122,6 +122,9 @@ def _png(data: bytes) -> PictureFile:
             orientation = orientation or exif_orientation(data[at + 8 : end - 4])
         elif name == b"iTXt" and data[at + 8 : at + 30].startswith(b"XML:com.adobe.xmp\0\0"):
             xmp = xmp or xmp_orientation(data[at + 8 : end - 4])
+        elif name in (b"zTXt", b"tEXt") and data[at + 8 : at + 30] == b"Raw profile type exif\0":
+            text = data[at + 30 : end - 4]
+            orientation = orientation or raw_profile_orientation(text, is_packed=name == b"zTXt")
         at = end
     else:
         raise _too_many_parts()

@@ -45,6 +45,7 @@ BOMB = zlib.compress(bytes(30_000_000))
 """Zeros, 30 kB long."""
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
+RAW_PROFILE = b"\nexif\n      32\n" + (b"Exif\0\0" + exif(ORIENTATION_6)).hex("\n", 36).encode() + b"\n"
 XMP_NAME = b"http://ns.adobe.com/xap/1.0/\0"
 BROKEN_MPO = b"MPF\0MM\0*\0\0\0\x08\xff\xff" + b"\xb0\1\0\7\xff\xff\xff\xff\xff\xff\xff\xff" * 3
 TURNED = middles(QUARTERS)[[2, 0, 3, 1]]
@@ -55,6 +56,12 @@ PLAIN = {
     "zTXt bomb": png(chunk(b"zTXt", b"workflow\0\0" + BOMB)),
     "iTXt bomb": png(chunk(b"iTXt", b"workflow\0\1\0\0\0" + BOMB)),
     "profile bomb": png(chunk(b"iCCP", b"large\0\0" + BOMB)),
+    "broken raw profiles": png(
+        *(
+            chunk(b"zTXt", b"Raw profile type exif\0\0" + text)
+            for text in (b"", b"no zlib", BOMB, zlib.compress(b"\n\n\nxy"))
+        )
+    ),
     "broken zTXt": png(chunk(b"zTXt", b"workflow\0\0no zlib")),
     "unknown compression": png(chunk(b"zTXt", b"workflow\0\x09zzz"), chunk(b"iCCP", b"p\0\x09zzz")),
     "short chunks": png(
@@ -110,6 +117,8 @@ def test_metadata_never_refuses_a_picture_and_costs_little(data):
 
 ORIENTED = {
     "PNG": png(chunk(b"eXIf", exif(ORIENTATION_6, *WRONG_TAGS))),
+    "PNG, packed text": png(chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(RAW_PROFILE))),
+    "PNG, text": png(chunk(b"tEXt", b"Raw profile type exif\0" + RAW_PROFILE)),
     "PNG, XMP": png(chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)),
     "JPEG": jpeg(segment(0xE1, b"Exif\0\0" + exif(*WRONG_TAGS, ORIENTATION_6))),
     "JPEG, second EXIF": jpeg(segment(0xE1, b"Exif\0\0II"), segment(0xE1, b"Exif\0\0" + exif(ORIENTATION_6))),
