@@ -37,12 +37,28 @@ def read_avif(data: bytes) -> tuple[bytes, int, int]:
     _read_kinds(data, *boxes[b"iinf"], items, content)
     _read_places(data, boxes[b"iloc"][0], boxes.get(b"idat", (0, 0))[0], items)
     sizes = [_stated(data, *boxes[b"iprp"])]
+    bytes_left, parts = len(data), _MAX_PARTS
     for item in items.values():
-        if item.kind in (b"av01", b"grid"):
-            parts = [data[start : start + count if count else len(data)] for start, count in item.extents]
-            if sum(map(len, parts)) > len(data):
-                raise ValueError("more bytes than there are")
-            sizes.append((_grid_size if item.kind == b"grid" else _av1_size)(b"".join(parts)))
+        if item.kind not in (b"av01", b"grid"):
+            continue
+        extents = [(start, start + count if count else len(data)) for start, count in item.extents]
+        bytes_left -= sum(max(stop - start, 0) for start, stop in extents)
+        if bytes_left < 0:
+            raise ValueError("more bytes than there are")
+        inside = b"".join(data[start:stop] for start, stop in extents)
+        if item.kind == b"grid":
+            sizes.append(_grid_size(inside))
+            continue
+        headers = []
+        for kind, body in _units(inside):
+            parts -= 1
+            if kind == _SEQUENCE_HEADER:
+                headers.append(_sequence_size(body))
+            if parts < 0:
+                raise ValueError("too many parts")
+        if not headers:
+            raise ValueError("no sequence header")
+        sizes += headers
     return bytes(content), max(width for width, _ in sizes), max(height for _, height in sizes)
 
 
@@ -61,6 +77,7 @@ def _boxes(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
             raise ValueError("a box is shorter than its head")
         yield kind, begin, min(stop, end)
         at = stop
+    raise ValueError("too many parts")
 
 
 def _read_kinds(data: bytes, at: int, end: int, items: dict[int, _Item], content: bytearray) -> None:
@@ -107,11 +124,11 @@ def _read_places(data: bytes, at: int, inside: int, items: dict[int, _Item]) -> 
 def _stated(data: bytes, at: int, end: int) -> tuple[int, int]:
     """The largest width and height among the properties."""
     width = height = 0
-    for kind, start, stop in _boxes(data, at, end):
-        for name, place, _ in _boxes(data, start, stop) if kind == b"ipco" else ():
-            if name == b"ispe":
-                columns, rows = struct.unpack_from(">II", data, place + 4)
-                width, height = max(width, columns), max(height, rows)
+    boxes = {kind: (start, stop) for kind, start, stop in _boxes(data, at, end)}
+    for kind, place, _ in _boxes(data, *boxes[b"ipco"]):
+        if kind == b"ispe":
+            columns, rows = struct.unpack_from(">II", data, place + 4)
+            width, height = max(width, columns), max(height, rows)
     return width, height
 
 
@@ -121,24 +138,17 @@ def _grid_size(data: bytes) -> tuple[int, int]:
     return width, height
 
 
-def _av1_size(data: bytes) -> tuple[int, int]:
-    """The largest frame that the sequence headers of an AV1 picture allow."""
-    width = height = at = 0
-    for _ in range(_MAX_PARTS):
-        if at >= len(data):
-            break
+def _units(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(kind, content) of the units of an AV1 picture."""
+    at = 0
+    while at < len(data):
         kind, has_extension, has_size = (data[at] >> 3) & 15, data[at] & 4, data[at] & 2
         at += 2 if has_extension else 1
         length = len(data) - at
         if has_size:
             length, at = _leb128(data, at)
-        if kind == _SEQUENCE_HEADER:
-            columns, rows = _sequence_size(data[at : at + length])
-            width, height = max(width, columns), max(height, rows)
+        yield kind, data[at : at + min(length, 256)]
         at += length
-    if not width:
-        raise ValueError("no sequence header")
-    return width, height
 
 
 def _leb128(data: bytes, at: int) -> tuple[int, int]:
@@ -153,8 +163,7 @@ def _leb128(data: bytes, at: int) -> tuple[int, int]:
 
 def _sequence_size(header: bytes) -> tuple[int, int]:
     """The largest width and height in an AV1 sequence header."""
-    bits = int.from_bytes(header[:256], "big")
-    left = 8 * len(header[:256])
+    bits, left = int.from_bytes(header, "big"), 8 * len(header)
 
     def take(count: int) -> int:
         nonlocal left

@@ -30,6 +30,9 @@ MAX_SLOW_PIXELS = 4_000_000
 MAX_JPEG2000_PIXELS = 16_000_000
 """Its decoder takes four bytes per sample beside the picture."""
 
+_COSTS = {"JPEG 2000": 8, "AVIF": 2}
+"""How much longer a pixel takes than those of other formats."""
+
 MAX_SCANS = 100
 """Of a progressive JPEG: each costs a pass over the whole picture. Encoders write about ten."""
 
@@ -56,7 +59,7 @@ class PictureFile:
 
     @property
     def is_large(self) -> bool:
-        return self.is_slow or self.width * self.height > LARGE_PIXELS
+        return self.is_slow or self.width * self.height * _COSTS.get(self.format, 1) > LARGE_PIXELS
 
 
 def read_picture_file(data: bytes) -> PictureFile:

@@ -297,6 +297,27 @@ def test_a_tiff_directory_is_read_in_proportion_to_the_file():
     assert peak < 10 * size
 
 
+def test_an_avif_is_read_in_proportion_to_the_file():
+    """An item that is the whole file, thousands of times, is refused before it is put together."""
+    data = saved(IMAGE, "AVIF")
+    place = data.index(b"iloc") - 4
+    (length,) = struct.unpack_from(">I", data, place)
+    locations = data[place + 4 : place + 20] + struct.pack(">H", 5000) + struct.pack(">II", 0, 1_000_000) * 5000
+    longer = struct.pack(">I", len(locations) + 4) + locations
+    meta = data.index(b"meta") - 4
+    (meta_length,) = struct.unpack_from(">I", data, meta)
+    data = data[:place] + longer + data[place + length :]
+    data = data[:meta] + struct.pack(">I", meta_length + len(longer) - length) + data[meta + 4 :] + bytes(1_000_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidInit, match="damaged"):
+            read_picture_file(data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 10_000_000
+
+
 FILMS = {
     "GIF": saved(IMAGE, "GIF", save_all=True, append_images=[Image.new("RGB", (64, 48))] * 3),
     "WebP": saved(IMAGE, "WEBP", save_all=True, append_images=[Image.new("RGB", (64, 48))] * 3, lossless=True),
