@@ -110,7 +110,7 @@ _PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
 
 
 def _png(data: bytes) -> PictureFile:
-    parts, at, orientation, xmp = [data[:8]], 8, None, None
+    parts, at, orientation, xmp, raw = [data[:8]], 8, None, None, None
     width, height = struct.unpack_from(">II", data, 16)
     for _ in range(MAX_PARTS):
         if at + 8 > len(data):
@@ -125,13 +125,13 @@ def _png(data: bytes) -> PictureFile:
             orientation = orientation or exif_orientation(data[at + 8 : end - 4])
         elif name == b"iTXt" and data[at + 8 : at + 30].startswith(b"XML:com.adobe.xmp\0\0"):
             xmp = xmp or xmp_orientation(data[at + 8 : end - 4])
-        elif name in (b"zTXt", b"tEXt") and data[at + 8 : at + 30] == b"Raw profile type exif\0":
-            text = data[at + 30 : end - 4]
-            orientation = orientation or raw_profile_orientation(text, is_packed=name == b"zTXt")
+        elif raw is None and name in (b"zTXt", b"tEXt") and data[at + 8 : at + 30] == b"Raw profile type exif\0":
+            # Only the first: a small one can be long once it is unpacked.
+            raw = raw_profile_orientation(data[at + 30 : end - 4], is_packed=name == b"zTXt") or 0
         at = end
     else:
         raise _too_many_parts()
-    return PictureFile("PNG", b"".join([*parts, _PNG_END]), width, height, orientation or xmp or 1)
+    return PictureFile("PNG", b"".join([*parts, _PNG_END]), width, height, orientation or raw or xmp or 1)
 
 
 # --- JPEG ---

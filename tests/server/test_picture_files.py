@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import struct
 import threading
@@ -10,7 +11,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from lingbot_rt.errors import InvalidInit
 from lingbot_rt.server import first_frame, picture_files
@@ -145,8 +146,6 @@ def test_every_orientation_is_pillows(orientation):
     tags = Image.Exif()
     tags[0x0112] = orientation
     data = saved(IMAGE, exif=tags)
-    from PIL import ImageOps
-
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).resize((64, 48), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(decode_picture(data, SIZE), np.asarray(upright))
 
@@ -269,6 +268,11 @@ def test_what_a_file_may_ask_of_its_decoder_is_limited():
     scan = progressive[progressive.rindex(b"\xff\xda") : -2]
     with pytest.raises(InvalidInit, match=r"scans.* 100"):
         decode_picture(progressive[:-2] + scan * 200 + b"\xff\xd9", SIZE)
+    for strips in (tiff((273, 4, 2000, struct.pack("<I", 8))), tiff((324, 4, 2000, struct.pack("<I", 8)))):
+        with pytest.raises(InvalidInit, match="damaged"):
+            decode_picture(strips, SIZE)
+    with pytest.raises(InvalidInit, match="damaged"):
+        decode_picture(tiff((277, 4, 1, struct.pack("<I", 5000))), SIZE)
     samples = bytearray(saved(IMAGE, "JPEG2000"))
     at = samples.index(b"\xff\x4f\xff\x51")
     samples[at + 40 : at + 42] = b"\x40\0"
@@ -395,7 +399,6 @@ async def test_an_ordinary_picture_does_not_wait_for_large_ones(monkeypatch):
         return decode(picture, size)
 
     monkeypatch.setattr(first_frame, "_decode", held)
-    import asyncio
 
     async def load(data: bytes) -> np.ndarray:
         return await load_first_frame(data, SIZE, folder=None, allow_remote=False)
