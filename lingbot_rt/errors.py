@@ -7,6 +7,7 @@ LingbotError
 ├── PlayFailed             a scripted session did not reach its end
 ├── RequestError           a client message is wrong: nothing changes, and the session goes on
 │   ├── InvalidInit        -> "invalid generate request: FIELD: ..."
+│   │   └── InvalidFirstFrame  the picture of an init cannot be read or fetched, or is too large
 │   └── InvalidEvent       -> "invalid event: FIELD: ..."
 ├── NotReady               the model is still loading: the client may ask again on the same socket
 ├── Unauthorized           the API key is missing or wrong -> close 1008
@@ -196,3 +197,8 @@ class SessionLost(ClientError):
 
 class ProtocolError(ClientError):
     code = "protocol"
+
+
+class InvalidFirstFrame(InvalidInit):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, field="first_frame")

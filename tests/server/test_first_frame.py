@@ -111,7 +111,9 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded():
         decode_picture(bytes(huge), SIZE)
 
 
-GOOD = [saved(flat(1, 2, 3, size=(8, 8)), kind) for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "TGA", "PCX")]
+KINDS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "TGA", "PCX", "ICO", "ICNS", "JPEG2000", "AVIF", "QOI", "PPM")
+GOOD = [saved(flat(1, 2, 3, size=(16, 16)), kind) for kind in KINDS]
+GOOD.append(saved(flat(1, 2, 3, size=(16, 16)), "ICO", bitmap_format="bmp").replace(b"\1", b"\2", 1))  # a cursor
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow also warns about broken tags
