@@ -6,6 +6,7 @@ import asyncio
 import logging
 import mimetypes
 import socket
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -40,6 +41,9 @@ SHUTDOWN_LIMIT_S = 3.0
 
 CLOSE_HANDSHAKE_S = 0.3
 """How long clients have to answer the close at a shutdown."""
+
+FAILURE_SHOWN_S = 1.0
+"""How long /health shows why a running engine failed, before the server ends."""
 
 ENCODER_THREADS = 2
 
@@ -238,6 +242,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, config: ServeConfig) -> None:
         self._service: Service = app.state.service
+        self._ends_at = 0.0
         raise_descriptor_limit()
         super().__init__(
             uvicorn.Config(
@@ -271,7 +276,11 @@ class Server(uvicorn.Server):
         status = self._service.engine.status
         if status.stage == "failed" and self._service.failure is None:
             self._service.failure = EngineFailed(status.detail)
-        return await super().on_tick(counter) or self._service.failure is not None
+            self._ends_at = time.monotonic() + FAILURE_SHOWN_S
+            for connection in list(self._service.connections):
+                connection.stop()
+        is_over = self._service.failure is not None and time.monotonic() >= self._ends_at
+        return await super().on_tick(counter) or is_over
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:

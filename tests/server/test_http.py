@@ -11,11 +11,11 @@ import pytest
 from websockets.exceptions import InvalidStatus
 
 from lingbot_rt.config import ENDPOINT, ServeConfig
-from lingbot_rt.errors import CheckpointError
+from lingbot_rt.errors import CheckpointError, EngineFailed
 from lingbot_rt.server.app import Server, create_app, page_folder
 from lingbot_rt.session.plan import EngineStatus
 from lingbot_rt.telemetry import HideKeys, configure_logging
-from tests.server.conftest import LIMIT_S, event, init, state
+from tests.server.conftest import LIMIT_S, event, init, running, state, wait_until
 from tests.server.fake_engine import FakeEngine
 
 
@@ -98,6 +98,22 @@ async def test_an_engine_that_cannot_start_ends_the_server():
     app = create_app(config, FakeEngine(start_error=error))
     await asyncio.wait_for(Server(app, config).serve(), LIMIT_S)
     assert app.state.service.failure is error
+
+
+async def test_an_engine_that_fails_while_it_serves_ends_the_server(monkeypatch):
+    """Sessions hear the reason, /health shows it with 503, and then the server ends with the failure."""
+    monkeypatch.setattr("lingbot_rt.server.app.FAILURE_SHOWN_S", 3600)
+    async with running(FakeEngine(group_s=0.02)) as server:
+        async with server.client(init()) as client:
+            await client.receive()
+            server.engine._status = EngineStatus("failed", detail="the device is gone")
+            assert (await client.closed())[0] == 1011
+            assert "the device is gone" in client.seen[-1]["content"]
+        answer = await get(server, "/health")
+        assert (answer.status_code, answer.json()["detail"]) == (503, "the device is gone")
+        server.server._ends_at = 0.0
+        await wait_until(lambda: not server.server.servers[0].is_serving())
+        assert isinstance(server.service.failure, EngineFailed)
 
 
 async def test_metrics_count_what_was_served(serve):

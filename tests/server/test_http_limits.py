@@ -148,11 +148,13 @@ def test_a_shortage_is_one_log_line(caplog):
 SERVER = """
 import asyncio, socket, sys
 from lingbot_rt.config import ServeConfig
+from lingbot_rt.server import http
 from lingbot_rt.server.app import Server, create_app
 from lingbot_rt.telemetry import configure_logging
 from tests.server.fake_engine import FakeEngine
 
 configure_logging("info")
+http.REQUEST_LIMIT_S = 1.0
 config = ServeConfig(port=0)
 with socket.create_server(("127.0.0.1", 0)) as listener:
     print(listener.getsockname()[1], flush=True)
