@@ -325,12 +325,14 @@ def test_the_log_never_shows_a_key(capsys):
         logging.getLogger("anything").warning("GET /?api_key=secret")
         assert "secret" not in capsys.readouterr().err
     finally:
-        remove_handlers()
+        undo_logging()
 
 
-def remove_handlers() -> None:
-    for handler in logging.getLogger().handlers[:]:
-        logging.getLogger().removeHandler(handler)
+def undo_logging() -> None:
+    root = logging.getLogger()
+    root.setLevel(logging.WARNING)
+    for handler in root.handlers[:]:
+        root.removeHandler(handler)
 
 
 @pytest.mark.parametrize(
@@ -391,4 +393,4 @@ async def test_no_key_in_the_log_at_debug_level(serve, capsys):
         assert "s3cret" not in written
         assert "wr0ng" not in written
     finally:
-        remove_handlers()
+        undo_logging()

@@ -138,7 +138,7 @@ def test_a_shortage_is_one_log_line(caplog):
         for _ in range(1000):
             error = OSError(errno.EMFILE, "Too many open files")
             handler(loop, {"message": "socket.accept() out of system resource", "exception": error})
-        assert [record.exc_info for record in caplog.records] == [None]
+        assert [(record.levelname, record.exc_info) for record in caplog.records] == [("ERROR", None)]
         assert "Too many open files" in caplog.text
         handler(loop, {"message": "something else", "exception": ValueError("odd")})
         assert "something else" in caplog.text
