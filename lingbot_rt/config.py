@@ -139,6 +139,13 @@ class ServeConfig:
     cors_allow_origins: str = _option(
         "*", "comma-separated origins that may use the HTTP API and the WebSocket; * is all", group="server"
     )
+    allowed_hosts: str | None = _option(
+        None,
+        "comma-separated names under which this server may be reached, beside IP addresses, localhost, --host, the "
+        "machine's name and the hosts in --cors-allow-origins; .example.com is every subdomain, * every name (default: "
+        "* while --cors-allow-origins is *, because every page may connect then anyway; otherwise no further name)",
+        group="server",
+    )
     default_output_format: str = _option(
         "delta-gzip",
         "how frames are sent when an init names no format",
@@ -153,6 +160,13 @@ class ServeConfig:
     max_pixels: int = _option(
         1280 * 720, "largest width x height of a session, pixels", low=64 * 64, high=4096 * 4096, group="limits"
     )
+    max_connections: int = _option(
+        1000,
+        "most open connections, HTTP and WebSocket together; further ones are answered with 503",
+        low=1,
+        high=10**6,
+        group="limits",
+    )
     init_timeout_s: float = _option(
         10.0, "seconds within which a client must send a valid init", low=0.1, high=3600, group="limits"
     )
@@ -161,6 +175,14 @@ class ServeConfig:
         "seconds a client waits for the running session to end before it is refused",
         low=0,
         high=3600,
+        group="limits",
+    )
+    chunk_timeout_s: float = _option(
+        120.0,
+        "seconds without progress after which the engine counts as hung: clients are told and the process ends with "
+        "exit code 1; start and compilation do not count; several GPUs have --rank-timeout-s instead",
+        low=0.1,
+        high=86400,
         group="limits",
     )
     pause_limit_s: float = _option(

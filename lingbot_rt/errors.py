@@ -19,7 +19,8 @@ LingbotError
 ├── ChunkCancelled         the session of a running chunk was closed: never sent to a client
 ├── ClientTooSlow          the client did not read for --send-timeout-s
 ├── EngineFailed           the engine failed while it ran a chunk -> "error during generate loop: ...", close 1011
-│   └── PeerLost           a collective failed because another rank is gone
+│   ├── PeerLost           a collective failed because another rank is gone
+│   └── UnsoundFrames      the networks gave NaN, infinite or constant values: the session ends, the engine lives
 └── ClientError            raised only by ``lingbot_rt.client``
     ├── ConnectFailed      no server listens there, or it refused the handshake
     ├── ServerBusy         another session is running                          reconnectable
@@ -31,6 +32,8 @@ LingbotError
 """
 
 from __future__ import annotations
+
+import re
 
 
 class LingbotError(Exception):
@@ -54,9 +57,17 @@ class LingbotError(Exception):
 class ConfigError(LingbotError):
     code = "config"
 
+    @property
+    def wire_content(self) -> str:
+        return public_text(str(self))
+
 
 class CheckpointError(LingbotError):
     code = "checkpoint"
+
+    @property
+    def wire_content(self) -> str:
+        return public_text(str(self))
 
 
 class RequestError(LingbotError):
@@ -107,11 +118,15 @@ class EngineFailed(LingbotError):
 
     @property
     def wire_content(self) -> str:
-        return f"error during generate loop: {self}"
+        return f"error during generate loop: {public_text(str(self))}"
 
 
 class PeerLost(EngineFailed):
     """A collective failed because another rank is gone. The watchdog knows which one."""
+
+
+class UnsoundFrames(EngineFailed):
+    """Latents or pixels of a chunk are NaN, infinite or constant. They are not sent."""
 
 
 class RecordError(LingbotError):
@@ -124,6 +139,10 @@ class PlayFailed(LingbotError):
 
 class NotReady(LingbotError):
     code = "not_ready"
+
+    @property
+    def wire_content(self) -> str:
+        return public_text(str(self))
 
 
 class Unauthorized(LingbotError):
@@ -202,3 +221,15 @@ class ProtocolError(ClientError):
 class InvalidFirstFrame(InvalidInit):
     def __init__(self, message: str) -> None:
         super().__init__(message, field="first_frame")
+
+
+_ADDRESS = re.compile(r"\s*\bat 0x[0-9a-fA-F]+|\b0x[0-9a-fA-F]{6,}")
+_QUOTED_PATH = re.compile(r"(['\"`])/(?:[^'\"`]*/)*([^'\"`/]*)/*\1")
+_PATH = re.compile(r"(?<![\w:/.~-])/(?:[^\s'\"`,;:()<>/]+/)*([^\s'\"`,;:()<>/]+)/?")
+
+
+def public_text(text: str) -> str:
+    """``text`` for a client: without the addresses of objects, and of absolute paths only the last name."""
+    text = _ADDRESS.sub("", text)
+    text = _QUOTED_PATH.sub(r"\1\2\1", text)
+    return _PATH.sub(r"\1", text)

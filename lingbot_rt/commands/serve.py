@@ -60,7 +60,7 @@ def _serve(config: ServeConfig, listener: socket.socket) -> int:
             watchdog.start()
             super().handle_exit(sig, frame)
 
-    configure_logging(config.log_level)
+    configure_logging(config.log_level, key=config.api_key)
     engine = Engine(config)
     app = create_app(config, engine)
     server = EndingServer(app, config)

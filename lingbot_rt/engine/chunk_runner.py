@@ -21,7 +21,8 @@ def run_chunk(
 ) -> ChunkResult:
     """Denoises, decodes and commits one chunk. ``emit`` gets the frames of each latent frame when they are on the host.
 
-    Raises ChunkCancelled if the session was closed meanwhile.
+    Raises ChunkCancelled if the session was closed meanwhile, UnsoundFrames, after the whole chunk, if the networks
+    gave NaN, infinite or constant values: those frames are not emitted.
     """
     clock = StageClock(pipeline.device)
     pipeline.ranks.begin_chunk()
@@ -41,11 +42,11 @@ def run_chunk(
         latents = denoise(forward, pipeline.schedule, session.plan.num_steps, session.draw)
 
     with FrameReadback(pipeline.device, session.postprocessor, emit) as readback:
+        readback.check(latents)
         # The frames leave before the context pass. On an accelerator, decode runs beside it on a stream of its own.
         with pipeline.vae_placement.on_device(), readback.decoding(latents), clock.stage("vae"):
             for i in range(session.plan.latent_frames):
                 session.raise_if_cancelled()
-                pipeline.ranks.tick()
                 pixels = pipeline.decode(latents[:, :, i : i + 1], session.features)
                 if pixels is not None:
                     readback.push(pixels, plan.chunk_index, i, session.plan.latent_frames)

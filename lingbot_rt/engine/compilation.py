@@ -7,6 +7,9 @@ import logging
 import os
 import shutil
 import sysconfig
+import threading
+import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -56,3 +59,19 @@ def set_compile_cache(folder: str | None) -> None:
     except OSError as error:
         raise ConfigError(f"--compile-cache {folder}: {error.strerror}", field="compile_cache") from None
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder).resolve())
+
+
+_compiling: set[int] = set()
+
+
+def compilations() -> object:
+    """A value that changes while torch.compile is at work, and stays the same otherwise."""
+    _observe_compilation()
+    return time.monotonic() if _compiling else None
+
+
+@cache
+def _observe_compilation() -> None:
+    handler = importlib.import_module("torch._dynamo.callback").callback_handler
+    handler.register_start_callback(lambda *args: _compiling.add(threading.get_ident()))
+    handler.register_end_callback(lambda *args: _compiling.discard(threading.get_ident()))

@@ -15,12 +15,14 @@ import torch
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.chunk_run import Emit, ThreadedChunkRun
 from lingbot_rt.engine.chunk_runner import run_chunk
-from lingbot_rt.engine.memory import describe_share, require_room
+from lingbot_rt.engine.compilation import compilations
+from lingbot_rt.engine.memory import describe_share, release_unused, require_room
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
+from lingbot_rt.engine.progress import POLL_S, ThreadProgress
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import warm_up
 from lingbot_rt.engine.worker import worker_command
-from lingbot_rt.errors import EngineFailed, LingbotError, one_line
+from lingbot_rt.errors import EngineFailed, LingbotError, UnsoundFrames, one_line
 from lingbot_rt.parallel.coordinator import Close, create_coordinator
 from lingbot_rt.session.plan import ChunkPlan, ChunkResult, EngineStatus, ModelInfo, SessionPlan
 from lingbot_rt.shapes import FrameSize
@@ -30,6 +32,10 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _LOST_GRACE_S = 1.0
+
+_LESS_MEMORY = (
+    "use a smaller size, num_frames or realtime_causal_kv_cache_num_frames, or do without upscaling and interpolation"
+)
 
 
 class Engine:
@@ -43,7 +49,9 @@ class Engine:
         self._sessions: dict[str, SessionState] = {}
         self._compiled: set[tuple[FrameSize, int]] = set()  # shapes that compiled code is there for
         self._coordinator = create_coordinator(config, self._lose, worker_command(config))
-        self._loss: asyncio.Future[str] | None = None  # which rank was lost and why; None with one rank
+        self._loss: asyncio.Future[str] | None = None  # why the engine is lost; None before ``start``
+        self._progress = ThreadProgress(self._marks)
+        self._watch: asyncio.Task[None] | None = None
 
     @property
     def status(self) -> EngineStatus:
@@ -51,7 +59,10 @@ class Engine:
 
     @property
     def is_lost(self) -> bool:
-        """Whether one of several ranks is gone. Then nothing can be computed any more and the process has to end."""
+        """Whether the thread hangs, the device failed for good, or one of several ranks is gone.
+
+        Nothing can be computed any more, and the process has to end.
+        """
         return self._loss is not None and self._loss.done()
 
     @property
@@ -67,13 +78,15 @@ class Engine:
 
     async def start(self) -> None:
         """Loads and warms up; returns when ready. Raises what loading raised; ``status`` then says so too."""
-        if self._config.num_gpus > 1:
-            self._loss = asyncio.get_running_loop().create_future()
+        self._loss = asyncio.get_running_loop().create_future()
         try:
             await self._on_thread(self._load)
         except LingbotError as error:
             self._status = EngineStatus("failed", detail=str(error))
             raise
+        if self._config.num_gpus == 1:
+            # With several ranks the coordinator watches all of them, this one too.
+            self._watch = asyncio.create_task(self._watch_thread(), name="engine watch")
 
     async def open(self, plan: SessionPlan) -> None:
         """Encodes the prompt and the picture and allocates the session's window.
@@ -109,18 +122,20 @@ class Engine:
         try:
             await self._on_thread(lambda: self._release(session_id))
         except EngineFailed:
-            # If a rank is lost, the process ends and its memory is freed with it.
+            # If the engine is lost, the process ends and its memory is freed with it.
             if not self.is_lost:
                 raise
 
     async def stop(self) -> None:
         """Closes every session and ends the engine thread."""
+        if self._watch is not None:
+            self._watch.cancel()
         for session_id in list(self._sessions):
             await self.close(session_id)
         self._status = EngineStatus("stopped")
         stopping = asyncio.get_running_loop().run_in_executor(self._thread, self._coordinator.stop)
         if self.is_lost:
-            # The thread may wait for a lost rank for ever. The process must not.
+            # The thread may hang for ever. The process must not.
             await asyncio.wait({stopping}, timeout=_LOST_GRACE_S)
         else:
             await stopping
@@ -131,7 +146,13 @@ class Engine:
         if session is None:
             raise EngineFailed(f"session {plan.session_id} is not open")
         with self._coordinator.command(plan):
-            result = run_chunk(self._loaded, session, plan, emit)
+            try:
+                result: ChunkResult | UnsoundFrames = run_chunk(self._loaded, session, plan, emit)
+            except UnsoundFrames as error:
+                result = error
+        if isinstance(result, UnsoundFrames):
+            # Raised behind the command: the chunk ran to its end on every rank, so the service goes on.
+            raise result
         timings = replace(result.timings, ranks_ms=self._coordinator.compute_ms)
         return replace(result, timings=timings)
 
@@ -168,17 +189,36 @@ class Engine:
             return
         with self._coordinator.command(Close(session_id)):
             self._sessions.pop(session_id).release()
-            if self._loaded.device.type == "cuda":
-                torch.cuda.empty_cache()
+            release_unused(self._loaded.device)
 
     def _lose(self, failure: str) -> None:
-        """A rank is lost, says the coordinator, on any thread."""
+        """Nothing can be computed any more. Called on any thread, also more than once."""
         assert self._loss is not None
         self._status = EngineStatus("failed", detail=failure)
-        self._loss.get_loop().call_soon_threadsafe(self._loss.set_result, failure)
+        self._loss.get_loop().call_soon_threadsafe(self._set_loss, failure)
+
+    def _set_loss(self, failure: str) -> None:
+        assert self._loss is not None
+        if not self._loss.done():
+            self._loss.set_result(failure)
+
+    async def _watch_thread(self) -> None:
+        """Loses the engine when its thread makes no progress for --chunk-timeout-s."""
+        limit_s = self._config.chunk_timeout_s
+        while self._progress.stalled_s() < limit_s:  # noqa: ASYNC110
+            await asyncio.sleep(min(POLL_S, limit_s / 4))
+        log.critical("the engine thread hangs here:\n%s", self._progress.stack())
+        self._lose(f"the engine hangs: no progress for {limit_s:g} s (--chunk-timeout-s)")
+
+    def _marks(self) -> tuple[object, ...]:
+        """Changes whenever the thread gets on: with each forward and decode, and while it compiles."""
+        pipeline = self._loaded
+        # On a GPU the thread may use CPU time while it waits for the device.
+        cpu_s = self._progress.cpu_s() if pipeline.device.type == "cpu" else 0.0
+        return pipeline.ranks.heartbeat.progress, cpu_s, compilations() if pipeline.model_info.compiled else None
 
     async def _on_thread(self, job: Callable[[], Result]) -> Result:
-        """``job``'s result. Raises EngineFailed as soon as a rank is lost: the thread may then be stuck for good."""
+        """``job``'s result. Raises EngineFailed as soon as the engine is lost: the thread may be stuck for good."""
         work = asyncio.get_running_loop().run_in_executor(self._thread, self._guarded, job)
         if self._loss is None:
             return await work
@@ -196,7 +236,7 @@ class Engine:
     def _guarded(self, job: Callable[[], Result]) -> Result:
         """The edge of the engine thread: named errors pass, anything else is logged with its traceback and named."""
         try:
-            with torch.inference_mode():
+            with self._progress.job(), torch.inference_mode():
                 return job()
         except LingbotError as error:
             _drop_locals(error)
@@ -204,7 +244,26 @@ class Engine:
         except Exception as error:
             log.exception("the engine failed")
             _drop_locals(error)
-            raise EngineFailed(one_line(error)) from error
+            if self._pipeline is not None and not device_works(self._pipeline.device):
+                self._lose(f"the device failed for good: {one_line(error)}")
+            raise _named(error) from error
+
+
+def device_works(device: torch.device) -> bool:
+    """False after an error that stays, such as an illegal memory access: every later call to the device fails too."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _named(error: Exception) -> EngineFailed:
+    # torch's allocator for CPUs raises a RuntimeError that only its text tells from others.
+    is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    return EngineFailed(f"out of memory, {_LESS_MEMORY} ({one_line(error)})" if is_memory else one_line(error))
 
 
 def _drop_locals(error: BaseException) -> None:

@@ -7,6 +7,7 @@ context pass meanwhile, and it blocks whenever the launch queue is full, which i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from lingbot_rt.errors import UnsoundFrames
 from lingbot_rt.postprocess.stage import PostProcessor
 from lingbot_rt.session.plan import FrameGroup
 
@@ -24,7 +26,8 @@ class FrameReadback:
     """Reads back the frames of one chunk. ``num_frames`` counts the pixel frames pushed.
 
     On an accelerator, ``emit`` is called on the readback's own thread. Leaving the context waits until everything
-    pushed was handed out, and raises what ``emit`` raised.
+    pushed was handed out, and raises what ``emit`` raised, or UnsoundFrames: from the first group with values that are
+    no picture on, nothing is handed out. The values are looked at on the device and come back with the frames.
     """
 
     def __init__(self, device: torch.device, postprocessor: PostProcessor, emit: Callable[[FrameGroup], None]) -> None:
@@ -33,6 +36,8 @@ class FrameReadback:
         self._emit = emit
         self._waiter: ThreadPoolExecutor | None = None
         self._copies: list[Future[None]] = []
+        self._bounds: tuple[Tensor, ...] = ()  # smallest and largest latent, on the device
+        self._unsound: UnsoundFrames | None = None
         self.num_frames = 0
 
     def __enter__(self) -> FrameReadback:
@@ -46,6 +51,12 @@ class FrameReadback:
         if error is None:
             for handed_out in self._copies:
                 handed_out.result()
+            if self._unsound is not None:
+                raise self._unsound
+
+    def check(self, latents: Tensor) -> None:
+        """The groups that follow are decoded from ``latents``: they are held back if these are not sound."""
+        self._bounds = torch.aminmax(latents)
 
     @contextmanager
     def decoding(self, latents: Tensor) -> Iterator[None]:
@@ -64,20 +75,32 @@ class FrameReadback:
 
         Values are truncated, not rounded, as in the reference.
         """
+        bounds = torch.stack([bound.float() for bound in (*torch.aminmax(pixels), *self._bounds)])
         frames = self._postprocessor.process(to_uint8(pixels))
         self.num_frames += frames.shape[0]
         place = (chunk_index, group_index, num_groups)
         if self._device.type != "cuda":
-            self._emit(FrameGroup(*place, pixels=frames.numpy()))
+            self._hand_out(frames, bounds, place)
             return
+        # Before the frames: the event of their end stands for both copies.
+        host_bounds = torch.empty(bounds.shape, pin_memory=bounds.is_cuda).copy_(bounds, non_blocking=True)
         host, copied = start_copy(frames)
         if self._waiter is None:
             self._waiter = ThreadPoolExecutor(1, thread_name_prefix="frames")
-        self._copies.append(self._waiter.submit(self._hand_out, host, copied, place))
+        self._copies.append(self._waiter.submit(self._await_copy, host, host_bounds, copied, place))
 
-    def _hand_out(self, host: Tensor, copied: torch.cuda.Event, place: tuple[int, int, int]) -> None:
+    def _await_copy(self, host: Tensor, bounds: Tensor, copied: torch.cuda.Event, place: tuple[int, int, int]) -> None:
         copied.synchronize()
-        self._emit(FrameGroup(*place, pixels=host.numpy()))
+        self._hand_out(host, bounds, place)
+
+    def _hand_out(self, frames: Tensor, bounds: Tensor, place: tuple[int, int, int]) -> None:
+        if self._unsound is not None:
+            return
+        fault = _fault(*bounds.tolist())
+        if fault:
+            self._unsound = UnsoundFrames(f"chunk {place[0]}: {fault}; its frames are not sent")
+            return
+        self._emit(FrameGroup(*place, pixels=frames.numpy()))
 
 
 @cache
@@ -98,3 +121,15 @@ def to_uint8(pixels: Tensor) -> Tensor:
     """[1, 3, n, H, W] in [0, 1] -> uint8 [n, H, W, 3], contiguous: 255 x truncated, not rounded."""
     scaled = (pixels[0].float() * 255).clamp_(0, 255).to(torch.uint8)
     return scaled.permute(1, 2, 3, 0).contiguous()
+
+
+def _fault(darkest: float, brightest: float, smallest: float = 0.0, largest: float = 1.0) -> str:
+    """What is wrong with pixels and latents of these bounds; empty when nothing is."""
+    # NaN anywhere makes both bounds NaN.
+    if not (math.isfinite(smallest) and math.isfinite(largest)):
+        return "the latents are not finite numbers (NaN or infinity)"
+    if smallest == largest:
+        return f"all latents have the same value ({smallest:g})"
+    if not (math.isfinite(darkest) and math.isfinite(brightest)):
+        return "the decoded pixels are not finite numbers (NaN or infinity)"
+    return ""

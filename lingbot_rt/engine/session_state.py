@@ -94,7 +94,8 @@ class SessionState:
         return self._cancelled.is_set()
 
     def raise_if_cancelled(self) -> None:
-        """All ranks come here at the same places of a chunk and go the same way."""
+        """All ranks come here at the same places of a chunk and go the same way. It counts as progress."""
+        self._pipeline.ranks.tick()
         if self._pipeline.ranks.agree(self.is_cancelled):
             raise ChunkCancelled(f"session {self.plan.session_id} was closed")
 

@@ -21,11 +21,11 @@ import torch
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.chunk_runner import run_chunk
-from lingbot_rt.engine.memory import describe_share
+from lingbot_rt.engine.memory import describe_share, release_unused
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import warm_up
-from lingbot_rt.errors import ChunkCancelled, PeerLost, one_line
+from lingbot_rt.errors import ChunkCancelled, PeerLost, UnsoundFrames, one_line
 from lingbot_rt.parallel.coordinator import Close, Stop
 from lingbot_rt.parallel.groups import RankGroup
 from lingbot_rt.parallel.launch import RankInfo, require_ranks, uses_cuda
@@ -93,12 +93,11 @@ def worker_loop(pipeline: Pipeline, group: RankGroup) -> None:
                 sessions[plan.session_id] = SessionState(pipeline, replace(plan, postprocess=UNCHANGED))
             case ChunkPlan() as plan:
                 # All ranks agree on a cancelled chunk, and stop before the same forward or decode.
-                with suppress(ChunkCancelled):
+                with suppress(ChunkCancelled, UnsoundFrames):
                     run_chunk(pipeline, sessions[plan.session_id], plan, lambda group: None)
             case Close(session_id):
                 _close(sessions, session_id)
-                if pipeline.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                release_unused(pipeline.device)
             case Stop():
                 return
 

@@ -6,9 +6,11 @@ import asyncio
 import logging
 import mimetypes
 import socket
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,16 @@ from starlette.middleware.cors import CORSMiddleware
 
 import lingbot_rt
 from lingbot_rt.config import ENDPOINT, ServeConfig
-from lingbot_rt.errors import EngineFailed, LingbotError, Unauthorized
-from lingbot_rt.server.access import has_key, may_connect
+from lingbot_rt.errors import EngineFailed, LingbotError, Unauthorized, public_text
+from lingbot_rt.server.access import KnownHosts, has_key, may_connect
 from lingbot_rt.server.admission import Admission
 from lingbot_rt.server.connection import Connection, Service
+from lingbot_rt.server.http import ShortageLog, http_protocol, raise_descriptor_limit
+from lingbot_rt.server.middleware import BrowserHeaders, HeadAsGet, HostCheck, openai_error, page_policy
 from lingbot_rt.server.model_entry import model_entry
 from lingbot_rt.server.websocket import websocket_protocol
 from lingbot_rt.session.messages import error_message
-from lingbot_rt.session.plan import EnginePort, ModelInfo
+from lingbot_rt.session.plan import EnginePort, EngineStatus, ModelInfo
 from lingbot_rt.telemetry import Metrics
 
 log = logging.getLogger(__name__)
@@ -38,7 +42,13 @@ SHUTDOWN_LIMIT_S = 3.0
 CLOSE_HANDSHAKE_S = 0.3
 """How long clients have to answer the close at a shutdown."""
 
+FAILURE_SHOWN_S = 1.0
+"""How long /health shows why a running engine failed, before the server ends."""
+
 ENCODER_THREADS = 2
+
+ACCEPT_BACKLOG = 256
+"""Connections that the kernel keeps waiting. While descriptors are short, asyncio tries as many accepts in a row."""
 
 _MIME_TYPES = {
     ".html": "text/html",
@@ -57,7 +67,8 @@ _MIME_TYPES = {
 def create_app(config: ServeConfig, engine: EnginePort, page: Path | None = None) -> FastAPI:
     """The whole server. ``page`` is the folder of the web page (default: the package's own).
 
-    ``app.state.service.failure`` holds the error if the engine did not start or lost one of its ranks.
+    ``app.state.service.failure`` holds the error if the engine did not start, hangs or lost its device or a rank.
+    Raises ConfigError when --allowed-hosts is wrong.
     """
     encoders = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="batches")
     service = Service(config, engine, Admission(config.session_wait_s), Metrics(), encoders)
@@ -72,16 +83,19 @@ def create_app(config: ServeConfig, engine: EnginePort, page: Path | None = None
         await engine.stop()
         encoders.shutdown(wait=False, cancel_futures=True)
 
-    app = FastAPI(title="lingbot_rt", version=lingbot_rt.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="lingbot_rt", version=lingbot_rt.__version__, lifespan=lifespan, openapi_url=None)
     app.state.service = service
     app.add_exception_handler(HTTPException, _openai_error)
+    folder = page or page_folder()
+    app.add_middleware(HeadAsGet)
     app.add_middleware(
         CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["GET"], allow_headers=["*"]
     )
+    app.add_middleware(HostCheck, hosts=KnownHosts(config))
+    app.add_middleware(BrowserHeaders, page_policy=page_policy(config, folder))  # the outermost
     app.include_router(_open_routes(service))
-    app.include_router(_keyed_routes(service))
+    app.include_router(_keyed_routes(service, app))
     _add_socket(app, service)
-    folder = page or page_folder()
     if folder is not None:
         for suffix, kind in _MIME_TYPES.items():
             mimetypes.add_type(kind, suffix)
@@ -105,22 +119,39 @@ def _info(engine: EnginePort) -> ModelInfo | None:
         return None
 
 
+def _public_status(engine: EnginePort) -> EngineStatus:
+    status = engine.status
+    return replace(status, detail=public_text(status.detail))
+
+
 def _open_routes(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/health")
     async def health() -> JSONResponse:
-        status = service.engine.status
+        status = _public_status(service.engine)
         return JSONResponse(status.as_dict(), status_code=200 if status.ready else 503)
 
     @routes.get("/liveness")
     async def liveness() -> dict[str, str]:
         return {"status": "alive"}
 
+    @routes.get(ENDPOINT, include_in_schema=False)
+    async def no_upgrade() -> JSONResponse:
+        answer = openai_error(
+            426,
+            f"{ENDPOINT} is a WebSocket, and this request carries no Upgrade: open it with a WebSocket client; a proxy "
+            "in between must pass the headers Upgrade and Connection",
+            kind="invalid_request_error",
+            code="upgrade_required",
+        )
+        answer.headers.update({"Upgrade": "websocket", "Connection": "Upgrade"})
+        return answer
+
     return routes
 
 
-def _keyed_routes(service: Service) -> APIRouter:
+def _keyed_routes(service: Service, app: FastAPI) -> APIRouter:
     def check_key(request: Request) -> None:
         if not has_key(service.config, request.headers):
             raise HTTPException(401, str(Unauthorized()), headers={"WWW-Authenticate": "Bearer"})
@@ -129,7 +160,7 @@ def _keyed_routes(service: Service) -> APIRouter:
 
     def entry() -> dict[str, Any]:
         engine = service.engine
-        return model_entry(service.config, _info(engine), engine.status, busy=service.admission.is_busy)
+        return model_entry(service.config, _info(engine), _public_status(engine), busy=service.admission.is_busy)
 
     @routes.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -148,6 +179,10 @@ def _keyed_routes(service: Service) -> APIRouter:
         service.metrics.waiting.set(service.admission.waiting)
         return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
+    @routes.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> dict[str, Any]:
+        return app.openapi()
+
     return routes
 
 
@@ -156,7 +191,10 @@ def _add_socket(app: FastAPI, service: Service) -> None:
     async def generate(websocket: WebSocket) -> None:
         with suppress(WebSocketDisconnect):
             if not may_connect(service.config, websocket.headers):
-                await websocket.close(1008)  # before accept: the handshake is answered with 403
+                text = f"Origin {websocket.headers['origin'][:100]!r} may not connect (--cors-allow-origins)"
+                await websocket.send_denial_response(
+                    openai_error(403, text, kind="invalid_request_error", code="origin_refused")
+                )
                 return
             await websocket.accept()
             if not has_key(service.config, websocket.headers, websocket.query_params):
@@ -166,16 +204,21 @@ def _add_socket(app: FastAPI, service: Service) -> None:
                 return
             await Connection(websocket, service).run()
 
+    @app.websocket("/{path:path}")
+    async def unknown(websocket: WebSocket, path: str) -> None:
+        text = f"there is no WebSocket at {'/' + path[:100]!r}, it is at {ENDPOINT}"
+        await websocket.send_denial_response(openai_error(404, text, kind="invalid_request_error", code="not_found"))
+
 
 _OPENAI_ERRORS = {401: ("authentication_error", "invalid_api_key"), 404: ("invalid_request_error", "model_not_found")}
 
 
 async def _openai_error(request: Request, error: Exception) -> JSONResponse:
-    """An HTTP error in the form that OpenAI clients read."""
     assert isinstance(error, HTTPException)
     kind, code = _OPENAI_ERRORS.get(error.status_code, ("invalid_request_error", None))
-    body = {"error": {"message": error.detail, "type": kind, "param": None, "code": code}}
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    answer = openai_error(error.status_code, error.detail, kind=kind, code=code)
+    answer.headers.update(error.headers or {})
+    return answer
 
 
 def page_folder() -> Path | None:
@@ -199,11 +242,15 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, config: ServeConfig) -> None:
         self._service: Service = app.state.service
+        self._ends_at = 0.0
+        raise_descriptor_limit()
         super().__init__(
             uvicorn.Config(
                 app,
                 host=config.host,
                 port=config.port,
+                http=http_protocol(config),
+                backlog=ACCEPT_BACKLOG,
                 ws=websocket_protocol(config),
                 ws_max_size=config.max_message_mb * 2**20,
                 ws_per_message_deflate=False,
@@ -214,6 +261,7 @@ class Server(uvicorn.Server):
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(ShortageLog())
         await super().startup(sockets)
         if not hasattr(socket, "TCP_USER_TIMEOUT"):
             return
@@ -228,7 +276,11 @@ class Server(uvicorn.Server):
         status = self._service.engine.status
         if status.stage == "failed" and self._service.failure is None:
             self._service.failure = EngineFailed(status.detail)
-        return await super().on_tick(counter) or self._service.failure is not None
+            self._ends_at = time.monotonic() + FAILURE_SHOWN_S
+            for connection in list(self._service.connections):
+                connection.stop()
+        is_over = self._service.failure is not None and time.monotonic() >= self._ends_at
+        return await super().on_tick(counter) or is_over
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
