@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lingbot_rt.errors import InvalidFirstFrame
-from lingbot_rt.server import picture_kinds
+from lingbot_rt.server import picture_kinds, ppm_file
 from lingbot_rt.server.avif_file import read_avif
 from lingbot_rt.server.picture_metadata import exif_orientation, raw_profile_orientation, xmp_orientation
 from lingbot_rt.server.tiff_file import read_tiff
@@ -24,8 +24,8 @@ MAX_SIDE = 32_768
 LARGE_PIXELS = 16_000_000
 """Above it, a picture is decoded in a line of its own and may be reduced while it is decoded."""
 
-MAX_SLOW_PIXELS = 4_000_000
-"""For what Pillow decodes in Python."""
+MAX_SLOW_PIXELS = 2_500_000
+"""For what is decoded in Python: seconds, at this size."""
 
 MAX_JPEG2000_PIXELS = 16_000_000
 """Its decoder takes four bytes per sample beside the picture."""
@@ -88,7 +88,7 @@ def check_size(picture: PictureFile) -> None:
     elif picture.format == "JPEG 2000":
         limit, of = MAX_JPEG2000_PIXELS, " for JPEG 2000"
     if width * height > limit:
-        raise InvalidFirstFrame(f"{width}x{height} pixels are too many{of}, at most {limit // 10**6} million are read")
+        raise InvalidFirstFrame(f"{width}x{height} pixels are too many{of}, at most {limit / 10**6:g} million are read")
     if max(width, height) > MAX_SIDE:
         raise InvalidFirstFrame(f"{width}x{height} pixels, at most {MAX_SIDE} per side are read")
 
@@ -333,25 +333,11 @@ def _jpeg2000_size(data: bytes) -> tuple[int, int]:
     return max(size[0] for size in sizes), max(size[1] for size in sizes)
 
 
-_PPM_HEADER = re.compile(rb"P([1-6])(?:\s|#[^\r\n]*+[\r\n])++(\d{1,9})(?:\s|#[^\r\n]*+[\r\n])++(\d{1,9})")
-_PPM_MAXIMUM = re.compile(rb"(?:\s|#[^\r\n]*+[\r\n])++(\d{1,9})")
-
-
 def _ppm(data: bytes) -> PictureFile:
-    """The header is written anew, without its comments."""
-    found = _PPM_HEADER.match(data)
-    if found is None:
-        raise ValueError
-    kind, width, height = (int(text) for text in found.groups())
-    header, end, maximum = f"P{kind}\n{width} {height}\n", found.end(), 255
-    if kind not in (1, 4):
-        last = _PPM_MAXIMUM.match(data, end)
-        if last is None:
-            raise ValueError
-        maximum, end = int(last[1]), last.end()
-        header += f"{maximum}\n"
-    body = data[end + 1 :]  # one white space, then the pixels
-    return PictureFile("PPM", header.encode() + body, width, height, is_slow=kind < 4 or maximum != 255)
+    kind, width, height, _, _ = ppm_file.read_header(data)
+    picture = PictureFile("PPM", data, width, height, is_slow=kind < 4)
+    check_size(picture)
+    return replace(picture, data=ppm_file.rewrite(data))
 
 
 def _tiff(data: bytes) -> PictureFile:
