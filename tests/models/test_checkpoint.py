@@ -12,7 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from lingbot_rt.errors import CheckpointError
-from lingbot_rt.models import checkpoint
+from lingbot_rt.models import hub
 from lingbot_rt.models.checkpoint import load_dit, load_text_encoder, load_vae, open_checkpoint
 from lingbot_rt.shapes import FrameSize
 
@@ -178,13 +178,13 @@ def test_parts_that_do_not_fit_each_other(model):
 
 def test_hub_ids(model, monkeypatch, tmp_path):
     """A hub id is fetched; offline, or when it is no id at all, the error names the way out."""
-    monkeypatch.setattr(checkpoint, "snapshot_download", lambda model_id, allow_patterns: str(model))
+    monkeypatch.setattr(hub, "snapshot_download", lambda model_id, allow_patterns: str(model))
     assert open_checkpoint("someone/some-world").path == model
 
     def offline(model_id, allow_patterns):
         raise LocalEntryNotFoundError("cannot reach the hub")
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", offline)
+    monkeypatch.setattr(hub, "snapshot_download", offline)
     with pytest.raises(CheckpointError, match=r"cannot reach the hub.*--model-path \./models/some-world"):
         open_checkpoint("someone/some-world")
     monkeypatch.undo()
