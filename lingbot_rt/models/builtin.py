@@ -90,16 +90,21 @@ def _make_once(folder: Path) -> None:
                 raise
 
 
+def _package_files() -> list[Path]:
+    """The configuration files. Names that begin with a dot are the system's own."""
+    return [path for path in sorted(_SOURCE.rglob("*.json")) if not path.name.startswith(".")]
+
+
 def _key() -> str:
     """A hash of what the weights depend on: the configuration, the code that makes them, and torch's generator."""
     digest = hashlib.sha256(f"{_SEED} {torch.__version__}".encode())
-    for path in (Path(__file__), Path(procedural_world.__file__), *sorted(_SOURCE.rglob("*.json"))):
+    for path in (Path(__file__), Path(procedural_world.__file__), *_package_files()):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
 def _make(folder: Path) -> None:
-    for source in sorted(_SOURCE.rglob("*.json")):
+    for source in _package_files():
         target = folder / source.relative_to(_SOURCE)
         target.parent.mkdir(parents=True, exist_ok=True)
         # Only the content: an installed package may be read-only, its copy must not be.

@@ -212,6 +212,8 @@ def _tokenizer(path: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     names = ", ".join(file.name for file in files)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path / TOKENIZER, local_files_only=True, trust_remote_code=False)
+        # Some settings of a wrong type are noticed by the first prompt only.
+        tokenizer("a prompt", truncation=True, max_length=8)
     except Exception as error:
         # The tokenizers library raises plain Exception.
         raise broken(f"{path / TOKENIZER} does not load from {names}: {one_line(error)}: fetch it again") from None

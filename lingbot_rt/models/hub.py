@@ -56,6 +56,8 @@ def fetch(model_id: str) -> Path:
 def _download(model_id: str) -> Path:
     """First the small files, then the weights that they name, of the same revision."""
     path = Path(snapshot_download(model_id, allow_patterns=list(SMALL_FILES)))
+    if not path.is_dir():
+        raise broken(f"--model-path {model_id}: the repository has none of {listed(CONFIGS)}: it is no diffusers model")
     wanted = [f"{part}/{name}" for part in WEIGHTS for name in weight_names(path / part)]
     if not os.path.lexists(path / TOKENIZER / "tokenizer.json"):
         wanted.append(f"{TOKENIZER}/{TOKENIZER_MODEL}")

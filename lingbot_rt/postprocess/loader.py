@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lingbot_rt.errors import CheckpointError, one_line
+from lingbot_rt.models.file_checks import require_file
 from lingbot_rt.postprocess.interpolate import REDUCTIONS, IFNet, Interpolator
 from lingbot_rt.postprocess.upscale import RRDBNet, SRVGGNetCompact, Upscaler
 
@@ -39,6 +40,9 @@ _DAMAGE = (
 """Errors of reading a damaged file. Those of the second line come from torch's unpickler."""
 
 _LISTED_KEYS = 4
+
+UPSCALER_FILE = "the weights of a Real-ESRGAN generator (.safetensors, .pth)"
+INTERPOLATOR_FILE = "the weights of a RIFE network of version 4.0 (.safetensors, .pkl)"
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -82,6 +86,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         fix = ": run scripts/fetch_models" if path.parent == WEIGHTS else ""
         raise CheckpointError(f"there is no weight file {path}{fix}")
+    require_file(path)
     try:
         if path.suffix == ".safetensors":
             found: object = load_file(path)
