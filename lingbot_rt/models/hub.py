@@ -49,7 +49,7 @@ def fetch(model_id: str) -> Path:
         # The libraries under the download raise errors of every kind: of the hub, HTTP, proxies, files and values.
         reason = _reason(error)
     path = _cached(model_id, reason)
-    log.warning("%s: the hub was not asked (%s); serving the copy in the cache, %s", model_id, reason, path)
+    log.warning("%s: nothing fetched from the hub (%s); loading the copy in the cache, %s", model_id, reason, path)
     return path
 
 
