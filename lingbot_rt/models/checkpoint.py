@@ -170,7 +170,8 @@ def _find(model_path: str) -> Path:
     except FileNotFoundError:
         # A hub id has one slash at most, and no part of it begins like a path.
         if path.is_absolute() or model_path.startswith(("./", "../", "~")) or model_path.count("/") > 1:
-            raise broken(f"--model-path {path}: there is no such folder, and a hub id is OWNER/NAME") from None
+            shown = path if model_path.startswith("~") else model_path
+            raise broken(f"--model-path {shown}: there is no such folder, and a hub id is OWNER/NAME") from None
         return fetch(model_path)
     except NotADirectoryError:
         raise broken(f"--model-path {path} is a file, expected the folder of a model") from None
@@ -190,6 +191,9 @@ def _no_model(path: Path) -> CheckpointError:
             name = f"{snapshot}, or the id {model_id}" if snapshot else f"one of the folders in {repository}/snapshots"
             return broken(f"{path} is the hub cache's folder of {model_id}, not a model: name {name}")
         inside = [child for child in sorted(path.iterdir()) if all((child / part).is_dir() for part in PARTS)]
+        cached = sorted(filter(None, map(repository_id, (*path.glob("models--*"), *path.glob("hub/models--*")))))
+        if cached:
+            return broken(f"{path} is a cache of the hub, not a model: name the id of one, of {listed(cached)}")
     except OSError as error:
         return system_error(path, error)
     missing = ", ".join(f"{part}/" for part in PARTS if not (path / part).is_dir())

@@ -19,8 +19,7 @@ DISTILLED_STEPS = (1000, 821, 642, 321)
 TRAINED_SIZE = FrameSize(832, 480)
 
 _WAN_Z_DIM = 16
-_SMALLEST_SIDE = 64
-_SIDES = f'WIDTHxHEIGHT in multiples of {SIZE_MULTIPLE}, at least {_SMALLEST_SIDE}, for example "832x480"'
+_SIDES = f'WIDTHxHEIGHT in multiples of {SIZE_MULTIPLE}, for example "832x480"'
 _WIDTH = whole(1, 2**20)
 _COUNT = whole(1, 1024)
 
@@ -142,7 +141,7 @@ def read_default_size(index: JsonFile) -> FrameSize:
         size = FrameSize.parse(given)
     except ValueError:
         index.refuse("default_size", _SIDES)
-    if not size.is_whole_tokens or min(size.width, size.height) < _SMALLEST_SIDE:
+    if not size.is_whole_tokens or not size.pixels:
         index.refuse("default_size", _SIDES)
     return size
 

@@ -221,6 +221,9 @@ def test_the_folder_of_a_repository(snapshot):
         message = refusal(folder)
         assert str(snapshot) in message
         assert ID in message
+    cache = snapshot.parents[2]
+    for folder in (cache, cache.parent):
+        assert f"name the id of one, of {ID}" in refusal(folder)
     load_all(snapshot)
 
 

@@ -63,7 +63,7 @@ def test_numbers(model, file, key):
         (INDEX, "default_size", 160, "WIDTHxHEIGHT"),
         (INDEX, "default_size", "", "WIDTHxHEIGHT"),
         (INDEX, "default_size", "large", "WIDTHxHEIGHT"),
-        (INDEX, "default_size", "0x0", "at least 64"),
+        (INDEX, "default_size", "0x0", "multiples of 16"),
         (INDEX, "default_size", "100x100", "multiples of 16"),
         (INDEX, "_class_name", "StableDiffusionPipeline", "LingBot-World"),
         (INDEX, "_class_name", 5, "LingBot-World"),
