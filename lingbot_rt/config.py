@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lingbot_rt.errors import ConfigError
+from lingbot_rt.hub_cache import snapshot_id
 
 PIPELINE_CLASS_NAME = "LingBotWorldCausalDMDPipeline"
 ENV_PREFIX = "LINGBOT_RT_"
@@ -259,7 +260,10 @@ class ServeConfig:
             return self.served_model_name
         if self.model_path == BUILTIN:
             return "lingbot-rt-builtin"
-        return self.model_path if not Path(self.model_path).exists() else Path(self.model_path).resolve().name
+        if not Path(self.model_path).exists():
+            return self.model_path
+        folder = Path(self.model_path).resolve()
+        return snapshot_id(folder) or folder.name
 
 
 def flag(name: str) -> str:

@@ -5,7 +5,6 @@ The weights are not zero: a device that multiplies zeros draws less power and cl
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,9 @@ from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.flow_match import FlowSchedule
 from lingbot_rt.engine.pipeline import DTYPES, Networks, Pipeline, assemble, resolve_device, resolve_dtype
 from lingbot_rt.models.attention import require_backend
-from lingbot_rt.models.checkpoint import DISTILLED_SHIFT, DISTILLED_STEPS, TRAINED_SIZE, open_checkpoint
+from lingbot_rt.models.checkpoint import open_checkpoint
 from lingbot_rt.models.dit import CausalDiT, DiTConfig
+from lingbot_rt.models.model_config import DISTILLED_SHIFT, DISTILLED_STEPS, TRAINED_SIZE, read_vae_config
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.parallel.groups import Ranks, SingleRank
 from lingbot_rt.shapes import FrameSize
@@ -52,7 +52,7 @@ def shapes_of(model: str) -> ModelShapes:
     folder = open_checkpoint(model)
     return ModelShapes(
         dit=folder.dit_config,
-        vae=json.loads((folder.path / "vae" / "config.json").read_text(encoding="utf-8")),
+        vae=read_vae_config(folder.path / "vae" / "config.json"),
         schedule=FlowSchedule(folder.shift, folder.denoise_steps),
         default_size=folder.default_size,
     )

@@ -18,6 +18,7 @@ from lingbot_rt.errors import CheckpointError, ConfigError, InvalidInit
 from lingbot_rt.models.attention import require_backend, resolve_backend
 from lingbot_rt.models.checkpoint import load_dit, load_text_encoder, load_vae, open_checkpoint
 from lingbot_rt.models.dit import Block, CausalDiT, TextKV
+from lingbot_rt.models.file_checks import listed
 from lingbot_rt.models.quantize import quantize_linears, require_fp8
 from lingbot_rt.models.text_encoder import PromptEncoder
 from lingbot_rt.models.vae import StreamingVAE
@@ -99,6 +100,8 @@ def load_pipeline(config: ServeConfig, report: Callable[[EngineStatus], None], r
         torch.set_num_threads(max(1, torch.get_num_threads() // config.num_gpus))
 
     folder = open_checkpoint(config.model_path)
+    if folder.left_out and (ranks is None or ranks.is_first):
+        log.warning("%s: not loaded: %s", folder.path, listed(folder.left_out))
 
     def part(name: str) -> Callable[[float], None]:
         return lambda done: report(EngineStatus("loading weights", done, name))

@@ -1,31 +1,44 @@
 """Loads the networks of a folder in diffusers' layout, a hub id or the built-in world.
 
+The names, shapes and types in the headers of the weight files are compared with the network before any weight is read.
 A network is built on the meta device. Its memory is allocated once, on its final device, and each tensor of the
-safetensors files is copied into it. Names and shapes that do not fit are listed in one error.
+safetensors files is copied into it.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from lingbot_rt.config import BUILTIN
 from lingbot_rt.errors import CheckpointError, one_line
+from lingbot_rt.hub_cache import newest_snapshot, repository_id
 from lingbot_rt.models.builtin import builtin_folder
 from lingbot_rt.models.dit import CausalDiT, DiTConfig, split_qkv
-from lingbot_rt.models.i2v_condition import MASK_CHANNELS
+from lingbot_rt.models.file_checks import broken, listed, require_file, shorten, system_error
+from lingbot_rt.models.folder import PARTS, TOKENIZER, WeightFiles, left_out, tokenizer_files, weight_files
+from lingbot_rt.models.hub import fetch
+from lingbot_rt.models.model_config import (
+    other_components,
+    read_default_size,
+    read_dit_config,
+    read_model_index,
+    read_schedule,
+    read_text_config,
+    read_vae_config,
+    require_fit,
+)
 from lingbot_rt.models.text_encoder import TextEncoder
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.shapes import FrameSize
@@ -33,14 +46,8 @@ from lingbot_rt.shapes import FrameSize
 Progress = Callable[[float], None]
 """Called with the share done, 0 to 1."""
 
-DISTILLED_SHIFT = 10.0
-DISTILLED_STEPS = (1000, 821, 642, 321)
-TRAINED_SIZE = FrameSize(832, 480)
-WAN_Z_DIM = 16
-
-_PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
-_HUB_FILES = ["*.json", *(f"{part}/*" for part in _PARTS), "scheduler/*"]
-_LISTED_KEYS = 8
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+"""Types of tensors that weights are copied from. Whole numbers are quantized weights, which need more than a copy."""
 
 _DIFFUSERS_NAMES = [
     (r"condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
@@ -73,45 +80,35 @@ class CheckpointFolder:
     shift: float  # of the flow-matching schedule
     denoise_steps: tuple[int, ...]  # the distilled timesteps before the shift
     default_size: FrameSize
+    left_out: tuple[str, ...] = ()  # files and networks in the folder that are not loaded
 
 
 def open_checkpoint(model_path: str) -> CheckpointFolder:
     """Reads the configurations of ``builtin``, a folder or a hub id. A hub id is downloaded once, and can resume.
 
-    Raises CheckpointError, naming what is missing or does not fit.
+    Raises CheckpointError, naming the file that is missing, unreadable or does not fit, and what to do.
     """
-    if model_path == BUILTIN:
-        path = builtin_folder()
-    elif Path(model_path).is_dir():
-        path = Path(model_path)
-    else:
-        path = _fetch(model_path)
-    missing = [part for part in _PARTS if not (path / part).is_dir()]
-    if missing:
-        raise _broken(f"{path} is not a diffusers model folder: it has no {', '.join(part + '/' for part in missing)}")
-    index = _read_json(path / "model_index.json", default={})
-    scheduler = _read_json(path / "scheduler" / "scheduler_config.json", default={})
-    vae, text = (_read_json(path / part / "config.json") for part in ("vae", "text_encoder"))
-    try:
-        folder = CheckpointFolder(
-            path=path,
-            dit_config=DiTConfig.from_dict(_read_json(path / "transformer" / "config.json")),
-            shift=float(scheduler.get("shift", DISTILLED_SHIFT)),
-            denoise_steps=tuple(int(step) for step in scheduler.get("dmd_denoising_steps", DISTILLED_STEPS)),
-            default_size=FrameSize.parse(index["default_size"]) if "default_size" in index else TRAINED_SIZE,
-        )
-    except (ValueError, TypeError) as error:
-        raise _broken(f"{path}: {error}") from None
-    dit, z_dim = folder.dit_config, vae.get("z_dim", WAN_Z_DIM)
-    wanted = (2 * z_dim + MASK_CHANNELS, z_dim)
-    if (dit.in_channels, dit.out_channels) != wanted:
-        raise _broken(
-            f"{path}: a VAE of {z_dim} channels needs a transformer of {wanted[0]} channels in and {wanted[1]} out, "
-            f"not {dit.in_channels} and {dit.out_channels}"
-        )
-    if text.get("d_model") != dit.text_dim:
-        raise _broken(f"{path}: text_encoder/ gives {text.get('d_model')} features, transformer/ takes {dit.text_dim}")
-    return folder
+    path = _find(model_path)
+    for part in PARTS:
+        try:
+            os.listdir(path / part)
+        except (FileNotFoundError, NotADirectoryError):
+            raise _no_model(path) from None
+        except OSError as error:
+            raise system_error(path / part, error) from None
+    index = read_model_index(path / "model_index.json")
+    shift, denoise_steps = read_schedule(path / "scheduler" / "scheduler_config.json")
+    dit_config = read_dit_config(path / "transformer" / "config.json")
+    vae_config = read_vae_config(path / "vae" / "config.json")
+    require_fit(path, dit_config, vae_config, read_text_config(path / "text_encoder" / "config.json"))
+    return CheckpointFolder(
+        path=path,
+        dit_config=dit_config,
+        shift=shift,
+        denoise_steps=denoise_steps,
+        default_size=read_default_size(index),
+        left_out=(*left_out(path), *other_components(index, PARTS)),
+    )
 
 
 def load_dit(
@@ -120,8 +117,9 @@ def load_dit(
     """The DiT, with q, k and v of self-attention in one fused linear. Raises CheckpointError."""
     with torch.device("meta"):
         dit = CausalDiT(folder.dit_config)
-    state = _allocate(dit, dtype, device)
-    _fill(split_qkv(state), folder.path / "transformer", _original_name, progress)
+    copies = _match(split_qkv(dit.state_dict()), folder.path / "transformer", _original_name)
+    state = _allocate(dit, dtype, device, folder.path / "transformer")
+    _fill(split_qkv(state), copies, progress)
     return _assign(dit, state)
 
 
@@ -129,13 +127,13 @@ def load_vae(
     folder: CheckpointFolder, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
 ) -> StreamingVAE:
     """The VAE. Raises CheckpointError."""
-    try:
-        with torch.device("meta"):
-            vae = AutoencoderKLWan.from_config(_read_json(folder.path / "vae" / "config.json"))
-    except (ValueError, TypeError) as error:
-        raise _broken(f"{folder.path / 'vae'}: {error}") from None
-    state = _allocate(vae, dtype, device)
-    _fill(state, folder.path / "vae", lambda name: name, progress)
+    path = folder.path / "vae"
+    config = read_vae_config(path / "config.json")
+    with torch.device("meta"), _library_errors(path / "config.json"):
+        vae = AutoencoderKLWan(**config)
+    copies = _match(vae.state_dict(), path, lambda name: name)
+    state = _allocate(vae, dtype, device, path)
+    _fill(state, copies, progress)
     return StreamingVAE(_assign(vae, state))
 
 
@@ -144,54 +142,106 @@ def load_text_encoder(
 ) -> TextEncoder:
     """UMT5's encoder and its tokenizer. Raises CheckpointError."""
     path = folder.path / "text_encoder"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder.path / "tokenizer", local_files_only=True)
-        config = UMT5Config.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise _broken(f"{folder.path}: text encoder: {one_line(error)}") from None
-    with torch.device("meta"):
-        encoder = UMT5EncoderModel(config)
-    state = _allocate(encoder, dtype, device)
-    # One table with two names. A checkpoint has it under either name.
-    state["encoder.embed_tokens.weight"] = state["shared.weight"]
-    targets = {name: tensor for name, tensor in state.items() if name != "encoder.embed_tokens.weight"}
-    _fill(targets, path, lambda name: name.replace("encoder.embed_tokens.", "shared."), progress)
+    config = read_text_config(path / "config.json")
+    with torch.device("meta"), _library_errors(config.path):
+        encoder = UMT5EncoderModel(UMT5Config.from_dict(dict(config.values)))
+    tokenizer = _tokenizer(folder.path, encoder.config.vocab_size)
+    # One table with two names. A checkpoint has it under either name; the first is read if it has both.
+    shared, alias = "shared.weight", "encoder.embed_tokens.weight"
+    targets = {name: tensor for name, tensor in encoder.state_dict().items() if name != alias}
+    copies = _match(targets, path, lambda name: shared if name == alias else name, aliases={alias: shared})
+    state = _allocate(encoder, dtype, device, path)
+    state[alias] = state[shared]
+    _fill(state, copies, progress)
     encoder = _assign(encoder, state)
     encoder.tie_weights()
     return TextEncoder(tokenizer, encoder, folder.dit_config.text_len)
 
 
-def _fetch(model_id: str) -> Path:
-    """The hub's files, from its local cache or downloaded with a progress bar."""
+def _find(model_path: str) -> Path:
+    """The folder that ``model_path`` names. Raises CheckpointError."""
+    if model_path == BUILTIN:
+        return builtin_folder()
+    if not model_path.strip():
+        raise broken("--model-path is empty: name builtin, a folder or a hub id")
+    path = Path(os.path.expanduser(model_path))
     try:
-        return Path(snapshot_download(model_id, allow_patterns=_HUB_FILES))
-    except HFValidationError:
-        raise _broken(f"--model-path {model_id}: neither a folder that exists nor a hub id") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise _broken(
-            f"--model-path {model_id}: no such folder, and the download from the hub failed ({one_line(error)}); "
-            f"put its files in a folder and name the folder, for example --model-path ./models/{Path(model_id).name}"
-        ) from None
+        os.listdir(path)
+    except FileNotFoundError:
+        # A hub id has one slash at most, and no part of it begins like a path.
+        if path.is_absolute() or model_path.startswith(("./", "../", "~")) or model_path.count("/") > 1:
+            shown = path if model_path.startswith("~") else model_path
+            raise broken(f"--model-path {shown}: there is no such folder, and a hub id is OWNER/NAME") from None
+        return fetch(model_path)
+    except NotADirectoryError:
+        raise broken(f"--model-path {path} is a file, expected the folder of a model") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise broken(f"--model-path {shorten(str(path))}: {reason}") from None
+    return path
 
 
-def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A JSON object; ``default`` when the file does not exist."""
-    if default is not None and not path.exists():
-        return default
+def _no_model(path: Path) -> CheckpointError:
+    """The error for a folder without the parts of a model. It names the folder that was meant, if there is one."""
+    repository = path.parent if path.name == "snapshots" else path
+    model_id = repository_id(repository)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        if model_id is not None and (repository / "snapshots").is_dir():
+            snapshot = newest_snapshot(repository)
+            name = f"{snapshot}, or the id {model_id}" if snapshot else f"one of the folders in {repository}/snapshots"
+            return broken(f"{path} is the hub cache's folder of {model_id}, not a model: name {name}")
+        inside = [child for child in sorted(path.iterdir()) if all((child / part).is_dir() for part in PARTS)]
+        cached = sorted(filter(None, map(repository_id, (*path.glob("models--*"), *path.glob("hub/models--*")))))
+        if cached:
+            return broken(f"{path} is a cache of the hub, not a model: name the id of one, of {listed(cached)}")
     except OSError as error:
-        raise _broken(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise _broken(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise _broken(f"{path}: expected a JSON object")
-    return values
+        return system_error(path, error)
+    missing = ", ".join(f"{part}/" for part in PARTS if not (path / part).is_dir())
+    remedy = f"name {inside[0]}" if len(inside) == 1 else "name a folder that has them, or fetch the model again"
+    return broken(f"{path} is not a diffusers model folder: it has no {missing}: {remedy}")
 
 
-def _allocate(module: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Allocates every parameter of a module that was built on the meta device."""
-    return {name: torch.empty_like(value, dtype=dtype, device=device) for name, value in module.state_dict().items()}
+@contextmanager
+def _library_errors(path: Path) -> Iterator[None]:
+    """Turns any error of diffusers or transformers, which raise every kind, into one that names the file."""
+    try:
+        yield
+    except Exception as error:
+        raise broken(f"{path} does not describe a network that can be built: {one_line(error)}") from None
+
+
+def _tokenizer(path: Path, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model folder ``path``, whose ids are all below ``vocab_size``. Raises CheckpointError."""
+    files = tokenizer_files(path)
+    names = ", ".join(file.name for file in files)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path / TOKENIZER, local_files_only=True, trust_remote_code=False)
+        # Some settings of a wrong type are noticed by the first prompt only.
+        tokenizer("a prompt", truncation=True, max_length=8)
+    except Exception as error:
+        # The tokenizers library raises plain Exception.
+        raise broken(f"{path / TOKENIZER} does not load from {names}: {one_line(error)}: fetch it again") from None
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if not 0 <= highest < vocab_size:
+        raise broken(
+            f"{path / TOKENIZER} has ids up to {highest}, text_encoder/config.json has a vocab_size of {vocab_size}: "
+            "fetch both again"
+        )
+    return tokenizer
+
+
+def _allocate(module: nn.Module, dtype: torch.dtype, device: torch.device, folder: Path) -> dict[str, Tensor]:
+    """Allocates every parameter of a module that was built on the meta device. Raises CheckpointError."""
+    values = module.state_dict()
+    try:
+        return {name: torch.empty_like(value, dtype=dtype, device=device) for name, value in values.items()}
+    except (RuntimeError, MemoryError):
+        # torch has no error of its own for a CPU without memory, and nothing else can fail here.
+        gigabytes = sum(value.numel() for value in values.values()) * dtype.itemsize / 1e9
+        raise broken(
+            f"{folder}: its weights take {gigabytes:.1f} GB, more than {device} has free: free some, or use a smaller "
+            "--dtype or one of the offload options"
+        ) from None
 
 
 def _assign(module: Any, state: dict[str, Tensor]) -> Any:
@@ -210,56 +260,96 @@ def _original_name(name: str) -> str:
     return name
 
 
-def _fill(targets: dict[str, Tensor], folder: Path, rename: Callable[[str], str], progress: Progress | None) -> None:
-    """Copies every tensor of the folder's safetensors files into its target. Raises CheckpointError."""
-    missing, extra, misshapen = set(targets), [], []
-    for done, name, tensor in _tensors(folder):
-        target = targets.get(rename(name))
-        missing.discard(rename(name))
-        if target is None:
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """One tensor of a file, and the tensor of the network that gets its values."""
+
+    path: Path
+    name: str
+    target: str
+
+
+def _match(
+    targets: dict[str, Tensor], folder: Path, rename: Callable[[str], str], aliases: dict[str, str] | None = None
+) -> list[_Copy]:
+    """Which tensor of which file each target gets. Only headers are read.
+
+    ``aliases``: names that are passed over if the files also have the other name. Raises CheckpointError unless every
+    target has one tensor of its shape, and every tensor is for a target.
+    """
+    files = weight_files(folder)
+    found: dict[str, Path] = {}
+    headers: dict[str, tuple[list[int], str]] = {}
+    for path in files.paths:
+        with _open_weights(path) as file:
+            for name in list(file.keys()):
+                if name in found:
+                    raise broken(f"{path} and {found[name].name} both have {shorten(name)}: fetch the model again")
+                found[name] = path
+                header = file.get_slice(name)
+                headers[name] = (header.get_shape(), header.get_dtype())
+    _require_listed(files, found)
+    copies: dict[str, _Copy] = {}
+    extra, misshapen = [], []
+    for name, (shape, dtype) in headers.items():
+        if aliases and aliases.get(name) in headers:
+            continue
+        target = rename(name)
+        if target not in targets:
             extra.append(name)
-        elif target.shape != tensor.shape:
-            misshapen.append(f"{name} {list(tensor.shape)} for {list(target.shape)}")
+        elif target in copies:
+            raise broken(
+                f"{found[name]}: {shorten(name)} and {shorten(copies[target].name)} are the same tensor of the network:"
+                " remove one"
+            )
         else:
-            target.copy_(tensor)
-        if progress is not None:
-            progress(done)
-    parts = []
-    for what, names in (("missing", sorted(missing)), ("unexpected", extra), ("misshapen", misshapen)):
-        if names:
-            more = f" and {len(names) - _LISTED_KEYS} more" if len(names) > _LISTED_KEYS else ""
-            parts.append(f"{len(names)} {what}: {', '.join(names[:_LISTED_KEYS])}{more}")
+            copies[target] = _Copy(found[name], name, target)
+            if list(targets[target].shape) != shape:
+                misshapen.append(f"{name} {shape} for {list(targets[target].shape)}")
+            elif dtype not in _FLOATS:
+                misshapen.append(f"{name} of type {dtype}")
+    problems = (("missing", sorted(targets.keys() - copies)), ("unexpected", extra), ("misshapen", misshapen))
+    parts = [f"{len(names)} {what}: {listed(names)}" for what, names in problems if names]
     if parts:
-        raise _broken(f"{folder} does not fit its config.json: {'; '.join(parts)}")
+        raise broken(f"{folder} does not fit its config.json: {'; '.join(parts)}; fetch both of the same model")
+    return list(copies.values())
 
 
-def _tensors(folder: Path) -> Iterator[tuple[float, str, Tensor]]:
-    """(share done, name, tensor) of every tensor in the folder. Only one is in memory at a time."""
-    files = _shards(folder)
-    for number, path in enumerate(files):
-        try:
-            with safe_open(path, framework="pt") as shard:
-                names = list(shard.keys())
-                for i, name in enumerate(names):
-                    yield (number + (i + 1) / len(names)) / len(files), name, shard.get_tensor(name)
-        except SafetensorError as error:
-            raise _broken(f"{path} is damaged: {error}") from None
+def _require_listed(files: WeightFiles, found: dict[str, Path]) -> None:
+    """Raises CheckpointError unless the index, if there is one, lists each tensor under the file that has it."""
+    if files.weight_map is None:
+        return
+    wrong = [name for name, shard in files.weight_map.items() if name not in found or found[name].name != shard]
+    wrong += [name for name in found if name not in files.weight_map]
+    if wrong:
+        raise broken(
+            f"{files.index} does not fit its files: {len(wrong)} tensors are in another file than it says, or in none: "
+            f"{listed(wrong)}; fetch the index and the weights again"
+        )
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The safetensors files that the folder's index lists; all of them when there is no index."""
-    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
-    if index is None:
-        files = sorted(folder.glob("*.safetensors"))
-    else:
-        files = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
-    if not files:
-        raise _broken(f"{folder} has no .safetensors file")
-    absent = [path.name for path in files if not path.exists()]
-    if absent:
-        raise _broken(f"{folder} misses {len(absent)} of {len(files)} shards: {', '.join(absent[:_LISTED_KEYS])}")
-    return files
+@contextmanager
+def _open_weights(path: Path) -> Iterator[Any]:
+    """An open safetensors file. Raises CheckpointError, also for what goes wrong while it is read."""
+    require_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise broken(f"{path} is incomplete or damaged ({error}): fetch it again") from None
+    except OSError as error:
+        raise system_error(path, error) from None
 
 
-def _broken(message: str) -> CheckpointError:
-    return CheckpointError(message, field="model_path")
+def _fill(targets: dict[str, Tensor], copies: list[_Copy], progress: Progress | None) -> None:
+    """Copies the tensors into the targets, one at a time in memory."""
+    paths = list(dict.fromkeys(copy.path for copy in copies))
+    done = 0
+    for path in paths:
+        with _open_weights(path) as file:
+            for copy in copies:
+                if copy.path == path:
+                    targets[copy.target].copy_(file.get_tensor(copy.name))
+                    done += 1
+                    if progress is not None:
+                        progress(done / len(copies))

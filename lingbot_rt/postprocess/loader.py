@@ -9,6 +9,7 @@ import math
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lingbot_rt.errors import CheckpointError, one_line
+from lingbot_rt.models.file_checks import require_file
 from lingbot_rt.postprocess.interpolate import REDUCTIONS, IFNet, Interpolator
 from lingbot_rt.postprocess.upscale import RRDBNet, SRVGGNetCompact, Upscaler
 
@@ -39,6 +41,9 @@ _DAMAGE = (
 """Errors of reading a damaged file. Those of the second line come from torch's unpickler."""
 
 _LISTED_KEYS = 4
+
+UPSCALER_FILE = "the weights of a Real-ESRGAN generator (.safetensors, .pth)"
+INTERPOLATOR_FILE = "the weights of a RIFE network of version 4.0 (.safetensors, .pkl)"
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -82,11 +87,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         fix = ": run scripts/fetch_models" if path.parent == WEIGHTS else ""
         raise CheckpointError(f"there is no weight file {path}{fix}")
+    require_file(path)
     try:
         if path.suffix == ".safetensors":
             found: object = load_file(path)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                # torch warns about forms of pickle that it may not read. What it does not read is an error anyway.
+                warnings.simplefilter("ignore")
+                found = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
         raise CheckpointError(f"{path} is damaged or has more than weights: {one_line(error)}") from None
     for container in _CONTAINERS:

@@ -5,6 +5,7 @@ Interpolation comes first, so that the motion search runs at the decoded size.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,10 +18,13 @@ from torch import Tensor
 
 from lingbot_rt.errors import CheckpointError
 from lingbot_rt.postprocess.interpolate import Interpolator
-from lingbot_rt.postprocess.loader import load_interpolator, load_upscaler
+from lingbot_rt.postprocess.loader import INTERPOLATOR_FILE, UPSCALER_FILE, load_interpolator, load_upscaler
 from lingbot_rt.postprocess.upscale import Upscaler
+from lingbot_rt.session.messages import shown
 from lingbot_rt.session.plan import PostprocessPlan
 from lingbot_rt.shapes import VAE_TEMPORAL_STRIDE, FrameSize
+
+log = logging.getLogger(__name__)
 
 
 class PostProcessor:
@@ -114,36 +118,54 @@ class PostprocessNetworks:
     def open(self, plan: PostprocessPlan, size: FrameSize) -> PostProcessor:
         """A session's processor.
 
-        Raises CheckpointError, with the field of the init, when the file of a network is missing or does not fit.
+        Raises CheckpointError, with the field of the init, when the file of a network is missing or does not fit. The
+        message is for clients: it names no path of this machine. The log has the path and the reason.
         """
-        upscaler, interpolator = None, None
-        if plan.upscales:
-            model = plan.upscaling_model
-            with _naming("upscaling_model_path" if model else "enable_upscaling"):
-                upscaler = self._upscalers.get(model) or load_upscaler(model, self._device)
-            self._upscalers[model] = upscaler
-        if plan.interpolates:
-            model = plan.interpolation_model
-            with _naming("frame_interpolation_model_path" if model else "enable_frame_interpolation"):
-                interpolator = self._interpolators.get(model) or load_interpolator(model, self._device)
-            self._interpolators[model] = interpolator
+        with _for_clients("upscaling", plan.upscaling_model, plan.upscaling_given, UPSCALER_FILE):
+            upscaler = self._upscaler(plan)
+        with _for_clients("frame_interpolation", plan.interpolation_model, plan.interpolation_given, INTERPOLATOR_FILE):
+            interpolator = self._interpolator(plan)
         return PostProcessor(plan, size, upscaler, interpolator)
 
     def warm_up(self, plan: PostprocessPlan, size: FrameSize) -> None:
-        """Loads the plan's networks and runs the shapes of a session: the first frame alone, then a decoded group."""
-        processor = self.open(plan, size)
+        """Loads the plan's networks and runs the shapes of a session: the first frame alone, then a decoded group.
+
+        Raises CheckpointError that names the file.
+        """
+        processor = PostProcessor(plan, size, self._upscaler(plan), self._interpolator(plan))
         for count in (1, VAE_TEMPORAL_STRIDE):
             processor.process(torch.zeros((count, size.height, size.width, 3), dtype=torch.uint8, device=self._device))
 
+    def _upscaler(self, plan: PostprocessPlan) -> Upscaler | None:
+        if not plan.upscales:
+            return None
+        if plan.upscaling_model not in self._upscalers:
+            self._upscalers[plan.upscaling_model] = load_upscaler(plan.upscaling_model, self._device)
+        return self._upscalers[plan.upscaling_model]
+
+    def _interpolator(self, plan: PostprocessPlan) -> Interpolator | None:
+        if not plan.interpolates:
+            return None
+        if plan.interpolation_model not in self._interpolators:
+            self._interpolators[plan.interpolation_model] = load_interpolator(plan.interpolation_model, self._device)
+        return self._interpolators[plan.interpolation_model]
+
 
 @contextmanager
-def _naming(field: str) -> Iterator[None]:
-    """Sets the field of a CheckpointError raised inside."""
+def _for_clients(kind: str, model: Path | None, given: str, expected: str) -> Iterator[None]:
+    """Logs a CheckpointError raised inside and raises one that a client may read.
+
+    ``kind``: ``upscaling`` or ``frame_interpolation``. ``given``: the client's name of ``model``.
+    """
     try:
         yield
     except CheckpointError as error:
-        error.field = field
-        raise
+        log.warning("%s", error)
+        if model is None:
+            message = "the server's own network is missing or damaged: run scripts/fetch_models there"
+            raise CheckpointError(message, field=f"enable_{kind}") from None
+        message = f"{shown(given or model.name)} is damaged or another kind of file, expected {expected}"
+        raise CheckpointError(message, field=f"{kind}_model_path") from None
 
 
 def _mark(device: torch.device) -> Any:

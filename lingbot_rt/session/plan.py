@@ -25,6 +25,8 @@ class PostprocessPlan:
     interpolation_scale: float = 1.0  # resolution at which motion is looked for, 1: the frames' own
     upscaling_model: Path | None = None  # None: the shipped network
     interpolation_model: Path | None = None
+    upscaling_given: str = ""  # the model's path as the client wrote it, for errors
+    interpolation_given: str = ""
 
     @property
     def upscales(self) -> bool:

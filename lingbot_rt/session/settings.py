@@ -176,11 +176,13 @@ def _postprocess(init: Init, model_dir: str | None) -> PostprocessPlan:
     if init.enable_upscaling:
         asked["upscaling_scale"] = init.upscaling_scale
         asked["upscaling_model"] = model(init.upscaling_model_path, "upscaling_model_path")
+        asked["upscaling_given"] = init.upscaling_model_path or ""
     if init.enable_frame_interpolation:
         asked["interpolation_exp"] = init.frame_interpolation_exp
         asked["interpolation_scale"] = init.frame_interpolation_scale
         path = init.frame_interpolation_model_path
         asked["interpolation_model"] = model(path, "frame_interpolation_model_path")
+        asked["interpolation_given"] = path or ""
     return PostprocessPlan(**asked)
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lingbot_rt.engine.flow_match import FlowSchedule, predict_x0, renoise
-from lingbot_rt.models.checkpoint import CheckpointFolder, load_dit
+from lingbot_rt.errors import CheckpointError
+from lingbot_rt.models.checkpoint import CheckpointFolder, load_dit, load_text_encoder, load_vae, open_checkpoint
 from lingbot_rt.models.dit import CausalDiT, DiTConfig
 from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.shapes import FrameSize
@@ -26,12 +31,47 @@ def _inference():
         yield
 
 
+@pytest.fixture
+def model(golden, tmp_path) -> Path:
+    """A copy of the golden model that a test may break."""
+    return Path(shutil.copytree(golden("e2e/model"), tmp_path / "model"))
+
+
+def rewrite(path: Path, change: Callable[[dict], Any]) -> None:
+    """Passes a JSON file's object, or a safetensors file's tensors, through ``change``."""
+    if path.suffix == ".json":
+        values = json.loads(path.read_text())
+        change(values)
+        path.write_text(json.dumps(values))
+    else:
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+
+
+def load_all(model_path: str | Path) -> None:
+    """Loads every part of a model, as a start does."""
+    folder = open_checkpoint(str(model_path))
+    for load in (load_dit, load_vae, load_text_encoder):
+        load(folder, torch.float32, CPU)
+
+
+def refusal(model_path: str | Path) -> str:
+    """The message with which a model is refused: one printable line."""
+    with pytest.raises(CheckpointError) as caught:
+        load_all(model_path)
+    message = str(caught.value)
+    assert message.isprintable()
+    assert " at 0x" not in message
+    return message
+
+
 @pytest.fixture(scope="session")
 def dit_folder(golden, tmp_path_factory) -> CheckpointFolder:
     """tests/golden/dit as the transformer/ of a checkpoint folder."""
     path = tmp_path_factory.mktemp("checkpoint")
     (path / "transformer").mkdir()
-    (path / "transformer" / "model.safetensors").symlink_to(golden("dit/weights.safetensors"))
+    (path / "transformer" / "diffusion_pytorch_model.safetensors").symlink_to(golden("dit/weights.safetensors"))
     values = json.loads(golden("dit/config.json").read_text())
     return CheckpointFolder(
         path=path,

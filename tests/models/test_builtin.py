@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from lingbot_rt.engine.flow_match import FlowSchedule, predict_x0, renoise
+from lingbot_rt.errors import CheckpointError
 from lingbot_rt.models import builtin
 from lingbot_rt.models.builtin import builtin_folder
 from lingbot_rt.models.checkpoint import load_dit, load_text_encoder, load_vae, open_checkpoint
@@ -116,6 +118,107 @@ def test_a_process_that_is_second_takes_the_folder_of_the_first(tmp_path, monkey
     assert builtin_folder() == folder
     assert (folder / "maker").read_text() == "first"
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.fixture
+def quick_make(monkeypatch):
+    """Makes folders of the right form without computing weights."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model_index.json").write_text("{}")
+
+    monkeypatch.setattr(builtin, "_make", make)
+
+
+def refusal() -> str:
+    with pytest.raises(CheckpointError) as caught:
+        builtin_folder()
+    assert str(caught.value).isprintable()
+    return str(caught.value)
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    """Variables that are empty count as unset, ~ is the home folder, and a relative XDG folder is not one."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for own in ("", " \n"):
+        for shared in ("", " ", "relative"):
+            monkeypatch.setenv("LINGBOT_RT_CACHE", own)
+            monkeypatch.setenv("XDG_CACHE_HOME", shared)
+            assert builtin.cache_root() == tmp_path / ".cache" / "lingbot_rt"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/shared")
+    assert builtin.cache_root() == Path("/var/shared/lingbot_rt")
+    monkeypatch.setenv("LINGBOT_RT_CACHE", "~/worlds")
+    assert builtin.cache_root() == tmp_path / "worlds"
+
+
+def test_a_user_without_a_home_folder(monkeypatch):
+    """Without a home folder the message names the variable that stands in for it."""
+    monkeypatch.setenv("LINGBOT_RT_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert "LINGBOT_RT_CACHE" in refusal()
+
+
+def test_a_file_in_place_of_the_cache(quick_make, monkeypatch, tmp_path):
+    """A file where the cache or a folder above it should be: path, the system's reason and the variable."""
+    (tmp_path / "file").write_text("mine")
+    for cache in (tmp_path / "file", tmp_path / "file" / "below"):
+        monkeypatch.setenv("LINGBOT_RT_CACHE", str(cache))
+        message = refusal()
+        assert str(cache) in message
+        assert "File exists" in message or "Not a directory" in message
+        assert "LINGBOT_RT_CACHE" in message
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        ("mkdir", PermissionError(13, "Permission denied")),
+        ("write_bytes", OSError(28, "No space left on device")),
+        ("rename", OSError(30, "Read-only file system")),
+    ],
+)
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path, function, error):
+    """Folder, reason and variable are named, and nothing is left behind: no folder, no half model."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"x" * 1000)
+
+    def refuse(self, *args, **options):
+        raise error
+
+    monkeypatch.setattr(builtin, "_make", make)
+    monkeypatch.setenv("LINGBOT_RT_CACHE", str(tmp_path / "new" / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, function, refuse)
+        message = refusal()
+    assert str(tmp_path / "new" / "cache") in message
+    assert error.strerror in message
+    assert "LINGBOT_RT_CACHE" in message
+    assert list(tmp_path.iterdir()) == []
+    assert builtin_folder().is_dir()
+
+
+def test_a_read_only_package(monkeypatch, tmp_path):
+    """Files copied from a read-only package can be written by their owner, and only the model's files are copied."""
+    source = Path(shutil.copytree(builtin._SOURCE, tmp_path / "package"))
+    (source / "vae" / "._config.json").write_bytes(b"\0\x05\x16\x07")
+    for path in (source, *source.rglob("*")):
+        path.chmod(path.stat().st_mode & ~0o222)
+    monkeypatch.setattr(builtin, "_SOURCE", source)
+    monkeypatch.setenv("LINGBOT_RT_CACHE", str(tmp_path / "cache"))
+    folder = builtin_folder()
+    for path in (folder, *folder.rglob("*")):
+        assert path.stat().st_mode & 0o200, path
+        assert not path.name.startswith("._")
+    open_checkpoint("builtin")
 
 
 def test_every_character_has_a_token(world):

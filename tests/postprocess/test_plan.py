@@ -6,12 +6,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import InvalidInit
-from lingbot_rt.session.plan import PostprocessPlan
-from lingbot_rt.session.settings import client_model_path
+from lingbot_rt.session.messages import Init
+from lingbot_rt.session.plan import ModelInfo, PostprocessPlan
+from lingbot_rt.session.settings import client_model_path, resolve
 from lingbot_rt.shapes import FrameSize
 
 FIELD = "upscaling_model_path"
+MODEL = ModelInfo(
+    model_id="world",
+    model_path="world",
+    default_size=FrameSize(64, 64),
+    latent_frames=3,
+    sink_frames=3,
+    window_frames=9,
+    num_steps=4,
+    device="cpu",
+    dtype="float32",
+)
 
 
 @given(exp=st.integers(0, 3), calls=st.lists(st.integers(0, 12), max_size=6))
@@ -67,6 +80,17 @@ def test_paths_that_are_refused(folder, path, message):
     with pytest.raises(InvalidInit, match=message) as refused:
         client_model_path(path, str(folder), field=FIELD)
     assert refused.value.field == FIELD
+
+
+def test_the_plan_keeps_the_name_that_was_given(folder):
+    """Errors about a model show the path as the client wrote it; paths of what is off are ignored."""
+    config = ServeConfig(postprocess_model_dir=str(folder))
+    init = Init(
+        first_frame=b"x", prompt="Rain.", size="64x64", enable_upscaling=True, upscaling_model_path="./deep/net.pth"
+    )
+    plan = resolve(init, MODEL, config).postprocess
+    assert (plan.upscaling_model, plan.upscaling_given) == ((folder / "deep" / "net.pth").resolve(), "./deep/net.pth")
+    assert (plan.interpolation_model, plan.interpolation_given) == (None, "")
 
 
 def test_no_folder_no_paths():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
 from lingbot_rt.errors import CheckpointError
+from lingbot_rt.postprocess import loader
 from lingbot_rt.postprocess.stage import PostprocessNetworks, PostProcessor
 from lingbot_rt.session.plan import PostprocessPlan
 from lingbot_rt.shapes import FrameSize
@@ -119,6 +122,51 @@ def test_networks_are_loaded_once(tmp_path):
     assert not networks.loaded(broken)
     with pytest.raises(CheckpointError):
         networks.open(broken, SIZE)
+
+
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(40)
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:aaaa\nsize 37\n"
+
+
+@pytest.mark.parametrize("content", [PNG, POINTER, b"", b"<html>Sign in</html>", pickle.dumps({"a": 1})])
+@pytest.mark.parametrize(
+    ("kind", "field", "expected"),
+    [
+        ("upscaling", "upscaling_model_path", "Real-ESRGAN"),
+        ("interpolation", "frame_interpolation_model_path", "RIFE"),
+    ],
+)
+def test_a_file_that_is_no_network(tmp_path, caplog, content, kind, field, expected):
+    """The client reads its own name of the file and what is expected. The path and the reason are in the log."""
+    (tmp_path / "deep").mkdir()
+    path = tmp_path / "deep" / "x.pth"
+    path.write_bytes(content)
+    switch = {"upscaling": {"upscaling_scale": 2}, "interpolation": {"interpolation_exp": 1}}[kind]
+    named = {f"{kind}_model": path, f"{kind}_given": "deep/../deep/x.pth"}
+    with pytest.raises(CheckpointError) as refused:
+        PostprocessNetworks(CPU).open(PostprocessPlan(**switch, **named), SIZE)
+    message = str(refused.value)
+    assert refused.value.field == field
+    assert "deep/../deep/x.pth" in message
+    assert expected in message
+    assert message.isprintable()
+    assert str(tmp_path) not in message
+    assert "weights_only" not in message
+    assert str(path) in caplog.text
+
+
+def test_the_shipped_network_is_missing(tmp_path, monkeypatch, caplog):
+    """A client hears which command helps. The log, and an operator who warms it up, get the path too."""
+    monkeypatch.setattr(loader, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(loader, "SHIPPED_INTERPOLATOR", tmp_path / "rife.safetensors")
+    plan = PostprocessPlan(interpolation_exp=1)
+    with pytest.raises(CheckpointError, match="run scripts/fetch_models") as refused:
+        PostprocessNetworks(CPU).open(plan, SIZE)
+    assert refused.value.field == "enable_frame_interpolation"
+    assert str(tmp_path) not in str(refused.value)
+    assert str(tmp_path / "rife.safetensors") in caplog.text
+    with pytest.raises(CheckpointError, match=str(tmp_path / "rife.safetensors")):
+        PostprocessNetworks(CPU).warm_up(plan, SIZE)
 
 
 def test_memory_counts_the_larger_step(stage):

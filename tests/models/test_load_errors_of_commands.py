@@ -1,0 +1,82 @@
+"""Every command that loads a model ends with exit code 2 and one line when it does not load."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lingbot_rt.cli import main
+from lingbot_rt.models import checkpoint
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+CASES = Path(__file__).parents[2] / "configs" / "regression" / "builtin.toml"
+
+
+@pytest.fixture
+def root_logging():
+    """Commands configure the root logger. Gives it back as it was."""
+    logger = logging.getLogger()
+    kept = (logger.level, list(logger.handlers))
+    yield
+    logger.setLevel(kept[0])
+    logger.handlers[:] = kept[1]
+
+
+@pytest.fixture
+def commands(tmp_path):
+    """verb -> its command line without the model."""
+    cpu = ["--device", "cpu"]
+    return {
+        "generate": ["generate", "--chunks", "1", "--size", "64x64", "--out", str(tmp_path / "got"), *cpu],
+        "bench": ["bench", "pipeline", "--size", "64x64", *cpu],
+        "check": ["check", "record", "--out", str(tmp_path / "gt"), str(CASES), "--only", "neutral", *cpu],
+    }
+
+
+def one_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    assert "Traceback" not in text
+    assert "generate loop" not in text
+    assert len(lines) == 1, text
+    return lines[0]
+
+
+@pytest.mark.parametrize("verb", ["generate", "bench", "check"])
+@pytest.mark.parametrize("damage", ["no-shift", "pointer", "no-mmap"])
+def test_commands(model, commands, verb, damage, monkeypatch, capsys, root_logging):
+    """generate, bench and check: one line with the file, exit code 2."""
+    if damage == "no-shift":
+        path = model / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps({"shift": None}))
+    else:
+        path = model / WEIGHTS
+    if damage == "pointer":
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    if damage == "no-mmap":
+
+        def refuse(path, framework):
+            raise OSError("No such device (os error 19)")
+
+        monkeypatch.setattr(checkpoint, "safe_open", refuse)
+    option = "--model" if verb == "bench" else "--model-path"
+    assert main([*commands[verb], option, str(model)]) == 2
+    line = one_line(capsys.readouterr().err)
+    assert str(path) in line
+    assert {"no-shift": "shift is null", "pointer": "git lfs pull", "no-mmap": "No such device"}[damage] in line
+
+
+def test_serve(model):
+    """serve, in a process of its own: the log names the file, the last line too, and the exit code is 2."""
+    (model / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    command = [sys.executable, "-m", "lingbot_rt", "serve", "--port", "0", "--device", "cpu", "--warmup", "false"]
+    done = subprocess.run([*command, "--model-path", str(model)], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert str(model / WEIGHTS) in done.stderr
+    assert "git lfs pull" in done.stderr
+    assert "Traceback" not in done.stderr
