@@ -32,7 +32,7 @@ TIME_LIMIT_S = 10.0
 MAX_REDIRECTS = 3
 MAX_URL_LENGTH = 8192
 
-USER_AGENT = f"lingbot-rt/{lingbot_rt.__version__} (+https://pypi.org/project/lingbot-rt/)"
+USER_AGENT = f"lingbot-rt/{lingbot_rt.__version__} (realtime world-model server; Python package lingbot-rt)"
 """Says who asks and where to find out more: some hosts refuse whoever does not."""
 
 _URL_MARKS = "/%:;,=@&+$!*'()~[]|"
