@@ -14,6 +14,7 @@ from lingbot_rt.engine import frame_readback
 from lingbot_rt.engine.frame_readback import FrameReadback, to_uint8
 from lingbot_rt.engine.pipeline import load_pipeline
 from lingbot_rt.engine.session_state import SessionState
+from lingbot_rt.errors import UnsoundFrames
 from lingbot_rt.postprocess.stage import PostProcessor
 from lingbot_rt.session.plan import PostprocessPlan
 from lingbot_rt.shapes import FrameSize
@@ -88,6 +89,32 @@ def test_an_error_of_emit_is_raised_at_the_end(arrivals):
     with pytest.raises(ValueError, match="the client is gone"), readback(emit) as leaving:
         push(leaving, 0)
         arrivals[0].arrived.set()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.5])
+def test_frames_of_unsound_latents_stay(arrivals, value):
+    """Nobody waits for the device to check them: it is seen when the frames arrive, and raised at the end."""
+    out = []
+    with pytest.raises(UnsoundFrames, match="chunk 7"), readback(out.append) as leaving:
+        leaving.check(torch.full((1, 16, 3, 2, 2), value))
+        for index in range(2):
+            push(leaving, index)
+        assert len(arrivals) == 2
+        for arrival in arrivals:
+            arrival.arrived.set()
+    assert out == []
+
+
+def test_groups_before_unsound_pixels_leave(arrivals):
+    """The first group is out; the second has a pixel that is no number; the third is sound and stays all the same."""
+    out, pixels = [], torch.full((1, 3, 4, 16, 16), 0.5)
+    broken = pixels.clone()
+    broken[0, 1, 2, 3, 4] = torch.nan
+    with pytest.raises(UnsoundFrames, match="pixels"), readback(out.append) as leaving:
+        for index, each in enumerate((pixels, broken, pixels)):
+            leaving.push(each, 7, index, 3)
+            arrivals[index].arrived.set()
+    assert [group.group_index for group in out] == [0]
 
 
 @pytest.mark.parametrize("arrived", [0, 1, 2])
@@ -198,8 +225,10 @@ def test_frames_are_those_of_a_plain_decode(golden_config, session_plan):
         torch.cuda.synchronize()
         torch.cuda._sleep(200_000_000)  # cycles of the device: about a tenth of a second
         latents.copy_(drawn)
-        with FrameReadback(pipeline.device, streamed.postprocessor, out.append) as leaving, leaving.decoding(latents):
-            for i in range(3):
-                leaving.push(pipeline.decode(latents[:, :, i : i + 1], streamed.features), 0, i, 3)
+        with FrameReadback(pipeline.device, streamed.postprocessor, out.append) as leaving:
+            leaving.check(latents)
+            with leaving.decoding(latents):
+                for i in range(3):
+                    leaving.push(pipeline.decode(latents[:, :, i : i + 1], streamed.features), 0, i, 3)
     for group, pixels in zip(out, expected, strict=True):
         assert abs(group.pixels.astype(int) - pixels).max() <= 1
