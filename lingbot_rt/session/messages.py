@@ -31,6 +31,9 @@ ENCODED_TYPES = {"webp": "image/webp", "jpeg": "image/jpeg"}
 EXTENSIONS = ("session", "queue", "control_ack", "heartbeat", "pause", "pinned_events")
 """Names an init may list in ``protocol_extensions``. Other names are ignored."""
 
+AckState = Literal["received", "applied", "dropped"]
+"""What a ``control_ack`` says: each event is received, and then applied or dropped."""
+
 INLINE_PAYLOAD_LIMIT = 65536
 """A payload below this many bytes travels inside its header map. A larger one is a message of its own."""
 
@@ -63,8 +66,6 @@ def _range(low: int, high: int, what: str = "a whole number") -> Meta:
 _Text = Annotated[str, Meta(description="a string")]
 _Flag = Annotated[bool, Meta(description="true or false")]
 _EventId = Annotated[int, Meta(ge=0, le=_MAX_EVENT_ID, description="a whole number from 0 to 2^53")]
-
-
 _EventKind = Annotated[str, Meta(max_length=64, description="prompt, camera_actions or composite_input")]
 
 
@@ -452,11 +453,8 @@ def queue_message(position: int) -> bytes:
     return _ENCODER.encode({"type": "queue", "position": _count(position)})
 
 
-def control_ack_message(
-    event_id: int | None, state: Literal["received", "applied", "dropped"], chunk_index: int | None
-) -> bytes:
-    """Extension ``control_ack``: an event was received, chunk ``chunk_index`` is the first that it applies to, or it
-    applies to none."""
+def control_ack_message(event_id: int | None, state: AckState, chunk_index: int | None) -> bytes:
+    """Extension ``control_ack``: an event was received, applies from chunk ``chunk_index`` on, or was dropped."""
     message: dict[str, Any] = {"type": "control_ack", "state": state}
     if event_id is not None:
         message["event_id"] = _count(event_id)
