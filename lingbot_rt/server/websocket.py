@@ -14,7 +14,7 @@ from typing import Any, ClassVar, cast
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import PayloadTooBig
-from websockets.frames import CloseCode
+from websockets.frames import CloseCode, Frame
 from websockets.protocol import State
 from websockets.server import ServerProtocol
 
@@ -24,8 +24,14 @@ from lingbot_rt.errors import ClientTooSlow
 UNSENT_BYTES = 16 * 2**10
 """Most bytes that wait in the kernel, and again in the transport, once a message counts as sent."""
 
+READ_BYTES = 8 * 2**10
+"""Most bytes that are read, and cut into messages, before the other connections have their turn."""
+
 TOO_LARGE = "too_large"
 """Key of the ASGI event that stands in for a message over the limit."""
+
+NOT_UTF8 = "not_utf8"
+"""Key of the ASGI event that stands in for a text message that is none."""
 
 TOO_LARGE_CLOSE_S = 2.0
 """How long a client has after the close to stop sending such a message: its own close stands behind it, unread."""
@@ -40,7 +46,7 @@ def websocket_protocol(config: ServeConfig) -> type[WebSocketProtocol]:
     return Configured
 
 
-class WebSocketProtocol(WebSocketsSansIOProtocol):
+class WebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
     """``send`` returns when the bytes are on their way, and raises ClientTooSlow when the client takes none of them.
 
     A ``websocket.send`` with ``more`` set is followed by another one at once; it returns without waiting.
@@ -52,6 +58,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         super().__init__(*args, **kwargs)
         self.conn = _Protocol(max_size=self.config.ws_max_size, logger=logging.getLogger("uvicorn.error"))
         self._is_too_large_told = False
+        self._read_buffer = bytearray(READ_BYTES)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
@@ -61,6 +68,37 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         else:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * UNSENT_BYTES)
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self._read_buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(self._read_buffer[:nbytes]))
+
+    def handle_cont(self, event: Frame) -> None:
+        """Joins as it goes: a message of a million fragments takes no more memory than its bytes."""
+        joined = self.frames[0] if isinstance(self.frames[0], bytearray) else bytearray(self.frames[0])
+        joined += event.data
+        self.frames = [cast(Any, joined)]
+        if event.fin:
+            self.send_receive_event_to_app()
+
+    def handle_ping(self) -> None:
+        if self.transport.get_write_buffer_size() > 4 * UNSENT_BYTES:
+            self.conn.data_to_send()  # pings from a client that does not read: their answers would gather
+            return
+        super().handle_ping()
+
+    def send_receive_event_to_app(self) -> None:
+        if self.curr_msg_data_type == "text" and not self.close_sent:
+            try:
+                b"".join(self.frames).decode()
+            except UnicodeDecodeError:
+                # The application answers and closes.
+                self.frames = []
+                self.queue.put_nowait(cast(Any, {"type": "websocket.receive", NOT_UTF8: True}))
+                return
+        super().send_receive_event_to_app()
 
     async def send(self, message: Mapping[str, Any]) -> None:
         await self._until_written()

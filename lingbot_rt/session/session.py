@@ -14,7 +14,7 @@ from typing import Any
 
 from lingbot_rt.errors import PauseExpired
 from lingbot_rt.session.camera_path import CameraPath
-from lingbot_rt.session.controls import ConditionQueue, Received, parse_event, payload_of
+from lingbot_rt.session.controls import ConditionQueue, ControlEvent, Received, parse_event, payload_of
 from lingbot_rt.session.messages import (
     AckState,
     ChunkStats,
@@ -105,7 +105,7 @@ class Session:
                 self._paused_at, self._is_opening = now, True
             answers = self._acks([event], "dropped") if self.is_complete else self._applied([event], self._next_index)
         else:
-            answers = self._apply(event, now)
+            answers = self._apply(parse_event(event.kind, event.payload), event.event_id, now)
             if self.is_complete:
                 answers += self._acks(self._queue.abandon(), "dropped")
         return self._acks([event], "received") + answers
@@ -125,7 +125,9 @@ class Session:
 
     def next_chunk(self, now: float) -> Chunk:
         """Samples what is in force now and moves the camera one chunk on."""
-        dropped = sum((self._apply(event, now) for event in self.settings.pinned.get(self._next_index, ())), ())
+        dropped: tuple[bytes, ...] = ()
+        for pinned in self.settings.pinned.get(self._next_index, ()):
+            dropped += self._apply(pinned.events, pinned.event_id, now)
         index, frames = self._next_index, self._group_sizes(self._next_index)
         conditions = self._queue.sample(self.settings.latent_frames)
         actions = conditions.camera_actions
@@ -199,13 +201,12 @@ class Session:
             stats.stages = {"prepare": timings.prepare_ms, **timings.stages}
         return stats_message(stats)
 
-    def _apply(self, event: Event, now: float) -> tuple[bytes, ...]:
-        """Acknowledgements of older events that no chunk will sample any more."""
-        parsed = parse_event(event.kind, event.payload)
-        dropped = self._queue.apply(parsed, event.event_id, now)
+    def _apply(self, parsed: tuple[ControlEvent, ...], event_id: int | None, now: float) -> tuple[bytes, ...]:
+        """Takes one parsed event. Returns acknowledgements of older ones that no chunk will sample any more."""
+        dropped = self._queue.apply(parsed, event_id, now)
         if self._keep_events:
             # What was parsed, not what was sent: a payload may hold megabytes that nobody reads.
-            self._arrived.append((*payload_of(parsed), event.event_id))
+            self._arrived.append((*payload_of(parsed), event_id))
         return self._acks(dropped, "dropped")
 
     def _applied(self, events: Iterable[Event | Received], chunk_index: int) -> tuple[bytes, ...]:
