@@ -20,6 +20,7 @@ from websockets.server import ServerProtocol
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import ClientTooSlow
+from lingbot_rt.server.frame_pieces import FramePieces
 
 UNSENT_BYTES = 16 * 2**10
 """Most bytes that wait in the kernel, and again in the transport, once a message counts as sent."""
@@ -59,6 +60,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         self.conn = _Protocol(max_size=self.config.ws_max_size, logger=logging.getLogger("uvicorn.error"))
         self._is_too_large_told = False
         self._read_buffer = bytearray(READ_BYTES)
+        self._pieces = FramePieces(self.config.ws_max_size)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
@@ -73,7 +75,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         return self._read_buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        self.data_received(bytes(self._read_buffer[:nbytes]))
+        self.data_received(self._pieces.cut(bytes(self._read_buffer[:nbytes])))
 
     def handle_cont(self, event: Frame) -> None:
         """Joins as it goes: a message of a million fragments takes no more memory than its bytes."""

@@ -15,6 +15,7 @@ from typing import Any
 MAX_DEPTH = 32
 """Deepest nesting of lists and maps in a message. What the tables of the wire need is 9."""
 
+_COPY_BYTES = 2**20
 _MAX_EXACT = 2**64
 _NIL, _FALSE, _TRUE, _NEVER_USED = 0xC0, 0xC2, 0xC3, 0xC1
 
@@ -72,7 +73,7 @@ class Unusable:
 class MessageReader:
     """One message. ``values`` counts what was read so far: every item, key and container."""
 
-    def __init__(self, data: bytes, max_values: int) -> None:
+    def __init__(self, data: bytes | bytearray, max_values: int) -> None:
         self.values = 0
         self._data = data
         self._max_values = max_values
@@ -144,13 +145,20 @@ class MessageReader:
             return None
         if kind == "ext":
             return Unusable(f"a MessagePack extension of type {code} (send the bytes of a picture as bin)")
-        data = bytes(self._data[start : self._at])
+        data = self._bytes(start)
         if kind == "bin":
             return data
         try:
             return data.decode()
         except UnicodeDecodeError:
             return Unusable(f"a string of {given} bytes that is not UTF-8 (send text as UTF-8, other bytes as bin)")
+
+    def _bytes(self, start: int) -> bytes:
+        """From ``start`` to here. Large ones in pieces, between which other threads run."""
+        view = memoryview(self._data)
+        return b"".join(
+            [bytes(view[at : min(at + _COPY_BYTES, self._at)]) for at in range(start, self._at, _COPY_BYTES)]
+        )
 
     def _items(self, count: int, depth: int, keep: bool) -> list[Any]:
         self._enter(count, depth)

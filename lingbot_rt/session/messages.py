@@ -152,7 +152,7 @@ _KNOWN_KEYS = frozenset({"type", *Init.__struct_fields__, *Event.__struct_fields
 _ENCODER = msgspec.msgpack.Encoder()
 
 
-def decode(data: bytes, refusal: type[RequestError] = InvalidInit) -> Init | Event:
+def decode(data: bytes | bytearray, refusal: type[RequestError] = InvalidInit) -> Init | Event:
     """One binary client message. A nil value counts as an absent key. Unknown keys are ignored.
 
     ``refusal`` is the error for bytes that are neither; InvalidEvent says that only an event can come, and the limits
