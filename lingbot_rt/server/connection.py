@@ -36,7 +36,6 @@ from lingbot_rt.errors import (
     RequestError,
     SessionBusy,
     ShuttingDown,
-    one_line,
 )
 from lingbot_rt.recording.session_record import SessionRecorder, start_record
 from lingbot_rt.server.admission import Admission
@@ -169,7 +168,8 @@ class Connection:
             return Close(1011, "engine error", error)
         except Exception as error:
             log.exception("the connection broke")
-            return Close(1011, "internal error", EngineFailed(one_line(error)))
+            # The text of an unexpected error is for the log: it may hold paths of this machine.
+            return Close(1011, "internal error", EngineFailed(f"{type(error).__name__}; the server's log has more"))
 
     async def _close_with(self, close: Close) -> None:
         if close is GONE:
