@@ -24,14 +24,14 @@ class FramePieces:
         self._given = 0  # bytes of it that the parser has
         self._first = 0  # first byte of the frame, without its opcode once a fragment has it
         self._mask = b""
-        self._left = 0  # payload bytes that the frame still has
+        self.left = 0  # payload bytes that the frame in work still has
         self._piece_left = 0  # of these, the bytes of the fragment in work
 
     def cut(self, data: bytes) -> bytes:
         """The same messages, with long frames as fragments."""
         out, at = bytearray(), 0
         while at < len(data):
-            if self._left == 0:
+            if self.left == 0:
                 at = self._take_head(data, at, out)
                 continue
             if self._piece_left == 0:
@@ -39,7 +39,7 @@ class FramePieces:
             taken = min(self._piece_left, len(data) - at)
             out += data[at : at + taken]
             at += taken
-            self._left -= taken
+            self.left -= taken
             self._piece_left -= taken
         return bytes(out)
 
@@ -55,9 +55,9 @@ class FramePieces:
             return min(end, len(data))
         head, self._head, self._given = bytes(self._head), bytearray(), 0
         code = head[1] & _LENGTH
-        self._left = code if code < 126 else int.from_bytes(head[2 : 4 if code == 126 else 10], "big")
-        self._piece_left = self._left
-        if is_held and PIECE_BYTES < self._left <= self._max_size:
+        self.left = code if code < 126 else int.from_bytes(head[2 : 4 if code == 126 else 10], "big")
+        self._piece_left = self.left
+        if is_held and PIECE_BYTES < self.left <= self._max_size:
             self._first, self._mask, self._piece_left = head[0], head[-4:], 0
         elif is_held:
             out += head
@@ -71,8 +71,8 @@ class FramePieces:
         return 2 + {126: 2, 127: 8}.get(length, 0) + (4 if self._head[1] & _MASKED else 0)
 
     def _begin_piece(self, out: bytearray) -> None:
-        self._piece_left = min(self._left, PIECE_BYTES)
-        is_last = self._piece_left == self._left
+        self._piece_left = min(self.left, PIECE_BYTES)
+        is_last = self._piece_left == self.left
         out.append(self._first if is_last else self._first & ~_FIN)
         self._first &= _FIN  # what follows is a continuation
         out.append(_MASKED | 127)

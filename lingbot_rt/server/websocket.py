@@ -25,8 +25,11 @@ from lingbot_rt.server.frame_pieces import FramePieces
 UNSENT_BYTES = 16 * 2**10
 """Most bytes that wait in the kernel, and again in the transport, once a message counts as sent."""
 
-READ_BYTES = 8 * 2**10
-"""Most bytes that are read, and cut into messages, before the other connections have their turn."""
+READ_BYTES = 2**10
+"""Most bytes of headers and small frames that are read before the other connections have their turn."""
+
+READ_PAYLOAD_BYTES = 64 * 2**10
+"""Most bytes that are read at once of one frame's payload."""
 
 TOO_LARGE = "too_large"
 """Key of the ASGI event that stands in for a message over the limit."""
@@ -59,7 +62,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         super().__init__(*args, **kwargs)
         self.conn = _Protocol(max_size=self.config.ws_max_size, logger=logging.getLogger("uvicorn.error"))
         self._is_too_large_told = False
-        self._read_buffer = bytearray(READ_BYTES)
+        self._read_buffer = memoryview(bytearray(READ_PAYLOAD_BYTES))
         self._pieces = FramePieces(self.config.ws_max_size)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -71,8 +74,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         else:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * UNSENT_BYTES)
 
-    def get_buffer(self, sizehint: int) -> bytearray:
-        return self._read_buffer
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._read_buffer[: max(READ_BYTES, min(self._pieces.left, READ_PAYLOAD_BYTES))]
 
     def buffer_updated(self, nbytes: int) -> None:
         self.data_received(self._pieces.cut(bytes(self._read_buffer[:nbytes])))

@@ -184,8 +184,8 @@ class MessageReader:
         for _ in range(count):
             is_skipped = known is not None and not known
             key = self._value(depth, keep=not is_skipped)
-            if not is_skipped and isinstance(key, bytes | Unusable):
-                what = f"{len(key)} bytes (bin)" if isinstance(key, bytes) else key
+            if isinstance(key, bytes | Unusable):
+                what = f"{key[:40]!r} (bin)" if isinstance(key, bytes) else key
                 raise Unreadable(f"a key is {what}, keys must be strings")
             keep = isinstance(key, str) and (known is None or key in known)
             try:

@@ -14,7 +14,7 @@ from websockets.exceptions import ConnectionClosed
 
 from lingbot_rt.server import connection
 from lingbot_rt.server.connection import Connection
-from lingbot_rt.server.websocket import READ_BYTES, UNSENT_BYTES, WebSocketProtocol
+from lingbot_rt.server.websocket import READ_BYTES, READ_PAYLOAD_BYTES, UNSENT_BYTES, WebSocketProtocol
 from lingbot_rt.session.messages import MAX_EVENT_BYTES
 from tests.server.conftest import event, init, state, wait_until
 from tests.server.fake_engine import FakeEngine
@@ -114,8 +114,13 @@ async def test_few_frames_are_cut_out_at_a_time(serve, monkeypatch):
     async with server.client() as client:
         client.socket.transport.write(masked(0x8A) * 50_000 + masked(0x82, b"\x80"))  # pongs that nobody asked for
         await client.error()
-    assert sum(map(len, pieces)) > 300_000
-    assert max(map(len, pieces)) <= READ_BYTES
+        assert sum(map(len, pieces)) > 300_000
+        assert max(map(len, pieces)) <= READ_BYTES
+        pieces.clear()
+        await client.send({"type": "init", "unread": bytes(10**6)})
+        await client.error()
+    assert max(map(len, pieces)) <= READ_PAYLOAD_BYTES + 100
+    assert len(pieces) < 10**6 / READ_BYTES
 
 
 async def test_a_message_of_many_fragments_is_joined_as_it_comes(serve, monkeypatch):
