@@ -26,10 +26,10 @@ UNSENT_BYTES = 16 * 2**10
 """Most bytes that wait in the kernel, and again in the transport, once a message counts as sent."""
 
 READ_BYTES = 2**10
-"""Most bytes of headers and small frames that are read before the other connections have their turn."""
+"""Most bytes of headers and small frames that are parsed before the other connections have their turn."""
 
 READ_PAYLOAD_BYTES = 64 * 2**10
-"""Most bytes that are read at once of one frame's payload."""
+"""Most bytes that are parsed at once of one frame's payload."""
 
 TOO_LARGE = "too_large"
 """Key of the ASGI event that stands in for a message over the limit."""
@@ -50,7 +50,7 @@ def websocket_protocol(config: ServeConfig) -> type[WebSocketProtocol]:
     return Configured
 
 
-class WebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
+class WebSocketProtocol(WebSocketsSansIOProtocol):
     """``send`` returns when the bytes are on their way, and raises ClientTooSlow when the client takes none of them.
 
     A ``websocket.send`` with ``more`` set is followed by another one at once; it returns without waiting.
@@ -62,7 +62,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         super().__init__(*args, **kwargs)
         self.conn = _Protocol(max_size=self.config.ws_max_size, logger=logging.getLogger("uvicorn.error"))
         self._is_too_large_told = False
-        self._read_buffer = memoryview(bytearray(READ_PAYLOAD_BYTES))
+        self._unread = bytearray()  # what came and is not parsed yet; the transport is paused meanwhile
+        self._reading: asyncio.Handle | None = None
         self._pieces = FramePieces(self.config.ws_max_size)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -74,11 +75,37 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         else:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * UNSENT_BYTES)
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._read_buffer[: max(READ_BYTES, min(self._pieces.left, READ_PAYLOAD_BYTES))]
+    def data_received(self, data: bytes) -> None:
+        if not self.handshake_initiated:
+            super().data_received(data)
+            return
+        self._unread += data
+        if self._reading is None:
+            self._read_on()
 
-    def buffer_updated(self, nbytes: int) -> None:
-        self.data_received(self._pieces.cut(bytes(self._read_buffer[:nbytes])))
+    def _read_on(self) -> None:
+        """Parses a little. The rest waits for the other connections, and for the application to take what there is."""
+        self._reading = None
+        if not self.read_paused:
+            part = self._unread[: max(READ_BYTES, min(self._pieces.left, READ_PAYLOAD_BYTES))]
+            del self._unread[: len(part)]
+            super().data_received(self._pieces.cut(bytes(part)))
+        if self.transport.is_closing():
+            self._unread.clear()
+        elif self._unread:
+            self.transport.pause_reading()
+            if not self.read_paused:
+                self._reading = self.loop.call_soon(self._read_on)
+        elif not self.read_paused:
+            self.transport.resume_reading()
+
+    async def receive(self) -> Any:
+        message = await self.queue.get()
+        if self.read_paused and self.queue.empty():
+            self.read_paused = False
+            if self._reading is None:
+                self._reading = self.loop.call_soon(self._read_on)
+        return message
 
     def handle_cont(self, event: Frame) -> None:
         """Joins as it goes: a message of a million fragments takes no more memory than its bytes."""

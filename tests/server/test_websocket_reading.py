@@ -14,6 +14,7 @@ from websockets.exceptions import ConnectionClosed
 
 from lingbot_rt.server import connection
 from lingbot_rt.server.connection import Connection
+from lingbot_rt.server.frame_pieces import FramePieces
 from lingbot_rt.server.websocket import READ_BYTES, READ_PAYLOAD_BYTES, UNSENT_BYTES, WebSocketProtocol
 from lingbot_rt.session.messages import MAX_EVENT_BYTES
 from tests.server.conftest import event, init, state, wait_until
@@ -108,8 +109,8 @@ async def test_a_burst_of_messages_is_taken_one_per_turn(serve, monkeypatch):
 async def test_few_frames_are_cut_out_at_a_time(serve, monkeypatch):
     """Tens of thousands of empty frames from one socket are read in pieces."""
     pieces = []
-    read = WebSocketProtocol.data_received
-    monkeypatch.setattr(WebSocketProtocol, "data_received", lambda self, data: pieces.append(data) or read(self, data))
+    cut = FramePieces.cut
+    monkeypatch.setattr(FramePieces, "cut", lambda self, data: pieces.append(data) or cut(self, data))
     server = await serve()
     async with server.client() as client:
         client.socket.transport.write(masked(0x8A) * 50_000 + masked(0x82, b"\x80"))  # pongs that nobody asked for
