@@ -123,11 +123,13 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def send_receive_event_to_app(self) -> None:
         if self.curr_msg_data_type == "text" and not self.close_sent:
+            # Text is not read, whatever it says, so a long one is not even decoded.
+            is_short = sum(map(len, self.frames)) <= READ_PAYLOAD_BYTES
+            text, self.frames = b"".join(self.frames) if is_short else b"", [b""]
             try:
-                b"".join(self.frames).decode()
+                text.decode()
             except UnicodeDecodeError:
                 # The application answers and closes.
-                self.frames = []
                 self.queue.put_nowait(cast(Any, {"type": "websocket.receive", NOT_UTF8: True}))
                 return
         super().send_receive_event_to_app()

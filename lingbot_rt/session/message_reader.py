@@ -16,7 +16,8 @@ MAX_DEPTH = 32
 """Deepest nesting of lists and maps in a message. What the tables of the wire need is 9."""
 
 _COPY_BYTES = 2**20
-_MAX_EXACT = 2**64
+_WHOLE = (-(2.0**63), 2.0**64)
+"""Floats from the first to below the second have an integer in MessagePack."""
 _NIL, _FALSE, _TRUE, _NEVER_USED = 0xC0, 0xC2, 0xC3, 0xC1
 
 _NUMBERS = {
@@ -129,7 +130,7 @@ class MessageReader:
         kind, given = self._head()
         if kind == "value":
             self._count(1)
-            if isinstance(given, float) and given.is_integer() and abs(given) < _MAX_EXACT:
+            if isinstance(given, float) and given.is_integer() and _WHOLE[0] <= given < _WHOLE[1]:
                 return int(given)
             return given
         if kind == "list":

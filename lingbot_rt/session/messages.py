@@ -9,7 +9,7 @@ Existing clients cannot read negative integers, uint64, int8..64, str32, map32 o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Annotated, Any, Literal, get_args
@@ -161,11 +161,12 @@ def decode(data: bytes | bytearray, refusal: type[RequestError] = InvalidInit) -
     """
     if refusal is InvalidEvent:
         _check_event_size(len(data), values=0)
+    elif len(data) > MAX_EVENT_BYTES:
+        kind = _read(MessageReader(data, MAX_INIT_VALUES), {"type"}, refusal)[0].get("type")
+        if kind == "event":
+            _check_event_size(len(data), values=0)
     reader = MessageReader(data, MAX_EVENT_VALUES if refusal is InvalidEvent else MAX_INIT_VALUES)
-    try:
-        read, unknown = reader.read(_KNOWN_KEYS)
-    except Unreadable as error:
-        raise refusal(str(error), field=_place(error.path) or None) from None
+    read, unknown = _read(reader, _KNOWN_KEYS, refusal)
     given = {key: value for key, value in read.items() if value is not None}
     if given.get("type") == "event":
         _check_event_size(len(data), reader.values)
@@ -177,6 +178,15 @@ def decode(data: bytes | bytearray, refusal: type[RequestError] = InvalidInit) -
     if unknown:
         log.debug("%s message: %d unknown keys ignored: %s", given["type"], len(unknown), shown(unknown))
     return message
+
+
+def _read(
+    reader: MessageReader, known: Collection[str], refusal: type[RequestError]
+) -> tuple[dict[str, Any], list[str]]:
+    try:
+        return reader.read(known)
+    except Unreadable as error:
+        raise refusal(str(error), field=_place(error.path) or None) from None
 
 
 def _check_event_size(size: int, values: int) -> None:

@@ -475,7 +475,7 @@ def test_the_reader_reads_every_value(value):
 
 def _whole(value):
     match value:
-        case float() if value.is_integer() and abs(value) < 2**64:
+        case float() if value.is_integer() and -(2**63) <= value < 2**64:
             return int(value)
         case list():
             return [_whole(item) for item in value]
@@ -564,14 +564,21 @@ def test_limits_leave_room_for_what_is_legal():
     )
 
 
-def test_a_large_event_is_refused_unread(reads):
-    """In a session, a message above 256 KiB is refused with its size and the limit before its first byte is read."""
+def test_a_large_event_is_refused_unread(reads, monkeypatch):
+    """In a session, a message above 256 KiB is refused with its size and the limit before its first byte is read, and
+    before a session without building anything but its type."""
     data = pack(EVENT | {"payload": "x" * MAX_EVENT_BYTES})
     with pytest.raises(InvalidEvent, match=f"{len(data)} bytes.* at most {MAX_EVENT_BYTES}"):
         decode(data, InvalidEvent)
     assert not reads
-    with pytest.raises(InvalidEvent, match=f"at most {MAX_EVENT_BYTES}"):
-        decode(data)
+    sizes, taken = [], MessageReader._bytes
+    monkeypatch.setattr(
+        MessageReader, "_bytes", lambda reader, start: sizes.append(reader._at - start) or taken(reader, start)
+    )
+    for message in (data, pack({"type": "event", "kind": "prompt", "payload": bytes(10**6)})):
+        with pytest.raises(InvalidEvent, match=f"at most {MAX_EVENT_BYTES}"):
+            decode(message)
+    assert max(sizes) < 100
 
 
 def test_deep_nesting_is_refused():
