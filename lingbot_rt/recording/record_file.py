@@ -1,5 +1,5 @@
 """The format of a session record: a folder with ``record.jsonl``, the first frame as PNG, and the last frame of each
-chunk as lossless WebP, which encodes in a third of a PNG's time.
+chunk as lossless WebP, which encodes in a third of a PNG's time, or as PNG where it is too large for WebP.
 
 ``record.jsonl`` has one ``SessionLine``, one ``ChunkLine`` per finished chunk, and an ``EndLine`` if the recorder was
 closed. Each line is flushed once written, so a crash loses at most the chunk being written. Reading skips a last line
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,14 @@ import numpy.typing as npt
 from PIL import Image
 
 from lingbot_rt.errors import RecordError
+from lingbot_rt.session.messages import shown
+from lingbot_rt.session.settings import MAX_PICTURE_SIDE
 
 RECORD_NAME = "record.jsonl"
 FORMAT = 1
+
+MAX_LEFT_OUT = 100
+"""Most places that a record names as left out."""
 
 
 class SessionLine(msgspec.Struct, tag="session", tag_field="line", frozen=True):
@@ -39,6 +45,7 @@ class SessionLine(msgspec.Struct, tag="session", tag_field="line", frozen=True):
     device: str
     dtype: str
     versions: dict[str, str]  # of the packages that the frames depend on
+    left_out: list[str] = []  # places in the init, and what stood there, that JSON cannot hold
 
 
 class RecordedEvent(msgspec.Struct, frozen=True):
@@ -96,11 +103,14 @@ def frame_hash(frame: npt.NDArray[np.uint8]) -> str:
     return hashlib.sha256(np.ascontiguousarray(frame).data).hexdigest()[:16]
 
 
-def encode_last_frame(frame: npt.NDArray[np.uint8]) -> bytes:
-    """A raw frame [H, W, 3] as lossless WebP."""
+def encode_last_frame(frame: npt.NDArray[np.uint8]) -> tuple[str, bytes]:
+    """A raw frame [H, W, 3] as the suffix and the bytes of a lossless picture file."""
     encoded = io.BytesIO()
+    if max(frame.shape) > MAX_PICTURE_SIDE["webp"]:
+        Image.fromarray(frame).save(encoded, "PNG", compress_level=1)
+        return ".png", encoded.getvalue()
     Image.fromarray(frame).save(encoded, "WEBP", lossless=True, quality=0, method=0)
-    return encoded.getvalue()
+    return ".webp", encoded.getvalue()
 
 
 def read_last_frame(folder: Path, chunk: int) -> npt.NDArray[np.uint8]:
@@ -109,13 +119,45 @@ def read_last_frame(folder: Path, chunk: int) -> npt.NDArray[np.uint8]:
     try:
         with Image.open(path) as picture:
             return np.asarray(picture.convert("RGB"))
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise RecordError(f"{path}: {error}") from None
 
 
-def last_frame_path(folder: Path, chunk: int) -> Path:
-    """File of a chunk's last raw frame."""
-    return folder / f"chunk{chunk:05d}.webp"
+def last_frame_path(folder: Path, chunk: int, suffix: str | None = None) -> Path:
+    """File of a chunk's last raw frame; without ``suffix`` the one that is there."""
+    paths = [folder / f"chunk{chunk:05d}{kind}" for kind in ([suffix] if suffix else [".webp", ".png"])]
+    return next((path for path in paths if path.exists()), paths[0])
+
+
+def keepable(value: Any, place: str, left_out: list[str]) -> Any:
+    """``value`` without what JSON cannot give back. ``left_out`` gets the place of each such value and what it was.
+
+    In a list null takes its place. ``left_out`` stops at ``MAX_LEFT_OUT`` places.
+    """
+    match value:
+        case dict():
+            kept = {}
+            for key, item in value.items():
+                name = key if isinstance(key, str) and key.isidentifier() and len(key) < 64 else shown(key)
+                kept[str(key)] = keepable(item, f"{place}.{name}".removeprefix("."), left_out)
+                if kept[str(key)] is None and item is not None:
+                    del kept[str(key)]
+            return kept
+        case list() | tuple():
+            return [keepable(item, f"{place}[{index}]", left_out) for index, item in enumerate(value)]
+        case msgspec.Struct():
+            return keepable(msgspec.structs.asdict(value), place, left_out)
+        case None | bool():
+            return value
+        case int() if abs(value) < 2**63:
+            return value
+        case float() if math.isfinite(value):
+            return value
+        case str() if value.encode(errors="replace").decode() == value:  # no half of a surrogate pair
+            return value
+    if len(left_out) < MAX_LEFT_OUT:
+        left_out.append(f"{place}: {shown(value)}")
+    return None
 
 
 def encode_line(line: RecordLine) -> bytes:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import os
 import platform
 import queue
 import shutil
@@ -13,15 +14,15 @@ import threading
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from lingbot_rt import __version__
 from lingbot_rt.config import ServeConfig
+from lingbot_rt.errors import one_line
 from lingbot_rt.recording.record_file import (
     FORMAT,
     RECORD_NAME,
@@ -33,6 +34,7 @@ from lingbot_rt.recording.record_file import (
     encode_last_frame,
     encode_line,
     frame_hash,
+    keepable,
     last_frame_path,
 )
 from lingbot_rt.session.messages import Init
@@ -64,7 +66,7 @@ def start_record(config: ServeConfig, init: Init, plan: SessionPlan, info: Model
     root, max_bytes = Path(str(config.record_dir)), config.record_max_mb * 2**20
     try:
         make_room(root, config.record_total_mb * 2**20 - max_bytes)
-        return SessionRecorder(root, plan.session_id, msgspec.to_builtins(given), picture.getvalue(), info, max_bytes)
+        return SessionRecorder(root, plan.session_id, given, picture.getvalue(), info, max_bytes)
     except OSError as error:
         log.error("session %s is not recorded: --record-dir %s: %s", plan.session_id, root, error)
         return None
@@ -101,31 +103,40 @@ class SessionRecorder:
     ) -> None:
         """Makes the folder and writes the first line. ``init`` is the client's init without its first frame.
 
-        Raises OSError if ``root`` can't be written.
+        What JSON cannot hold of it is named in that line and in the log. Raises OSError, and leaves no folder, if
+        ``root`` can't be written.
         """
+        self._bytes_left = max_bytes
+        self._end_reason: str | None = None  # set once the record takes no more chunks
         started = datetime.now(UTC)
         self.folder = root / f"{started:%Y%m%dT%H%M%S}-{session_id}"
-        self.folder.mkdir(parents=True)
+        left_out: list[str] = []
+        kept = keepable(init, "", left_out)
+        if left_out:
+            log.warning("record %s: the init is kept without %s", self.folder, left_out[:4])
         picture = f"first_frame-{hashlib.sha256(first_frame).hexdigest()[:16]}.png"
-        (self.folder / picture).write_bytes(first_frame)
-        self._file = (self.folder / RECORD_NAME).open("ab")
-        self._bytes_left = max_bytes - len(first_frame)
-        self._write(
-            SessionLine(
-                format=FORMAT,
-                session_id=session_id,
-                started_at=started.isoformat(timespec="milliseconds"),
-                init=init,
-                first_frame=picture,
-                seed=init["seed"],
-                model=info.model_id,
-                model_path=info.model_path,
-                device=info.device,
-                dtype=info.dtype,
-                versions=_VERSIONS,
-            )
+        line = SessionLine(
+            format=FORMAT,
+            session_id=session_id,
+            started_at=started.isoformat(timespec="milliseconds"),
+            init=kept,
+            first_frame=picture,
+            seed=init["seed"],
+            model=info.model_id,
+            model_path=info.model_path,
+            device=info.device,
+            dtype=info.dtype,
+            versions=_VERSIONS,
+            left_out=left_out,
         )
-        self._end_reason: str | None = None  # set once the record takes no more chunks
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700)
+        with contextlib.ExitStack() as undo:
+            undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            self._file = undo.enter_context(_new_file(self.folder / RECORD_NAME))
+            self._write(line)
+            self._save(self.folder / picture, first_frame)
+            undo.pop_all()
         self._queue: queue.Queue[tuple[ChunkLine, Frames] | EndLine] = queue.Queue(_WAITING_CHUNKS)
         self._thread = threading.Thread(target=self._run, name=f"record-{session_id}", daemon=True)
         self._thread.start()
@@ -171,16 +182,32 @@ class SessionRecorder:
                         self._write(item)
                         return
                     line, groups = item
-                    hashes = [frame_hash(frame) for group in groups for frame in group]
-                    picture = encode_last_frame(groups[-1][-1])
-                    self._take_room(len(picture))
-                    last_frame_path(self.folder, line.index).write_bytes(picture)
-                    self._write(ChunkLine(line.index, line.events, line.event_id, hashes, line.stats))
+                    self._write_chunk(line, groups)
                 except OSError as error:
                     self._end(str(error))
                     return
+                except Exception as error:  # the edge of this thread: what breaks the record must not end the session
+                    log.exception("record %s: chunk %d", self.folder, line.index)
+                    self._end(one_line(error))
+                    return
                 finally:
                     self._queue.task_done()
+
+    def _write_chunk(self, line: ChunkLine, groups: Frames) -> None:
+        left_out: list[str] = []
+        kept = keepable({"events": line.events, "stats": line.stats}, "", left_out)
+        if left_out:
+            log.warning("record %s: chunk %d is kept without %s", self.folder, line.index, left_out[:4])
+        hashes = [frame_hash(frame) for group in groups for frame in group]
+        suffix, picture = encode_last_frame(groups[-1][-1])
+        self._save(last_frame_path(self.folder, line.index, suffix), picture)
+        events = [RecordedEvent(event["kind"], event.get("payload"), event.get("event_id")) for event in kept["events"]]
+        self._write(ChunkLine(line.index, events, line.event_id, hashes, kept["stats"]))
+
+    def _save(self, path: Path, data: bytes) -> None:
+        self._take_room(len(data))
+        with _new_file(path) as file:
+            file.write(data)
 
     def _write(self, line: RecordLine) -> None:
         data = encode_line(line)
@@ -192,3 +219,8 @@ class SessionRecorder:
         self._bytes_left -= size
         if self._bytes_left < 0:
             raise OSError("the size limit is reached (--record-max-mb)")
+
+
+def _new_file(path: Path) -> BinaryIO:
+    """Opens a new file that only its owner can read: a record holds what somebody wrote and saw."""
+    return open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600))

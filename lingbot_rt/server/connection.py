@@ -14,11 +14,11 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from concurrent.futures import Executor
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import WebSocket, WebSocketDisconnect
 
@@ -36,13 +36,12 @@ from lingbot_rt.errors import (
     RequestError,
     SessionBusy,
     ShuttingDown,
-    one_line,
 )
 from lingbot_rt.recording.session_record import SessionRecorder, start_record
 from lingbot_rt.server.admission import Admission
 from lingbot_rt.server.first_frame import load_first_frame
 from lingbot_rt.server.stream import Stream
-from lingbot_rt.server.websocket import TOO_LARGE
+from lingbot_rt.server.websocket import NOT_UTF8, TOO_LARGE
 from lingbot_rt.session.messages import EXTENSIONS, Event, Init, decode, error_message, queue_message, session_message
 from lingbot_rt.session.plan import EnginePort, SessionPlan
 from lingbot_rt.session.session import Session
@@ -51,6 +50,11 @@ from lingbot_rt.telemetry import Metrics
 from lingbot_rt.transport.outbox import Outbox
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+INLINE_BYTES = 2048
+"""A larger message is read in a thread, so that no client holds up the others."""
 
 TICK_S = 0.25
 """How often a live session is asked what is due because of the time."""
@@ -81,6 +85,7 @@ class Service:
     admission: Admission
     metrics: Metrics
     encoders: Executor
+    readers: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="read"))
     connections: set[Connection] = field(default_factory=set)
     failure: LingbotError | None = None  # why there is no engine
 
@@ -163,7 +168,8 @@ class Connection:
             return Close(1011, "engine error", error)
         except Exception as error:
             log.exception("the connection broke")
-            return Close(1011, "internal error", EngineFailed(one_line(error)))
+            # The text of an unexpected error is for the log: it may hold paths of this machine.
+            return Close(1011, "internal error", EngineFailed(f"{type(error).__name__}; the server's log has more"))
 
     async def _close_with(self, close: Close) -> None:
         if close is GONE:
@@ -195,16 +201,19 @@ class Connection:
             if message["type"] == "websocket.disconnect":
                 log.info("the client is gone: close code %s", message.get("code", 1005))
                 return GONE
+            if message.get(NOT_UTF8):
+                return Close(1007, "not UTF-8", self._unread("a text message that is not UTF-8"))
             replies: tuple[bytes, ...] = ()
             if message["type"] == "websocket.receive":
                 try:
-                    replies = self._take(message)
+                    replies = await self._take(message)
                 except (RequestError, NotReady) as error:
                     replies = (self._refusal(error),)
             if self._stream is not None and self._session is not None:
                 replies += self._session.tick(time.monotonic())
             for reply in replies:
                 await self._outbox.send(reply)
+            await asyncio.sleep(0)  # a burst of small messages shares the loop, too
 
     async def _receive(self) -> dict[str, Any]:
         """The next ASGI message; once there is a session, ``{"type": "tick"}`` when none came for a while."""
@@ -214,29 +223,39 @@ class Connection:
         except TimeoutError:
             return {"type": "tick"}
 
-    def _take(self, message: dict[str, Any]) -> tuple[bytes, ...]:
+    async def _take(self, message: dict[str, Any]) -> tuple[bytes, ...]:
         """Applies one client message; the replies."""
-        refusal = InvalidInit if self._session is None else InvalidEvent
         if message.get(TOO_LARGE):
             limit_mb = self._service.config.max_message_mb
             raise MessageTooLarge(f"the message is larger than {limit_mb} MiB (--max-message-mb)")
         data = message.get("bytes")
         if data is None:
-            raise refusal("text is not read here, send binary MessagePack")
-        match decode(data, refusal):
+            raise self._unread("a text message")
+        refusal = InvalidInit if self._session is None else InvalidEvent
+        match await self._aside(len(data), decode, data, refusal):
             case Init() as init:
-                self._take_init(init)
+                await self._take_init(init, len(data))
                 return ()
             case Event() as event:
                 return self._take_event(event)
 
-    def _take_init(self, init: Init) -> None:
+    def _unread(self, what: str) -> RequestError:
+        refusal = InvalidInit if self._session is None else InvalidEvent
+        return refusal(f"{what} is not read here, send binary MessagePack")
+
+    async def _aside(self, size: int, work: Callable[..., Result], *args: Any) -> Result:
+        """Calls ``work``, in a thread if the message it is about is large."""
+        if size <= INLINE_BYTES:
+            return work(*args)
+        return await asyncio.get_running_loop().run_in_executor(self._service.readers, work, *args)
+
+    async def _take_init(self, init: Init, size: int) -> None:
         if self._session is not None:
             raise InvalidInit("a session is already running on this connection, open another one")
         service = self._service
         if not service.engine.status.ready:
             raise NotReady(f"the server is not ready: {service.engine.status}; try again")
-        settings = resolve(init, service.engine.model_info, service.config)
+        settings = await self._aside(size, resolve, init, service.engine.model_info, service.config)
         self._session = Session(
             uuid.uuid4().hex, settings, opened_at=self._accepted_at, keep_events=service.config.records(init.record)
         )

@@ -14,18 +14,28 @@ from typing import Any, ClassVar, cast
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import PayloadTooBig
-from websockets.frames import CloseCode
+from websockets.frames import CloseCode, Frame
 from websockets.protocol import State
 from websockets.server import ServerProtocol
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import ClientTooSlow
+from lingbot_rt.server.frame_pieces import FramePieces
 
 UNSENT_BYTES = 16 * 2**10
 """Most bytes that wait in the kernel, and again in the transport, once a message counts as sent."""
 
+READ_BYTES = 2**10
+"""Most bytes of headers and small frames that are parsed before the other connections have their turn."""
+
+READ_PAYLOAD_BYTES = 64 * 2**10
+"""Most bytes that are parsed at once of one frame's payload."""
+
 TOO_LARGE = "too_large"
 """Key of the ASGI event that stands in for a message over the limit."""
+
+NOT_UTF8 = "not_utf8"
+"""Key of the ASGI event that stands in for a text message that is none."""
 
 TOO_LARGE_CLOSE_S = 2.0
 """How long a client has after the close to stop sending such a message: its own close stands behind it, unread."""
@@ -52,6 +62,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         super().__init__(*args, **kwargs)
         self.conn = _Protocol(max_size=self.config.ws_max_size, logger=logging.getLogger("uvicorn.error"))
         self._is_too_large_told = False
+        self._unread = bytearray()  # what came and is not parsed yet; the transport is paused meanwhile
+        self._reading: asyncio.Handle | None = None
+        self._pieces = FramePieces(self.config.ws_max_size)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
@@ -61,6 +74,65 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         else:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * UNSENT_BYTES)
+
+    def data_received(self, data: bytes) -> None:
+        if not self.handshake_initiated:
+            super().data_received(data)
+            return
+        self._unread += data
+        if self._reading is None:
+            self._read_on()
+
+    def _read_on(self) -> None:
+        """Parses a little. The rest waits for the other connections, and for the application to take what there is."""
+        self._reading = None
+        if not self.read_paused:
+            part = self._unread[: max(READ_BYTES, min(self._pieces.left, READ_PAYLOAD_BYTES))]
+            del self._unread[: len(part)]
+            super().data_received(self._pieces.cut(bytes(part)))
+        if self.transport.is_closing():
+            self._unread.clear()
+        elif self._unread:
+            self.transport.pause_reading()
+            if not self.read_paused:
+                self._reading = self.loop.call_soon(self._read_on)
+        elif not self.read_paused:
+            self.transport.resume_reading()
+
+    async def receive(self) -> Any:
+        message = await self.queue.get()
+        if self.read_paused and self.queue.empty():
+            self.read_paused = False
+            if self._reading is None:
+                self._reading = self.loop.call_soon(self._read_on)
+        return message
+
+    def handle_cont(self, event: Frame) -> None:
+        """Joins as it goes: a message of a million fragments takes no more memory than its bytes."""
+        joined = self.frames[0] if isinstance(self.frames[0], bytearray) else bytearray(self.frames[0])
+        joined += event.data
+        self.frames = [cast(Any, joined)]
+        if event.fin:
+            self.send_receive_event_to_app()
+
+    def handle_ping(self) -> None:
+        if self.transport.get_write_buffer_size() > 4 * UNSENT_BYTES:
+            self.conn.data_to_send()  # pings from a client that does not read: their answers would gather
+            return
+        super().handle_ping()
+
+    def send_receive_event_to_app(self) -> None:
+        if self.curr_msg_data_type == "text" and not self.close_sent:
+            # Text is not read, whatever it says, so a long one is not even decoded.
+            is_short = sum(map(len, self.frames)) <= READ_PAYLOAD_BYTES
+            text, self.frames = b"".join(self.frames) if is_short else b"", [b""]
+            try:
+                text.decode()
+            except UnicodeDecodeError:
+                # The application answers and closes.
+                self.queue.put_nowait(cast(Any, {"type": "websocket.receive", NOT_UTF8: True}))
+                return
+        super().send_receive_event_to_app()
 
     async def send(self, message: Mapping[str, Any]) -> None:
         await self._until_written()

@@ -28,6 +28,9 @@ NEUTRAL: Keys = ()
 MAX_PENDING = 512
 """Most latent frames of a script, and most transitions that wait for a chunk; of those the newest are kept."""
 
+MAX_WAITING = 2 * MAX_PENDING
+"""Most events that wait for a chunk to sample them. Of more, those that newer ones replaced are dropped."""
+
 
 @dataclass(frozen=True, slots=True)
 class Transition:
@@ -102,7 +105,7 @@ class ConditionQueue:
         self._held: _Frame | None = None
         self._keys_event: Received | None = None  # the one whose keys the newest sample ends with
         self._newest_keys = -1  # order of the newest event that holds keys or a script
-        self._waiting: deque[_Waiting] = deque(maxlen=MAX_PENDING)
+        self._waiting: list[_Waiting] = []
         self._num_received = 0
         self._num_samples = 0
         if script is not None:
@@ -113,8 +116,11 @@ class ConditionQueue:
         """Script frames and transitions not sampled yet."""
         return len(self._script) + len(self._transitions)
 
-    def apply(self, events: Sequence[ControlEvent], event_id: int | None, at: float = 0.0) -> None:
-        """Takes the validated parts of one event message, which share its id and its time of arrival ``at``."""
+    def apply(self, events: Sequence[ControlEvent], event_id: int | None, at: float = 0.0) -> tuple[Received, ...]:
+        """Takes the validated parts of one event message, which share its id and its time of arrival ``at``.
+
+        Returns the events that no chunk will sample because too many newer ones came.
+        """
         received = Received(self._num_received, event_id, at)
         self._num_received += 1
         for event in events:
@@ -129,6 +135,12 @@ class ConditionQueue:
                     self._transitions.extend(_Frame(transition.actions, received) for transition in transitions)
                     self._newest_keys = received.order
         self._waiting.append(_Waiting(received, is_prompt=all(isinstance(event, PromptEvent) for event in events)))
+        return self._drop_replaced() if len(self._waiting) > MAX_WAITING else ()
+
+    def abandon(self) -> tuple[Received, ...]:
+        """The events that still wait, once no chunk will come."""
+        waiting, self._waiting = self._waiting, []
+        return tuple(entry.event for entry in waiting)
 
     def sample(self, num_latent_frames: int) -> Conditions:
         """Consumes what the next chunk uses. A prompt event is in force from the second chunk on."""
@@ -180,8 +192,18 @@ class ConditionQueue:
         for waiting in self._waiting:
             newest = prompts if waiting.is_prompt else keys
             (taken if waiting.event.order <= newest else left).append(waiting)
-        self._waiting = deque(left, maxlen=MAX_PENDING)
+        self._waiting = left
         return tuple(waiting.event for waiting in taken)
+
+    def _drop_replaced(self) -> tuple[Received, ...]:
+        """Lets go of the waiting events of which nothing is left to sample. At most ``MAX_PENDING`` + 3 have more."""
+        frames = [*self._script, *self._transitions, *([self._held] if self._held else [])]
+        alive = {frame.event.order for frame in frames if frame.event is not None} | {self._newest_keys}
+        if self._next_prompt is not None:
+            alive.add(self._next_prompt[1].order)
+        dropped = tuple(entry.event for entry in self._waiting if entry.event.order not in alive)
+        self._waiting = [entry for entry in self._waiting if entry.event.order in alive]
+        return dropped
 
 
 # --- payloads as clients send them <-> control events ---

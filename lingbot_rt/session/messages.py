@@ -9,7 +9,7 @@ Existing clients cannot read negative integers, uint64, int8..64, str32, map32 o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Annotated, Any, Literal, get_args
@@ -18,7 +18,8 @@ import msgspec
 from msgspec import Meta
 
 from lingbot_rt.config import OUTPUT_FORMATS, FormatName
-from lingbot_rt.errors import InvalidEvent, InvalidInit, LingbotError, RequestError, one_line
+from lingbot_rt.errors import InvalidEvent, InvalidInit, LingbotError, RequestError
+from lingbot_rt.session.message_reader import MessageReader, Unreadable, Unusable
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,9 @@ ENCODED_TYPES = {"webp": "image/webp", "jpeg": "image/jpeg"}
 EXTENSIONS = ("session", "queue", "control_ack", "heartbeat", "pause", "pinned_events")
 """Names an init may list in ``protocol_extensions``. Other names are ignored."""
 
+AckState = Literal["received", "applied", "dropped"]
+"""What a ``control_ack`` says: each event is received, and then applied or dropped."""
+
 INLINE_PAYLOAD_LIMIT = 65536
 """A payload below this many bytes travels inside its header map. A larger one is a message of its own."""
 
@@ -37,6 +41,13 @@ MAX_PROMPT_CHARACTERS = 8192
 MAX_NUM_FRAMES = 81
 FPS_RANGE = (1, 120)
 STEPS_RANGE = (1, 50)
+
+MAX_INIT_VALUES = 200_000
+MAX_EVENT_VALUES = 20_000
+"""Most items, keys and containers of a message, unknown ones included."""
+
+MAX_EVENT_BYTES = 256 * 2**10
+MAX_PINNED_EVENTS = 4096
 
 _MAX_UINT32 = 2**32 - 1
 _MAX_EVENT_ID = 2**53  # JavaScript has no exact integers above it
@@ -55,13 +66,14 @@ def _range(low: int, high: int, what: str = "a whole number") -> Meta:
 _Text = Annotated[str, Meta(description="a string")]
 _Flag = Annotated[bool, Meta(description="true or false")]
 _EventId = Annotated[int, Meta(ge=0, le=_MAX_EVENT_ID, description="a whole number from 0 to 2^53")]
+_EventKind = Annotated[str, Meta(max_length=64, description="prompt, camera_actions or composite_input")]
 
 
 class PinnedEvent(msgspec.Struct, frozen=True, kw_only=True):
     """An event inside an init. Chunk ``chunk`` is the first that samples it, whatever the timing."""
 
-    chunk: Annotated[int, Meta(ge=0, le=_MAX_UINT32)]
-    kind: str
+    chunk: Annotated[int, _range(0, _MAX_UINT32)]
+    kind: _EventKind
     payload: Any = None
     event_id: _EventId | None = None
 
@@ -115,7 +127,11 @@ class Init(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="ini
     profile: _Flag = False
     protocol_extensions: Annotated[tuple[str, ...], Meta(description="a list of extension names")] = ()
     pinned_events: Annotated[
-        tuple[PinnedEvent, ...], Meta(max_length=4096, description="a list of maps with chunk, kind, payload, event_id")
+        tuple[PinnedEvent, ...],
+        Meta(
+            max_length=MAX_PINNED_EVENTS,
+            description=f"a list of at most {MAX_PINNED_EVENTS} maps with chunk, kind, payload, event_id",
+        ),
     ] = ()
     record: _Flag = False
 
@@ -127,40 +143,65 @@ class Init(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="ini
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="event"):
     """A message into a running session. ``controls.py`` checks ``payload``."""
 
-    kind: Annotated[str, Meta(max_length=64, description="prompt, camera_actions or composite_input")]
+    kind: _EventKind
     payload: Any = None
     event_id: _EventId | None = None
 
 
-_DECODER = msgspec.msgpack.Decoder(dict[str, Any])
+_KNOWN_KEYS = frozenset({"type", *Init.__struct_fields__, *Event.__struct_fields__})
 _ENCODER = msgspec.msgpack.Encoder()
 
 
-def decode(data: bytes, refusal: type[RequestError] = InvalidInit) -> Init | Event:
+def decode(data: bytes | bytearray, refusal: type[RequestError] = InvalidInit) -> Init | Event:
     """One binary client message. A nil value counts as an absent key. Unknown keys are ignored.
 
-    Raises InvalidInit for a wrong init, InvalidEvent for a wrong event, and ``refusal`` for bytes that are neither. No
-    other exception, whatever the bytes.
+    ``refusal`` is the error for bytes that are neither; InvalidEvent says that only an event can come, and the limits
+    are those of an event from the first byte on. Raises InvalidInit for a wrong init, InvalidEvent for a wrong event,
+    and no other exception, whatever the bytes.
     """
-    try:
-        raw = _DECODER.decode(data)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError, TypeError) as error:
-        raise refusal(f"the message is not a MessagePack map: {one_line(error)}") from None
-    given = {key: _whole(value) for key, value in raw.items() if value is not None}
+    if refusal is InvalidEvent:
+        _check_event_size(len(data), values=0)
+    elif len(data) > MAX_EVENT_BYTES:
+        kind = _read(MessageReader(data, MAX_INIT_VALUES), {"type"}, refusal)[0].get("type")
+        if kind == "event":
+            _check_event_size(len(data), values=0)
+    reader = MessageReader(data, MAX_EVENT_VALUES if refusal is InvalidEvent else MAX_INIT_VALUES)
+    read, unknown = _read(reader, _KNOWN_KEYS, refusal)
+    given = {key: value for key, value in read.items() if value is not None}
+    if given.get("type") == "event":
+        _check_event_size(len(data), reader.values)
     try:
         message = msgspec.convert(given, Init | Event)
     except msgspec.ValidationError:
         raise _explained(given, refusal) from None
-    known = {"type", *message.__struct_fields__}
-    unknown = [key for key in given if key not in known]
+    unknown += [key for key in given if key not in ("type", *message.__struct_fields__)]
     if unknown:
         log.debug("%s message: %d unknown keys ignored: %s", given["type"], len(unknown), shown(unknown))
     return message
 
 
-def _whole(value: Any) -> Any:
-    """Some clients pack integers above 65535 or below -32 as float64, so a float without a fraction becomes an int."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _read(
+    reader: MessageReader, known: Collection[str], refusal: type[RequestError]
+) -> tuple[dict[str, Any], list[str]]:
+    try:
+        return reader.read(known)
+    except Unreadable as error:
+        raise refusal(str(error), field=_place(error.path) or None) from None
+
+
+def _check_event_size(size: int, values: int) -> None:
+    if size > MAX_EVENT_BYTES:
+        raise InvalidEvent(f"the message has {size} bytes, an event at most {MAX_EVENT_BYTES}")
+    if values > MAX_EVENT_VALUES:
+        raise InvalidEvent(f"the message has {values} values, an event at most {MAX_EVENT_VALUES}")
+
+
+def _place(path: list[str | int]) -> str:
+    """``["pinned_events", 0, "chunk"]`` -> ``pinned_events[0].chunk``, without control characters and not too long."""
+    parts = (
+        f"[{part}]" if isinstance(part, int) else f".{part if part.isidentifier() else shown(part)}" for part in path
+    )
+    return "".join(parts).removeprefix(".")[:_MAX_SHOWN]
 
 
 def _explained(given: Mapping[str, Any], refusal: type[RequestError]) -> RequestError:
@@ -173,10 +214,29 @@ def _explained(given: Mapping[str, Any], refusal: type[RequestError]) -> Request
             struct, refusal = Event, InvalidEvent
         case tag:
             return refusal(f'{shown(tag)}, expected "init" or "event"', field="type")
+    place, problem = _first_problem(struct, given)
+    return refusal(problem, field=place)
+
+
+def _first_problem(struct: type[msgspec.Struct], given: Mapping[str, Any]) -> tuple[str, str]:
+    """Place and text of the first wrong field of a map that does not convert to ``struct``."""
     wrong = next(field for field in msgspec.structs.fields(struct) if not _is_valid(given.get(field.name), field))
-    problem = shown(given[wrong.name]) if wrong.name in given else "missing"
+    value = given.get(wrong.name)
+    if isinstance(value, list) and wrong.name == "protocol_extensions":
+        index = next(index for index, item in enumerate(value) if not isinstance(item, str))
+        return f"{wrong.name}[{index}]", f"{shown(value[index])}, expected a string"
+    if isinstance(value, list) and wrong.name == "pinned_events":
+        if len(value) > MAX_PINNED_EVENTS:
+            return wrong.name, f"{len(value)} entries, expected at most {MAX_PINNED_EVENTS}"
+        index = next(index for index, item in enumerate(value) if not _converts(item, PinnedEvent))
+        place = f"{wrong.name}[{index}]"
+        if not isinstance(value[index], dict):
+            return place, f"{shown(value[index])}, expected a map with chunk, kind, payload, event_id"
+        inner, problem = _first_problem(PinnedEvent, value[index])
+        return f"{place}.{inner}", problem
+    problem = "missing" if value is None else shown(value)
     annotated = wrong.type if hasattr(wrong.type, "__metadata__") else get_args(wrong.type)[0]  # of ``X | None``
-    return refusal(f"{problem}, expected {annotated.__metadata__[0].description}", field=wrong.name)
+    return wrong.name, f"{problem}, expected {annotated.__metadata__[0].description}"
 
 
 def _is_valid(value: Any, field: msgspec.structs.FieldInfo) -> bool:
@@ -184,8 +244,12 @@ def _is_valid(value: Any, field: msgspec.structs.FieldInfo) -> bool:
         return not field.required
     if field.name == "first_frame":
         return isinstance(value, bytes | str)
+    return _converts(value, field.type)
+
+
+def _converts(value: Any, kind: Any) -> bool:
     try:
-        msgspec.convert(value, field.type)
+        msgspec.convert(value, kind)
     except msgspec.ValidationError:
         return False
     return True
@@ -199,7 +263,9 @@ def shown(value: object, depth: int = 2) -> str:
     """
     match value:
         case bytes():
-            return f"{len(value)} bytes"
+            return f"{len(value)} bytes (bin)"
+        case Unusable():
+            return str(value)
         case str():
             text = repr(value[:_MAX_SHOWN])
         case None | bool() | int() | float():
@@ -397,8 +463,8 @@ def queue_message(position: int) -> bytes:
     return _ENCODER.encode({"type": "queue", "position": _count(position)})
 
 
-def control_ack_message(event_id: int | None, state: Literal["received", "applied"], chunk_index: int | None) -> bytes:
-    """Extension ``control_ack``: an event was received, or chunk ``chunk_index`` is the first that it applies to."""
+def control_ack_message(event_id: int | None, state: AckState, chunk_index: int | None) -> bytes:
+    """Extension ``control_ack``: an event was received, applies from chunk ``chunk_index`` on, or was dropped."""
     message: dict[str, Any] = {"type": "control_ack", "state": state}
     if event_id is not None:
         message["event_id"] = _count(event_id)

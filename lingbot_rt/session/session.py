@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from lingbot_rt.errors import PauseExpired
 from lingbot_rt.session.camera_path import CameraPath
-from lingbot_rt.session.controls import ConditionQueue, Received, parse_event, payload_of
+from lingbot_rt.session.controls import ConditionQueue, ControlEvent, Received, parse_event, payload_of
 from lingbot_rt.session.messages import (
+    AckState,
     ChunkStats,
     EncodedBatch,
     Event,
@@ -49,7 +51,9 @@ class Chunk:
     plan: ChunkPlan
     num_frames: int  # pixel frames it will send
     num_batches: int
-    acknowledgements: tuple[bytes, ...]  # a control_ack for each event it is the first to sample
+    acknowledgements: tuple[
+        bytes, ...
+    ]  # a control_ack for each event it is the first to sample, or no chunk will sample
     newest_event: Received | None  # of those events
     events: tuple[tuple[str, Any, int | None], ...]  # kind, payload and id of what arrived before it, for the record
     begun_at: float
@@ -99,11 +103,12 @@ class Session:
                 self._paused_at = None
             elif self._paused_at is None:
                 self._paused_at, self._is_opening = now, True
+            answers = self._acks([event], "dropped") if self.is_complete else self._applied([event], self._next_index)
         else:
-            self._apply(event, now)
-        if "control_ack" not in self.settings.extensions:
-            return ()
-        return (control_ack_message(event.event_id, "received", None),)
+            answers = self._apply(parse_event(event.kind, event.payload), event.event_id, now)
+            if self.is_complete:
+                answers += self._acks(self._queue.abandon(), "dropped")
+        return self._acks([event], "received") + answers
 
     def tick(self, now: float) -> tuple[bytes, ...]:
         """What is due because of the time alone: heartbeats. Raises PauseExpired."""
@@ -120,8 +125,9 @@ class Session:
 
     def next_chunk(self, now: float) -> Chunk:
         """Samples what is in force now and moves the camera one chunk on."""
-        for event in self.settings.pinned.get(self._next_index, ()):
-            self._apply(event, now)
+        dropped: tuple[bytes, ...] = ()
+        for pinned in self.settings.pinned.get(self._next_index, ()):
+            dropped += self._apply(pinned.events, pinned.event_id, now)
         index, frames = self._next_index, self._group_sizes(self._next_index)
         conditions = self._queue.sample(self.settings.latent_frames)
         actions = conditions.camera_actions
@@ -137,11 +143,13 @@ class Session:
         self._arrived.clear()
         is_opening, self._is_opening = self._is_opening, self.is_paused
         self._next_index += 1
+        if self.is_complete:
+            dropped += self._acks(self._queue.abandon(), "dropped")
         return Chunk(
             plan=plan,
             num_frames=sum(frames),
             num_batches=sum(-(-count // max_batch) for count in frames),
-            acknowledgements=self._acknowledge(conditions.sampled, index),
+            acknowledgements=self._applied(conditions.sampled, index) + dropped,
             newest_event=conditions.sampled[-1] if conditions.sampled else None,
             events=events,
             begun_at=now,
@@ -193,17 +201,23 @@ class Session:
             stats.stages = {"prepare": timings.prepare_ms, **timings.stages}
         return stats_message(stats)
 
-    def _apply(self, event: Event, now: float) -> None:
-        parsed = parse_event(event.kind, event.payload)
-        self._queue.apply(parsed, event.event_id, now)
+    def _apply(self, parsed: tuple[ControlEvent, ...], event_id: int | None, now: float) -> tuple[bytes, ...]:
+        """Takes one parsed event. Returns acknowledgements of older ones that no chunk will sample any more."""
+        dropped = self._queue.apply(parsed, event_id, now)
         if self._keep_events:
             # What was parsed, not what was sent: a payload may hold megabytes that nobody reads.
-            self._arrived.append((*payload_of(parsed), event.event_id))
+            self._arrived.append((*payload_of(parsed), event_id))
+        return self._acks(dropped, "dropped")
 
-    def _acknowledge(self, sampled: tuple[Received, ...], chunk_index: int) -> tuple[bytes, ...]:
+    def _applied(self, events: Iterable[Event | Received], chunk_index: int) -> tuple[bytes, ...]:
+        return self._acks(events, "applied", chunk_index)
+
+    def _acks(
+        self, events: Iterable[Event | Received], state: AckState, chunk_index: int | None = None
+    ) -> tuple[bytes, ...]:
         if "control_ack" not in self.settings.extensions:
             return ()
-        return tuple(control_ack_message(event.event_id, "applied", chunk_index) for event in sampled)
+        return tuple(control_ack_message(event.event_id, state, chunk_index) for event in events)
 
     def _group_sizes(self, chunk_index: int) -> list[int]:
         """Pixel frames that leave for each latent frame of a chunk, known before any is decoded."""

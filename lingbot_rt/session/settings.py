@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,10 +12,13 @@ import numpy.typing as npt
 
 from lingbot_rt.config import FormatName, ServeConfig
 from lingbot_rt.errors import InvalidEvent, InvalidInit
-from lingbot_rt.session.controls import Actions, parse_event, parse_script
-from lingbot_rt.session.messages import Event, Init, shown
+from lingbot_rt.session.controls import Actions, ControlEvent, parse_event, parse_script
+from lingbot_rt.session.messages import Init, shown
 from lingbot_rt.session.plan import ModelInfo, PostprocessPlan, SessionPlan
 from lingbot_rt.shapes import FrameSize, latent_frames_for
+
+MAX_PICTURE_SIDE = {"webp": 16383, "jpeg": 65500}
+"""Largest width and height of a picture in pixels, by the format's own definition or its encoder's."""
 
 ENCODED_FRAMES_PER_BATCH = 6
 RAW_FRAMES_PER_BATCH = 16
@@ -43,6 +46,21 @@ class OutputFormat:
         return ENCODED_FRAMES_PER_BATCH if self.is_encoded else RAW_FRAMES_PER_BATCH
 
 
+def preview_size(width: int, height: int, max_width: int | None) -> tuple[int, int]:
+    """(width, height) of the pictures sent: at most ``max_width`` wide, with the aspect kept, never enlarged."""
+    if not max_width or max_width >= width:
+        return width, height
+    return max_width, max(1, round(height * max_width / width))
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedControl:
+    """A parsed event of an init."""
+
+    events: tuple[ControlEvent, ...]
+    event_id: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class SessionSettings:
     """What an init fixes for the whole session, checked and completed with the model's defaults."""
@@ -64,7 +82,7 @@ class SessionSettings:
     profile: bool
     extensions: frozenset[str]
     postprocess: PostprocessPlan
-    pinned: Mapping[int, tuple[Event, ...]]  # chunk index -> events that this chunk samples
+    pinned: Mapping[int, Sequence[PinnedControl]]  # chunk index -> events that this chunk samples
     pause_limit_s: float  # longest pause
 
     @property
@@ -94,13 +112,23 @@ def resolve(init: Init, info: ModelInfo, config: ServeConfig) -> SessionSettings
     if init.model not in ("", info.model_id):
         raise InvalidInit(f"{shown(init.model)} is not served here, expected {info.model_id!r}", field="model")
     if not init.prompt.strip():
-        raise InvalidInit("only white space, expected a sentence that describes the world", field="prompt")
+        raise InvalidInit(
+            f"{shown(init.prompt)} is only white space, expected a sentence that describes the world", field="prompt"
+        )
+    size = _size(init.size, config.max_pixels)
+    postprocess = _postprocess(init, config.postprocess_model_dir)
+    output = OutputFormat(
+        name=init.realtime_output_format or cast(FormatName, config.default_output_format),
+        quality=init.output_compression,
+        preview_max_width=init.realtime_preview_max_width,
+    )
+    _check_pictures(output, size, postprocess)
     latent_frames = latent_frames_for(init.num_frames)
     sink_frames, window_frames = _window(init, info, latent_frames)
     return SessionSettings(
         prompt=init.prompt,
         negative_prompt=init.negative_prompt,
-        size=_size(init.size, config.max_pixels),
+        size=size,
         fps=init.fps,
         latent_frames=latent_frames,
         seed=init.seed,
@@ -110,16 +138,12 @@ def resolve(init: Init, info: ModelInfo, config: ServeConfig) -> SessionSettings
         window_frames=window_frames,
         max_chunks=init.max_chunks,
         script=_script(init),
-        output=OutputFormat(
-            name=init.realtime_output_format or cast(FormatName, config.default_output_format),
-            quality=init.output_compression,
-            preview_max_width=init.realtime_preview_max_width,
-        ),
+        output=output,
         pacing=init.realtime_output_pacing,
         profile=init.profile,
         extensions=frozenset(init.protocol_extensions),
         pinned=_pinned(init),
-        postprocess=_postprocess(init, config.postprocess_model_dir),
+        postprocess=postprocess,
         pause_limit_s=config.pause_limit_s,
     )
 
@@ -139,6 +163,21 @@ def _size(text: str, max_pixels: int) -> FrameSize:
     else:
         return size
     raise InvalidInit(f"{size} {problem}, nearest valid {nearest}", field="size")
+
+
+def _check_pictures(output: OutputFormat, size: FrameSize, postprocess: PostprocessPlan) -> None:
+    """Refuses frames that their format cannot hold: the session would break with its first chunk."""
+    limit = MAX_PICTURE_SIDE.get(output.name)
+    made = postprocess.size_out(size)
+    sent = FrameSize(*preview_size(made.width, made.height, output.preview_max_width))
+    if limit is None or max(sent.width, sent.height) <= limit:
+        return
+    how = f" upscaled by {postprocess.upscaling_scale}" if postprocess.upscales else ""
+    raise InvalidInit(
+        f"{size}{how} gives pictures of {sent}, {output.name} has at most {limit} pixels a side; expected a smaller "
+        "size, realtime_preview_max_width, or the realtime_output_format raw or delta-gzip",
+        field="size",
+    )
 
 
 def _window(init: Init, info: ModelInfo, latent_frames: int) -> tuple[int, int]:
@@ -186,20 +225,19 @@ def _postprocess(init: Init, model_dir: str | None) -> PostprocessPlan:
     return PostprocessPlan(**asked)
 
 
-def _pinned(init: Init) -> dict[int, tuple[Event, ...]]:
+def _pinned(init: Init) -> dict[int, list[PinnedControl]]:
     """Pinned events by chunk index. They are checked now, because later errors would reach no client."""
     if not init.pinned_events:
         return {}
     if "pinned_events" not in init.protocol_extensions:
         raise InvalidInit('needs "pinned_events" in protocol_extensions', field="pinned_events")
-    pinned: dict[int, tuple[Event, ...]] = {}
+    pinned: dict[int, list[PinnedControl]] = {}
     for number, entry in enumerate(init.pinned_events):
         try:
-            parse_event(entry.kind, entry.payload)
+            events = parse_event(entry.kind, entry.payload)
         except InvalidEvent as error:
-            raise InvalidInit(f"entry {number}: {error.field}: {error}", field="pinned_events") from None
-        event = Event(kind=entry.kind, payload=entry.payload, event_id=entry.event_id)
-        pinned[entry.chunk] = (*pinned.get(entry.chunk, ()), event)
+            raise InvalidInit(str(error), field=f"pinned_events[{number}].{error.field}") from None
+        pinned.setdefault(entry.chunk, []).append(PinnedControl(events, entry.event_id))
     return pinned
 
 
@@ -210,22 +248,25 @@ def client_model_path(given: str, model_dir: str | None, *, field: str) -> Path:
     ``model_dir`` is None, if the path leads out of the folder (even to nothing), and if there is no such file.
     """
     if given.lower().startswith(("http://", "https://")):
-        raise InvalidInit("must be a file under --postprocess-model-dir, not a URL", field=field)
+        raise InvalidInit(f"{shown(given)}, expected a file under --postprocess-model-dir, not a URL", field=field)
     if model_dir is None:
         raise InvalidInit(
-            "this server takes no model paths (it was started without --postprocess-model-dir)", field=field
+            f"{shown(given)}, but this server takes no model paths (it was started without --postprocess-model-dir)",
+            field=field,
         )
     folder = Path(model_dir).resolve()
     if "\0" in given:
-        raise InvalidInit("is not a path", field=field)
+        raise InvalidInit(f"{shown(given)} is not a path, expected a file in --postprocess-model-dir", field=field)
     try:
         path = (folder / given).resolve()
         inside = path.is_relative_to(folder)
         found = inside and path.is_file()
     except (OSError, RuntimeError):  # a name too long for the system, a loop of links
-        raise InvalidInit("is not a path", field=field) from None
+        raise InvalidInit(
+            f"{shown(given)} is not a path, expected a file in --postprocess-model-dir", field=field
+        ) from None
     if not inside:
-        raise InvalidInit("leads out of --postprocess-model-dir", field=field)
+        raise InvalidInit(f"{shown(given)} leads out of --postprocess-model-dir", field=field)
     if not found:
         raise InvalidInit(f"no file {shown(given)} in --postprocess-model-dir", field=field)
     return path

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from lingbot_rt.session.messages import DELTA_GZIP_TYPE, ENCODED_TYPES, RAW_TYPE, EncodedBatch
-from lingbot_rt.session.settings import OutputFormat
+from lingbot_rt.session.settings import OutputFormat, preview_size
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -105,13 +105,6 @@ class FrameEncoder:
             raw_size=pixels.nbytes,
             delta_reference=delta_reference,
         )
-
-
-def preview_size(width: int, height: int, max_width: int | None) -> tuple[int, int]:
-    """(width, height) of the pictures sent: at most ``max_width`` wide, with the aspect kept, never enlarged."""
-    if not max_width or max_width >= width:
-        return width, height
-    return max_width, max(1, round(height * max_width / width))
 
 
 def _picture(pixels: Pixels, size: tuple[int, int]) -> Image.Image:

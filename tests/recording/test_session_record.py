@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 
+from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import RecordError
 from lingbot_rt.recording import session_record
 from lingbot_rt.recording.record_file import (
@@ -21,7 +27,9 @@ from lingbot_rt.recording.record_file import (
     read_last_frame,
     read_record,
 )
-from lingbot_rt.recording.session_record import SessionRecorder, make_room
+from lingbot_rt.recording.session_record import SessionRecorder, make_room, start_record
+from lingbot_rt.session.message_reader import Unusable
+from lingbot_rt.session.messages import Init, PinnedEvent
 from lingbot_rt.session.plan import ModelInfo
 from lingbot_rt.shapes import FrameSize
 
@@ -72,6 +80,95 @@ def test_a_crash_loses_only_the_line_being_written(recorder):
     path.write_bytes(whole.replace(b'"line":"chunk"', b'"line":"junk"', 1))
     with pytest.raises(RecordError, match="line 2"):
         read_record(path)
+
+
+ODD = {
+    "an extension": msgspec.msgpack.Ext(5, b"x"),
+    "what the wire reads of one": Unusable("a MessagePack extension of type 5"),
+    "bytes": b"x",
+    "not a number": float("nan"),
+    "infinity": float("inf"),
+    "half a character": "\ud800",
+    "a large number": 2**64,
+    "a timestamp": datetime.now(UTC),
+}
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+def test_what_cannot_be_kept_is_named(tmp_path, odd, caplog):
+    """An odd value in the init, a pinned event, an event or a statistic costs that value, not the record."""
+    plan = SimpleNamespace(session_id="s1", first_frame=frames(0)[0])
+    pinned = PinnedEvent(chunk=1, kind="prompt", payload={"a": [1, odd]})
+    unread = {"unused": odd, "deep": [{"\x1b" * 1000: odd}], "kept": [1, 2.5, "\u00e9", None]}
+    init = Init(prompt="a", first_frame=b"x", condition_inputs=unread, pinned_events=(pinned,))
+    recorder = start_record(ServeConfig(record_dir=str(tmp_path)), init, plan, MODEL_INFO)
+    recorder.chunk(0, [RecordedEvent("prompt", {"x": odd, "y": 1}, 3)], 3, [frames(0)], {"dit_ms": 5, "odd": odd})
+    recorder.close("over")
+    record = read_record(recorder.folder)
+    assert record.session.init["condition_inputs"] == {"deep": [{}], "kept": unread["kept"]}
+    assert record.session.init["pinned_events"][0]["payload"] == {"a": [1, None]}
+    places = [line.partition(": ")[0] for line in record.session.left_out]
+    assert places[0] == "condition_inputs.unused"
+    assert places[1].startswith("condition_inputs.deep[0].'\\x1b")
+    assert places[2] == "pinned_events[0].payload.a[1]"
+    assert all(len(line) < 250 and line.isprintable() for line in record.session.left_out)
+    (chunk,) = record.chunks
+    assert (chunk.events, chunk.stats) == ([RecordedEvent("prompt", {"y": 1}, 3)], {"dit_ms": 5})
+    assert record.end == EndLine("over")
+    assert "condition_inputs.unused" in caplog.text
+    assert "events[0].payload.x" in caplog.text
+
+
+def test_only_the_owner_reads_a_record(tmp_path):
+    """Folders have mode 0700 and files 0600, whatever the process' mask is."""
+    before = os.umask(0)
+    try:
+        recorder = SessionRecorder(tmp_path / "new", "s1", INIT, b"picture", MODEL_INFO, 10**6)
+        recorder.chunk(0, [], None, [frames(0)], {})
+        recorder.close("over")
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in (tmp_path / "new", recorder.folder)] == [0o700] * 2
+    files = list(recorder.folder.iterdir())
+    assert len(files) == 3
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+
+
+@pytest.mark.parametrize("moment", ["the first line", "the first frame", "the size limit"])
+def test_a_record_that_cannot_begin_leaves_no_folder(tmp_path, monkeypatch, moment, caplog):
+    """Whatever fails before the record has its first line and first frame, the session is served and nothing stays."""
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    if moment != "the size limit":
+        monkeypatch.setattr(SessionRecorder, "_write" if moment == "the first line" else "_save", fail)
+    plan = SimpleNamespace(
+        session_id="s1", first_frame=np.random.default_rng(0).integers(0, 255, (640, 640, 3), np.uint8)
+    )
+    config = ServeConfig(record_dir=str(tmp_path), record_max_mb=1)
+    assert start_record(config, Init(prompt="a", first_frame=b"x"), plan, MODEL_INFO) is None
+    assert list(tmp_path.iterdir()) == []
+    assert "is not recorded: --record-dir" in caplog.text
+
+
+def test_what_breaks_the_writer_ends_the_record_in_words(recorder, monkeypatch, caplog):
+    """The log says what happened, no more chunks are taken, and closing returns."""
+    monkeypatch.setattr(session_record, "frame_hash", lambda frame: {}["no such"])
+    recorder.chunk(0, [], None, [frames(0)], {})
+    recorder._thread.join(30)
+    assert not recorder.is_recording
+    assert "KeyError: 'no such'" in caplog.text
+    recorder.close("over")
+    assert read_record(recorder.folder).chunks == []
+
+
+def test_a_frame_too_large_for_webp_is_kept(recorder):
+    """Upscaled frames may be wider than WebP's 16383 pixels."""
+    wide = np.random.default_rng(0).integers(0, 255, (1, 8, 16640, 3), np.uint8)
+    recorder.chunk(0, [], None, [wide], {})
+    recorder.close("over")
+    assert np.array_equal(read_last_frame(recorder.folder, 0), wide[0])
 
 
 def test_a_killed_process_leaves_every_chunk_already_written(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 import pytest
 from websockets.exceptions import InvalidStatus
@@ -56,6 +58,23 @@ async def test_messages_above_the_limit_close_the_socket(serve):
         assert error["content"] == "the message is larger than 1 MiB (--max-message-mb)"
         assert (await client.closed())[0] == 1009
     await server.idle()
+
+
+@pytest.mark.usefixtures("soon_over")
+@pytest.mark.parametrize("size", [200, 30_000, 500_000])
+async def test_fragments_above_the_limit_together_close_the_socket(serve, size):
+    """The limit is that of the whole message, and a client that still sends is told, too."""
+    server = await serve(max_message_mb=1)
+    async with server.client() as client:
+        fragments = [bytes(size)] * (2 * 2**20 // size)
+        sending = asyncio.create_task(client.socket.send(fragments))
+        assert (await client.error())["code"] == "message_too_large"
+        assert (await client.closed())[0] == 1009
+        await asyncio.wait({sending})
+        sending.exception()
+    await server.idle()
+    async with server.client(init(max_chunks=1)) as client:
+        assert len((await client.chunk()).frames) == 9
 
 
 @pytest.mark.usefixtures("soon_over")

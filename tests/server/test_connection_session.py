@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import time
 
+import msgspec
+
+from lingbot_rt.recording.record_file import read_record
+from lingbot_rt.session.session import Session
 from lingbot_rt.transport.pacing import Pacer
 from tests.server.conftest import event, init, state
 from tests.server.fake_engine import FakeEngine
@@ -32,6 +36,43 @@ async def test_bad_events_change_nothing(serve):
         await client.chunk()
     assert {plan.prompt for plan in server.engine.plans} == {"A quiet street."}
     assert all(plan.relative_poses is None for plan in server.engine.plans)
+
+
+async def test_odd_values_under_unread_keys_break_neither_session_nor_record(serve, tmp_path):
+    """An extension beside what is read, in init and event: both are served, the record says what it lacks."""
+    server = await serve(FakeEngine(group_s=SLOW), record_dir=str(tmp_path))
+    extension = msgspec.msgpack.Ext(5, b"x")
+    script = {"camera_actions": [["w"]], "unused": extension}
+    async with server.client(init(condition_inputs=script)) as client:
+        await client.receive()
+        await client.send(event("camera_actions", state("d") | {"unused": extension}, 7))
+        while (await client.chunk()).stats["event_id"] != 7:
+            pass
+    await server.idle()
+    (folder,) = tmp_path.iterdir()
+    record = read_record(folder)
+    assert record.session.init["condition_inputs"] == {"camera_actions": [["w"]]}
+    assert [
+        line.startswith("condition_inputs.unused: a MessagePack extension") for line in record.session.left_out
+    ] == [True]
+    assert [e.event_id for chunk in record.chunks for e in chunk.events] == [7]
+    assert record.end is not None
+
+
+async def test_an_unexpected_error_is_told_without_its_text(serve, monkeypatch, caplog):
+    """The client gets the kind and where to look; paths and objects stay in the log."""
+
+    def fail(*args):
+        raise KeyError("/srv/secret <object at 0x7f00>")
+
+    monkeypatch.setattr(Session, "next_chunk", fail)
+    server = await serve()
+    async with server.client(init()) as client:
+        error = await client.error()
+        assert (await client.closed())[0] == 1011
+    assert "KeyError; the server's log has more" in error["content"]
+    assert "/srv" not in error["content"]
+    assert "/srv/secret" in caplog.text
 
 
 async def test_a_prompt_event_is_in_force_from_the_next_chunk(serve):

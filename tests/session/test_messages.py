@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import EngineFailed, InvalidEvent, InvalidInit, RequestError, SessionBusy
+from lingbot_rt.session.controls import parse_event
+from lingbot_rt.session.message_reader import MessageReader
 from lingbot_rt.session.messages import (
+    MAX_EVENT_BYTES,
+    MAX_EVENT_VALUES,
+    MAX_INIT_VALUES,
     ChunkStats,
     Event,
     Init,
@@ -265,8 +270,8 @@ WRONG = {
     "condition_inputs": [[["w"]], "w"],
     "enhance_prompt": [True, 1],
     "profile": [1],
-    "protocol_extensions": ["session", [1], {"a": 1}],
-    "pinned_events": [3, [3], [{"kind": "prompt"}], [{"chunk": -1, "kind": "prompt"}]],
+    "protocol_extensions": ["session", {"a": 1}],
+    "pinned_events": [3, [{"chunk": 1, "kind": "prompt"}] * 4097],
     "record": [1, "yes"],
 }
 
@@ -349,10 +354,248 @@ def test_no_bytes_break_the_decoder(data):
         decode(data)
 
 
+# --- forms of values, at every depth ---
+
+EXTENSION = msgspec.msgpack.Ext(18, b"\x89PNG")
+
+
+def as_str(data: bytes) -> bytes:
+    """Bytes of any kind under the type of strings, as libraries of the old specification pack them."""
+    return b"\xdb" + len(data).to_bytes(4, "big") + data
+
+
+def packed(message: dict, replaced: dict[str, bytes], key=pack) -> bytes:
+    """A map with some values packed by hand."""
+    pairs = [key(name) + replaced.get(name, pack(value)) for name, value in message.items()]
+    return b"\xdf" + len(pairs).to_bytes(4, "big") + b"".join(pairs)
+
+
+def test_integral_floats_count_as_integers_at_every_depth():
+    """The entries of pinned events have integers too."""
+    entry = {"chunk": 1.0, "kind": "prompt", "payload": "Rain.", "event_id": 70000.0}
+    (pinned,) = decode(pack(GOOD | {"pinned_events": [entry]})).pinned_events
+    assert (pinned.chunk, pinned.event_id) == (1, 70000)
+    assert type(pinned.chunk) is type(pinned.event_id) is int
+    assert decode(pack(GOOD | {"fps": np.float32(24).item()})).fps == 24
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "place", "words"),
+    [
+        ("pinned_events", [{"chunk": -1, "kind": "prompt"}], "pinned_events[0].chunk", ["-1", "0 to 4294967295"]),
+        ("pinned_events", [{"chunk": 1, "kind": "x"}, {"kind": "x"}], "pinned_events[1].chunk", ["missing", "0 to"]),
+        ("pinned_events", [{"chunk": 1.5, "kind": "x"}], "pinned_events[0].chunk", ["1.5", "whole number"]),
+        ("pinned_events", [{"chunk": 1, "kind": 7}], "pinned_events[0].kind", ["7", "camera_actions"]),
+        ("pinned_events", [{"chunk": 1, "kind": "x", "event_id": -2}], "pinned_events[0].event_id", ["-2", "2^53"]),
+        ("pinned_events", [3], "pinned_events[0]", ["3", "a map with chunk"]),
+        ("protocol_extensions", ["session", 1], "protocol_extensions[1]", ["1", "a string"]),
+    ],
+)
+def test_a_wrong_value_inside_a_list_is_refused_by_its_place(field, value, place, words):
+    """The error has the place of the entry, its value and what is expected there."""
+    with pytest.raises(InvalidInit) as refused:
+        decode(pack(GOOD | {field: value}))
+    assert refused.value.field == place
+    assert all(word in str(refused.value) for word in words)
+
+
+@pytest.mark.parametrize("key", [7, -1, 1.5, None, True, [1], {"a": 1}])
+def test_keys_that_are_no_strings_are_unknown_keys(key):
+    """At the top and inside a payload."""
+    assert decode(packed(GOOD | {"x": 1}, {}, key=lambda name: pack(key if name == "x" else name))) == decode(
+        pack(GOOD)
+    )
+    payload = b"\x82" + pack("mode") + pack("state") + pack(key) + pack("x")
+    message = {"type": "event", "kind": "camera_actions", "payload": None}
+    assert decode(packed(message, {"payload": payload})).payload == {"mode": "state"}
+
+
+def test_keys_of_type_bin_are_refused_in_words():
+    """A client that packs strings as bin is told what is wrong with its keys, at the top and inside a payload."""
+    with pytest.raises(InvalidInit, match="keys must be strings"):
+        decode(packed(GOOD, {}, key=lambda name: pack(name.encode())))
+    with pytest.raises(InvalidEvent, match="keys must be strings") as refused:
+        decode(pack({"type": "event", "kind": "camera_actions", "payload": {b"mode": "state"}}), InvalidEvent)
+    assert refused.value.field == "payload"
+    assert decode(pack(GOOD | {"unread": {b"a": 1}})) == decode(pack(GOOD))
+
+
+@pytest.mark.parametrize("field", [name for name in Init.__struct_fields__ if name != "condition_inputs"])
+def test_an_extension_is_refused_by_name_in_every_field(field):
+    """The error has the field, the extension's type and the type that is expected instead, but no object."""
+    with pytest.raises(InvalidInit) as refused:
+        decode(pack(GOOD | {field: EXTENSION}))
+    assert refused.value.field == field
+    for word in ("extension", "18", "bin", "expected"):
+        assert word in str(refused.value)
+    assert "object at" not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [EXTENSION, msgspec.msgpack.Ext(-1, bytes(4)), msgspec.msgpack.Ext(-1, bytes(3))])
+def test_an_extension_in_an_event_is_refused_by_name(value):
+    """Timestamps, whole and broken, are extensions like any other."""
+    for field in ("kind", "event_id"):
+        with pytest.raises(InvalidEvent, match=f"extension of type {value.code} .*bin.*expected") as refused:
+            decode(pack({"type": "event", "kind": "prompt", "payload": "x"} | {field: value}))
+        assert refused.value.field == field
+    event = decode(pack({"type": "event", "kind": "prompt", "payload": value}))
+    with pytest.raises(InvalidEvent, match=f"extension of type {value.code}") as refused:
+        parse_event(event.kind, event.payload)
+    assert refused.value.field == "prompt"
+
+
+@pytest.mark.parametrize("field", ["first_frame", "prompt", "size", "model", "realtime_output_format"])
+def test_a_string_that_is_not_utf8_is_refused_by_name(field):
+    """A picture packed as a string, and text in another encoding."""
+    with pytest.raises(InvalidInit) as refused:
+        decode(packed(GOOD | {field: ""}, {field: as_str(b"\x89PNG")}))
+    assert refused.value.field == field
+    for word in ("string", "not UTF-8", "bin"):
+        assert word in str(refused.value)
+
+
+def test_what_stands_under_an_unknown_key_refuses_nothing():
+    """Extensions, strings that are not UTF-8 and odd keys there are skipped."""
+    for value in (
+        pack(EXTENSION),
+        as_str(b"\xff"),
+        b"\x81" + pack(b"key") + as_str(b"\xff"),
+        pack([[{"a": EXTENSION}]]),
+    ):
+        assert decode(packed(GOOD | {"newer": None}, {"newer": value})) == decode(pack(GOOD))
+
+
+@settings(max_examples=200)
+@given(values)
+def test_the_reader_reads_every_value(value):
+    """Values of all types and sizes come out as they went in, integral floats as integers."""
+    event = decode(pack({"type": "event", "kind": "x", "payload": value}))
+    assert pack(event.payload) == pack(_whole(value))
+
+
+def _whole(value):
+    match value:
+        case float() if value.is_integer() and -(2**63) <= value < 2**64:
+            return int(value)
+        case list():
+            return [_whole(item) for item in value]
+        case dict():
+            return {key: _whole(item) for key, item in value.items() if isinstance(key, str)}
+    return value
+
+
+@pytest.mark.parametrize("head", [b"\xc4", b"\xc5", b"\xc6", b"\xd9", b"\xda", b"\xdb", b"\xc7", b"\xc8", b"\xc9"])
+def test_every_size_of_bytes_strings_and_extensions_is_read(head):
+    """8, 16 and 32 bits of length."""
+    size = {0: 1, 1: 2, 2: 4}[(head[0] - 0xC4) % 3 if head[0] < 0xD0 else head[0] - 0xD9]
+    code = b"\x05" if 0xC7 <= head[0] <= 0xC9 else b""
+    value = head + (3).to_bytes(size, "big") + code + b"abc"
+    payload = decode(packed({"type": "event", "kind": "x", "payload": None}, {"payload": value})).payload
+    if code:
+        assert "extension of type 5" in str(payload)
+    else:
+        assert payload == (b"abc" if head[0] < 0xD0 else "abc")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (pack([1]), "a list, expected a MessagePack map"),
+        (pack("init"), "a string, expected a MessagePack map"),
+        (pack(3), "a single value, expected a MessagePack map"),
+        (b"", "ends after 0 bytes"),
+        (pack(GOOD)[:-1], "in the middle of a value"),
+        (pack(GOOD) + b"xx", "2 bytes follow"),
+        (b"\x81\xa4type\xc1", "0xc1"),
+    ],
+)
+def test_what_is_no_map_is_refused_in_words(data, words):
+    """The error says what is wrong with the bytes, without a library's text."""
+    with pytest.raises(InvalidInit, match=words):
+        decode(data)
+
+
+# --- limits ---
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[int]:
+    """Counts the values that are read from messages."""
+    counted: list[int] = []
+    read = MessageReader._head
+    monkeypatch.setattr(MessageReader, "_head", lambda reader: counted.append(1) or read(reader))
+    return counted
+
+
+EVENT = {"type": "event", "kind": "camera_actions", "payload": None}
+STATE = {"mode": "state", "transitions": [{"actions": ["w"], "client_ts_ms": 0}] * 500_000}
+
+
+@pytest.mark.parametrize("refusal", [InvalidInit, InvalidEvent])
+@pytest.mark.parametrize(
+    ("message", "field", "value"),
+    [
+        (EVENT, "payload", b"\xdd" + (8_000_000).to_bytes(4, "big") + b"\x90" * 8_000_000),
+        (EVENT, "payload", b"\xdd" + (4_000).to_bytes(4, "big") + (b"\xdc\x0f\xa0" + b"\x90" * 4_000) * 1_000),
+        (EVENT, "payload", pack(STATE)),
+        (GOOD, "newer", b"\xdd" + (16_000_000).to_bytes(4, "big") + b"\x90" * 16_000_000),
+        (GOOD, "newer", b"\xdc\x0f\xa0" + (b"\xdc\x0f\xa0" + b"\x90" * 4_000) * 4_000),
+        (GOOD, "pinned_events", b"\xdd" + (2_000_000).to_bytes(4, "big") + b"\x81\xa0" * 2_000_000),
+    ],
+)
+def test_many_small_values_are_refused_before_they_are_read(reads, message, field, value, refusal):
+    """An event has at most 20,000 values and an init 200,000: no more are looked at, whatever the message holds."""
+    limit = MAX_EVENT_VALUES if refusal is InvalidEvent else MAX_INIT_VALUES
+    with pytest.raises(RequestError, match=r"too many values.* at most|the message has \d+ bytes.* at most \d+"):
+        decode(packed(message | {field: None}, {field: value}), refusal)
+    assert len(reads) <= limit + 10
+
+
+def test_limits_leave_room_for_what_is_legal():
+    """A full script, a long prompt and 4096 pinned key events pass."""
+    script = [["w", "a", "s", "d", "i", "j", "k", "l"]] * 512
+    composite = {"input_types": ["prompt", "camera_actions"], "prompt": "\u6c34" * 8192, "camera_actions": script}
+    assert parse_event("composite_input", decode(pack(EVENT | {"payload": composite}), InvalidEvent).payload)
+    keys = {"mode": "state", "transitions": [{"actions": ["w", "d", "l"], "client_ts_ms": 1.5}]}
+    entry = {"chunk": 1, "kind": "composite_input", "event_id": 5}
+    entry["payload"] = {"input_types": ["prompt", "camera_actions"], "prompt": "Rain.", "camera_actions": keys}
+    assert (
+        len(decode(pack(GOOD | {"pinned_events": [entry] * 4096, "first_frame": bytes(10**7)})).pinned_events) == 4096
+    )
+
+
+def test_a_large_event_is_refused_unread(reads, monkeypatch):
+    """In a session, a message above 256 KiB is refused with its size and the limit before its first byte is read, and
+    before a session without building anything but its type."""
+    data = pack(EVENT | {"payload": "x" * MAX_EVENT_BYTES})
+    with pytest.raises(InvalidEvent, match=f"{len(data)} bytes.* at most {MAX_EVENT_BYTES}"):
+        decode(data, InvalidEvent)
+    assert not reads
+    sizes, taken = [], MessageReader._bytes
+    monkeypatch.setattr(
+        MessageReader, "_bytes", lambda reader, start: sizes.append(reader._at - start) or taken(reader, start)
+    )
+    for message in (data, pack({"type": "event", "kind": "prompt", "payload": bytes(10**6)})):
+        with pytest.raises(InvalidEvent, match=f"at most {MAX_EVENT_BYTES}"):
+            decode(message)
+    assert max(sizes) < 100
+
+
 def test_deep_nesting_is_refused():
-    """A message nested deeper than the interpreter's stack is an error like any other."""
-    with pytest.raises(RequestError):
+    """A message nested deeper than the interpreter's stack is an error like any other, with the limit."""
+    with pytest.raises(InvalidInit, match="nested more than 32 deep") as refused:
         decode(b"\x81\xa4type" + b"\x91" * 100_000)
+    assert refused.value.field.startswith("type[0][0]")
+    assert len(refused.value.wire_content) < 200
+
+
+def test_a_message_in_the_error_shows_no_control_characters():
+    """Keys of a client stand escaped and shortened in the place of an error."""
+    key = "\x1b[31m" + "x" * 1000
+    with pytest.raises(InvalidInit, match="nested") as refused:
+        decode(packed({key: None}, {key: b"\x91" * 50 + b"\xc0"}))
+    assert refused.value.wire_content.isprintable()
+    assert len(refused.value.wire_content) < 300
 
 
 @pytest.mark.parametrize("key", ["kind", "event_id", "type"])
@@ -382,10 +625,10 @@ def test_shown_values_are_one_short_line(value):
         ([[["w"]], [[]]], "[[[...]], [[]]]"),
         ([0, 1, 2, 3, 4], "[0, 1, 2, 3, ...]"),
         ({}, "{}"),
-        (b"\x89PNG", "4 bytes"),
+        (b"\x89PNG", "4 bytes (bin)"),
         ("a\nb", "'a\\nb'"),
         ("x" * 100, "'" + "x" * 76 + "..."),
-        (msgspec.msgpack.Ext(5, bytes(10**6)), "Ext"),
+        (object(), "object"),
     ],
 )
 def test_shown_values_keep_what_helps(value, text):

@@ -10,6 +10,7 @@ import pytest
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import InvalidEvent, InvalidInit, PauseExpired
+from lingbot_rt.session.controls import MAX_WAITING
 from lingbot_rt.session.messages import EncodedBatch, Event, Init
 from lingbot_rt.session.plan import ChunkResult, ChunkTimings
 from lingbot_rt.session.session import HEARTBEAT_S, SendTimes, Session
@@ -256,6 +257,78 @@ def test_events_without_end_are_all_applied_or_replaced():
         if number % 10 == 9:
             applied += [ack["event_id"] for ack in decoded(it.next_chunk(0).acknowledgements)]
     assert applied == list(range(5_000))
+
+
+@pytest.mark.parametrize("kind", ["prompt", "keys", "script", "nothing", "mixed"])
+def test_after_a_burst_no_id_is_without_a_final_answer(kind):
+    """20,000 events between two chunks: each is received, then applied by the next chunk or dropped, once.
+
+    What the chunk runs with is among the applied ones, and few wait at any time.
+    """
+    it, answers = session(protocol_extensions=("control_ack",)), []
+    it.next_chunk(0)
+    events = {
+        "prompt": lambda number: Event(kind="prompt", payload=f"Rain {number}.", event_id=number),
+        "keys": lambda number: keys("w", event_id=number),
+        "script": lambda number: Event(kind="camera_actions", payload=[["w"]], event_id=number),
+        "nothing": lambda number: Event(
+            kind="camera_actions", payload={"mode": "state", "transitions": []}, event_id=number
+        ),
+    }
+    for number in range(20_000):
+        name = list(events)[number % 7 % 4] if kind == "mixed" else kind
+        answers += decoded(it.receive(events[name](number), now=0))
+        assert len(it._queue._waiting) <= MAX_WAITING
+    chunk = it.next_chunk(0)
+    answers += decoded(chunk.acknowledgements)
+    by_state = {
+        state: [ack["event_id"] for ack in answers if ack["state"] == state] for state in ("received", "applied")
+    }
+    dropped = [ack["event_id"] for ack in answers if ack["state"] == "dropped"]
+    assert by_state["received"] == list(range(20_000))
+    assert sorted(by_state["applied"] + dropped) == list(range(20_000))
+    assert by_state["applied"] == sorted(by_state["applied"])
+    assert chunk.plan.event_id in (by_state["applied"][-1], None if kind == "nothing" else by_state["applied"][-1])
+    assert {ack["chunk_index"] for ack in answers if ack["state"] == "applied"} == {1}
+
+
+def test_an_event_that_still_counts_is_never_dropped():
+    """A tap, a prompt and held keys that wait behind thousands of newer events of another kind are applied."""
+    it, answers = session(protocol_extensions=("control_ack",)), []
+    it.receive(keys("w", event_id=0), now=0)
+    it.next_chunk(0)
+    it.receive(keys("l", event_id=1), now=0)
+    it.receive(keys("w", event_id=2), now=0)
+    for number in range(3, 5_000):
+        answers += decoded(it.receive(Event(kind="prompt", payload="Rain.", event_id=number), now=0))
+    it.receive(Event(kind="prompt", payload="Snow.", event_id=5_000), now=0)
+    chunk = it.next_chunk(0)
+    applied = [ack["event_id"] for ack in decoded(chunk.acknowledgements)]
+    assert (applied[:2], applied[-1], chunk.plan.prompt) == ([1, 2], 5_000, "Snow.")
+    yaw = np.degrees(np.arctan2(chunk.plan.relative_poses[:, 0, 2], chunk.plan.relative_poses[:, 2, 2]))
+    assert yaw == pytest.approx([6, 0, 0])
+
+
+def test_events_that_come_too_late_are_dropped_in_words():
+    """With ``max_chunks`` the last chunk answers for what it leaves, and later events are answered at once."""
+    it = session(protocol_extensions=("control_ack", "pause"), max_chunks=1)
+    it.receive(Event(kind="prompt", payload="Rain.", event_id=1), now=0)
+    it.receive(keys("w", event_id=2), now=0)
+    last = decoded(it.next_chunk(0).acknowledgements)
+    assert [(ack["state"], ack["event_id"]) for ack in last] == [("applied", 2), ("dropped", 1)]
+    assert "chunk_index" not in last[1]
+    for event in (keys("w", event_id=3), Event(kind="pause", event_id=3)):
+        answers = decoded(it.receive(event, now=0))
+        assert [(ack["state"], ack["event_id"]) for ack in answers] == [("received", 3), ("dropped", 3)]
+
+
+def test_pause_and_resume_are_applied_at_once():
+    """Each names the chunk that it holds back or lets go."""
+    it = session(protocol_extensions=("control_ack", "pause"))
+    it.next_chunk(0)
+    for number, kind in enumerate(("pause", "resume")):
+        answers = decoded(it.receive(Event(kind=kind, event_id=number), now=0))
+        assert [(ack["state"], ack.get("chunk_index")) for ack in answers] == [("received", None), ("applied", 1)]
 
 
 def test_a_long_session_remembers_a_bounded_number_of_events():
