@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import re
 
 import msgspec
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lingbot_rt.client.protocol import BaseSession, ClientProtocol, init_message, websocket_url
+from lingbot_rt.client.address import ServerAddress
+from lingbot_rt.client.protocol import BaseSession, ClientProtocol, init_message
 from lingbot_rt.errors import (
     ClientError,
     EventRefused,
@@ -201,8 +203,46 @@ def test_init_message(tmp_path):
         ("https://host", "wss://host/v1/realtime_video/generate"),
         ("ws://host/v1/realtime_video/generate", "ws://host/v1/realtime_video/generate"),
         ("ws://host/elsewhere", "ws://host/elsewhere"),
+        ("http://host:1/v1", "ws://host:1/v1/realtime_video/generate"),
+        ("http://host:1/v1/models", "ws://host:1/v1/realtime_video/generate"),
+        ("https://world.example/world/", "wss://world.example/world/v1/realtime_video/generate"),
+        ("https://world.example/world/index.html", "wss://world.example/world/v1/realtime_video/generate"),
+        ("http://[::1]:30000", "ws://[::1]:30000/v1/realtime_video/generate"),
+        (" HTTP://Host:80/#top", "ws://host/v1/realtime_video/generate"),
+        ("wss://host?api_key=a", "wss://host/v1/realtime_video/generate?api_key=a"),
+        ("https://name:word@host", "wss://name:word@host/v1/realtime_video/generate"),
     ],
 )
 def test_urls(url, endpoint):
-    """A server's address is enough. A URL with a path stays as it is."""
-    assert websocket_url(url) == endpoint
+    """A server's address is enough, also below a path. A ws: URL with another path stays as it is."""
+    assert ServerAddress.parse(url).socket_url == endpoint
+
+
+@pytest.mark.parametrize(
+    ("url", "named"),
+    [
+        ("http://127.0.0.1:99999", "99999, expected 1 to 65535"),
+        ("http://127.0.0.1:0", "1 to 65535"),
+        ("http://127.0.0.1:port", "1 to 65535"),
+        ("http://[::1", "http://HOST:PORT"),
+        ("ftp://host", "http://HOST:PORT"),
+        ("http://", "http://HOST:PORT"),
+        ("", "http://HOST:PORT"),
+        ("http://ho st", "http://HOST:PORT"),
+        ("http://ho\nst", "http://HOST:PORT"),
+        (f"http://{'a' * 64}.example", "http://HOST:PORT"),
+    ],
+)
+def test_wrong_urls_say_what_is_expected(url, named):
+    """A URL that can name no server is refused before anything is sent."""
+    with pytest.raises(ValueError, match=re.escape(named)) as caught:
+        ServerAddress.parse(url)
+    assert "\n" not in str(caught.value)
+
+
+def test_urls_are_shown_without_their_secrets():
+    """Passwords and keys of a URL are in no message."""
+    server = ServerAddress.parse("https://name:secret@host/v1/realtime_video/generate?api_key=secret")
+    with pytest.raises(ValueError, match="70000") as caught:
+        ServerAddress.parse("https://name:secret@host:70000/?api_key=secret")
+    assert "secret" not in server.shown + server.shown_socket + str(caught.value)
