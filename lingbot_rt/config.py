@@ -415,7 +415,7 @@ def _from_file(path: Path, fields: Mapping[str, dataclasses.Field[Any]]) -> dict
         kind = value_type(fields[name])
         kinds = (int, float) if kind is float else (kind,)
         if not isinstance(value, kinds) or (kind is not bool and isinstance(value, bool)):
-            shown = "the given value" if name == "api_key" else quoted(str(value))
+            shown = "(not shown)" if name == "api_key" else quoted(str(value))
             expected = {str: "a string", bool: "true or false"}.get(kind) or _expected_number(fields[name])
             raise ConfigError(f"{where}: {name} = {shown}: expected {expected}", field=name)
         settings[name] = Setting(value, f"{where}: {name}")

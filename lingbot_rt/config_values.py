@@ -51,11 +51,11 @@ def key_value(text: str) -> str:
     """An API key that a client can send in a header: printable ASCII."""
     key = text.strip()
     if not key:
-        raise ValueError("expected a key, got an empty text")
+        raise ValueError("(not shown): expected a key, got an empty text")
     wrong = next((place for place, char in enumerate(key, 1) if not " " <= char <= "~"), None)
     if wrong is not None:
         raise ValueError(
-            f"expected a key of printable ASCII characters, because clients send it in a header: "
+            f"(not shown): expected printable ASCII characters, because clients send it in a header; "
             f"character {wrong} of {len(key)} is none"
         )
     return key

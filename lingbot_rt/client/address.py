@@ -85,7 +85,12 @@ class ServerAddress:
 
     @property
     def shown(self) -> str:
-        return f"{'https' if self.is_secure else 'http'}://{self.location}{self.base}"
+        return self.root + self.base
+
+    @property
+    def root(self) -> str:
+        """The URL of the server's host without any path."""
+        return f"{'https' if self.is_secure else 'http'}://{self.location}"
 
     @property
     def is_secure(self) -> bool:

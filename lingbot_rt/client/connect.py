@@ -152,6 +152,8 @@ class connect:
         """What a refused handshake may mean."""
         if self._server.socket_path != self._server.base + ENDPOINT:
             return f": expected the path {ENDPOINT}, or the URL without a path"
+        if self._server.base:
+            return f": expected a server below {self._server.base}; without that path it is {self._server.root}"
         if status in (401, 403):
             return ": is the api_key right, and may this client use the server?"
         if status in (404, 426):

@@ -21,6 +21,7 @@ from lingbot_rt.commands.options import (
     positive_float,
     positive_int,
     real_number,
+    require_session_size,
     rising_ints,
     whole_number,
 )
@@ -72,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    require_session_size(getattr(args, "size", None))
     return args.measure(args)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lingbot_rt.commands.frame_writer import open_writer
-from lingbot_rt.commands.options import add_client_options, api_key_from, whole_number
+from lingbot_rt.commands.options import add_client_options, api_key_from, require_session_size, whole_number
 from lingbot_rt.commands.output import say
 from lingbot_rt.commands.session_options import (
     add_session_options,
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from lingbot_rt.client import connect
 
+    require_session_size(args.size)
     actions = parse_keys(args.keys) if args.live else parse_script(args.keys)
     api_key = api_key_from(args)
     options = {
@@ -158,15 +159,14 @@ class ClientMetrics:
 
 
 def _parts(chunks: Sequence[Any]) -> str:
-    """The medians of DiT and VAE, and what is left of the median chunk. Parts that overlap do not add up."""
+    """The medians of DiT and VAE, and what is left of the median chunk. Says so when the parts do not add up."""
     total, dit, vae = (
         round(statistics.median([getattr(chunk, name) for chunk in chunks]))
         for name in ("chunk_total_ms", "dit_ms", "vae_ms")
     )
-    shown = f"DiT {dit} ms, VAE {vae} ms"
-    if any(chunk.overlaps for chunk in chunks) or dit + vae > total:
-        return f"{shown}, which overlap with each other or with other chunks"
-    return f"{shown}, overhead {total - dit - vae} ms"
+    overlaps = any(chunk.overlaps for chunk in chunks) or dit + vae > total
+    parts = f"DiT {dit} ms, VAE {vae} ms, overhead {max(total - dit - vae, 0)} ms"
+    return f"{parts}; they overlap with each other or with other chunks" if overlaps else parts
 
 
 def p50_p95(values_ms: Sequence[float]) -> str:

@@ -85,9 +85,10 @@ def config_from(args: argparse.Namespace) -> ServeConfig:
     Names the variables with the project's prefix that nothing reads on standard error. Sets ``args.sources``: where
     each field was set.
     """
-    unread = [name + (f" (like {nearest})" if nearest else "") for name, nearest in unread_variables().items()]
+    unread = unread_variables()
     if unread:
-        complain(f"warning: nothing reads {', '.join(unread)}")
+        named = (f"{name} (the nearest is {nearest})" if nearest else name for name, nearest in unread.items())
+        complain(f"warning: nothing reads {', '.join(named)}")
     settings = gather_settings(given_options(args), file=args.config)
     args.sources = {name: setting.source for name, setting in settings.items()}
     return ServeConfig(**{name: setting.value for name, setting in settings.items()})
@@ -189,18 +190,20 @@ def server_url(text: str) -> str:
     return text
 
 
-@argument
-def frame_size(text: str) -> FrameSize:
-    """For argparse: ``832x480``, sides that a session can have."""
+frame_size = argument(FrameSize.parse)
+"""For argparse: ``832x480``."""
+
+
+def require_session_size(size: FrameSize | None) -> None:
+    """Raises ConfigError for a size that no session can have."""
     from lingbot_rt.session.settings import MIN_SIDE
 
-    size = FrameSize.parse(text)
-    if not size.is_whole_tokens or min(size.width, size.height) < MIN_SIDE:
+    if size is not None and (not size.is_whole_tokens or min(size.width, size.height) < MIN_SIDE):
         nearest = size.nearest_valid(MIN_SIDE, 2 * max(size.pixels, MIN_SIDE**2))
-        raise ValueError(
-            f"{size}: expected multiples of {SIZE_MULTIPLE}, at least {MIN_SIDE} each; nearest valid {nearest}"
+        raise ConfigError(
+            f"--size {size}: expected multiples of {SIZE_MULTIPLE}, at least {MIN_SIDE} each; nearest valid {nearest}",
+            field="size",
         )
-    return size
 
 
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:

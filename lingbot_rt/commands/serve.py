@@ -123,7 +123,7 @@ def _serve(config: ServeConfig, listeners: Sequence[socket.socket]) -> int:
     failure = app.state.service.failure
     code = 0 if failure is None else exit_code(failure)
     if server.stopped_while_loading and failure is None:
-        complain(LOADING)
+        _end_now(LOADING)
     if engine.is_lost:
         # Threads of a broken process group may wait for lost ranks for ever, so skip the normal shutdown.
         logging.shutdown()
