@@ -75,25 +75,25 @@ def require_devices(config: ServeConfig) -> None:
 
 def require_folders(config: ServeConfig) -> None:
     """Raises ConfigError if a configured folder can't be used. Creates those that are written."""
-    for name in ("first_frame_dir", "postprocess_model_dir"):
+    for name, mode, verb in (
+        ("first_frame_dir", os.R_OK | os.X_OK, "read"),
+        ("postprocess_model_dir", os.R_OK | os.X_OK, "read"),
+        ("record_dir", os.W_OK | os.X_OK, "written"),
+        ("compile_cache", os.W_OK | os.X_OK, "written"),
+    ):
         folder = getattr(config, name)
         if folder is None:
             continue
-        if not Path(folder).is_dir():
-            found = "it is a file" if Path(folder).exists() else "there is no such folder"
-            raise ConfigError(f"{flag(name)} {folder}: {found}", field=name)
-        if not os.access(folder, os.R_OK | os.X_OK):
-            raise ConfigError(f"{flag(name)} {folder}: the folder cannot be read", field=name)
-    for name in ("record_dir", "compile_cache"):
-        folder = getattr(config, name)
-        if folder is None:
-            continue
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{flag(name)} {folder}: {reason_of(error)}", field=name) from None
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise ConfigError(f"{flag(name)} {folder}: the folder cannot be written", field=name)
+        if verb == "written" and not os.path.lexists(folder):
+            try:
+                Path(folder).mkdir(parents=True)
+            except OSError as error:
+                raise ConfigError(f"{flag(name)} {folder}: {reason_of(error)}", field=name) from None
+        if not os.path.isdir(folder):
+            found = "it is a file" if os.path.lexists(folder) else "it does not exist"
+            raise ConfigError(f"{flag(name)} {folder}: expected a folder, but {found}", field=name)
+        if not os.access(folder, mode):
+            raise ConfigError(f"{flag(name)} {folder}: the folder cannot be {verb}", field=name)
 
 
 class StartupBars:

@@ -304,7 +304,7 @@ def output_folder(text: str) -> str:
 def output_file(text: str) -> str:
     """For argparse: a file to write, in a folder that exists."""
     file = Path(path_value(text))
-    if not file.parent.is_dir():
+    if not file.parent.exists():
         raise ValueError(f"{quoted(str(file))}: there is no folder {file.parent}")
     return _file_to_write(file)
 
@@ -339,6 +339,6 @@ def _require_writable(target: Path) -> None:
     while not os.path.lexists(above) and above != above.parent:
         above = above.parent
     if above != target and not above.is_dir():
-        raise ValueError(f"{quoted(str(target))}: {above} is not a folder")
+        raise ValueError(f"{quoted(str(target))}: {above} is a file, expected a folder")
     if not os.access(above, os.W_OK):
         raise ValueError(f"{quoted(str(target))}: {above} cannot be written")

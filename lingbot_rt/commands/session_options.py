@@ -24,7 +24,7 @@ from lingbot_rt.commands.options import (
     real_number,
     whole_number,
 )
-from lingbot_rt.errors import ConfigError, RequestError, one_line, quoted, reason_of
+from lingbot_rt.errors import ConfigError, RequestError, quoted, reason_of
 from lingbot_rt.session.controls import MAX_PENDING, TOKENS, Actions
 from lingbot_rt.session.messages import (
     FPS_RANGE,
@@ -33,6 +33,7 @@ from lingbot_rt.session.messages import (
     STEPS_RANGE,
     Init,
     decode,
+    shown,
 )
 from lingbot_rt.shapes import FrameSize
 
@@ -128,14 +129,19 @@ def checked_init(options: Mapping[str, Any], assignments: Sequence[str]) -> tupl
         raise ConfigError(
             "--init first_frame: expected a data: or http(s) URL; --first-frame reads a file", field="init"
         )
+    for name, value in extra.items():
+        try:
+            msgspec.msgpack.encode(value)
+        except (OverflowError, UnicodeEncodeError, RecursionError):
+            raise ConfigError(
+                f"--init {name}: {shown(value)}: expected numbers of 64 bits and valid Unicode", field="init"
+            ) from None
     fields = {name: value for name, value in options.items() if value is not None} | extra
     try:
         message = decode(msgspec.msgpack.encode(fields | {"type": "init"}))
     except RequestError as error:
         where = f"--init {error.field}" if error.field in extra else str(error.field)
         raise ConfigError(f"{where}: {error}", field="init") from None
-    except (OverflowError, UnicodeEncodeError, msgspec.MsgspecError) as error:
-        raise ConfigError(f"--init: a value cannot be sent ({one_line(error)})", field="init") from None
     assert isinstance(message, Init)
     return fields, message
 
