@@ -367,7 +367,7 @@ def path_of(text: str, source: str) -> Path:
 
 def _expected_number(field: dataclasses.Field[Any]) -> str:
     kind = "a whole number" if value_type(field) is int else "a number"
-    return f"{kind} from {field.metadata['low']} to {field.metadata['high']}"
+    return f"{kind} between {field.metadata['low']} and {field.metadata['high']}"
 
 
 def _field_of(variable: str) -> str:

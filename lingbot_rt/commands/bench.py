@@ -21,6 +21,7 @@ from lingbot_rt.commands.options import (
     positive_float,
     positive_int,
     real_number,
+    require_existing,
     require_session_size,
     rising_ints,
     whole_number,
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     require_session_size(getattr(args, "size", None))
+    require_existing("--first-frame", getattr(args, "first_frame", None))
     return args.measure(args)
 
 

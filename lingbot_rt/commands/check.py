@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lingbot_rt.commands import FAILED
 from lingbot_rt.commands.local_engine import add_runner_options, open_runner
-from lingbot_rt.commands.options import existing_folder, existing_path, output_folder
+from lingbot_rt.commands.options import output_folder, path_text, require_existing
 from lingbot_rt.commands.output import say
 from lingbot_rt.errors import ConfigError
 
@@ -40,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_argument("--out", type=output_folder, metavar="DIR", required=True, help="folder for the ground truth")
     summary = "run the cases and compare them with their ground truth"
     run_ = actions.add_parser("run", help=summary, description=f"{summary.capitalize()}.")
-    run_.add_argument(
-        "--gt", type=existing_folder, metavar="DIR", required=True, help="ground truth made by `check record`"
-    )
+    run_.add_argument("--gt", type=path_text, metavar="DIR", required=True, help="ground truth made by `check record`")
     run_.add_argument(
         "--report",
         type=output_folder,
@@ -54,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-latency", action="store_true", help="do not compare times and sizes; use it on a busy machine"
     )
     for action in (record, run_):
-        action.add_argument("cases", type=existing_path, metavar="CASES", help="case file (TOML)")
+        action.add_argument("cases", type=path_text, metavar="CASES", help="case file (TOML)")
         action.add_argument("--only", metavar="NAME", action="append", help="run only this case; may be repeated")
         add_runner_options(action)
 
@@ -86,6 +84,8 @@ def _record(args: argparse.Namespace, cases: list[Case]) -> int:
 def _check(args: argparse.Namespace, cases: list[Case]) -> int:
     from lingbot_rt.regression.check import CaseCheck
     from lingbot_rt.regression.report import as_json, table, write_report
+
+    require_existing("--gt", args.gt, folder=True)
 
     def check(case: Case) -> CaseCheck:
         return CaseCheck(case, Path(args.gt), check_latency=not args.no_latency)

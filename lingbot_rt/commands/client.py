@@ -11,7 +11,13 @@ from typing import Any
 from tqdm import tqdm
 
 from lingbot_rt.commands.frame_writer import open_writer
-from lingbot_rt.commands.options import add_client_options, api_key_from, require_session_size, whole_number
+from lingbot_rt.commands.options import (
+    add_client_options,
+    api_key_from,
+    require_existing,
+    require_session_size,
+    whole_number,
+)
 from lingbot_rt.commands.output import say
 from lingbot_rt.commands.session_options import (
     add_session_options,
@@ -44,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from lingbot_rt.client import connect
 
     require_session_size(args.size)
+    require_existing("--first-frame", args.first_frame)
     actions = parse_keys(args.keys) if args.live else parse_script(args.keys)
     api_key = api_key_from(args)
     options = {

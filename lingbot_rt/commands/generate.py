@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from lingbot_rt.commands.frame_writer import WriteFrame, open_writer
 from lingbot_rt.commands.local_engine import require_devices, require_folders, started_engine
-from lingbot_rt.commands.options import add_config_options, config_from, require_session_size
+from lingbot_rt.commands.options import add_config_options, config_from, require_existing, require_session_size
 from lingbot_rt.commands.output import say
 from lingbot_rt.commands.session_options import add_session_options, chunks_for, first_frame_bytes, parse_script
 from lingbot_rt.config import ServeConfig
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     require_session_size(args.size)
+    require_existing("--first-frame", args.first_frame)
     config = config_from(args)
     actions = parse_script(args.keys)
     require_folders(config)

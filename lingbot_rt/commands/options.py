@@ -272,22 +272,12 @@ path_text = argument(path_value)
 """For argparse: a path with ``~`` expanded."""
 
 
-@argument
-def existing_path(text: str) -> str:
-    """For argparse: a file or folder that is read."""
-    file = path_value(text)
-    if not Path(file).exists():
-        raise ValueError(f"{quoted(file)}: there is no such file or folder")
-    return file
-
-
-@argument
-def existing_folder(text: str) -> str:
-    """For argparse: a folder that is read."""
-    folder = existing_path(text)
-    if not Path(folder).is_dir():
-        raise ValueError(f"{quoted(folder)}: expected a folder, but it is a file")
-    return str(folder)
+def require_existing(option: str, name: str | None, *, folder: bool = False) -> None:
+    """Raises ConfigError if the file or folder ``name``, given as ``option``, does not exist."""
+    if name is not None and not os.path.exists(name):
+        raise ConfigError(f"{option} {quoted(name)}: there is no such file or folder")
+    if folder and name is not None and not os.path.isdir(name):
+        raise ConfigError(f"{option} {quoted(name)}: expected a folder, but it is a file")
 
 
 @argument

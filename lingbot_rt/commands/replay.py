@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lingbot_rt.commands import FAILED
 from lingbot_rt.commands.local_engine import add_runner_options, open_runner
-from lingbot_rt.commands.options import existing_path, output_frames, real_number
+from lingbot_rt.commands.options import output_frames, path_text, real_number, require_existing
 from lingbot_rt.commands.output import say
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("record", type=existing_path, metavar="RECORD", help="the session's folder under --record-dir")
+    parser.add_argument("record", type=path_text, metavar="RECORD", help="the session's folder under --record-dir")
     parser.add_argument(
         "--min-psnr",
         type=real_number(0),
@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from lingbot_rt.recording.record_file import read_record
     from lingbot_rt.regression.replay import table
 
+    require_existing("RECORD", args.record)
     record = read_record(Path(args.record))
     verdicts = asyncio.run(_replay(args, record))
     say(table(record, verdicts))

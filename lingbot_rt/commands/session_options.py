@@ -17,9 +17,9 @@ from PIL import Image
 from lingbot_rt.commands.options import (
     add_size_option,
     argument,
-    existing_path,
     output_frames,
     parse_init_fields,
+    path_text,
     positive_int,
     real_number,
     whole_number,
@@ -99,7 +99,7 @@ def add_session_options(parser: argparse.ArgumentParser, *, default_out: str | N
 def add_first_frame_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--first-frame",
-        type=existing_path,
+        type=path_text,
         metavar="FILE",
         help="picture that the session starts from (default: a preset of the page)",
     )

@@ -172,7 +172,7 @@ def test_a_file_in_the_way(words, option, capsys, tmp_path, monkeypatch):
         (["bench", "pipeline", "--random-weights", "--plot", "afolder"], "--plot"),
         (["bench", "transport", "--json", "nowhere/x.json"], "--json"),
         (["replay", "nowhere"], "RECORD"),
-        (["check", "run", "nowhere.toml", "--gt", "."], "CASES"),
+        (["check", "run", "nowhere.toml", "--gt", "."], "nowhere.toml"),
         (["replay", ".", "--min-psnr", "nan"], "--min-psnr"),
     ],
 )
