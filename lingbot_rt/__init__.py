@@ -16,6 +16,7 @@ import os
 # OpenMP's threads spin while they wait. On a machine where anything else runs (the browser that shows the stream, for
 # one) a spinning thread keeps the working one off its core, and a chunk takes 10 to 40 times as long. torch reads this
 # once, when it is first imported, so it is set here, before any module of the package can import torch.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if not os.environ.get("OMP_WAIT_POLICY", "").strip():
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 __version__ = "0.1.0"

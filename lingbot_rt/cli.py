@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lingbot_rt import __version__
-from lingbot_rt.commands import BAD_USAGE, VERBS, exit_code
-from lingbot_rt.errors import LingbotError
+from lingbot_rt.commands import BAD_USAGE, FAILED, INTERRUPTED, READER_GONE, VERBS, exit_code
+from lingbot_rt.commands.output import complain, flush_output, prepare_output
+from lingbot_rt.errors import LingbotError, ReaderGone, printable, reason_of
 
 
 class Parser(argparse.ArgumentParser):
     """Prints one line for a wrong command line. argparse alone prints the whole usage first."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(BAD_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(BAD_USAGE, printable(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
 
 
 def build_parser(verb: str | None) -> Parser:
@@ -36,14 +37,35 @@ def build_parser(verb: str | None) -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 success, 1 failure, 2 wrong command line or configuration, 130 Ctrl-C."""
+    """Exit code: 0 success, 1 failure, 2 wrong command line or configuration, 130 Ctrl-C, 141 nobody reads the output.
+
+    Raises SystemExit, as argparse does, for --help and for a wrong command line.
+    """
+    prepare_output()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = build_parser(next((word for word in words if not word.startswith("-")), None))
+    args = argparse.Namespace()
     try:
-        args = parser.parse_args(words)
-        return args.run(args)
+        try:
+            parser = build_parser(next((word for word in words if not word.startswith("-")), None))
+            parser.parse_args(words, args)
+            return args.run(args)
+        finally:
+            flush_output()
+    except ReaderGone:
+        return READER_GONE
     except LingbotError as error:
-        print(f"lingbot-rt: {error.wire_content}", file=sys.stderr)
+        complain(error.wire_content + _set_by(args, error))
         return exit_code(error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        complain(f"{error.filename}: {reason_of(error)}")
+        return FAILED
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+
+
+def _set_by(args: argparse.Namespace, error: LingbotError) -> str:
+    """Where the value of the error's option was set, unless the message says so already."""
+    source = getattr(args, "sources", {}).get(error.field, "")
+    return f" (set by {source})" if source and source not in error.wire_content else ""

@@ -1,25 +1,30 @@
 """The configuration of ``lingbot-rt serve``: one frozen object, merged from defaults < TOML file < environment < flags.
 
 Each field of ``ServeConfig`` is a flag (``--model-path``), a key of the TOML file (``model_path``) and an environment
-variable (``LINGBOT_RT_MODEL_PATH``). Its help text, range and choices are beside it.
+variable (``LINGBOT_RT_MODEL_PATH``). Its help text, range, choices and the form of its texts are beside it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lingbot_rt.errors import ConfigError
+from lingbot_rt.config_values import environment_value, host_value, key_value, origins_value, path_value, text_value
+from lingbot_rt.errors import ConfigError, quoted, reason_of
 from lingbot_rt.hub_cache import snapshot_id
 
 PIPELINE_CLASS_NAME = "LingBotWorldCausalDMDPipeline"
 ENV_PREFIX = "LINGBOT_RT_"
+OTHER_VARIABLES = ("LINGBOT_RT_CACHE",)
+"""Variables with the prefix that are no option. Other modules read them."""
+
 BUILTIN = "builtin"
 
 ENDPOINT = "/v1/realtime_video/generate"
@@ -38,8 +43,10 @@ def _option(
     low: float | None = None,
     high: float | None = None,
     group: str,
+    form: Callable[[str], str] = text_value,
 ) -> Any:
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "group": group}
+    """``form`` turns a text into the form that works; see ``config_values``."""
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "group": group, "form": form}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -47,7 +54,7 @@ def _option(
 class ServeConfig:
     # Model
     model_path: str = _option(
-        BUILTIN, "model to serve: builtin, a diffusers folder or a Hugging Face hub id", group="model"
+        BUILTIN, "model to serve: builtin, a diffusers folder or a Hugging Face hub id", group="model", form=path_value
     )
     served_model_name: str | None = _option(
         None, "name of the model in /v1/models (default: taken from the model path)", group="model"
@@ -102,6 +109,7 @@ class ServeConfig:
         None,
         "folder that keeps compiled code between starts (default: torch's, in the temporary folder)",
         group="device",
+        form=path_value,
     )
     dit_cpu_offload: bool = _option(
         False,
@@ -134,11 +142,16 @@ class ServeConfig:
         False, "include the upscaling and interpolation networks in the warm-up", group="device"
     )
     # Server
-    host: str = _option("127.0.0.1", "address to listen on", group="server")
+    host: str = _option("127.0.0.1", "address to listen on", group="server", form=host_value)
     port: int = _option(30000, "port to listen on; 0 picks a free port", low=0, high=65535, group="server")
-    api_key: str | None = _option(None, "key that every request must carry (default: no key is needed)", group="server")
+    api_key: str | None = _option(
+        None, "key that every request must carry (default: no key is needed)", group="server", form=key_value
+    )
     cors_allow_origins: str = _option(
-        "*", "comma-separated origins that may use the HTTP API and the WebSocket; * is all", group="server"
+        "*",
+        "comma-separated origins that may use the HTTP API and the WebSocket; * is all, none is only the server's page",
+        group="server",
+        form=origins_value,
     )
     allowed_hosts: str | None = _option(
         None,
@@ -201,15 +214,19 @@ class ServeConfig:
         group="limits",
     )
     first_frame_dir: str | None = _option(
-        None, "folder from which an init may name its first frame by path (default: paths are refused)", group="limits"
+        None,
+        "folder from which an init may name its first frame by path (default: paths are refused)",
+        group="limits",
+        form=path_value,
     )
     postprocess_model_dir: str | None = _option(
         None,
         "folder of the upscaling and interpolation models that an init may name (default: model paths are refused)",
         group="limits",
+        form=path_value,
     )
     record_dir: str | None = _option(
-        None, "folder in which sessions are recorded (default: nothing is recorded)", group="limits"
+        None, "folder in which sessions are recorded (default: nothing is recorded)", group="limits", form=path_value
     )
     record_sessions: str = _option(
         "all",
@@ -231,7 +248,8 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check(field, getattr(self, field.name))
+            value = checked_value(field, getattr(self, field.name), source=flag(field.name))
+            object.__setattr__(self, field.name, value)
         if self.ulysses_degree is not None and self.ulysses_degree != self.num_gpus:
             raise ConfigError(
                 f"--ulysses-degree {self.ulysses_degree} must equal --num-gpus {self.num_gpus}: all share one session",
@@ -239,6 +257,14 @@ class ServeConfig:
             )
         if self.vae_parallel == "width" and self.num_gpus == 1:
             raise ConfigError("--vae-parallel width needs --num-gpus 2 or more", field="vae_parallel")
+        if self.enable_upscaling_warmup and not self.warmup:
+            raise ConfigError("--enable-upscaling-warmup needs --warmup true", field="enable_upscaling_warmup")
+        for field in dataclasses.fields(self) if self.record_dir is None else ():
+            if field.name.startswith("record_") and getattr(self, field.name) != field.default:
+                raise ConfigError(
+                    f"{flag(field.name)} {getattr(self, field.name)} needs --record-dir, where records are kept",
+                    field=field.name,
+                )
         if self.record_total_mb < self.record_max_mb:
             raise ConfigError(
                 f"--record-total-mb {self.record_total_mb} must be at least --record-max-mb {self.record_max_mb}",
@@ -247,7 +273,8 @@ class ServeConfig:
 
     @property
     def allowed_origins(self) -> tuple[str, ...]:
-        return tuple(origin.strip() for origin in self.cors_allow_origins.split(",") if origin.strip())
+        """As browsers send them; ``*`` is all, an empty tuple is none."""
+        return () if self.cors_allow_origins == "none" else tuple(self.cors_allow_origins.split(","))
 
     def records(self, asked: bool) -> bool:
         """Whether a session is recorded. ``asked``: its init says ``record``."""
@@ -277,24 +304,52 @@ def value_type(field: dataclasses.Field[Any]) -> type:
     return next((part for part in typing.get_args(hint) if part is not type(None)), hint)
 
 
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A value of one field and where it was set: a flag, a variable, or a key of the configuration file."""
+
+    value: Any
+    source: str
+
+
 def load_config(
-    flags: Mapping[str, Any], *, file: str | None = None, environment: Mapping[str, str] | None = None
+    flags: Mapping[str, Any], *, file: str | None = None, environment: Mapping[str, str] = os.environ
 ) -> ServeConfig:
+    """The configuration from all sources. Arguments and errors as for ``gather_settings``."""
+    settings = gather_settings(flags, file=file, environment=environment)
+    return ServeConfig(**{name: setting.value for name, setting in settings.items()})
+
+
+def gather_settings(
+    flags: Mapping[str, Any], *, file: str | None = None, environment: Mapping[str, str] = os.environ
+) -> dict[str, Setting]:
     """Merges the sources; flags win over the environment, and the environment wins over the TOML ``file``.
 
-    ``flags`` holds only the flags that were given. ``environment``: None reads os.environ.
+    ``flags`` holds only the flags that were given. An empty variable counts as unset.
     Raises ConfigError that names the source, the field, the value and what is valid.
     """
     fields = {field.name: field for field in dataclasses.fields(ServeConfig)}
-    values: dict[str, Any] = {}
-    if file is not None:
-        values |= _from_file(Path(file), fields)
-    for name, text in (os.environ if environment is None else environment).items():
-        key = name.removeprefix(ENV_PREFIX).lower()
-        if name.startswith(ENV_PREFIX) and key in fields:
-            values[key] = parse_value(fields[key], text, source=name)
-    values |= flags
-    return ServeConfig(**values)
+    settings = {} if file is None else _from_file(path_of(file, "--config"), fields)
+    for variable in environment:
+        field = fields.get(_field_of(variable))
+        text = environment_value(variable, environment)
+        if field is not None and text is not None and field.name not in flags:
+            settings[field.name] = Setting(_from_variable(field, text, variable), variable)
+    settings |= {name: Setting(value, flag(name)) for name, value in flags.items()}
+    return {
+        name: Setting(checked_value(fields[name], setting.value, source=setting.source), setting.source)
+        for name, setting in settings.items()
+    }
+
+
+def unread_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str | None]:
+    """The variables with the project's prefix that nothing reads, each with the known name that is most like it."""
+    known = {ENV_PREFIX + field.name.upper() for field in dataclasses.fields(ServeConfig)} | set(OTHER_VARIABLES)
+    return {
+        name: _nearest(name, known)
+        for name in sorted(environment)
+        if name.startswith(ENV_PREFIX) and name not in known and environment_value(name, environment)
+    }
 
 
 def parse_value(field: dataclasses.Field[Any], text: str, *, source: str) -> Any:
@@ -303,40 +358,91 @@ def parse_value(field: dataclasses.Field[Any], text: str, *, source: str) -> Any
     if kind is bool:
         lowered = text.strip().lower()
         if lowered not in ("true", "false", "1", "0", "yes", "no"):
-            raise ConfigError(f"{source} {text!r}: expected true or false", field=field.name)
+            raise ConfigError(f"{source} {quoted(text)}: expected true or false", field=field.name)
         return lowered in ("true", "1", "yes")
     try:
         return kind(text)
     except ValueError:
-        expected = {int: "a whole number", float: "a number"}[kind]
-        raise ConfigError(f"{source} {text!r}: expected {expected}", field=field.name) from None
+        raise ConfigError(f"{source} {quoted(text)}: expected {_expected_number(field)}", field=field.name) from None
 
 
-def _from_file(path: Path, fields: Mapping[str, dataclasses.Field[Any]]) -> dict[str, Any]:
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror or error}", field="config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not TOML: {error}", field="config") from None
-    values = {key.replace("-", "_"): value for key, value in table.items()}
-    for key, value in values.items():
-        if key not in fields:
-            raise ConfigError(f"--config {path}: unknown key {key!r}; known: {', '.join(sorted(fields))}", field=key)
-        kind = value_type(fields[key])
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            values[key] = float(value)
-        elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ConfigError(f"--config {path}: {key} = {value!r} must be {kind.__name__}", field=key)
-    return values
-
-
-def _check(field: dataclasses.Field[Any], value: Any) -> None:
+def checked_value(field: dataclasses.Field[Any], value: Any, *, source: str) -> Any:
+    """``value`` of the field's type in the form that works. Raises ConfigError that names ``source``."""
     if value is None:
-        return
+        return None
     rule = field.metadata
-    name = flag(field.name)
+    if isinstance(value, str):
+        try:
+            value = rule["form"](value)
+        except ValueError as error:
+            raise ConfigError(f"{source} {error}", field=field.name) from None
     if rule["choices"] and value not in rule["choices"]:
-        raise ConfigError(f"{name} {value}: choose from {', '.join(rule['choices'])}", field=field.name)
+        raise ConfigError(f"{source} {quoted(value)}: choose from {', '.join(rule['choices'])}", field=field.name)
     if rule["low"] is not None and not rule["low"] <= value <= rule["high"]:
-        raise ConfigError(f"{name} {value}: must be between {rule['low']} and {rule['high']}", field=field.name)
+        raise ConfigError(f"{source} {value}: expected {_expected_number(field)}", field=field.name)
+    return float(value) if value_type(field) is float else value
+
+
+def path_of(text: str, source: str) -> Path:
+    """A path from a command line, with ``~`` expanded. Raises ConfigError that names ``source``."""
+    try:
+        return Path(path_value(text))
+    except ValueError as error:
+        raise ConfigError(f"{source} {error}") from None
+
+
+def _expected_number(field: dataclasses.Field[Any]) -> str:
+    kind = "a whole number" if value_type(field) is int else "a number"
+    return f"{kind} between {field.metadata['low']} and {field.metadata['high']}"
+
+
+def _field_of(variable: str) -> str:
+    """``LINGBOT_RT_MODEL_PATH`` -> ``model_path``; empty for a variable without the prefix or in lower case."""
+    name = variable.removeprefix(ENV_PREFIX)
+    return name.lower() if variable.startswith(ENV_PREFIX) and name.isupper() else ""
+
+
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    """The one of ``known`` that is most like ``name``, if any is."""
+    found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.7)
+    return found[0] if found else None
+
+
+def _from_variable(field: dataclasses.Field[Any], text: str, variable: str) -> Any:
+    try:
+        return parse_value(field, text, source=variable)
+    except ConfigError as error:
+        if field.name == "port" and "://" in text:
+            raise ConfigError(
+                f"{error}; Kubernetes sets this variable for a service named lingbot-rt: "
+                "set enableServiceLinks: false in the pod, or pass --port",
+                field=field.name,
+            ) from None
+        raise
+
+
+def _from_file(path: Path, fields: Mapping[str, dataclasses.Field[Any]]) -> dict[str, Setting]:
+    where = f"--config {path}"
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{where}: {reason_of(error)}", field="config") from None
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, a number of 5,000 digits
+        raise ConfigError(f"{where} is not TOML: {error}", field="config") from None
+    settings: dict[str, Setting] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in fields:
+            nearest = _nearest(name, fields)
+            hint = f"the nearest is {nearest}" if nearest else f"known: {', '.join(sorted(fields))}"
+            raise ConfigError(f"{where}: unknown key {quoted(key)}; {hint}", field=name)
+        if name in settings:
+            raise ConfigError(f"{where}: {name} is set twice, with - and with _", field=name)
+        kind = value_type(fields[name])
+        kinds = (int, float) if kind is float else (kind,)
+        if not isinstance(value, kinds) or (kind is not bool and isinstance(value, bool)):
+            shown = "(not shown)" if name == "api_key" else quoted(str(value))
+            expected = {str: "a string", bool: "true or false"}.get(kind) or _expected_number(fields[name])
+            raise ConfigError(f"{where}: {name} = {shown}: expected {expected}", field=name)
+        settings[name] = Setting(value, f"{where}: {name}")
+    return settings

@@ -5,6 +5,8 @@ LingbotError
 ├── CheckpointError        the model folder is missing, incomplete or does not match its config: exit code 2
 ├── RecordError            a session record is missing, damaged or in another format
 ├── PlayFailed             a scripted session did not reach its end
+├── OutputFailed           a file of frames or figures, or standard output, cannot be written
+│   └── ReaderGone         the program that read standard output has ended: exit code 141, without a message
 ├── RequestError           a client message is wrong: nothing changes, and the session goes on
 │   ├── InvalidInit        -> "invalid generate request: FIELD: ..."
 │   │   └── InvalidFirstFrame  the picture of an init cannot be read or fetched, or is too large
@@ -25,6 +27,8 @@ LingbotError
     ├── ConnectFailed      no server listens there, or it refused the handshake
     ├── ServerBusy         another session is running                          reconnectable
     ├── ServerNotReady     the server is still loading its model               reconnectable
+    ├── KeyRefused         the API key is missing or wrong
+    ├── MessageRefused     a message, such as the init, is larger than the server's limit
     ├── InitRefused        the server refused the init: the message names the field
     ├── EventRefused       the server refused one event: nothing changes, and the session goes on
     ├── SessionLost        the server ended the session, or the connection broke   reconnectable
@@ -83,6 +87,11 @@ class RequestError(LingbotError):
 class InvalidInit(RequestError):
     code = "invalid_init"
     subject = "invalid generate request"
+
+
+class InvalidFirstFrame(InvalidInit):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, field="first_frame")
 
 
 class InvalidEvent(RequestError):
@@ -218,9 +227,39 @@ class ProtocolError(ClientError):
     code = "protocol"
 
 
-class InvalidFirstFrame(InvalidInit):
-    def __init__(self, message: str) -> None:
-        super().__init__(message, field="first_frame")
+class KeyRefused(ClientError):
+    code = "unauthorized"
+
+
+class MessageRefused(ClientError):
+    code = "message_too_large"
+
+
+class OutputFailed(LingbotError):
+    code = "output"
+
+
+class ReaderGone(OutputFailed):
+    code = "reader_gone"
+
+
+MAX_QUOTED = 100
+"""Characters of a value that a message shows."""
+
+
+def quoted(text: str) -> str:
+    """``text`` in quotes for a message: control characters are escaped, and a long text is cut."""
+    return repr(text) if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]!r}..."
+
+
+def printable(text: str) -> str:
+    r"""``text`` without the characters that a terminal acts on: a line end becomes ``\n``, an escape ``\x1b``."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def reason_of(error: OSError) -> str:
+    """The system's reason without number and path: ``No space left on device``."""
+    return error.strerror or str(error) or type(error).__name__
 
 
 _ADDRESS = re.compile(r"\s*\bat 0x[0-9a-fA-F]+|\b0x[0-9a-fA-F]{6,}")

@@ -6,7 +6,7 @@
             show(frame.pixels)          # uint8 [H, W, 3]
 
 ``protocol.py`` is the protocol without a socket, ``frames.py`` decodes the four transports, ``connect.py`` adds the
-two kinds of socket, ``server_info.py`` reads /v1/models.
+two kinds of socket, ``address.py`` reads URLs and finds the proxy, ``server_info.py`` reads /v1/models.
 """
 
 from lingbot_rt.client.connect import AsyncSession, Session, connect
@@ -17,6 +17,8 @@ from lingbot_rt.errors import (
     ConnectFailed,
     EventRefused,
     InitRefused,
+    KeyRefused,
+    MessageRefused,
     ProtocolError,
     ServerBusy,
     ServerNotReady,
@@ -31,6 +33,8 @@ __all__ = [
     "EventRefused",
     "Frame",
     "InitRefused",
+    "KeyRefused",
+    "MessageRefused",
     "ProtocolError",
     "ServerBusy",
     "ServerNotReady",

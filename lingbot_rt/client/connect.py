@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from websockets.asyncio.client import connect as connect_async
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.exceptions import ConnectionClosed, InvalidProxy, InvalidStatus, ProxyError, WebSocketException
 from websockets.sync.client import connect as connect_blocking
 
+from lingbot_rt.client.address import proxy_for
 from lingbot_rt.client.frames import Frame
-from lingbot_rt.client.protocol import BaseSession, init_message, websocket_url
-from lingbot_rt.errors import ConnectFailed
+from lingbot_rt.client.protocol import BaseSession, init_message
+from lingbot_rt.client.server_info import server_at
+from lingbot_rt.config import ENDPOINT
+from lingbot_rt.config_values import key_value
+from lingbot_rt.errors import ConnectFailed, one_line, reason_of
 
 if TYPE_CHECKING:
     from websockets.asyncio.client import ClientConnection as AsyncConnection
@@ -77,15 +81,19 @@ class AsyncSession(BaseSession[Coroutine[Any, Any, int]], AsyncIterator[Frame]):
 class connect:
     """Opens a session at ``url`` (``http://host:port``, ``ws://host:port`` or the endpoint itself).
 
+    Another host is reached through the proxy that the environment names, a loopback address directly.
+
     ``init`` takes the arguments of ``protocol.init_message``: prompt, first_frame, script and any field of the wire.
     Entering raises ConnectFailed. If the server refuses the init, the first iteration raises the error.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, **init: Any) -> None:
-        self._url = websocket_url(url)
+        self._server = server_at(url)
+        self._proxy = proxy_for(self._server)
         self._init = init_message(**init)
         self._options: dict[str, Any] = {
-            "additional_headers": {} if api_key is None else {"Authorization": f"Bearer {api_key}"},
+            "proxy": self._proxy.url if self._proxy else None,
+            "additional_headers": {} if api_key is None else {"Authorization": f"Bearer {_key(api_key)}"},
             "max_size": _MAX_MESSAGE_BYTES,
             "max_queue": _MAX_QUEUED_MESSAGES,
             "close_timeout": _CLOSE_LIMIT_S,
@@ -94,8 +102,11 @@ class connect:
 
     def __enter__(self) -> Session:
         with self._named_errors():
-            self._blocking = connect_blocking(self._url, **self._options)
-        self._blocking.send(self._init)
+            self._blocking = connect_blocking(self._server.socket_url, **self._options)
+        # A server that refuses the client sends an error and closes, perhaps before it reads the init. The first
+        # iteration raises that error.
+        with suppress(ConnectionClosed):
+            self._blocking.send(self._init)
         return Session(self._blocking)
 
     def __exit__(self, *error: object) -> None:
@@ -103,8 +114,9 @@ class connect:
 
     async def __aenter__(self) -> AsyncSession:
         with self._named_errors():
-            self._async = await connect_async(self._url, **self._options)
-        await self._async.send(self._init)
+            self._async = await connect_async(self._server.socket_url, **self._options)
+        with suppress(ConnectionClosed):
+            await self._async.send(self._init)
         return AsyncSession(self._async)
 
     async def __aexit__(self, *error: object) -> None:
@@ -112,18 +124,48 @@ class connect:
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
+        url = self._server.shown_socket
+        way = f" through {self._proxy}" if self._proxy else ""
         try:
             yield
-        except InvalidURI as error:
-            raise ConnectFailed(str(error), reconnectable=False) from None
         except InvalidStatus as error:
             status = error.response.status_code
-            hint = " (is the api_key right?)" if status in (401, 403) else ""
             raise ConnectFailed(
-                f"{self._url} answered HTTP {status}{hint}", reconnectable=status in _RETRYABLE_STATUS
+                f"{url} answered HTTP {status}{way}{self._hint(status)}", reconnectable=status in _RETRYABLE_STATUS
             ) from None
-        except (OSError, TimeoutError, InvalidHandshake, EOFError) as error:
-            raise ConnectFailed(f"{self._url} does not answer: {error}", reconnectable=True) from None
+        except ImportError:  # the WebSocket library loads python-socks when it needs it
+            raise ConnectFailed(
+                f"{url}: {self._proxy} needs the package python-socks; no_proxy={self._server.host} connects directly",
+                reconnectable=False,
+            ) from None
+        except OSError as error:
+            reason = reason_of(error)
+            raise ConnectFailed(f"{url} does not answer{way}: {reason}", reconnectable=True) from None
+        except (ProxyError, InvalidProxy) as error:
+            raise ConnectFailed(f"{url} does not answer{way}: {one_line(error)}", reconnectable=True) from None
+        except (WebSocketException, EOFError, ValueError) as error:
+            raise ConnectFailed(
+                f"{url} does not answer as a WebSocket{way}: {one_line(error)}", reconnectable=True
+            ) from None
+
+    def _hint(self, status: int) -> str:
+        """What a refused handshake may mean."""
+        if self._server.socket_path != self._server.base + ENDPOINT:
+            return f": expected the path {ENDPOINT}, or the URL without a path"
+        if self._server.base:
+            return f": expected a server below {self._server.base}; without that path it is {self._server.root}"
+        if status in (401, 403):
+            return ": is the api_key right, and may this client use the server?"
+        if status in (404, 426):
+            return ": expected a lingbot_rt server there, and every proxy on the way to pass WebSockets"
+        return ""
+
+
+def _key(text: str) -> str:
+    try:
+        return key_value(text)
+    except ValueError as error:
+        raise ConnectFailed(f"api_key: {error}", reconnectable=False) from None
 
 
 def _close_of(end: ConnectionClosed) -> tuple[int | None, str]:

@@ -6,6 +6,7 @@ H x W are the pixels of a frame as it was sent; a preview may be smaller than th
 from __future__ import annotations
 
 import io
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from lingbot_rt.errors import ProtocolError
-from lingbot_rt.session.messages import DELTA_GZIP_TYPE, ENCODED_TYPES, RAW_TYPE
+from lingbot_rt.session.messages import DELTA_GZIP_TYPE, ENCODED_TYPES, RAW_TYPE, shown
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -42,27 +43,25 @@ class FrameDecoder:
 
     def decode(self, header: dict[str, Any], payload: bytes) -> list[Frame]:
         """Raises ProtocolError if the payload does not fit its header."""
-        try:
-            pictures = list(self._pictures(header, payload))
-            chunk_index, event_id = int(header["chunk_index"]), header.get("event_id")
-        except KeyError as error:
-            raise ProtocolError(f"a frame header lacks {error}") from None
-        except (TypeError, ValueError) as error:
-            raise ProtocolError(f"a frame header has a field of the wrong type: {error}") from None
+        if not isinstance(payload, bytes):
+            raise ProtocolError(f"a frame batch has a payload of type {type(payload).__name__}, expected bytes")
+        pictures = list(self._pictures(header, payload))
+        chunk_index = _whole(header, "chunk_index")
+        event_id = None if header.get("event_id") is None else _whole(header, "event_id")
         frames = [Frame(pixels, self._next_index + i, chunk_index, event_id) for i, pixels in enumerate(pictures)]
         self._next_index += len(frames)
         return frames
 
     def _pictures(self, header: dict[str, Any], payload: bytes) -> Iterator[Pixels]:
-        content_type = header["content_type"]
+        content_type = header.get("content_type")
         if content_type in ENCODED_TYPES.values():
-            return _encoded_pictures(payload, header["payload_lengths"])
-        shape = (header["num_frames"], header["height"], header["width"], 3)
+            return _encoded_pictures(payload, header.get("payload_lengths"), str(content_type))
+        if content_type not in (RAW_TYPE, DELTA_GZIP_TYPE):
+            raise ProtocolError(f"a frame header has the content_type {shown(content_type)}, which is unknown")
+        shape = (_whole(header, "num_frames"), _whole(header, "height"), _whole(header, "width"), 3)
         if content_type == RAW_TYPE:
             return iter(_as_frames(payload, shape))
-        if content_type == DELTA_GZIP_TYPE:
-            return iter(self._undo_deltas(header, _inflate(payload, int(np.prod(shape))), shape))
-        raise ProtocolError(f"unknown content type {content_type!r}")
+        return iter(self._undo_deltas(header, _inflate(payload, math.prod(shape)), shape))
 
     def _undo_deltas(self, header: dict[str, Any], inflated: bytes, shape: tuple[int, ...]) -> Pixels:
         """Undoes the XOR of each frame with the one before it, which may be the last frame of the message before."""
@@ -76,8 +75,16 @@ class FrameDecoder:
         return frames
 
 
+def _whole(header: dict[str, Any], name: str) -> int:
+    """A field of a frame header that counts something."""
+    value = header.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ProtocolError(f"a frame header has the {name} {shown(value)}, expected a whole number")
+    return value
+
+
 def _as_frames(data: bytes, shape: tuple[int, ...]) -> Pixels:
-    if len(data) != int(np.prod(shape)):
+    if len(data) != math.prod(shape):
         raise ProtocolError(f"{len(data)} bytes are not {shape[0]} frames of {shape[2]}x{shape[1]}")
     return np.frombuffer(data, np.uint8).reshape(shape)
 
@@ -86,18 +93,20 @@ def _inflate(payload: bytes, expected: int) -> bytes:
     """Stops one byte after ``expected``, so that a payload can't take more memory than its header states."""
     try:
         return zlib.decompressobj(_GZIP_WINDOW_BITS).decompress(payload, expected + 1)
-    except zlib.error as error:
-        raise ProtocolError(f"a delta-gzip payload is damaged: {error}") from None
+    except (zlib.error, OverflowError):
+        raise ProtocolError(f"a delta-gzip payload of {len(payload)} bytes is damaged") from None
 
 
-def _encoded_pictures(payload: bytes, lengths: list[int]) -> Iterator[Pixels]:
+def _encoded_pictures(payload: bytes, lengths: Any, content_type: str) -> Iterator[Pixels]:
+    if not isinstance(lengths, list) or not all(type(length) is int and length >= 0 for length in lengths):
+        raise ProtocolError(f"a frame header has the payload_lengths {shown(lengths)}, expected whole numbers")
     if sum(lengths) != len(payload):
         raise ProtocolError(f"payload_lengths add up to {sum(lengths)}, the payload has {len(payload)} bytes")
     start = 0
-    for length in lengths:
+    for number, length in enumerate(lengths):
         try:
             with Image.open(io.BytesIO(payload[start : start + length])) as picture:
                 yield np.asarray(picture.convert("RGB"))
-        except (OSError, ValueError) as error:
-            raise ProtocolError(f"a picture can not be decoded: {error}") from None
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            raise ProtocolError(f"picture {number} of a batch, {length} bytes, is no valid {content_type}") from None
         start += length

@@ -20,15 +20,17 @@ import numpy as np
 from PIL import Image
 
 from lingbot_rt.client.frames import Frame, FrameDecoder, Pixels
-from lingbot_rt.config import ENDPOINT
 from lingbot_rt.errors import (
     ClientError,
     EventRefused,
     InitRefused,
+    KeyRefused,
+    MessageRefused,
     ProtocolError,
     ServerBusy,
     ServerNotReady,
     SessionLost,
+    one_line,
 )
 
 CAMERA_ON: tuple[tuple[str, ...], ...] = ((),)
@@ -56,27 +58,25 @@ class ChunkStats:
 
     @classmethod
     def from_message(cls, message: dict[str, Any]) -> ChunkStats:
-        try:
-            return cls(
-                chunk_index=message["chunk_index"],
-                num_frames=message["num_frames"],
-                event_id=message.get("event_id"),
-                chunk_total_ms=message["chunk_total_ms"],
-                dit_ms=message.get("dit_ms"),
-                vae_ms=message.get("vae_ms"),
-                encode_ms=message.get("encode_ms"),
-                window_frames=message.get("window_frames"),
-                message=message,
-            )
-        except KeyError as error:
-            raise ProtocolError(f"chunk_stats lacks {error}") from None
+        known: dict[str, Any] = {name: message.get(name) for name in cls.__slots__ if name != "message"}
+        for name, value in known.items():
+            required = name in ("chunk_index", "num_frames", "chunk_total_ms")
+            if required if value is None else not isinstance(value, int | float):
+                problem = f"a {name} of type {type(value).__name__}" if name in message else f"no {name}"
+                raise ProtocolError(f"chunk_stats has {problem}, expected a number")
+        return cls(message=message, **known)
 
     @property
     def overhead_ms(self) -> float | None:
-        """Chunk time minus DiT and VAE time."""
+        """The least time of the chunk outside DiT and VAE: 0 if they overlap, with each other or with other chunks."""
         if self.dit_ms is None or self.vae_ms is None:
             return None
-        return self.chunk_total_ms - self.dit_ms - self.vae_ms
+        return max(self.chunk_total_ms - self.dit_ms - self.vae_ms, 0.0)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether DiT and VAE took longer than the chunk. They then ran at the same time, or beside another chunk."""
+        return (self.dit_ms or 0) + (self.vae_ms or 0) > self.chunk_total_ms
 
 
 class ClientProtocol:
@@ -121,6 +121,8 @@ class ClientProtocol:
             ("the server is not ready", ServerNotReady),
             ("invalid generate request", InitRefused),
             ("invalid event", EventRefused),
+            ("a valid API key is needed", KeyRefused),
+            ("the message is larger than", MessageRefused),
         ]
         for start, kind in kinds:
             if content.startswith(start) or code == kind.code:
@@ -199,21 +201,11 @@ def init_message(
     return msgspec.msgpack.encode(message)
 
 
-def websocket_url(url: str) -> str:
-    """``http://host:port`` or ``ws://host:port`` -> the session endpoint there. A URL with a path stays as it is."""
-    if "://" not in url:
-        url = "ws://" + url
-    scheme, rest = url.split("://", 1)
-    scheme = {"http": "ws", "https": "wss"}.get(scheme, scheme)
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host}{slash}{path}" if path else f"{scheme}://{host}{ENDPOINT}"
-
-
 def _unpack(message: bytes) -> dict[str, Any]:
     try:
         return msgspec.msgpack.decode(message, type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"a message is not a MessagePack map: {error}") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError, TypeError) as error:
+        raise ProtocolError(f"a message of {len(message)} bytes is not a MessagePack map: {one_line(error)}") from None
 
 
 def _picture(first_frame: bytes | str | Path | Pixels) -> bytes | str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import json
-import urllib.error
-import urllib.request
 from typing import Any
 from urllib.parse import urlsplit
 
-from lingbot_rt.errors import ConnectFailed
+from lingbot_rt.client.address import Proxy, ServerAddress, basic, proxy_for
+from lingbot_rt.errors import ConnectFailed, reason_of
 
 _TIMEOUT_S = 5
+_MAX_BYTES = 2**20
 
 
 def fetch_model_info(url: str, api_key: str | None = None) -> dict[str, Any]:
@@ -18,17 +19,48 @@ def fetch_model_info(url: str, api_key: str | None = None) -> dict[str, Any]:
 
     Raises ConnectFailed if nothing answers at ``url``.
     """
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    scheme = "https" if parts.scheme in ("https", "wss") else "http"
-    request = urllib.request.Request(f"{scheme}://{parts.netloc}/v1/models")
-    if api_key:
-        request.add_header("Authorization", f"Bearer {api_key}")
+    server = server_at(url)
+    proxy = proxy_for(server)
+    way = f" through {proxy}" if proxy else ""
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
-            return dict(json.load(answer)["data"][0])
-    except urllib.error.HTTPError:
-        return {}
+        answer = _get(server, proxy, f"{server.base}/v1/models", api_key)
     except OSError as error:
-        raise ConnectFailed(f"{url} does not answer: {error}", reconnectable=True) from None
-    except (KeyError, IndexError, TypeError, ValueError):
+        raise ConnectFailed(f"{server.shown} does not answer{way}: {reason_of(error)}", reconnectable=True) from None
+    except (http.client.HTTPException, UnicodeError, ValueError):
+        raise ConnectFailed(f"{server.shown}{way}: what answers is no HTTP server", reconnectable=False) from None
+    try:
+        return dict(json.loads(answer)["data"][0])
+    except (KeyError, IndexError, TypeError, ValueError, RecursionError):
         return {}
+
+
+def server_at(url: str) -> ServerAddress:
+    """Raises ConnectFailed for a URL that can name no server."""
+    try:
+        return ServerAddress.parse(url)
+    except ValueError as error:
+        raise ConnectFailed(f"url {error}", reconnectable=False) from None
+
+
+def _get(server: ServerAddress, proxy: Proxy | None, path: str, api_key: str | None) -> bytes:
+    """The body of a 200; empty for another status."""
+    kind = http.client.HTTPSConnection if server.is_secure else http.client.HTTPConnection
+    if proxy is None:
+        connection = kind(server.host, server.port, timeout=_TIMEOUT_S)
+    else:
+        between = urlsplit(proxy.url)
+        if between.scheme != "http" or between.hostname is None:
+            raise ConnectFailed(
+                f"{server.shown}{path} cannot be read through {proxy}: expected an http:// proxy; "
+                f"no_proxy={server.host} connects directly",
+                reconnectable=False,
+            )
+        connection = kind(between.hostname, between.port or 80, timeout=_TIMEOUT_S)
+        user = between.netloc.rpartition("@")[0]
+        connection.set_tunnel(server.host, server.port, headers={"Proxy-Authorization": basic(user)} if user else {})
+    try:
+        connection.request("GET", path, headers=server.headers(api_key))
+        answer = connection.getresponse()
+        return answer.read(_MAX_BYTES) if answer.status == http.client.OK else b""
+    finally:
+        connection.close()

@@ -21,6 +21,12 @@ FAILED = 1
 BAD_USAGE = 2
 """The command line, the configuration or the model folder is wrong."""
 
+INTERRUPTED = 130
+"""Ctrl-C, as shells report it."""
+
+READER_GONE = 141
+"""The reader of standard output ended first, as shells report a broken pipe."""
+
 
 def exit_code(error: LingbotError) -> int:
     """BAD_USAGE if the caller has to change what they asked for, else FAILED."""

@@ -13,15 +13,23 @@ from lingbot_rt.commands.options import (
     add_client_options,
     add_options_named,
     add_size_option,
+    api_key_from,
     given_options,
     non_negative_int,
-    parse_init_fields,
+    output_file,
+    path_text,
     positive_float,
     positive_int,
+    real_number,
+    require_existing,
+    require_session_size,
     rising_ints,
+    whole_number,
 )
+from lingbot_rt.commands.output import say
 from lingbot_rt.config import OUTPUT_FORMATS, ServeConfig
 from lingbot_rt.errors import ConfigError
+from lingbot_rt.session.messages import FPS_RANGE, STEPS_RANGE
 from lingbot_rt.shapes import FrameSize
 
 if TYPE_CHECKING:
@@ -59,11 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         options = kinds.add_parser(kind, help=summary, description=f"Measures {summary}.")
         add_options(options)
-        options.add_argument("--json", metavar="FILE", help="write every figure and the setting to this file")
+        options.add_argument(
+            "--json", type=output_file, metavar="FILE", help="write every figure and the setting to this file"
+        )
         options.set_defaults(measure=measure)
 
 
 def run(args: argparse.Namespace) -> int:
+    require_session_size(getattr(args, "size", None))
+    require_existing("--first-frame", getattr(args, "first_frame", None))
     return args.measure(args)
 
 
@@ -97,8 +109,10 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
         help="sglang-ci: measure chunks 0 to 3 of --chunks / 4 sessions, with window 18 and sink 9",
     )
     add_options_named(parser, DEVICE_OPTIONS)
-    parser.add_argument("--plot", metavar="FILE.png", help="draw a bar chart of the stages")
-    parser.add_argument("--profile", metavar="FILE.json", help="write a Chrome trace of one chunk after measuring")
+    parser.add_argument("--plot", type=output_file, metavar="FILE.png", help="draw a bar chart of the stages")
+    parser.add_argument(
+        "--profile", type=output_file, metavar="FILE.json", help="write a Chrome trace of one chunk after measuring"
+    )
 
 
 def _add_collectives(parser: argparse.ArgumentParser) -> None:
@@ -156,7 +170,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add_first_frame_option(parser)
     _add_chunks(parser, 30, "chunks of the session")
     parser.add_argument(
-        "--fps", type=positive_float, default=16.0, metavar="N", help="frame rate of the session (default: 16)"
+        "--fps", type=real_number(*FPS_RANGE), default=16.0, metavar="N", help="frame rate of the session (default: 16)"
     )
     parser.add_argument(
         "--press-every",
@@ -183,6 +197,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
+        type=path_text,
         default="lingbot-world-fast",
         metavar="TEXT",
         help="lingbot-world-fast (shapes of the published 14B), builtin, a diffusers folder, or a hub id "
@@ -193,7 +208,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_steps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--steps", type=positive_int, metavar="N", help="denoise steps per chunk (default: the model's)"
+        "--steps", type=whole_number(*STEPS_RANGE), metavar="N", help="denoise steps per chunk (default: the model's)"
     )
 
 
@@ -240,14 +255,14 @@ def _pipeline(args: argparse.Namespace) -> int:
     reports = []
     for job in jobs:
         reports.append(_measure(job, workload, args.profile))
-        print(as_text(reports[-1]) + "\n")
+        say(as_text(reports[-1]) + "\n")
     if len(reports) == 1:
         write_json(args.json, reports[0])
         if args.plot:
             bar_chart(reports[0].stages_ms, str(reports[0].setting)).save(args.plot)
         return 0
     comparison = scaling.Comparison.of(reports)
-    print(scaling.as_text(comparison))
+    say(scaling.as_text(comparison))
     write_json(args.json, comparison)
     return 0
 
@@ -300,7 +315,7 @@ def _collectives(args: argparse.Namespace) -> int:
         ranks=args.ranks,
         chunk_ms=args.chunk_ms,
     )
-    print(as_text(report))
+    say(as_text(report))
     write_json(args.json, report)
     return 0
 
@@ -326,7 +341,7 @@ def _targets(args: argparse.Namespace) -> int:
 
     config = ServeConfig(model_path=args.model, **given_options(args))
     measure_targets(config, workload, args.far, on_case)
-    print(as_text(reports[0]))
+    say(as_text(reports[0]))
     return 1 if any(row.error for row in reports[0].rows) else 0
 
 
@@ -338,7 +353,7 @@ def _transport(args: argparse.Namespace) -> int:
 
     with tqdm(total=2 * len(OUTPUT_FORMATS), unit="encoder", disable=None) as bar:
         report = measure_transport(args.size, args.frames, bar.update)
-    print(as_text(report))
+    say(as_text(report))
     write_json(args.json, report)
     return 0
 
@@ -349,30 +364,32 @@ def _serve(args: argparse.Namespace) -> int:
     from lingbot_rt.bench.figures import write_json
     from lingbot_rt.bench.serve import SessionSpec, as_text, model_facts, run_session, serve_report
     from lingbot_rt.commands.client import served_size
-    from lingbot_rt.commands.session_options import DEFAULT_PROMPT, first_frame_bytes
+    from lingbot_rt.commands.session_options import DEFAULT_PROMPT, checked_init, first_frame_bytes
 
-    size = args.size or served_size(args.url, args.api_key)
-    init = {
+    api_key = api_key_from(args)
+    options = {
         "prompt": DEFAULT_PROMPT,
-        "first_frame": first_frame_bytes(args.first_frame, size),
-        "size": str(size),
         "fps": args.fps,
         "max_chunks": args.chunks,
         "realtime_output_format": args.format,
-    } | parse_init_fields(args.init)
+    }
+    checked_init(options | {"first_frame": b""}, args.init)
+    size = args.size or served_size(args.url, api_key)
+    options |= {"first_frame": first_frame_bytes(args.first_frame, size), "size": str(size)}
+    init, _ = checked_init(options, args.init)
     spec = SessionSpec(
         url=args.url,
-        api_key=args.api_key,
+        api_key=api_key,
         init=init,
         press_every_s=args.press_every,
         playback_fps=args.playback_fps or args.fps,
         playback_lead_s=args.playback_lead,
     )
-    model = model_facts(args.url, args.api_key)
+    model = model_facts(args.url, api_key)
     with tqdm(unit="frame", disable=None) as bar:
         observed = run_session(spec, bar.update)
     report = serve_report(spec, model, observed)
-    print(as_text(report))
+    say(as_text(report))
     write_json(args.json, report)
     return 0
 

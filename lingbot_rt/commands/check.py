@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from lingbot_rt.commands import FAILED
 from lingbot_rt.commands.local_engine import add_runner_options, open_runner
+from lingbot_rt.commands.options import output_folder, path_text, require_existing
+from lingbot_rt.commands.output import say
 from lingbot_rt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,19 +37,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     summary = "run the cases and save their frames as ground truth"
     record = actions.add_parser("record", help=summary, description=f"{summary.capitalize()}.")
-    record.add_argument("--out", metavar="DIR", required=True, help="folder for the ground truth")
+    record.add_argument("--out", type=output_folder, metavar="DIR", required=True, help="folder for the ground truth")
     summary = "run the cases and compare them with their ground truth"
     run_ = actions.add_parser("run", help=summary, description=f"{summary.capitalize()}.")
-    run_.add_argument("--gt", metavar="DIR", required=True, help="ground truth made by `check record`")
+    run_.add_argument("--gt", type=path_text, metavar="DIR", required=True, help="ground truth made by `check record`")
     run_.add_argument(
-        "--report", metavar="DIR", help="write report.json and an HTML page that shows the worst differences"
+        "--report",
+        type=output_folder,
+        metavar="DIR",
+        help="write report.json and an HTML page that shows the worst differences",
     )
     run_.add_argument("--json", action="store_true", help="print JSON instead of a table")
     run_.add_argument(
         "--no-latency", action="store_true", help="do not compare times and sizes; use it on a busy machine"
     )
     for action in (record, run_):
-        action.add_argument("cases", metavar="CASES", help="case file (TOML)")
+        action.add_argument("cases", type=path_text, metavar="CASES", help="case file (TOML)")
         action.add_argument("--only", metavar="NAME", action="append", help="run only this case; may be repeated")
         add_runner_options(action)
 
@@ -59,7 +64,10 @@ def run(args: argparse.Namespace) -> int:
     if args.only:
         unknown = set(args.only) - {case.name for case in cases}
         if unknown:
-            raise ConfigError(f"--only {', '.join(sorted(unknown))}: {args.cases} has no such case", field="only")
+            names = ", ".join(case.name for case in cases)
+            raise ConfigError(
+                f"--only {', '.join(sorted(unknown))}: {args.cases} has no such case; it has {names}", field="only"
+            )
         cases = [case for case in cases if case.name in args.only]
     return _record(args, cases) if args.action == "record" else _check(args, cases)
 
@@ -69,7 +77,7 @@ def _record(args: argparse.Namespace, cases: list[Case]) -> int:
 
     out = Path(args.out)
     asyncio.run(_run_cases(args, cases, lambda case: GroundTruthWriter(out, case)))
-    print(f"{len(cases)} cases saved in {out}")
+    say(f"{len(cases)} cases saved in {out}")
     return 0
 
 
@@ -77,15 +85,17 @@ def _check(args: argparse.Namespace, cases: list[Case]) -> int:
     from lingbot_rt.regression.check import CaseCheck
     from lingbot_rt.regression.report import as_json, table, write_report
 
+    require_existing("--gt", args.gt, folder=True)
+
     def check(case: Case) -> CaseCheck:
         return CaseCheck(case, Path(args.gt), check_latency=not args.no_latency)
 
     reports = asyncio.run(_run_cases(args, cases, check))
-    print(json.dumps(as_json(reports), indent=1) if args.json else table(reports))
+    say(json.dumps(as_json(reports), indent=1) if args.json else table(reports))
     if args.report:
         index = write_report(Path(args.report), reports)
         if not args.json:
-            print(index)
+            say(str(index))
     return 0 if all(report.passed for report in reports) else FAILED
 
 

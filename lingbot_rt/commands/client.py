@@ -11,16 +11,25 @@ from typing import Any
 from tqdm import tqdm
 
 from lingbot_rt.commands.frame_writer import open_writer
-from lingbot_rt.commands.options import add_client_options, parse_init_fields
+from lingbot_rt.commands.options import (
+    add_client_options,
+    api_key_from,
+    require_existing,
+    require_session_size,
+    whole_number,
+)
+from lingbot_rt.commands.output import say
 from lingbot_rt.commands.session_options import (
     add_session_options,
+    checked_init,
     chunks_for,
     first_frame_bytes,
     parse_keys,
     parse_script,
 )
 from lingbot_rt.session.controls import Actions
-from lingbot_rt.shapes import FrameSize, latent_frame_of_pixel_frame, latent_frames_for, pixel_frames_of_chunk
+from lingbot_rt.session.messages import Init
+from lingbot_rt.shapes import FrameSize, latent_frame_of_pixel_frame, latent_frames_for, num_frames_for
 
 _FALLBACK_SIZE = FrameSize(832, 480)
 
@@ -28,7 +37,7 @@ _FALLBACK_SIZE = FrameSize(832, 480)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_client_options(parser)
     add_session_options(parser)
-    parser.add_argument("--quality", type=int, metavar="N", help="webp or jpeg quality, 1 to 100")
+    parser.add_argument("--quality", type=whole_number(1, 100), metavar="N", help="webp or jpeg quality, 1 to 100")
     parser.add_argument(
         "--live",
         action="store_true",
@@ -40,32 +49,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from lingbot_rt.client import connect
 
+    require_session_size(args.size)
+    require_existing("--first-frame", args.first_frame)
     actions = parse_keys(args.keys) if args.live else parse_script(args.keys)
-    latent_frames = latent_frames_for(args.num_frames)
-    chunks = chunks_for(actions, latent_frames, args.chunks)
-    other_fields = parse_init_fields(args.init)
-    size = args.size or served_size(args.url, args.api_key)
-    init = {
+    api_key = api_key_from(args)
+    options = {
         "prompt": args.prompt,
-        "first_frame": first_frame_bytes(args.first_frame, size),
-        "script": [[]] if args.live else actions,
-        "size": str(size),
         "fps": args.fps,
         "num_frames": args.num_frames,
         "seed": args.seed,
         "num_inference_steps": args.steps,
-        "max_chunks": chunks,
+        "max_chunks": chunks_for(actions, latent_frames_for(args.num_frames), args.chunks),
         "realtime_output_format": args.format,
         "output_compression": args.quality,
-    } | other_fields
-    rate = 2 ** init.get("frame_interpolation_exp", 1) if init.get("enable_frame_interpolation") else 1
-    fps = init["fps"] * rate
-    total = rate * sum(pixel_frames_of_chunk(i, latent_frames) for i in range(chunks)) - (rate - 1)
+        "condition_inputs": {"camera_actions": [[]] if args.live else actions},
+    }
+    # Checked once before anything is sent. The picture may be drawn in the size that the server reports.
+    checked_init(options | {"first_frame": b""}, args.init)
+    size = args.size or served_size(args.url, api_key)
+    options |= {"first_frame": first_frame_bytes(args.first_frame, size), "size": str(size)}
+    fields, init = checked_init(options, args.init)
+    rate = 2**init.frame_interpolation_exp if init.enable_frame_interpolation else 1
+    fps = init.fps * rate
 
     with (
         open_writer(args.out, fps) as write,
-        connect(args.url, api_key=args.api_key, **init) as session,
-        tqdm(total=total, unit="frame", disable=None) as bar,
+        connect(args.url, api_key=api_key, script=None, **fields) as session,
+        tqdm(total=_expected_frames(init, rate), unit="frame", disable=None) as bar,
     ):
         metrics = ClientMetrics()
         held: tuple[str, ...] = ()
@@ -78,10 +88,17 @@ def run(args: argparse.Namespace) -> int:
                 if wanted != held:
                     held = wanted
                     metrics.event_sent(session.hold(*held))
-        if args.out:
-            print(f"{args.out}: {metrics.frames} frames at {fps:g} frames/s")
-        print(metrics.summary(session.stats))
+    if args.out and metrics.frames:
+        say(f"{args.out}: {metrics.frames} frames at {fps:g} frames/s")
+    say(metrics.summary(session.stats))
     return 0
+
+
+def _expected_frames(init: Init, rate: int) -> int | None:
+    """Pixel frames of the whole session; None for one without end. ``rate``: frames per generated frame."""
+    if init.max_chunks is None:
+        return None
+    return rate * num_frames_for(init.max_chunks * latent_frames_for(init.num_frames)) - (rate - 1)
 
 
 def keys_at(actions: Actions, frame_index: int) -> tuple[str, ...]:
@@ -96,7 +113,7 @@ def served_size(url: str, api_key: str | None) -> FrameSize:
 
     try:
         return FrameSize.parse(fetch_model_info(url, api_key)["default_size"])
-    except (KeyError, ValueError):
+    except (KeyError, TypeError, ValueError):
         return _FALLBACK_SIZE
 
 
@@ -142,18 +159,21 @@ class ClientMetrics:
             lines.append(f"  chunk                {p50_p95([chunk.chunk_total_ms for chunk in steady])}")
         timed = [chunk for chunk in steady if chunk.overhead_ms is not None]
         if timed:
-            dit, vae, rest = (
-                statistics.median(values)
-                for values in (
-                    [chunk.dit_ms for chunk in timed],
-                    [chunk.vae_ms for chunk in timed],
-                    [chunk.overhead_ms for chunk in timed],
-                )
-            )
-            lines.append(f"  of which (medians)   DiT {dit:.0f} ms, VAE {vae:.0f} ms, overhead {rest:.0f} ms")
+            lines.append(f"  of which (medians)   {_parts(timed)}")
         if self._latencies_ms:
             lines.append(f"  key to frame         {p50_p95(self._latencies_ms)}, {len(self._latencies_ms)} key changes")
         return "\n".join(lines)
+
+
+def _parts(chunks: Sequence[Any]) -> str:
+    """The medians of DiT and VAE, and what is left of the median chunk. Says so when the parts do not add up."""
+    total, dit, vae = (
+        round(statistics.median([getattr(chunk, name) for chunk in chunks]))
+        for name in ("chunk_total_ms", "dit_ms", "vae_ms")
+    )
+    overlaps = any(chunk.overlaps for chunk in chunks) or dit + vae > total
+    parts = f"DiT {dit} ms, VAE {vae} ms, overhead {max(total - dit - vae, 0)} ms"
+    return f"{parts}; they overlap with each other or with other chunks" if overlaps else parts
 
 
 def p50_p95(values_ms: Sequence[float]) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lingbot_rt import __version__
+from lingbot_rt.commands.options import path_text
+from lingbot_rt.commands.output import say
 from lingbot_rt.config import BUILTIN
 from lingbot_rt.shapes import FrameSize
 
@@ -36,7 +38,11 @@ _LINE_LENGTH = 90
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model-path", default=BUILTIN, metavar="TEXT", help="model whose memory is estimated (default: %(default)s)"
+        "--model-path",
+        type=path_text,
+        default=BUILTIN,
+        metavar="TEXT",
+        help="model whose memory is estimated (default: %(default)s)",
     )
 
 
@@ -48,9 +54,9 @@ def run(args: argparse.Namespace) -> int:
         ("attention kernels", _kernels()),
         ("memory", _memory(args.model_path)),
     ):
-        print(title)
+        say(title)
         for line in lines:
-            print(f"  {line[:_LINE_LENGTH]}")
+            say(f"  {line[:_LINE_LENGTH]}")
     return 0
 
 

@@ -8,12 +8,13 @@ import asyncio
 from tqdm import tqdm
 
 from lingbot_rt.commands.frame_writer import WriteFrame, open_writer
-from lingbot_rt.commands.local_engine import require_devices, started_engine
-from lingbot_rt.commands.options import add_config_options, config_from
+from lingbot_rt.commands.local_engine import require_devices, require_folders, started_engine
+from lingbot_rt.commands.options import add_config_options, config_from, require_existing, require_session_size
+from lingbot_rt.commands.output import say
 from lingbot_rt.commands.session_options import add_session_options, chunks_for, first_frame_bytes, parse_script
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.session.controls import Actions
-from lingbot_rt.shapes import latent_frames_for, pixel_frames_of_chunk
+from lingbot_rt.shapes import latent_frames_for, num_frames_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,12 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    require_session_size(args.size)
+    require_existing("--first-frame", args.first_frame)
     config = config_from(args)
     actions = parse_script(args.keys)
+    require_folders(config)
     require_devices(config)
     with open_writer(args.out, args.fps) as write:
         asyncio.run(_generate(args, config, actions, write))
-    print(args.out)
+    say(args.out)
     return 0
 
 
@@ -37,7 +41,6 @@ async def _generate(args: argparse.Namespace, config: ServeConfig, actions: Acti
 
     latent_frames = latent_frames_for(args.num_frames)
     chunks = chunks_for(actions, latent_frames, args.chunks)
-    total = sum(pixel_frames_of_chunk(i, latent_frames) for i in range(chunks))
     async with started_engine(config) as engine:
         size = args.size or engine.model_info.default_size
         init = Init(
@@ -51,7 +54,7 @@ async def _generate(args: argparse.Namespace, config: ServeConfig, actions: Acti
             max_chunks=chunks,
             condition_inputs={"camera_actions": actions},
         )
-        with tqdm(total=total, unit="frame", disable=None) as bar:
+        with tqdm(total=num_frames_for(chunks * latent_frames), unit="frame", disable=None) as bar:
             async for chunk in play(engine, config, init):
                 for pixels in chunk.frames:
                     write(pixels)

@@ -9,12 +9,15 @@ import os
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from lingbot_rt.commands.options import add_config_options, add_server_options, config_from
-from lingbot_rt.config import ServeConfig
+from lingbot_rt.commands.options import add_config_options, add_server_options, api_key_from, config_from
+from lingbot_rt.config import ServeConfig, flag
+from lingbot_rt.config_values import environment_value
+from lingbot_rt.errors import ConfigError, reason_of
 
 if TYPE_CHECKING:
     from lingbot_rt.regression.session_runner import SessionRunner
@@ -38,9 +41,10 @@ async def open_runner(args: argparse.Namespace) -> AsyncIterator[SessionRunner]:
     from lingbot_rt.regression.session_runner import EngineRunner, ServerRunner
 
     if args.url:
-        yield await asyncio.to_thread(ServerRunner, args.url, args.api_key)
+        yield await asyncio.to_thread(ServerRunner, args.url, api_key_from(args))
         return
     config = config_from(args)
+    require_folders(config)
     require_devices(config)
     async with started_engine(config) as engine:
         yield EngineRunner(engine, config)
@@ -62,11 +66,34 @@ async def started_engine(config: ServeConfig) -> AsyncIterator[EnginePort]:
 
 def require_devices(config: ServeConfig) -> None:
     """Raises ConfigError if --num-gpus asks for more devices than there are, or does not divide the heads."""
-    if config.num_gpus == 1 and "WORLD_SIZE" not in os.environ:
+    if config.num_gpus == 1 and environment_value("WORLD_SIZE") is None:
         return
     from lingbot_rt.parallel.launch import require_ranks
 
     require_ranks(config)
+
+
+def require_folders(config: ServeConfig) -> None:
+    """Raises ConfigError if a configured folder can't be used. Creates those that are written."""
+    for name, mode, verb in (
+        ("first_frame_dir", os.R_OK | os.X_OK, "read"),
+        ("postprocess_model_dir", os.R_OK | os.X_OK, "read"),
+        ("record_dir", os.W_OK | os.X_OK, "written"),
+        ("compile_cache", os.W_OK | os.X_OK, "written"),
+    ):
+        folder = getattr(config, name)
+        if folder is None:
+            continue
+        if verb == "written" and not os.path.lexists(folder):
+            try:
+                Path(folder).mkdir(parents=True)
+            except OSError as error:
+                raise ConfigError(f"{flag(name)} {folder}: {reason_of(error)}", field=name) from None
+        if not os.path.isdir(folder):
+            found = "it is a file" if os.path.lexists(folder) else "it does not exist"
+            raise ConfigError(f"{flag(name)} {folder}: expected a folder, but {found}", field=name)
+        if not os.access(folder, mode):
+            raise ConfigError(f"{flag(name)} {folder}: the folder cannot be {verb}", field=name)
 
 
 class StartupBars:

@@ -10,15 +10,34 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
-from lingbot_rt.config import ENV_PREFIX, OUTPUT_FORMATS, ServeConfig, flag, load_config, parse_value, value_type
-from lingbot_rt.errors import ConfigError
-from lingbot_rt.shapes import FrameSize
+from lingbot_rt.commands.output import complain
+from lingbot_rt.config import (
+    ENV_PREFIX,
+    OUTPUT_FORMATS,
+    ServeConfig,
+    checked_value,
+    flag,
+    gather_settings,
+    parse_value,
+    unread_variables,
+    value_type,
+)
+from lingbot_rt.config_values import environment_value, path_value, text_value
+from lingbot_rt.errors import ConfigError, quoted, reason_of
+from lingbot_rt.shapes import SIZE_MULTIPLE, FrameSize
 
 GROUPS = ("model", "device", "server", "limits")
 DEFAULT_URL = "http://127.0.0.1:30000"
+KEY_VARIABLE = ENV_PREFIX + "API_KEY"
+FRAME_NAME = re.compile(r"frame_\d{5,}\.png")
+"""A file that a command wrote into the folder of --out."""
+
+_MEDIA_SUFFIXES = {".avi", ".gif", ".jpeg", ".jpg", ".m4v", ".mkv", ".mov", ".png", ".webm", ".webp"}
 
 
 def add_config_options(
@@ -61,8 +80,18 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def config_from(args: argparse.Namespace) -> ServeConfig:
-    """The configuration from flags, environment and --config. Raises ConfigError."""
-    return load_config(given_options(args), file=args.config)
+    """The configuration from flags, environment and --config. Raises ConfigError.
+
+    Names the variables with the project's prefix that nothing reads on standard error. Sets ``args.sources``: where
+    each field was set.
+    """
+    unread = unread_variables()
+    if unread:
+        named = (f"{name} (the nearest is {nearest})" if nearest else name for name, nearest in unread.items())
+        complain(f"warning: nothing reads {', '.join(named)}")
+    settings = gather_settings(given_options(args), file=args.config)
+    args.sources = {name: setting.source for name, setting in settings.items()}
+    return ServeConfig(**{name: setting.value for name, setting in settings.items()})
 
 
 def value_form(field: dataclasses.Field[Any]) -> str:
@@ -84,13 +113,18 @@ def describe(field: dataclasses.Field[Any]) -> str:
 def add_server_options(parser: argparse.ArgumentParser, *, default_url: str | None = DEFAULT_URL) -> None:
     """Adds --url and --api-key. Without ``default_url`` the command can also run in this process."""
     where = f"default: {default_url}" if default_url else "default: run in this process"
-    parser.add_argument("--url", default=default_url, help=f"URL of a running server ({where})")
+    parser.add_argument("--url", type=server_url, default=default_url, help=f"URL of a running server ({where})")
     parser.add_argument(
-        "--api-key",
-        default=os.environ.get(ENV_PREFIX + "API_KEY"),
-        metavar="TEXT",
-        help=f"API key of that server (default: the variable {ENV_PREFIX}API_KEY)",
+        "--api-key", metavar="TEXT", help=f"API key of that server (default: the variable {KEY_VARIABLE})"
     )
+
+
+def api_key_from(args: argparse.Namespace) -> str | None:
+    """The key of --api-key, else of the environment. Raises ConfigError for one that no client can send."""
+    field = next(field for field in dataclasses.fields(ServeConfig) if field.name == "api_key")
+    if args.api_key is not None:
+        return checked_value(field, args.api_key, source=flag("api_key"))
+    return checked_value(field, environment_value(KEY_VARIABLE, os.environ), source=KEY_VARIABLE)
 
 
 def add_client_options(parser: argparse.ArgumentParser) -> None:
@@ -120,48 +154,106 @@ def add_size_option(parser: argparse.ArgumentParser, default: FrameSize | None =
 
 def parse_init_fields(assignments: Sequence[str]) -> dict[str, Any]:
     """``fps=25`` -> {"fps": 25}. A value that is not JSON is taken as text. Raises ConfigError."""
-    fields = {}
+    fields: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
-        if not equals:
-            raise ConfigError(f"--init {assignment!r}: expected FIELD=VALUE", field="init")
+        name = name.strip()
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"--init {quoted(assignment)}: expected FIELD=VALUE", field="init")
         try:
             fields[name] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             fields[name] = text
     return fields
 
 
-def frame_size(text: str) -> FrameSize:
-    """For argparse: ``832x480``."""
-    try:
-        return FrameSize.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def argument(check: Callable[[str], Any]) -> Callable[[str], Any]:
+    """For argparse: its ``type`` from a function that raises ValueError. argparse would hide the message."""
+
+    def checked(text: str) -> Any:
+        try:
+            return check(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        except OSError as error:  # a path that the system does not take
+            raise argparse.ArgumentTypeError(f"{quoted(text)}: {reason_of(error)}") from None
+
+    return checked
 
 
-def positive_int(text: str) -> int:
-    """For argparse: a whole number from 1."""
-    if non_negative_int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return int(text)
+@argument
+def server_url(text: str) -> str:
+    """For argparse: the URL of a server."""
+    from lingbot_rt.client.address import ServerAddress
+
+    ServerAddress.parse(text)
+    return text
 
 
-def non_negative_int(text: str) -> int:
-    """For argparse: a whole number from 0."""
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number")
-    return int(text)
+frame_size = argument(FrameSize.parse)
+"""For argparse: ``832x480``."""
 
 
+def require_session_size(size: FrameSize | None) -> None:
+    """Raises ConfigError for a size that no session can have."""
+    from lingbot_rt.session.settings import MIN_SIDE
+
+    if size is not None and (not size.is_whole_tokens or min(size.width, size.height) < MIN_SIDE):
+        nearest = size.nearest_valid(MIN_SIDE, 2 * max(size.pixels, MIN_SIDE**2))
+        raise ConfigError(
+            f"--size {size}: expected multiples of {SIZE_MULTIPLE}, at least {MIN_SIDE} each; nearest valid {nearest}",
+            field="size",
+        )
+
+
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
+    """For argparse: a whole number from ``low`` to ``high``."""
+    expected = f"{low} or more" if high is None else f"{low} to {high}"
+
+    @argument
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError(f"{quoted(text)}: expected a whole number, {expected}") from None
+        if value < low or (high is not None and value > high):
+            raise ValueError(f"{quoted(text)}: expected {expected}")
+        return value
+
+    return parse
+
+
+positive_int = whole_number(1)
+non_negative_int = whole_number(0)
+
+
+@argument
 def rising_ints(text: str) -> tuple[int, ...]:
     """For argparse: ``1,2,4`` -> (1, 2, 4), each larger than the one before it."""
     counts = tuple(positive_int(part) for part in text.split(","))
     if list(counts) != sorted(set(counts)):
-        raise argparse.ArgumentTypeError(f"{text}: expected rising numbers, such as 1,2,4")
+        raise ValueError(f"{quoted(text)}: expected rising numbers, such as 1,2,4")
     return counts
 
 
+def real_number(low: float, high: float = math.inf) -> Callable[[str], float]:
+    """For argparse: a finite number from ``low`` to ``high``."""
+    expected = f"a number from {low:g}" + ("" if high == math.inf else f" to {high:g}")
+
+    @argument
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or math.isinf(value):
+            raise ValueError(f"{quoted(text)}: expected {expected}")
+        return value
+
+    return parse
+
+
+@argument
 def positive_float(text: str) -> float:
     """For argparse: a finite number above 0."""
     try:
@@ -169,5 +261,74 @@ def positive_float(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
+        raise ValueError(f"{quoted(text)}: expected a number above 0")
     return value
+
+
+plain_text = argument(text_value)
+"""For argparse: a text that is not empty and has no control characters."""
+
+path_text = argument(path_value)
+"""For argparse: a path with ``~`` expanded."""
+
+
+def require_existing(option: str, name: str | None, *, folder: bool = False) -> None:
+    """Raises ConfigError if the file or folder ``name``, given as ``option``, does not exist."""
+    if name is not None and not os.path.exists(name):
+        raise ConfigError(f"{option} {quoted(name)}: there is no such file or folder")
+    if folder and name is not None and not os.path.isdir(name):
+        raise ConfigError(f"{option} {quoted(name)}: expected a folder, but it is a file")
+
+
+@argument
+def output_folder(text: str) -> str:
+    """For argparse: a folder to write, which is made when the first file is written."""
+    folder = Path(path_value(text))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{quoted(str(folder))}: expected a folder, but it is a file")
+    _require_writable(folder)
+    return str(folder)
+
+
+@argument
+def output_file(text: str) -> str:
+    """For argparse: a file to write, in a folder that exists."""
+    file = Path(path_value(text))
+    if not file.parent.exists():
+        raise ValueError(f"{quoted(str(file))}: there is no folder {file.parent}")
+    return _file_to_write(file)
+
+
+@argument
+def output_frames(text: str) -> str:
+    """For argparse: where frames are saved, NAME.mp4 or a folder without frames."""
+    target = Path(path_value(text))
+    shown = quoted(str(target))
+    if target.suffix.lower() == ".mp4":
+        return _file_to_write(target)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{shown}: it is a file; expected a folder or a name ending in .mp4")
+    if target.suffix.lower() in _MEDIA_SUFFIXES and not target.exists():
+        raise ValueError(f"{shown}: cannot write {target.suffix}; expected a folder or a name ending in .mp4")
+    if target.is_dir() and any(FRAME_NAME.fullmatch(file.name) for file in target.iterdir()):
+        raise ValueError(f"{shown}: the folder has the frames of an earlier run; name another one, or remove them")
+    _require_writable(target)
+    return str(target)
+
+
+def _file_to_write(file: Path) -> str:
+    if file.is_dir():
+        raise ValueError(f"{quoted(str(file))}: expected the name of a file, but it is a folder")
+    _require_writable(file)
+    return str(file)
+
+
+def _require_writable(target: Path) -> None:
+    """Raises ValueError if ``target`` cannot be written, or made in the nearest folder above it that exists."""
+    above = target
+    while not os.path.lexists(above) and above != above.parent:
+        above = above.parent
+    if above != target and not above.is_dir():
+        raise ValueError(f"{quoted(str(target))}: {above} is a file, expected a folder")
+    if not os.access(above, os.W_OK):
+        raise ValueError(f"{quoted(str(target))}: {above} cannot be written")

@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from lingbot_rt.commands import FAILED
 from lingbot_rt.commands.local_engine import add_runner_options, open_runner
+from lingbot_rt.commands.options import output_frames, path_text, real_number, require_existing
+from lingbot_rt.commands.output import say
 
 if TYPE_CHECKING:
     from lingbot_rt.recording.record_file import SessionRecord
@@ -18,16 +20,17 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("record", metavar="RECORD", help="the session's folder under --record-dir")
+    parser.add_argument("record", type=path_text, metavar="RECORD", help="the session's folder under --record-dir")
     parser.add_argument(
         "--min-psnr",
-        type=float,
+        type=real_number(0),
         default=40.0,
         metavar="DB",
         help="lowest PSNR at which a chunk that is not exact still passes (default: 40)",
     )
     parser.add_argument(
         "--video",
+        type=output_frames,
         metavar="PATH",
         help="save NAME.mp4 or a folder of PNGs: the recorded last frame of each chunk beside the replayed frames",
     )
@@ -38,9 +41,10 @@ def run(args: argparse.Namespace) -> int:
     from lingbot_rt.recording.record_file import read_record
     from lingbot_rt.regression.replay import table
 
+    require_existing("RECORD", args.record)
     record = read_record(Path(args.record))
     verdicts = asyncio.run(_replay(args, record))
-    print(table(record, verdicts))
+    say(table(record, verdicts))
     return 0 if all(verdict.passes(args.min_psnr) for verdict in verdicts) else FAILED
 
 

@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 from PIL import Image
 
-from lingbot_rt.commands.options import add_size_option
-from lingbot_rt.errors import ConfigError
+from lingbot_rt.commands.options import (
+    add_size_option,
+    argument,
+    output_frames,
+    parse_init_fields,
+    path_text,
+    positive_int,
+    real_number,
+    whole_number,
+)
+from lingbot_rt.errors import ConfigError, RequestError, quoted, reason_of
 from lingbot_rt.session.controls import MAX_PENDING, TOKENS, Actions
+from lingbot_rt.session.messages import (
+    FPS_RANGE,
+    MAX_NUM_FRAMES,
+    MAX_PROMPT_CHARACTERS,
+    STEPS_RANGE,
+    Init,
+    decode,
+    shown,
+)
 from lingbot_rt.shapes import FrameSize
 
 DEFAULT_PROMPT = "A quiet street in soft morning light, stable camera motion."
@@ -26,7 +48,11 @@ _KEYS_STEP = re.compile(rf"([{''.join(TOKENS)}]+|-)(?:\*(\d{{1,6}}))?")
 def add_session_options(parser: argparse.ArgumentParser, *, default_out: str | None = None) -> None:
     """Without ``default_out`` the frames are saved only if --out is given."""
     parser.add_argument(
-        "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help="describes the world (default: a quiet street)"
+        "--prompt",
+        type=prompt_text,
+        default=DEFAULT_PROMPT,
+        metavar="TEXT",
+        help="describes the world (default: a quiet street)",
     )
     add_first_frame_option(parser)
     add_size_option(parser)
@@ -37,15 +63,32 @@ def add_session_options(parser: argparse.ArgumentParser, *, default_out: str | N
         help="comma-separated keys: w a s d move, i j k l look, - is no key; *N holds them for N latent frames "
         "(default: %(default)s)",
     )
-    parser.add_argument("--chunks", type=int, metavar="N", help="chunks to generate (default: as many as --keys fills)")
     parser.add_argument(
-        "--num-frames", type=int, default=9, metavar="N", help="pixel frames of the first chunk (default: 9)"
+        "--chunks", type=positive_int, metavar="N", help="chunks to generate (default: as many as --keys fills)"
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="denoise steps per chunk (default: the model's)")
-    parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of the noise (default: 42)")
-    parser.add_argument("--fps", type=float, default=16, metavar="N", help="playback rate in frames/s (default: 16)")
+    parser.add_argument(
+        "--num-frames",
+        type=whole_number(1, MAX_NUM_FRAMES),
+        default=9,
+        metavar="N",
+        help=f"pixel frames of the first chunk, 1 to {MAX_NUM_FRAMES} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps", type=whole_number(*STEPS_RANGE), metavar="N", help="denoise steps per chunk (default: the model's)"
+    )
+    parser.add_argument(
+        "--seed", type=whole_number(0, 2**63 - 1), default=42, metavar="N", help="seed of the noise (default: 42)"
+    )
+    parser.add_argument(
+        "--fps",
+        type=real_number(*FPS_RANGE),
+        default=16.0,
+        metavar="N",
+        help="playback rate in frames/s (default: 16)",
+    )
     parser.add_argument(
         "--out",
+        type=output_frames,
         default=default_out,
         metavar="PATH",
         help="save the frames: NAME.mp4 for a video, another name for a folder of PNGs "
@@ -55,8 +98,52 @@ def add_session_options(parser: argparse.ArgumentParser, *, default_out: str | N
 
 def add_first_frame_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--first-frame", metavar="FILE", help="picture that the session starts from (default: a preset of the page)"
+        "--first-frame",
+        type=path_text,
+        metavar="FILE",
+        help="picture that the session starts from (default: a preset of the page)",
     )
+
+
+@argument
+def prompt_text(text: str) -> str:
+    """For argparse: a prompt that a session takes."""
+    if not text.strip() or len(text) > MAX_PROMPT_CHARACTERS:
+        raise ValueError(f"{quoted(text)}: expected a sentence of 1 to {MAX_PROMPT_CHARACTERS} characters")
+    return text
+
+
+def checked_init(options: Mapping[str, Any], assignments: Sequence[str]) -> tuple[dict[str, Any], Init]:
+    """The fields of an init from the options and from --init, which wins; and the message that they give.
+
+    Raises ConfigError for what a server would refuse, and for a field that no init has.
+    """
+    extra = parse_init_fields(assignments)
+    for name in extra:
+        if name not in Init.__struct_fields__:
+            near = difflib.get_close_matches(name, Init.__struct_fields__, n=1)
+            hint = f"the nearest is {near[0]}" if near else "docs/wire.md lists the fields"
+            raise ConfigError(f"--init {quoted(name)}: an init has no such field; {hint}", field="init")
+    picture = extra.get("first_frame", "data:")
+    if not (isinstance(picture, str) and picture.startswith(("data:", "http://", "https://"))):
+        raise ConfigError(
+            "--init first_frame: expected a data: or http(s) URL; --first-frame reads a file", field="init"
+        )
+    for name, value in extra.items():
+        try:
+            msgspec.msgpack.encode(value)
+        except (OverflowError, UnicodeEncodeError, RecursionError):
+            raise ConfigError(
+                f"--init {name}: {shown(value)}: expected numbers of 64 bits and valid Unicode", field="init"
+            ) from None
+    fields = {name: value for name, value in options.items() if value is not None} | extra
+    try:
+        message = decode(msgspec.msgpack.encode(fields | {"type": "init"}))
+    except RequestError as error:
+        where = f"--init {error.field}" if error.field in extra else str(error.field)
+        raise ConfigError(f"{where}: {error}", field="init") from None
+    assert isinstance(message, Init)
+    return fields, message
 
 
 def parse_keys(text: str) -> Actions:
@@ -66,7 +153,7 @@ def parse_keys(text: str) -> Actions:
         match = _KEYS_STEP.fullmatch(step.strip())
         if match is None:
             raise ConfigError(
-                f'--keys {step!r}: expected keys of {" ".join(TOKENS)} and a count, such as "w*6,l*3,wa*4,-*2"',
+                f'--keys {quoted(step)}: expected keys of {" ".join(TOKENS)} and a count, such as "w*6,l*3,wa*4,-*2"',
                 field="keys",
             )
         keys = () if match[1] == "-" else tuple(dict.fromkeys(match[1]))
@@ -100,7 +187,7 @@ def first_frame_bytes(path: str | None, size: FrameSize) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise ConfigError(f"--first-frame {path}: {error.strerror}", field="first_frame") from None
+        raise ConfigError(f"--first-frame {path}: {reason_of(error)}", field="first_frame") from None
 
 
 def procedural_scene(size: FrameSize) -> bytes:

@@ -15,6 +15,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from lingbot_rt.config_values import environment_value
+
 VARIABLE = "GLOO_SOCKET_IFNAME"
 
 _SIOCGIFADDR = 0x8915
@@ -31,7 +33,7 @@ def choose_interface(store: dist.Store, rank: int, world: int, master: str, time
     store.set(f"address/{rank}", own)
     keys = [f"address/{other}" for other in range(world)]
     store.wait(keys, timeout)
-    if VARIABLE in os.environ:
+    if environment_value(VARIABLE) is not None:
         return
     if is_loopback(own):
         # The store is on this host. Take the way back to a rank of another host.

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from lingbot_rt.config import ServeConfig
+from lingbot_rt.config_values import environment_value
 from lingbot_rt.errors import ConfigError
 from lingbot_rt.models.checkpoint import open_checkpoint
 from lingbot_rt.parallel.groups import RankGroup
@@ -45,12 +46,12 @@ class RankInfo:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> RankInfo | None:
         """None when no launcher, torchrun or rank 0, started this process."""
-        if "RANK" not in environment or "MASTER_PORT" not in environment:
+        if environment_value("RANK", environment) is None or environment_value("MASTER_PORT", environment) is None:
             return None
         return cls(
             rank=int(environment["RANK"]),
             world=int(environment["WORLD_SIZE"]),
-            local_rank=int(environment.get("LOCAL_RANK", environment["RANK"])),
+            local_rank=int(environment_value("LOCAL_RANK", environment) or environment["RANK"]),
             address=environment["MASTER_ADDR"],
             port=int(environment["MASTER_PORT"]),
             run_id=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
@@ -107,7 +108,7 @@ def require_ranks(config: ServeConfig, heads: int | None = None) -> None:
         )
     if config.num_gpus == 1:
         return
-    local = config.num_gpus if info is None else int(os.environ.get("LOCAL_WORLD_SIZE", info.world))
+    local = config.num_gpus if info is None else int(environment_value("LOCAL_WORLD_SIZE") or info.world)
     found = torch.cuda.device_count()
     if uses_cuda(config) and found < local:
         raise ConfigError(
@@ -130,7 +131,7 @@ def open_local_store(world: int, timeout_s: float) -> tuple[RankInfo, dist.Store
     """On rank 0, outside torchrun: a store on the loopback interface, at a free port."""
     # All traffic between the ranks stays on this host: the store's and gloo's own.
     if sys.platform == "linux":
-        os.environ.setdefault(VARIABLE, "lo")
+        os.environ[VARIABLE] = environment_value(VARIABLE) or "lo"
     with socket.create_server((LOOPBACK, 0)) as listener:
         port = listener.getsockname()[1]
         server = dist.TCPStore(

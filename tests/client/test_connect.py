@@ -12,7 +12,15 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
-from lingbot_rt.client import ConnectFailed, EventRefused, InitRefused, ServerBusy, SessionLost, connect
+from lingbot_rt.client import (
+    ConnectFailed,
+    EventRefused,
+    InitRefused,
+    KeyRefused,
+    ServerBusy,
+    SessionLost,
+    connect,
+)
 
 pack = msgspec.msgpack.encode
 unpack = msgspec.msgpack.decode
@@ -89,6 +97,7 @@ async def test_async_session():
         ("another realtime session is already active", 1008, ServerBusy),
         ("invalid generate request: size: no", 1008, InitRefused),
         ("the server is shutting down", 1001, SessionLost),
+        ("a valid API key is needed", 1008, KeyRefused),
     ],
 )
 def test_refusals_and_losses(content, code, kind):
@@ -101,6 +110,23 @@ def test_refusals_and_losses(content, code, kind):
 
     with serving(script) as url, connect(url, **INIT) as world, pytest.raises(kind, match=content):
         next(world)
+
+
+async def test_a_refusal_before_the_init_is_read():
+    """A server that refuses at once may close before the init is sent. The first iteration raises its error."""
+
+    def script(connection: ServerConnection) -> None:
+        connection.send(pack({"type": "error", "content": "no", "code": "unauthorized"}))
+        connection.close(1008, "unauthorized")
+
+    init = INIT | {"first_frame": bytes(8_000_000)}  # too large for the buffers of a socket
+    with serving(script, max_size=None) as url:
+        with connect(url, **init) as world, pytest.raises(KeyRefused) as caught:
+            next(world)
+        assert not caught.value.reconnectable
+        async with connect(url, **init) as world:
+            with pytest.raises(KeyRefused):
+                await anext(world)
 
 
 def test_a_refused_event_leaves_the_session_alive():

@@ -121,3 +121,26 @@ def test_broken_batches_are_named(fields, payload):
     """A payload that does not fit its header raises ProtocolError, and no other exception."""
     with pytest.raises(ProtocolError):
         FrameDecoder().decode(fields, payload)
+
+
+@pytest.mark.parametrize(
+    ("changes", "payload", "named"),
+    [
+        ({"num_frames": "1"}, bytes(6), "num_frames '1'"),
+        ({"height": -1}, bytes(6), "height -1"),
+        ({"width": None}, bytes(6), "width None"),
+        ({"event_id": "x"}, bytes(6), "event_id 'x'"),
+        ({"content_type": "text/html"}, bytes(6), "content_type 'text/html'"),
+        ({"content_type": "image/webp", "payload_lengths": [6]}, b"<html>", "no valid image/webp"),
+        ({"content_type": "image/webp", "payload_lengths": "6"}, b"<html>", "payload_lengths '6'"),
+        ({"content_type": "application/x-raw-rgb-delta-gzip", "width": 2**62}, b"x", "damaged"),
+        ({}, None, "payload of type NoneType"),
+    ],
+)
+def test_a_wrong_batch_names_its_field(changes, payload, named):
+    """The field and its value, and no object of this program."""
+    header = {"chunk_index": 0, "content_type": "application/x-raw-rgb", "num_frames": 1, "height": 1, "width": 2}
+    with pytest.raises(ProtocolError) as caught:
+        FrameDecoder().decode(header | changes, payload)
+    assert named in str(caught.value)
+    assert "object at" not in str(caught.value)

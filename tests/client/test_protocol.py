@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lingbot_rt.client.protocol import BaseSession, ClientProtocol, init_message, websocket_url
+from lingbot_rt.client.protocol import BaseSession, ClientProtocol, init_message
 from lingbot_rt.errors import (
     ClientError,
     EventRefused,
     InitRefused,
+    KeyRefused,
+    MessageRefused,
     ProtocolError,
     ServerBusy,
     ServerNotReady,
@@ -95,22 +97,26 @@ def test_recorded_stats_and_error(golden):
         protocol.receive(base64.b64decode(record["error"]["msgpack_b64"]))
 
 
-def test_overhead():
-    """Chunk time minus DiT and VAE time."""
+STATS = {"type": "chunk_stats", "chunk_index": 0, "num_frames": 9, "chunk_total_ms": 100}
+
+
+@pytest.mark.parametrize(("vae_ms", "overhead_ms", "overlaps"), [(20, 10, False), (30, 0, False), (40.5, 0, True)])
+def test_overhead(vae_ms, overhead_ms, overlaps):
+    """Chunk time minus DiT and VAE time, never negative: the two may run at the same time."""
     protocol = ClientProtocol()
-    protocol.receive(
-        pack(
-            {
-                "type": "chunk_stats",
-                "chunk_index": 0,
-                "num_frames": 9,
-                "chunk_total_ms": 100,
-                "dit_ms": 70,
-                "vae_ms": 20,
-            }
-        )
-    )
-    assert protocol.stats[0].overhead_ms == 10
+    protocol.receive(pack(STATS | {"dit_ms": 70, "vae_ms": vae_ms}))
+    assert protocol.stats[0].overhead_ms == overhead_ms
+    assert protocol.stats[0].overlaps is overlaps
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"chunk_total_ms": "5"}, "chunk_total_ms"), ({"num_frames": None}, "num_frames"), ({"dit_ms": []}, "dit_ms")],
+)
+def test_wrong_statistics_are_named(changes, named):
+    """Statistics of a wrong type are refused when they come, not when they are printed."""
+    with pytest.raises(ProtocolError, match=named):
+        ClientProtocol().receive(pack(STATS | changes))
 
 
 @pytest.mark.parametrize(
@@ -120,6 +126,8 @@ def test_overhead():
         ("the server is not ready: warming up 10 %; try again", ServerNotReady, True),
         ("invalid generate request: size: no", InitRefused, False),
         ("invalid event: unknown action", EventRefused, False),
+        ("a valid API key is needed: ...", KeyRefused, False),
+        ("the message is larger than 1 MiB", MessageRefused, False),
     ],
 )
 def test_error_messages_have_classes(content, kind, reconnectable):
@@ -191,18 +199,3 @@ def test_init_message(tmp_path):
     message = msgspec.msgpack.decode(init_message("p", "data:image/png;base64,AA==", script=None))
     assert message["first_frame"].startswith("data:")
     assert "condition_inputs" not in message
-
-
-@pytest.mark.parametrize(
-    ("url", "endpoint"),
-    [
-        ("127.0.0.1:30000", "ws://127.0.0.1:30000/v1/realtime_video/generate"),
-        ("http://host:1/", "ws://host:1/v1/realtime_video/generate"),
-        ("https://host", "wss://host/v1/realtime_video/generate"),
-        ("ws://host/v1/realtime_video/generate", "ws://host/v1/realtime_video/generate"),
-        ("ws://host/elsewhere", "ws://host/elsewhere"),
-    ],
-)
-def test_urls(url, endpoint):
-    """A server's address is enough. A URL with a path stays as it is."""
-    assert websocket_url(url) == endpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,9 @@ import pytest
 from PIL import Image
 
 from lingbot_rt.cli import main
+from lingbot_rt.client import connect
+from lingbot_rt.commands.session_options import procedural_scene
+from lingbot_rt.shapes import FrameSize
 from tests.e2e.served import Server, running
 
 SESSION = ["--size", "64x64", "--keys", "w*4,a*2", "--seed", "7"]
@@ -51,6 +55,49 @@ def test_a_live_session_measures_key_to_frame(server: Server, kind, capsys):
 
 
 def test_a_refused_init_is_one_line_and_code_2(server: Server, capsys):
-    """The client prints the server's message."""
+    """The client prints the server's message, or its own where it can tell without asking."""
     assert main(["client", "--url", server.http, "--size", "65x64"]) == 2
     assert "nearest valid 64x64" in capsys.readouterr().err
+    assert main(["client", "--url", server.http, "--size", "64x64", "--init", "model=other"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model: 'other' is not served here" in line
+
+
+def test_the_address_of_the_http_api_and_a_proxy_variable(server: Server, capsys, monkeypatch):
+    """A URL that ends in /v1 reaches the session, and a proxy variable does not concern this machine."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    assert main(["client", "--url", f"{server.http}/v1", "--keys", "w", "--size", "64x64"]) == 0
+    assert "9 frames in 1 chunks" in capsys.readouterr().out
+    assert main(["client", "--url", server.http, "--keys", "w"]) == 0
+    assert "9 frames in 1 chunks" in capsys.readouterr().out
+
+
+def test_a_second_walk_into_the_same_folder(server: Server, tmp_path, capsys):
+    """It is refused before it begins, and the first walk stays."""
+    words = ["client", "--url", server.http, "--size", "64x64", "--out", str(tmp_path)]
+    assert main([*words, "--keys", "w*9"]) == 0
+    assert len(pictures(tmp_path)) == 33
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--keys", "w"])
+    assert end.value.code == 2
+    assert "--out" in capsys.readouterr().err
+    assert len(pictures(tmp_path)) == 33
+
+
+def test_no_share_of_a_chunk_is_negative(server: Server, capsys):
+    """The parts of a chunk add up to it, or the line says that they overlap."""
+    with connect(
+        server.http, prompt="A street.", first_frame=procedural_scene(FrameSize(64, 64)), size="64x64", max_chunks=4
+    ) as world:
+        for _ in world:
+            pass
+    assert len(world.stats) == 4
+    assert all(chunk.overhead_ms is not None and chunk.overhead_ms >= 0 for chunk in world.stats)
+    assert main(["client", "--url", server.http, "--keys", "w", "--size", "64x64"]) == 0
+    out = capsys.readouterr().out
+    total, dit, vae, overhead = (
+        int(re.search(rf"{name} +(-?\d+) ms", out)[1]) for name in ("p50", "DiT", "VAE", "overhead")
+    )
+    assert overhead >= 0
+    assert "overlap" in out or dit + vae + overhead == total
