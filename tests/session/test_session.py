@@ -56,6 +56,29 @@ def test_defaults_are_the_protocols_and_the_models():
     assert settings.output.name == "delta-gzip"
 
 
+@pytest.mark.parametrize(
+    ("fields", "limit"),
+    [
+        ({"size": "4160x64", "enable_upscaling": True}, "16383"),
+        ({"size": "16400x64"}, "16383"),
+        ({"size": "65520x64", "realtime_output_format": "jpeg"}, "65500"),
+        ({"size": "4160x64", "enable_upscaling": True, "upscaling_scale": 3}, None),
+        ({"size": "4160x64", "enable_upscaling": True, "realtime_preview_max_width": 8192}, None),
+        ({"size": "4160x64", "enable_upscaling": True, "realtime_output_format": "raw"}, None),
+    ],
+)
+def test_pictures_larger_than_their_format_are_refused(fields, limit):
+    """The session would break with its first frame. The limit is that of the format and of the picture that is sent."""
+    init = msgspec.structs.replace(INIT, **{"realtime_output_format": "webp"} | fields)
+    config = ServeConfig(max_pixels=4096 * 4096)
+    if limit is None:
+        assert resolve(init, CARD, config).size == FrameSize(4160, 64)
+        return
+    with pytest.raises(InvalidInit, match=limit) as refused:
+        resolve(init, CARD, config)
+    assert refused.value.field == "size"
+
+
 def test_the_operator_chooses_the_default_transport():
     """--default-output-format holds where an init names none, and only there."""
     config = ServeConfig(default_output_format="webp")
