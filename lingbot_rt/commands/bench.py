@@ -364,7 +364,7 @@ def _serve(args: argparse.Namespace) -> int:
     from lingbot_rt.bench.figures import write_json
     from lingbot_rt.bench.serve import SessionSpec, as_text, model_facts, run_session, serve_report
     from lingbot_rt.commands.client import served_size
-    from lingbot_rt.commands.session_options import DEFAULT_PROMPT, checked_init, first_frame_bytes
+    from lingbot_rt.commands.session_options import DEFAULT_PROMPT, checked_init, first_frame_bytes, init_fields
 
     api_key = api_key_from(args)
     options = {
@@ -373,10 +373,11 @@ def _serve(args: argparse.Namespace) -> int:
         "max_chunks": args.chunks,
         "realtime_output_format": args.format,
     }
-    checked_init(options | {"first_frame": b""}, args.init)
+    extra = init_fields(args.init)
+    checked_init(options | {"first_frame": b""}, extra)
     size = args.size or served_size(args.url, api_key)
     options |= {"first_frame": first_frame_bytes(args.first_frame, size), "size": str(size)}
-    init, _ = checked_init(options, args.init)
+    init, _ = checked_init(options, extra)
     spec = SessionSpec(
         url=args.url,
         api_key=api_key,

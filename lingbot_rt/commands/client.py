@@ -24,6 +24,7 @@ from lingbot_rt.commands.session_options import (
     checked_init,
     chunks_for,
     first_frame_bytes,
+    init_fields,
     parse_keys,
     parse_script,
 )
@@ -64,11 +65,12 @@ def run(args: argparse.Namespace) -> int:
         "output_compression": args.quality,
         "condition_inputs": {"camera_actions": [[]] if args.live else actions},
     }
+    extra = init_fields(args.init)
     # Checked once before anything is sent. The picture may be drawn in the size that the server reports.
-    checked_init(options | {"first_frame": b""}, args.init)
+    checked_init(options | {"first_frame": b""}, extra)
     size = args.size or served_size(args.url, api_key)
     options |= {"first_frame": first_frame_bytes(args.first_frame, size), "size": str(size)}
-    fields, init = checked_init(options, args.init)
+    fields, init = checked_init(options, extra)
     rate = 2**init.frame_interpolation_exp if init.enable_frame_interpolation else 1
     fps = init.fps * rate
 

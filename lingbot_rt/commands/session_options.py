@@ -24,6 +24,7 @@ from lingbot_rt.commands.options import (
     real_number,
     whole_number,
 )
+from lingbot_rt.commands.output import complain
 from lingbot_rt.errors import ConfigError, RequestError, quoted, reason_of
 from lingbot_rt.session.controls import MAX_PENDING, TOKENS, Actions
 from lingbot_rt.session.messages import (
@@ -43,6 +44,9 @@ DEFAULT_KEYS = "w*12,l*6,w*6"
 _PACKAGE = Path(__file__).resolve().parents[1]
 _PRESET_FOLDERS = (_PACKAGE / "webui" / "presets", _PACKAGE.parent / "webui" / "presets")  # in a wheel, in a checkout
 _KEYS_STEP = re.compile(rf"([{''.join(TOKENS)}]+|-)(?:\*(\d{{1,6}}))?")
+
+
+_NO_FIELDS = ("type", "script", "url", "api_key", "self")  # of every message, and arguments of the client's ``connect``
 
 
 def add_session_options(parser: argparse.ArgumentParser, *, default_out: str | None = None) -> None:
@@ -113,17 +117,19 @@ def prompt_text(text: str) -> str:
     return text
 
 
-def checked_init(options: Mapping[str, Any], assignments: Sequence[str]) -> tuple[dict[str, Any], Init]:
-    """The fields of an init from the options and from --init, which wins; and the message that they give.
+def init_fields(assignments: Sequence[str]) -> dict[str, Any]:
+    """The fields that --init sets. Raises ConfigError for what is no field.
 
-    Raises ConfigError for what a server would refuse, and for a field that no init has.
+    A server of another version may have more fields, so one that is not known here is sent, with a warning.
     """
     extra = parse_init_fields(assignments)
     for name in extra:
+        if name in _NO_FIELDS:
+            raise ConfigError(f"--init {quoted(name)}: an init has no such field", field="init")
         if name not in Init.__struct_fields__:
             near = difflib.get_close_matches(name, Init.__struct_fields__, n=1)
-            hint = f"the nearest is {near[0]}" if near else "docs/wire.md lists the fields"
-            raise ConfigError(f"--init {quoted(name)}: an init has no such field; {hint}", field="init")
+            hint = f"; the nearest is {near[0]}" if near else ""
+            complain(f"warning: --init {quoted(name)}: this version has no such field{hint}")
     picture = extra.get("first_frame", "data:")
     if not (isinstance(picture, str) and picture.startswith(("data:", "http://", "https://"))):
         raise ConfigError(
@@ -136,7 +142,15 @@ def checked_init(options: Mapping[str, Any], assignments: Sequence[str]) -> tupl
             raise ConfigError(
                 f"--init {name}: {shown(value)}: expected numbers of 64 bits and valid Unicode", field="init"
             ) from None
-    fields = {name: value for name, value in options.items() if value is not None} | extra
+    return extra
+
+
+def checked_init(options: Mapping[str, Any], extra: Mapping[str, Any]) -> tuple[dict[str, Any], Init]:
+    """The fields of an init from the options and from ``init_fields``, which win; and the message that they give.
+
+    Raises ConfigError for what a server would refuse.
+    """
+    fields = {name: value for name, value in options.items() if value is not None} | dict(extra)
     try:
         message = decode(msgspec.msgpack.encode(fields | {"type": "init"}))
     except RequestError as error:
