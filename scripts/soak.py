@@ -37,7 +37,8 @@ import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
-from lingbot_rt.client.protocol import init_message, websocket_url
+from lingbot_rt.client.address import ServerAddress
+from lingbot_rt.client.protocol import init_message
 
 START_LIMIT_S = 300
 IDLE_LIMIT_S = 60  # for the server to come to rest after the last client
@@ -154,7 +155,7 @@ class Client:
         self._rng = random.Random(seed)
         noise = np.random.default_rng(seed)
         self._picture = noise.integers(0, 255, (96, 160, 3), dtype=np.uint8)
-        self._url = websocket_url(server.url)
+        self._url = ServerAddress.parse(server.url).socket_url
 
     async def run(self) -> None:
         tempers = (
