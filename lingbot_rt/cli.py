@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ReaderGone:
         return READER_GONE
     except LingbotError as error:
-        complain(error.wire_content + _set_by(args, error))
+        complain(error.described + _set_by(args, error))
         return exit_code(error)
     except OSError as error:
         if error.filename is None:
@@ -68,4 +68,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _set_by(args: argparse.Namespace, error: LingbotError) -> str:
     """Where the value of the error's option was set, unless the message says so already."""
     source = getattr(args, "sources", {}).get(error.field, "")
-    return f" (set by {source})" if source and source not in error.wire_content else ""
+    return f" (set by {source})" if source and source not in error.described else ""

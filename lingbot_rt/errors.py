@@ -53,9 +53,14 @@ class LingbotError(Exception):
         self.field = field
 
     @property
-    def wire_content(self) -> str:
-        """The ``content`` of the error message that a client gets."""
+    def described(self) -> str:
+        """The line that a command prints: what failed as a whole, then ``str(error)``."""
         return str(self)
+
+    @property
+    def wire_content(self) -> str:
+        """The ``content`` of the error message that a client gets. It names no path of the server."""
+        return self.described
 
 
 class ConfigError(LingbotError):
@@ -63,7 +68,7 @@ class ConfigError(LingbotError):
 
     @property
     def wire_content(self) -> str:
-        return public_text(str(self))
+        return public_text(self.described)
 
 
 class CheckpointError(LingbotError):
@@ -71,7 +76,7 @@ class CheckpointError(LingbotError):
 
     @property
     def wire_content(self) -> str:
-        return public_text(str(self))
+        return public_text(self.described)
 
 
 class RequestError(LingbotError):
@@ -80,7 +85,7 @@ class RequestError(LingbotError):
     subject = "invalid message"
 
     @property
-    def wire_content(self) -> str:
+    def described(self) -> str:
         return f"{self.subject}: {self.field}: {self}" if self.field else f"{self.subject}: {self}"
 
 
@@ -110,7 +115,7 @@ class CapacityError(LingbotError):
     code = "capacity"
 
     @property
-    def wire_content(self) -> str:
+    def described(self) -> str:
         return f"invalid generate request: {self}"
 
 
@@ -126,8 +131,12 @@ class EngineFailed(LingbotError):
     code = "engine_failed"
 
     @property
+    def described(self) -> str:
+        return f"error during generate loop: {self}"
+
+    @property
     def wire_content(self) -> str:
-        return f"error during generate loop: {public_text(str(self))}"
+        return public_text(self.described)
 
 
 class PeerLost(EngineFailed):
@@ -151,7 +160,7 @@ class NotReady(LingbotError):
 
     @property
     def wire_content(self) -> str:
-        return public_text(str(self))
+        return public_text(self.described)
 
 
 class Unauthorized(LingbotError):

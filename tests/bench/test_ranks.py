@@ -8,7 +8,7 @@ import pytest
 
 from lingbot_rt.cli import main
 
-SMALL = "--model builtin --device cpu --size 80x48 --steps 2"
+SMALL = "--model builtin --device cpu --size 80x80 --steps 2"
 
 
 def test_strong_scaling_in_one_call(tmp_path, capsys):
@@ -35,20 +35,20 @@ def test_strong_scaling_in_one_call(tmp_path, capsys):
 
 
 def test_collectives(tmp_path, capsys):
-    """Time, bytes and number of each collective of a chunk: 45 tokens of 4 heads of 64 in 8 layers on two ranks."""
+    """Time, bytes and number of each collective of a chunk: 75 tokens of 4 heads of 64 in 8 layers on two ranks."""
     figures = tmp_path / "collectives.json"
     line = f"bench collectives {SMALL} --num-gpus 2 --repeats 2 --chunk-ms 1000 --json {figures}"
     assert main(line.split()) == 0
     written = json.loads(figures.read_text())
     packed, attended, flow, halos, pixels = written["exchanges"]
-    # Rank 0 has 23 of the tokens and half of the heads, in float32.
-    assert packed["moved_mb"] == pytest.approx(23 * 3 * 2 * 64 * 4 / 1e6)
-    assert attended["moved_mb"] == pytest.approx(23 * 2 * 64 * 4 / 1e6)
-    assert flow["moved_mb"] == pytest.approx(23 * 16 * 4 * 4 / 1e6)
+    # Rank 0 has 38 of the tokens and half of the heads, in float32.
+    assert packed["moved_mb"] == pytest.approx(38 * 3 * 2 * 64 * 4 / 1e6)
+    assert attended["moved_mb"] == pytest.approx(38 * 2 * 64 * 4 / 1e6)
+    assert flow["moved_mb"] == pytest.approx(38 * 16 * 4 * 4 / 1e6)
     assert [one["calls"] for one in written["exchanges"]] == [8 * 3, 8 * 3 - 1, 2, 3, 3]
     assert halos["moved_mb"] > 0
     # Half of the four pixel frames of a latent frame, float32.
-    assert pixels["moved_mb"] == pytest.approx(40 * 48 * 3 * 4 * 4 / 1e6)
+    assert pixels["moved_mb"] == pytest.approx(40 * 80 * 3 * 4 * 4 / 1e6)
     assert all(one["ms"] > 0 for one in written["exchanges"])
     assert written["total_ms"] == pytest.approx(sum(one["ms"] * one["calls"] for one in written["exchanges"]))
     assert f"{written['total_ms'] / 10:.1f} %" in capsys.readouterr().out

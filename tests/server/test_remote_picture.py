@@ -297,7 +297,7 @@ def test_the_request_is_an_ordinary_clients(names, secure):
     assert lines[0] == "GET /a%20b/%C3%BC%20c.png?q=%C3%A4&r=%41 HTTP/1.1"
     headers = dict(line.split(": ", 1) for line in lines[1:] if line)
     assert headers["Host"] == f"{HOST}:{port}"
-    assert re.fullmatch(rf"lingbot-rt/{re.escape(lingbot_rt.__version__)} \(.*https?://\S+\)", headers["User-Agent"])
+    assert re.fullmatch(rf"lingbot-rt/{re.escape(lingbot_rt.__version__)} \(.*\blingbot-rt\)", headers["User-Agent"])
     assert "Authorization" not in headers
 
 
