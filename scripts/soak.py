@@ -356,7 +356,9 @@ def main() -> int:
     slope = slope_mb_per_hour(found.memory)
     wrong = list(dict.fromkeys(found.wrong))
     wrong += [
-        f"{name}: {before[name]} before, {after[name]} after" for name in before if after[name] > before[name] + 2
+        f"{name}: {before[name]} before, {after[name]} after"
+        for name in before
+        if after[name] > before[name] + TOLERANCE
     ]
     if slope > args.memory_slope:
         wrong.append(f"memory grows by {slope:.1f} MB an hour")
