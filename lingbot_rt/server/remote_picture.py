@@ -152,13 +152,12 @@ def _connect(addresses: list[Address], port: int, deadline: float) -> socket.soc
 
 
 def _secured(link: socket.socket, host: str, deadline: float) -> ssl.SSLSocket:
-    secured = _tls().wrap_socket(link, server_hostname=host, do_handshake_on_connect=False)
-    try:
+    with ExitStack() as after_failure:
+        secured = _tls().wrap_socket(link, server_hostname=host, do_handshake_on_connect=False)
+        after_failure.callback(secured.close)  # ``link`` is detached, so nobody else would
         secured.settimeout(_left(deadline))
         secured.do_handshake()
-    except BaseException:
-        secured.close()  # ``link`` is detached, so nobody else would
-        raise
+        after_failure.pop_all()
     return secured
 
 

@@ -12,7 +12,7 @@ WARM_UP_CALLS = 3
 
 
 class Captured:
-    """A function without arguments. On CUDA the second call captures it as a graph; later calls replay that.
+    """A function without arguments. On CUDA the first call captures it as a graph, and every call replays that.
 
     The function must read its inputs from tensors that stay where they are, have no result that depends on the host,
     and set ``.grad`` to None before a backward pass. Its results are overwritten by the next call. On other devices it

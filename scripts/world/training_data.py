@@ -134,12 +134,6 @@ class TrajectoryDataset:
             weight=indices.weight,
         )
 
-    def sample(
-        self, rng: np.random.Generator, count: int, num_chunks: int, *, from_start: bool = False
-    ) -> TrajectoryBatch:
-        """``draw``, then ``gather``."""
-        return self.gather(self.draw(rng, count, num_chunks, from_start=from_start).to(self._latents.device))
-
     def _conditions(self, trajectory_B: Tensor, view_B: Tensor, num_chunks: int) -> Tensor:
         first = self._first[trajectory_B, view_B].float()[:, None]
         later = self._later[trajectory_B, view_B].float()[:, None].expand(-1, num_chunks - 1, -1, -1, -1, -1)

@@ -111,7 +111,7 @@ def test_samples_of_the_dataset(tmp_path):
             return torch.full((1, 2, 3), float(len(prompt)))
 
     dataset = TrajectoryDataset(tmp_path, Words(), CPU, seed=0)  # type: ignore[arg-type]
-    batch = dataset.sample(np.random.default_rng(0), 40, num_chunks)
+    batch = dataset.gather(dataset.draw(np.random.default_rng(0), 40, num_chunks))
     assert batch.poses.shape == (40, num_chunks, 3, 4, 4)
     code = batch.latents[:, :, 0, :, 0, 0]
     assert torch.equal(code, code[..., :1] + torch.arange(3))
