@@ -18,7 +18,7 @@ from PIL import Image
 
 from lingbot_rt.errors import InvalidFirstFrame
 from lingbot_rt.server.daemon_pool import DaemonPool
-from lingbot_rt.server.picture_files import (
+from lingbot_rt.server.pictures.files import (
     LARGE_PIXELS,
     MAX_DECODED_PIXELS,
     PictureFile,
@@ -26,9 +26,9 @@ from lingbot_rt.server.picture_files import (
     damaged,
     read_picture_file,
 )
-from lingbot_rt.server.picture_kinds import formats as _formats
-from lingbot_rt.server.picture_metadata import ORIENTATION
-from lingbot_rt.server.picture_source import read_source
+from lingbot_rt.server.pictures.kinds import formats as _formats
+from lingbot_rt.server.pictures.metadata import ORIENTATION
+from lingbot_rt.server.pictures.source import read_source
 from lingbot_rt.shapes import FrameSize
 
 __all__ = ["MAX_DECODED_PIXELS", "decode_picture", "load_first_frame"]

@@ -15,9 +15,10 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 
 from lingbot_rt.errors import InvalidInit
-from lingbot_rt.server import first_frame, picture_files
+from lingbot_rt.server import first_frame
 from lingbot_rt.server.first_frame import decode_picture, load_first_frame
-from lingbot_rt.server.picture_files import read_picture_file
+from lingbot_rt.server.pictures import files
+from lingbot_rt.server.pictures.files import read_picture_file
 from lingbot_rt.shapes import FrameSize
 from tests.server.pictures import (
     IMAGE,
@@ -414,7 +415,7 @@ def test_large_pictures_are_reduced_before_the_resize(kind, orientation, monkeyp
 
 async def test_an_ordinary_picture_does_not_wait_for_large_ones(monkeypatch):
     """While a large picture is in work and more wait, ordinary ones are decoded; large ones come one at a time."""
-    monkeypatch.setattr(picture_files, "LARGE_PIXELS", 10_000)
+    monkeypatch.setattr(files, "LARGE_PIXELS", 10_000)
     large = saved(Image.new("RGB", (128, 128)))
     release, at_work, most = threading.Event(), [], []
     decode = first_frame._decode

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lingbot_rt.errors import InvalidInit
-from lingbot_rt.server import picture_kinds, picture_source
-from lingbot_rt.server.data_url import percent_decoded, read_data_url
 from lingbot_rt.server.first_frame import decode_picture, load_first_frame
+from lingbot_rt.server.pictures import kinds, source
+from lingbot_rt.server.pictures.data_url import percent_decoded, read_data_url
 from tests.server.pictures import IMAGE, QUARTERS, SIZE, png, riff, saved
 
 PNG = png()
@@ -120,7 +120,7 @@ def test_percent_escapes_at_every_border(parts, block):
             expected.append(text[at])
             at += 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lingbot_rt.server.data_url._BLOCK_BYTES", block)
+        patch.setattr("lingbot_rt.server.pictures.data_url._BLOCK_BYTES", block)
         assert percent_decoded(text) == expected
 
 
@@ -203,13 +203,13 @@ async def test_the_reason_of_an_unreadable_file_is_told_without_the_servers_path
 async def test_a_folder_that_hangs_delays_only_paths(tmp_path, monkeypatch):
     """Reads of the folder wait in threads of their own."""
     release = threading.Event()
-    read = picture_source._read_path
+    read = source._read_path
 
     def hang(*args):
         release.wait()
         return read(*args)
 
-    monkeypatch.setattr(picture_source, "_read_path", hang)
+    monkeypatch.setattr(source, "_read_path", hang)
     (tmp_path / "a.png").write_bytes(PNG)
     waiting = [asyncio.create_task(load("a.png", folder=str(tmp_path))) for _ in range(6)]
     try:
@@ -267,8 +267,8 @@ async def test_what_is_no_picture_is_named_with_what_is_read(name, data):
 async def test_formats_that_pillow_lacks_are_named_and_not_offered(monkeypatch):
     """Without support in Pillow, AVIF and WebP are named, and missing from what is read."""
     avif = saved(IMAGE, "AVIF")
-    monkeypatch.setattr(picture_kinds.features, "get_supported", lambda: ["jpg"])
-    picture_kinds.formats.cache_clear()
+    monkeypatch.setattr(kinds.features, "get_supported", lambda: ["jpg"])
+    kinds.formats.cache_clear()
     try:
         for name, data in {"AVIF": avif, "WebP": saved(IMAGE, "WEBP")}.items():
             content = await refusal(data)
@@ -277,7 +277,7 @@ async def test_formats_that_pillow_lacks_are_named_and_not_offered(monkeypatch):
         brands = avif[:8] + b"mif1" + avif[12:]
         assert "AVIF picture" in await refusal(brands)
     finally:
-        picture_kinds.formats.cache_clear()
+        kinds.formats.cache_clear()
 
 
 @pytest.mark.parametrize(

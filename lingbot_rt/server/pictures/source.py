@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lingbot_rt.errors import InvalidFirstFrame
 from lingbot_rt.server.daemon_pool import DaemonPool
-from lingbot_rt.server.data_url import read_data_url
-from lingbot_rt.server.picture_kinds import looks_like_base64
+from lingbot_rt.server.pictures.data_url import read_data_url
+from lingbot_rt.server.pictures.kinds import looks_like_base64
 from lingbot_rt.server.remote_picture import fetch_in_time
 from lingbot_rt.session.messages import shown
 

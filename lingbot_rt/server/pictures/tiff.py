@@ -6,7 +6,7 @@ import math
 import struct
 from dataclasses import dataclass
 
-from lingbot_rt.server.picture_metadata import ORIENTATION, valid_orientation
+from lingbot_rt.server.pictures.metadata import ORIENTATION, valid_orientation
 
 _WIDTH, _HEIGHT, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 322, 323
 _STRIPS, _STRIP_BYTES, _TILES, _TILE_BYTES = 273, 279, 324, 325

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from lingbot_rt.errors import InvalidFirstFrame
-from lingbot_rt.server import picture_kinds, ppm_file
-from lingbot_rt.server.avif_file import read_avif
-from lingbot_rt.server.picture_metadata import exif_orientation, raw_profile_orientation, xmp_orientation
-from lingbot_rt.server.tiff_file import read_tiff
+from lingbot_rt.server.pictures import kinds, ppm
+from lingbot_rt.server.pictures.avif import read_avif
+from lingbot_rt.server.pictures.metadata import exif_orientation, raw_profile_orientation, xmp_orientation
+from lingbot_rt.server.pictures.tiff import read_tiff
 
 MAX_DECODED_PIXELS = 64_000_000
 MAX_SIDE = 32_768
@@ -48,7 +48,7 @@ MAX_GIF_BLOCKS = 2**19
 
 @dataclass(frozen=True, slots=True)
 class PictureFile:
-    """A picture that may be decoded. ``data`` holds it in ``format`` (a name of ``picture_kinds``)."""
+    """A picture that may be decoded. ``data`` holds it in ``format`` (a name of ``kinds``)."""
 
     format: str
     data: bytes
@@ -64,9 +64,9 @@ class PictureFile:
 
 def read_picture_file(data: bytes) -> PictureFile:
     """The picture in the bytes of a file. Raises InvalidFirstFrame: no picture, damaged, or too large."""
-    name = picture_kinds.format_of(data)
-    if name is None or name not in picture_kinds.formats():
-        raise InvalidFirstFrame(f"{picture_kinds.describe(data)}, {picture_kinds.expected()}")
+    name = kinds.format_of(data)
+    if name is None or name not in kinds.formats():
+        raise InvalidFirstFrame(f"{kinds.describe(data)}, {kinds.expected()}")
     try:
         picture = _READERS[name](data)
     except (struct.error, LookupError, ValueError):
@@ -268,7 +268,7 @@ def _from_icon(data: bytes) -> PictureFile | bytes:
 
     entry = min(entries, key=rank)
     inner = data[entry[7] :]
-    if picture_kinds.format_of(inner) == "PNG":
+    if kinds.format_of(inner) == "PNG":
         return inner
     width, rows, is_slow = _bitmap(inner, 0)
     height = rows // 2  # below the colours stands the mask
@@ -284,7 +284,7 @@ def _largest_in_icns(data: bytes) -> PictureFile | bytes:
             break
         (length,) = struct.unpack_from(">I", data, at + 4)
         inner = data[at + 8 : at + length]
-        name = picture_kinds.format_of(inner)
+        name = kinds.format_of(inner)
         if name in ("PNG", "JPEG 2000"):
             width, height = struct.unpack_from(">II", inner, 16) if name == "PNG" else _jpeg2000_size(inner)
             if best is None or width * height > area:
@@ -326,7 +326,7 @@ def _jpeg2000_size(data: bytes) -> tuple[int, int]:
     if samples > 4:
         raise ValueError
     sizes = [(right - left, bottom - top)]
-    box = data.find(b"ihdr", 0, picture_kinds.HEAD_BYTES)
+    box = data.find(b"ihdr", 0, kinds.HEAD_BYTES)
     if box >= 0:
         rows, columns = struct.unpack_from(">II", data, box + 4)
         sizes.append((columns, rows))
@@ -334,10 +334,10 @@ def _jpeg2000_size(data: bytes) -> tuple[int, int]:
 
 
 def _ppm(data: bytes) -> PictureFile:
-    kind, width, height, _, _ = ppm_file.read_header(data)
+    kind, width, height, _, _ = ppm.read_header(data)
     picture = PictureFile("PPM", data, width, height, is_slow=kind < 4)
     check_size(picture)
-    return replace(picture, data=ppm_file.rewrite(data))
+    return replace(picture, data=ppm.rewrite(data))
 
 
 def _tiff(data: bytes) -> PictureFile:

@@ -1,0 +1,1 @@
+"""Pictures that clients send: which file formats are read, and how."""
