@@ -63,7 +63,7 @@ def export(model: Path, config: WorldConfig, to: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/world"))
+    parser.add_argument("--run-folder", dest="run", type=Path, default=Path("runs/world"))
     parser.add_argument("--config", choices=CONFIGS, default="full")
     parser.add_argument("--to", type=Path, required=True, help="the folder to write; parts that exist are replaced")
     args = parser.parse_args()

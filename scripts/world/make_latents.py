@@ -94,24 +94,29 @@ def encode_trajectories(
 
 @torch.no_grad()
 def make(options: Options, count: int, chunks: int = CHUNKS) -> None:
-    """Adds files of ``count`` trajectories until the stage's minutes are spent or ``options.steps`` files are added."""
+    """Adds files of ``count`` trajectories until the stage's minutes are spent or ``options.steps`` files are added.
+
+    Every process does so, with walks and files of its own.
+    """
     folder = options.run / "latents"
     folder.mkdir(parents=True, exist_ok=True)
     encoder = ClipEncoder(options.model / "vae", options.device)
     renderer = Renderer(options.config.size, options.device, options.config.supersample)
     began, added = time.monotonic(), 0
-    number = len(list(folder.glob("*.pt")))
+    rank = options.ranks.rank
+    number = len(list(folder.glob(f"{rank}-*.pt")))
     while time.monotonic() - began < 60 * options.minutes and (options.steps is None or added < options.steps):
         tensors = encode_trajectories(
-            encoder, renderer, np.random.default_rng((options.seed, 2, number)), count, chunks
+            encoder, renderer, np.random.default_rng((options.seed, 2, rank, number)), count, chunks
         )
-        scratch = folder / "new"
+        scratch = folder / f"{rank}-new"
         torch.save(tensors, scratch)
-        scratch.rename(folder / f"{number:04}.pt")
+        scratch.rename(folder / f"{rank}-{number:04}.pt")
         number, added = number + 1, added + 1
         frames = 2 * tensors["relative"].shape[0] * (4 * (CHUNK_FRAMES * chunks - 1) + 1)
         rate = added * frames / (time.monotonic() - began)
-        append_line(options.run, {"stage": "latents", "files": number, "pictures_per_s": round(rate, 1)})
+        if options.ranks.is_first and (added < 4 or added % 16 == 0):
+            append_line(options.run, {"stage": "latents", "files": number, "pictures_per_s": round(rate, 1)})
 
 
 if __name__ == "__main__":

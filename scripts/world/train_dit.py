@@ -41,7 +41,6 @@ from scripts.world.training_loop import (
     Options,
     Stateful,
     TrainingLoop,
-    append_line,
     learning_rate,
     save_part,
     set_learning_rate,
@@ -218,7 +217,7 @@ class Phase:
             judge.backward()
             figures |= {"adversarial": adversarial.detach(), "judge": judge.detach()}
         loss.backward(inputs=parameters)
-        return figures | {"grad": nn.utils.clip_grad_norm_(parameters, 1.0)}
+        return figures
 
 
 def train(options: Options, phase: str, batch: int) -> float:
@@ -245,20 +244,24 @@ def train(options: Options, phase: str, batch: int) -> float:
     if device.type == "cuda":
         dit.compile_blocks()
         torch._dynamo.config.recompile_limit = 64  # with and without gradients, shapes of training and of roll-outs
-    facts = {"trajectories": dataset.num_trajectories, "from_checkpoint": from_checkpoint, "at_step": loop.step}
-    append_line(options.run, {"stage": phase} | facts)
+    loop.log(trajectories=dataset.num_trajectories, from_checkpoint=from_checkpoint)
+    ranks, networks = options.ranks, [dit] if work.discriminator is None else [dit, work.discriminator]
+    ranks.share_weights(*networks)
     loss, warm_steps = torch.zeros(()), 300 if phase == "teacher" else 50
     for step in loop:
         set_learning_rate(optimisers, learning_rate(loop, PEAK_RATE[phase], warm_steps))
-        figures = work.step(np.random.default_rng((options.seed, PHASES.index(phase), step)))
+        figures = work.step(np.random.default_rng((options.seed, PHASES.index(phase), step, ranks.rank)))
         loss = figures["loss"]
+        ranks.average_gradients(parameter for network in networks for parameter in network.parameters())
+        norm = nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
         for optimiser in (*optimisers, *judges):
             optimiser.step()
         ema.update()
-        loop.record(**figures)
+        loop.record(**figures, grad=norm)
     ema.apply()
-    save_part(options.model / "transformer", config.transformer, split_qkv(dit.state_dict()))
-    complete(options.model, config)
+    if ranks.is_first:
+        save_part(options.model / "transformer", config.transformer, split_qkv(dit.state_dict()))
+        complete(options.model, config)
     return loss.item()
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scripts.world.config import CONFIGS, WorldConfig
+from scripts.world.ranks import Ranks
 
 MAX_FILE_BYTES = 15 * 2**20
 """Limit per safetensors file; larger parts become shards with an index."""
@@ -38,6 +39,7 @@ class Options:
     steps: int | None = None  # most steps of this call
     pause_after: float = math.inf  # most minutes of this call
     seed: int = 0
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def model(self) -> Path:
@@ -49,7 +51,7 @@ class Options:
     ) -> tuple[Options, argparse.Namespace]:
         parser = argparse.ArgumentParser(description=description)
         parser.add_argument(
-            "--run", type=Path, default=Path("runs/world"), help="the run's folder (default: runs/world)"
+            "--run-folder", dest="run", type=Path, default=Path("runs/world"), help="the run's folder (default: runs/world)"
         )
         parser.add_argument(
             "--config", choices=CONFIGS, default="full", help="small learns on a CPU, tiny is for tests (default: full)"
@@ -66,6 +68,7 @@ class Options:
         for name, settings in extra:
             parser.add_argument(name, **settings)
         args = parser.parse_args()
+        ranks = Ranks.join(args.device)
         options = cls(
             args.run,
             CONFIGS[args.config],
@@ -74,6 +77,7 @@ class Options:
             args.steps,
             args.pause_after,
             args.seed,
+            ranks,
         )
         return options, args
 
@@ -88,7 +92,7 @@ class TrainingLoop:
     """Iterates over step numbers until the stage's minutes are spent. Saves ``parts`` and resumes from the saved state.
 
     ``progress`` is the share of the minutes that is spent. Learning rates follow it, so a stage of any length anneals
-    to its end.
+    to its end. All processes have the first one's progress, and only the first saves and logs.
     """
 
     SAVE_EVERY_S = 90.0
@@ -98,6 +102,7 @@ class TrainingLoop:
         self.name, self._options, self._parts = name, options, parts
         self._file = options.run / "state" / f"{name}.pt"
         self.step = 0
+        self.progress = 0.0
         self._spent = 0.0
         self._figures: dict[str, list[Tensor]] = {}
         if self._file.exists():
@@ -109,16 +114,15 @@ class TrainingLoop:
             torch.set_rng_state(state["rng"])
         else:
             torch.manual_seed(options.seed)
-        self._began = time.monotonic()
+        if not options.ranks.is_first:  # its own noise
+            torch.manual_seed(options.seed + 1009 * options.ranks.rank + self.step)
+        self._began = self._logged = time.monotonic()
+        self._logged_step = self.step
 
     @property
     def seconds(self) -> float:
         """Seconds spent on the stage, including earlier calls."""
         return self._spent + time.monotonic() - self._began
-
-    @property
-    def progress(self) -> float:
-        return min(1.0, self.seconds / (60 * self._options.minutes))
 
     def __iter__(self) -> TrainingLoop:
         self._began = self._logged = self._saved = time.monotonic()
@@ -129,7 +133,10 @@ class TrainingLoop:
     def __next__(self) -> int:
         now = time.monotonic()
         paused = self.step >= self._last_step or now - self._began > 60 * self._options.pause_after
-        if self.progress >= 1 or paused:
+        share = math.inf if paused else self.seconds / (60 * self._options.minutes)
+        share = self._options.ranks.from_first(share)
+        self.progress = min(1.0, share)
+        if share >= 1:
             self.log()
             self.save()
             raise StopIteration
@@ -147,6 +154,9 @@ class TrainingLoop:
 
     def log(self, **figures: Any) -> None:
         """Writes a line to log.jsonl and to the terminal."""
+        if not self._options.ranks.is_first:
+            self._figures = {}
+            return
         now = time.monotonic()
         means = {name: round(torch.stack(values).mean().item(), 6) for name, values in self._figures.items()}
         self._figures = {}
@@ -156,6 +166,8 @@ class TrainingLoop:
         self._logged, self._logged_step = now, self.step
 
     def save(self) -> None:
+        if not self._options.ranks.is_first:
+            return
         self._file.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "parts": {key: part.state_dict() for key, part in self._parts.items()},
