@@ -51,7 +51,11 @@ class Options:
     ) -> tuple[Options, argparse.Namespace]:
         parser = argparse.ArgumentParser(description=description)
         parser.add_argument(
-            "--run-folder", dest="run", type=Path, default=Path("runs/world"), help="the run's folder (default: runs/world)"
+            "--run-folder",
+            dest="run",
+            type=Path,
+            default=Path("runs/world"),
+            help="the run's folder (default: runs/world)",
         )
         parser.add_argument(
             "--config", choices=CONFIGS, default="full", help="small learns on a CPU, tiny is for tests (default: full)"
