@@ -10,7 +10,8 @@ hold at the end:
 - no error or close but those that the clients provoke
 - resident memory grows by less than --memory-slope MB an hour after the first quarter
 - open files, threads, tasks and session states are back where they were before the first client
-- the 99th percentile of the event latency in the last quarter is less than twice that of the first
+- the 99th percentile of the event latency in the last quarter is less than twice that of the first. It is counted in
+  chunk times, because other work on the machine slows down both, and only where the client reads at once.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Findings:
     errors: collections.Counter[str] = field(default_factory=collections.Counter)
     closes: collections.Counter[str] = field(default_factory=collections.Counter)
     wrong: list[str] = field(default_factory=list)
-    latencies: list[tuple[float, float]] = field(default_factory=list)  # seconds since the start, ms
+    latencies: list[tuple[float, float]] = field(default_factory=list)  # seconds since the start, chunk times
     memory: list[tuple[float, float]] = field(default_factory=list)  # seconds since the start, MB
     frames: int = 0
 
@@ -230,9 +231,9 @@ class Client:
             else:
                 fields = msgspec.msgpack.decode(message, type=dict[str, Any])
                 is_payload = fields["type"] == "frame_batch_header"
-                await self._take(socket, fields)
+                await self._take(socket, fields, reads_at_once=delay == 0)
 
-    async def _take(self, socket: ClientConnection, fields: dict[str, Any]) -> None:
+    async def _take(self, socket: ClientConnection, fields: dict[str, Any], reads_at_once: bool) -> None:
         found = self._found
         match fields.get("type"):
             case "error":
@@ -242,8 +243,9 @@ class Client:
             case "frame_batch" | "frame_batch_header":
                 found.frames += fields["num_frames"]
             case "chunk_stats":
-                if fields["event_latency_ms"] is not None:
-                    found.latencies.append((time.monotonic() - self._began, fields["event_latency_ms"]))
+                if fields["event_latency_ms"] is not None and reads_at_once:
+                    chunks = fields["event_latency_ms"] / fields["chunk_total_ms"]
+                    found.latencies.append((time.monotonic() - self._began, chunks))
                 for i in range(self._rng.choice((0, 0, 1, 1, 2, 20))):
                     await socket.send(self._event(1000 * fields["chunk_index"] + i))
 
@@ -330,7 +332,7 @@ def slope_mb_per_hour(memory: list[tuple[float, float]]) -> float:
 
 
 def p99(latencies: list[tuple[float, float]], begin: float, end: float) -> float | None:
-    values = [ms for at, ms in latencies if begin <= at < end]
+    values = [latency for at, latency in latencies if begin <= at < end]
     return float(np.percentile(values, 99)) if len(values) >= 20 else None
 
 
@@ -363,14 +365,15 @@ def main() -> int:
     if slope > args.memory_slope:
         wrong.append(f"memory grows by {slope:.1f} MB an hour")
     if first is not None and last is not None and last > 2 * first:
-        wrong.append(f"event latency p99 {first:.0f} ms at first, {last:.0f} ms at the end")
+        wrong.append(f"event latency p99 {first:.1f} chunk times at first, {last:.1f} at the end")
     if exit_code != 0 or "Traceback" in log:
         wrong.append(f"the server's exit code is {exit_code}; its log ends: {log}")
+    memory = [round(megabytes, 1) for _, megabytes in found.memory[:: max(1, len(found.memory) // 12)]]
     figures = {
         "minutes": args.minutes, "did": dict(found.did), "frames": found.frames, "errors": dict(found.errors),
-        "closes": dict(found.closes), "memory_mb": [found.memory[0][1], found.memory[-1][1]] if found.memory else [],
-        "memory_slope_mb_per_hour": round(slope, 2), "before": before, "after": after,
-        "event_latency_p99_ms": [first, last], "wrong": wrong,
+        "closes": dict(found.closes), "memory_mb": memory, "memory_slope_mb_per_hour": round(slope, 2),
+        "before": before, "after": after,
+        "event_latency_p99_chunks": [first, last], "wrong": wrong,
     }  # fmt: skip
     print(json.dumps(figures, indent=1))
     return 1 if wrong else 0
