@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -14,10 +13,9 @@ from fastapi import WebSocketDisconnect
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import EngineFailed
-from lingbot_rt.server.admission import Admission
+from lingbot_rt.server.app import create_app
 from lingbot_rt.server.connection import Connection, Service
 from lingbot_rt.server.websocket import NOT_UTF8, TOO_LARGE
-from lingbot_rt.telemetry import Metrics
 from scripts.fuzz_targets import messages
 from scripts.fuzz_targets.bounds import noted
 from tests.server.fake_engine import FakeEngine
@@ -68,8 +66,7 @@ async def _serve(random: Random, kept: _Kept) -> str:
     config = ServeConfig(
         session_wait_s=random.choice((0.0, 0.001, 60.0)), init_timeout_s=random.choice((0.1, 60.0)), max_message_mb=1
     )
-    encoders, readers = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-    service = Service(config, engine, Admission(config.session_wait_s), Metrics(), encoders, readers)
+    service: Service = create_app(config, engine).state.service
     await engine.start()
     sockets = [_Socket(random) for _ in range(random.choice((1, 1, 2, 3)))]
     with noted([socket.story for socket in sockets]):
@@ -93,7 +90,7 @@ async def _serve(random: Random, kept: _Kept) -> str:
             return ", ".join(sorted({socket.check() for socket in sockets}))
         finally:
             await engine.stop()
-            for pool in (encoders, readers):
+            for pool in (service.encoders, service.readers):
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
