@@ -85,11 +85,11 @@ def try_case(target: str, seed: int, case: int, tally: Tally) -> None:
 
 
 def fuzz(targets: list[str], seed: int, seconds: float) -> dict[str, Tally]:
-    """Tries cases of all targets, from 0 on, in equal shares of the time. Raises Failed at the first that fails."""
+    """Tries cases of all targets, from 0 on, in equal shares of the time; at least one of each. Raises Failed."""
     tallies = {target: Tally() for target in targets}
     end, watched = time.monotonic() + seconds, [("", 0)]
     threading.Thread(target=_end_a_hang, args=(seed, watched), daemon=True).start()
-    while time.monotonic() < end:
+    while time.monotonic() < end or not all(tally.cases for tally in tallies.values()):
         target = min(tallies, key=lambda name: tallies[name].seconds)
         watched[0] = (target, tallies[target].cases)
         try_case(target, seed, tallies[target].cases, tallies[target])
