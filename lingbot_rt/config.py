@@ -13,6 +13,7 @@ import tomllib
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -298,9 +299,14 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+@cache
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(ServeConfig)
+
+
 def value_type(field: dataclasses.Field[Any]) -> type:
     """The type of a field: str, int, float or bool. ``X | None`` gives X."""
-    hint = typing.get_type_hints(ServeConfig)[field.name]
+    hint = _hints()[field.name]
     return next((part for part in typing.get_args(hint) if part is not type(None)), hint)
 
 

@@ -13,8 +13,11 @@ import pytest
 
 from lingbot_rt import errors
 from lingbot_rt.commands.options import GROUPS
+from lingbot_rt.config import ServeConfig
+from lingbot_rt.session import controls, messages, settings
 from lingbot_rt.session.messages import EXTENSIONS
 from lingbot_rt.telemetry import Metrics
+from scripts import limits
 from tests.e2e.served import running
 
 ROOT = Path(__file__).parents[1]
@@ -147,3 +150,49 @@ def test_the_example_in_the_readme_runs(printed_by_the_example):
 def test_the_example_gets_its_prompt_back(printed_by_the_example):
     """The last frames carry the id of the prompt, which was sent after the key was released."""
     assert printed_by_the_example[-1].split()[2] == "3"
+
+
+def test_every_bound_is_listed():
+    """Each constant, queue and option that looks like a limit is a row of docs/limits.md, or is said to be none."""
+    unlisted = limits.bound_like() - limits.listed()
+    assert sorted(unlisted - set(limits.NOT_LIMITS)) == [], "scripts/limits.py lacks rows for these"
+    assert sorted(set(limits.NOT_LIMITS) - unlisted) == [], "scripts/limits.py says that these are no limits"
+
+
+def test_every_section_of_limits_is_on_the_page():
+    """With the values of the code: what differs is a problem of the page."""
+    assert re.findall(r"<!-- limits: (\w+) -->", page("limits.md")) == list(limits.LIMITS)
+
+
+def test_values_of_limits_are_those_of_the_code():
+    """Arithmetic with another number, a table, a field of an init and an option."""
+    assert limits.value_of("session.controls:MAX_WAITING") == controls.MAX_WAITING
+    assert limits.value_of("session.settings:MAX_PICTURE_SIDE") == settings.MAX_PICTURE_SIDE
+    assert limits.value_of("init.num_frames") == {"from": 1, "to": messages.MAX_NUM_FRAMES}
+    assert limits.value_of("--max-pixels")["default"] == ServeConfig().max_pixels
+    with pytest.raises(ValueError, match="not in the code"):
+        limits.value_of("session.controls:NONE")
+
+
+def test_a_new_bound_is_found(tmp_path, monkeypatch):
+    """Constants by their names, queues by what they are, wherever they stand in the package."""
+    (tmp_path / "new.py").write_text(
+        "MAX_CATS = 3\nCAT_LIMIT_S: float = 2 * MAX_CATS\n_CATS = DaemonPool(4, 'cats')\nNAME = 'cat'\n"
+        "def f():\n    return asyncio.Queue(7), queue.Queue(), deque(maxlen=MAX_CATS)\n"
+    )
+    monkeypatch.setattr(limits, "PACKAGE", tmp_path)  # no other test reads a module of that name
+    found = {name for name in limits.bound_like() if not name.startswith("--")}
+    assert found == {"new:MAX_CATS", "new:CAT_LIMIT_S", "new:_CATS", "new:Queue"}
+    assert (limits.value_of("new:CAT_LIMIT_S"), limits.value_of("new:_CATS")) == (6, 4)
+
+
+def test_every_promise_has_its_test():
+    """Each row of docs/security.md names tests, and each of them exists."""
+    rows = [line for line in page("security.md").splitlines() if line.startswith("| ") and "| test |" not in line]
+    assert len(rows) > 40
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
+        assert named, row
+        for path, name in named:
+            source = (ROOT / path).read_text(encoding="utf-8")
+            assert re.search(rf"^(?:async )?def {name}\(", source, re.MULTILINE), f"{path} has no {name}"

@@ -20,6 +20,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import msgspec
 from fastapi import WebSocket, WebSocketDisconnect
 
 from lingbot_rt.config import ServeConfig
@@ -110,6 +111,7 @@ class Connection:
         self._outbox = Outbox(self._write)
         self._stopped: asyncio.Future[Close] = asyncio.get_running_loop().create_future()
         self._inits: asyncio.Queue[tuple[Session, Init]] = asyncio.Queue(1)
+        self._first_frame: bytes | str = b""  # of the init that is not served yet
         self._session: Session | None = None
         self._stream: Stream | None = None
         self._accepted_at = time.monotonic()
@@ -259,7 +261,8 @@ class Connection:
         self._session = Session(
             uuid.uuid4().hex, settings, opened_at=self._accepted_at, keep_events=service.config.records(init.record)
         )
-        self._inits.put_nowait((self._session, init))
+        self._first_frame = init.first_frame
+        self._inits.put_nowait((self._session, msgspec.structs.replace(init, first_frame=b"")))
 
     def _take_event(self, event: Event) -> tuple[bytes, ...]:
         if self._session is None:
@@ -288,11 +291,16 @@ class Connection:
                 self._session = None
                 await self._outbox.send(self._refusal(error))
 
+    def _take_first_frame(self) -> bytes | str:
+        """The init's picture as it came. It may have megabytes: nobody keeps it while the client waits and plays."""
+        first_frame, self._first_frame = self._first_frame, b""
+        return first_frame
+
     async def _serve_session(self, session: Session, init: Init) -> Close:
         """Raises RequestError or CapacityError when the session cannot be opened."""
         service, settings = self._service, session.settings
         picture = await load_first_frame(
-            init.first_frame,
+            self._take_first_frame(),
             settings.size,
             folder=service.config.first_frame_dir,
             allow_remote=service.config.allow_remote_first_frame,

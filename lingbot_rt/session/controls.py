@@ -191,7 +191,9 @@ class ConditionQueue:
         left: list[_Waiting] = []
         for waiting in self._waiting:
             newest = prompts if waiting.is_prompt else keys
-            (taken if waiting.event.order <= newest else left).append(waiting)
+            # A composite whose prompt is in force is sampled, also where a tap before it holds its keys back.
+            is_taken = waiting.event.order <= newest or waiting.event.order == prompts
+            (taken if is_taken else left).append(waiting)
         self._waiting = left
         return tuple(waiting.event for waiting in taken)
 

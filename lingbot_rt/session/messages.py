@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from typing import Annotated, Any, Literal, get_args
 
@@ -218,9 +219,15 @@ def _explained(given: Mapping[str, Any], refusal: type[RequestError]) -> Request
     return refusal(problem, field=place)
 
 
+@cache
+def _fields(struct: type[msgspec.Struct]) -> tuple[msgspec.structs.FieldInfo, ...]:
+    """Kept: finding them takes milliseconds, and a client may send thousands of wrong messages."""
+    return msgspec.structs.fields(struct)
+
+
 def _first_problem(struct: type[msgspec.Struct], given: Mapping[str, Any]) -> tuple[str, str]:
     """Place and text of the first wrong field of a map that does not convert to ``struct``."""
-    wrong = next(field for field in msgspec.structs.fields(struct) if not _is_valid(given.get(field.name), field))
+    wrong = next(field for field in _fields(struct) if not _is_valid(given.get(field.name), field))
     value = given.get(wrong.name)
     if isinstance(value, list) and wrong.name == "protocol_extensions":
         index = next(index for index, item in enumerate(value) if not isinstance(item, str))

@@ -128,6 +128,43 @@ async def test_latents_that_are_no_picture_end_the_session(engine, session_plan,
     assert len(await frames_of(engine, again)) == 9
 
 
+async def test_values_that_are_none_never_reach_a_picture(engine, session_plan, monkeypatch):
+    """NaN in the prompt, the camera or the window spoils latents of this chunk or the next: no such frame leaves."""
+
+    def text(*args):
+        part = text_kv(*args)
+        for tensor in tensors_in(part):
+            tensor.fill_(torch.nan)
+        return part
+
+    text_kv, ray_map, commit = (getattr(*STAGES[stage]) for stage in ("text", "camera", "context"))
+    spoiled_parts = {
+        "text": text,
+        "camera": lambda *args: torch.full_like(ray_map(*args), torch.nan),
+        "context": lambda self, latents: commit(self, torch.full_like(latents, torch.nan)),
+    }
+    for stage, spoiled_part in spoiled_parts.items():
+        plan = session_plan({}, session_id=stage)
+        await engine.open(plan)
+        with monkeypatch.context() as patch:
+            patch.setattr(*STAGES[stage], spoiled_part)
+            with pytest.raises(UnsoundFrames, match="NaN"):
+                for index in range(2):
+                    assert np.ptp(await frames_of(engine, plan, index)) > 0
+        await engine.close(stage)
+    again = session_plan({}, session_id="again")
+    await engine.open(again)
+    assert len(await frames_of(engine, again)) == 9
+
+
+def tensors_in(value: object) -> list[torch.Tensor]:
+    """The tensors of nested lists and tuples, and of what has them as attributes."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = value if isinstance(value, list | tuple) else list(getattr(value, "__dict__", {}).values())
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
 async def test_pixels_that_are_no_picture_end_the_session_from_there_on(engine, session_plan, monkeypatch):
     """Groups before the bad one leave, it and those behind it do not."""
     plan, decode, calls = session_plan({}), engine._pipeline.decode, []
@@ -145,6 +182,30 @@ async def test_pixels_that_are_no_picture_end_the_session_from_there_on(engine, 
             seen.append(group.group_index)
     assert seen == [0]
     assert len(calls) == 3
+
+
+async def test_a_decode_that_breaks_ends_one_session(engine, session_plan, monkeypatch):
+    """Between two latent frames, too: the frames before it leave, the next session works."""
+    plan, decode, calls = session_plan({}), engine._pipeline.decode, []
+
+    def broken(latent, features):
+        calls.append(None)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(latent, features)
+
+    await engine.open(plan)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_pipeline", dataclasses.replace(engine._pipeline, decode=broken))
+        run, seen = engine.run(chunk(plan)), []
+        with pytest.raises(EngineFailed, match="use a smaller size"):
+            async for group in run:
+                seen.append(group.group_index)
+    assert seen == [0]
+    await engine.close(plan.session_id)
+    again = session_plan({}, session_id="again")
+    await engine.open(again)
+    assert len(await frames_of(engine, again)) == 9
 
 
 def test_an_unsound_chunk_runs_to_its_end(pipeline, session_plan, monkeypatch):

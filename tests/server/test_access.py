@@ -10,6 +10,7 @@ import pytest
 
 from lingbot_rt.config import ENDPOINT, ServeConfig
 from lingbot_rt.errors import ConfigError
+from lingbot_rt.server import access
 from lingbot_rt.server.access import KnownHosts
 from tests.server.conftest import LIMIT_S
 
@@ -87,3 +88,18 @@ def test_an_entry_that_is_no_host_is_refused_at_the_start(entry):
         KnownHosts(ServeConfig(allowed_hosts=f"good.example,{entry}"))
     assert entry in str(refused.value)
     assert refused.value.field == "allowed_hosts"
+
+
+def test_keys_are_compared_in_constant_time(monkeypatch):
+    """Header and query are both compared, also after one that fits, and by hmac alone."""
+    compared = []
+
+    def compare(given: bytes, key: bytes) -> bool:
+        compared.append((given, key))
+        return given == b"right"
+
+    monkeypatch.setattr(access, "compare_digest", compare)
+    config = ServeConfig(api_key="key")
+    assert access.has_key(config, {"authorization": "Bearer right"}, {"api_key": "wrong"})
+    assert compared == [(b"right", b"key"), (b"wrong", b"key")]
+    assert not access.has_key(config, {"authorization": "Bearer key"}, {"api_key": "key"})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 
 from lingbot_rt.session.plan import EngineStatus
-from tests.server.conftest import event, init
+from tests.server.conftest import event, init, png, wait_until
 from tests.server.fake_engine import FakeEngine
 
 SLOW = 0.02
@@ -114,3 +116,22 @@ async def test_an_event_before_any_init_is_refused(serve):
     server = await serve()
     async with server.client(event("prompt", "x")) as client:
         assert "send an init first" in (await client.error())["content"]
+
+
+async def test_a_client_in_line_keeps_no_picture(serve):
+    """The bytes of a first frame are let go once they are decoded: however many clients wait, they hold no files."""
+    server, size = await serve(session_wait_s=60), 8 * 2**20
+    big = init(first_frame=png() + bytes(size))
+    server.engine.may_open.clear()
+    async with server.client(init()):
+        await wait_until(lambda: server.engine.opening)
+        tracemalloc.start()
+        try:
+            async with server.client(big):
+                await wait_until(lambda: server.service.admission.waiting == 1)
+                # The message itself goes with the next look at the session.
+                await wait_until(lambda: tracemalloc.get_traced_memory()[0] < size / 2)
+                assert tracemalloc.get_traced_memory()[1] > size
+        finally:
+            tracemalloc.stop()
+            server.engine.may_open.set()

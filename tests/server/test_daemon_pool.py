@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import subprocess
 import sys
 import threading
+import weakref
 from contextlib import suppress
 
 import pytest
@@ -47,6 +49,29 @@ async def test_at_most_so_many_run_and_the_cancelled_never_do():
     assert isinstance(results[5], asyncio.CancelledError)
     assert sorted(ran) == [0, 1, 2, 3, 4]
     assert max(at_work) <= 2
+
+
+async def test_a_cancelled_call_lets_go_of_what_it_holds():
+    """Clients that leave while their pictures wait for a busy thread cost no memory, however many come."""
+    pool, release = DaemonPool(1, "test"), threading.Event()
+    at_work = asyncio.create_task(pool.run(release.wait))
+    await asyncio.sleep(0)
+
+    class Picture:
+        pass
+
+    picture = Picture()
+    gone = weakref.ref(picture)
+    waits = asyncio.create_task(pool.run(functools.partial(id, picture)))
+    del picture
+    await asyncio.sleep(0)
+    waits.cancel()
+    await asyncio.wait({waits})
+    del waits
+    assert gone() is None
+    release.set()
+    assert await at_work
+    assert await pool.run(lambda: 7) == 7
 
 
 def test_a_call_that_hangs_does_not_delay_the_end_of_the_process():

@@ -288,6 +288,13 @@ def test_what_a_file_may_ask_of_its_decoder_is_limited():
             decode_picture(many, SIZE)
 
 
+@pytest.mark.parametrize("place", [2**31, 2**63 - 1, 2**63, 2**64 - 1])
+def test_a_directory_beyond_every_file_is_damage(place):
+    """A BigTIFF may name a place that no index can be."""
+    with pytest.raises(InvalidInit, match="damaged"):
+        decode_picture(struct.pack("<2sHHHQ", b"II", 43, 8, 0, place) + bytes(100), SIZE)
+
+
 def test_a_tiff_directory_is_read_in_proportion_to_the_file():
     """Tags that all point to the same megabyte do not make it as many megabytes."""
     size = 1_000_000

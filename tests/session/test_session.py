@@ -272,6 +272,22 @@ def test_in_a_chunk_of_one_latent_frame_a_release_is_applied_after_its_tap():
     assert [chunk.plan.event_id for chunk in chunks] == [1, 2]
 
 
+def test_a_composite_is_applied_with_its_prompt_when_a_tap_holds_its_keys_back():
+    """In chunks of one latent frame its prompt is in force first, and so is its id: it is answered with that chunk."""
+    it = session(num_frames=1, protocol_extensions=("control_ack",))
+    it.next_chunk(0.0)
+    it.receive(keys("w", event_id=1), 1.0)
+    both = {"input_types": ["prompt", "camera_actions"], "prompt": "Rain.", "camera_actions": state()}
+    it.receive(Event(kind="composite_input", payload=both, event_id=2), 1.0)
+    chunk = it.next_chunk(2.0)
+    assert (chunk.plan.prompt, chunk.plan.event_id) == ("Rain.", 2)
+    assert [(ack["event_id"], ack["state"]) for ack in decoded(chunk.acknowledgements)] == [
+        (1, "applied"),
+        (2, "applied"),
+    ]
+    assert it.next_chunk(3.0).acknowledgements == ()
+
+
 def test_events_without_end_are_all_applied_or_replaced():
     """5,000 key events over 500 chunks: every one is acknowledged as applied, in order."""
     it, applied = session(protocol_extensions=("control_ack",)), []

@@ -69,7 +69,7 @@ def read_picture_file(data: bytes) -> PictureFile:
         raise InvalidFirstFrame(f"{kinds.describe(data)}, {kinds.expected()}")
     try:
         picture = _READERS[name](data)
-    except (struct.error, LookupError, ValueError):
+    except (struct.error, LookupError, ValueError, OverflowError):  # the last: a place beyond what an index can be
         raise damaged(name, f"{len(data)} bytes") from None
     if isinstance(picture, bytes):  # the picture inside an icon
         return read_picture_file(picture)
