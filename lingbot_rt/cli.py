@@ -14,6 +14,10 @@ from lingbot_rt.commands.output import complain, flush_output, prepare_output
 from lingbot_rt.errors import LingbotError, ReaderGone, printable, reason_of
 
 
+_BARE = ((), ("bench",), ("check",))
+"""Command lines that name no work. They show the help."""
+
+
 class Parser(argparse.ArgumentParser):
     """Prints one line for a wrong command line. argparse alone prints the whole usage first."""
 
@@ -36,13 +40,30 @@ def build_parser(verb: str | None) -> Parser:
     return parser
 
 
+def joined(words: Sequence[str]) -> list[str]:
+    """``--keys -*2`` -> ``--keys=-*2``: argparse alone takes a value that begins with a dash for an option."""
+    result: list[str] = []
+    for place, word in enumerate(words):
+        if word == "--":
+            return [*result, *words[place:]]
+        option = words[place - 1] if place else ""
+        is_value = word.startswith("-") and not word.startswith("--") and word not in ("-", "-h")
+        if is_value and option.startswith("--") and "=" not in option:
+            result[-1] += f"={word}"
+        else:
+            result.append(word)
+    return result
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 success, 1 failure, 2 wrong command line or configuration, 130 Ctrl-C, 141 nobody reads the output.
 
     Raises SystemExit, as argparse does, for --help and for a wrong command line.
     """
     prepare_output()
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = joined(sys.argv[1:] if arguments is None else arguments)
+    if tuple(words) in _BARE:
+        words.append("--help")
     args = argparse.Namespace()
     try:
         try:
@@ -57,9 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(error.described + _set_by(args, error))
         return exit_code(error)
     except OSError as error:
-        if error.filename is None:
-            raise
-        complain(f"{error.filename}: {reason_of(error)}")
+        complain(reason_of(error) if error.filename is None else f"{error.filename}: {reason_of(error)}")
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED

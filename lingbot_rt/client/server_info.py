@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from lingbot_rt.client.address import Proxy, ServerAddress, basic, proxy_for
 from lingbot_rt.errors import ConnectFailed, reason_of
+from lingbot_rt.shapes import FrameSize
 
 _TIMEOUT_S = 5
 _MAX_BYTES = 2**20
@@ -32,6 +33,14 @@ def fetch_model_info(url: str, api_key: str | None = None) -> dict[str, Any]:
         return dict(json.loads(answer)["data"][0])
     except (KeyError, IndexError, TypeError, ValueError, RecursionError):
         return {}
+
+
+def served_size(url: str, api_key: str | None = None) -> FrameSize | None:
+    """The default size of the model that the server at ``url`` serves; None if it does not tell."""
+    try:
+        return FrameSize.parse(fetch_model_info(url, api_key)["default_size"])
+    except (ConnectFailed, KeyError, TypeError, ValueError):
+        return None
 
 
 def server_at(url: str) -> ServerAddress:
