@@ -13,7 +13,6 @@ from lingbot_rt.commands import BAD_USAGE, FAILED, INTERRUPTED, READER_GONE, VER
 from lingbot_rt.commands.output import complain, flush_output, prepare_output
 from lingbot_rt.errors import LingbotError, ReaderGone, printable, reason_of
 
-
 _BARE = ((), ("bench",), ("check",))
 """Command lines that name no work. They show the help."""
 

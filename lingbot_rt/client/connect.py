@@ -151,7 +151,8 @@ class connect:
             ) from None
         except OSError as error:
             reason = reason_of(error)
-            raise ConnectFailed(f"{url} does not answer{way}: {reason}", reconnectable=True) from None
+            hint = self._server.start_hint
+            raise ConnectFailed(f"{url} does not answer{way}: {reason}{hint}", reconnectable=True) from None
         except (ProxyError, InvalidProxy) as error:
             raise ConnectFailed(f"{url} does not answer{way}: {one_line(error)}", reconnectable=True) from None
         except (WebSocketException, EOFError, ValueError) as error:

@@ -141,7 +141,7 @@ def parse_keys(text: str) -> Actions:
     """``"w*6,l*3,wa*4"`` -> 13 latent frames: 6 of (w), 3 of (l), 4 of (w, a). Raises ConfigError."""
     actions: list[tuple[str, ...]] = []
     for step in text.split(","):
-        match = _KEYS_STEP.fullmatch(step.strip())
+        match = _KEYS_STEP.fullmatch(step.strip().lower())
         if match is None:
             raise ConfigError(
                 f'--keys {quoted(step)}: expected keys of {" ".join(TOKENS)} and a count, such as "w*6,l*3,wa*4,-*2"',
