@@ -145,26 +145,31 @@ class Mp4File:
     def add(self, pixels: npt.NDArray[np.uint8]) -> None:
         import av
 
-        try:
-            self._add(av, pixels)
-        except av.error.FFmpegError as error:
-            if isinstance(error, OSError):
-                raise
-            raise ValueError(str(error)) from None
-
-    def _add(self, av: Any, pixels: npt.NDArray[np.uint8]) -> None:
         # yuv420p halves the chroma along both sides, so a picture of odd size loses its last row or column.
         height, width = (side // 2 * 2 for side in pixels.shape[:2])
-        if self._stream is None:
+        if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = av.open(str(self.path), "w", format="mp4")
             self._stream = self._file.add_stream(_CODEC, rate=self._rate, options={"crf": _CRF})
             self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         pixels = np.ascontiguousarray(pixels[:height, :width])
-        self._file.mux(self._stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        self._mux(av.VideoFrame.from_ndarray(pixels, format="rgb24"))
 
     def close(self) -> None:
         if self._stream is not None:
-            self._file.mux(self._stream.encode())
+            self._mux(None)
         if self._file is not None:
             self._file.close()
+
+    def _mux(self, frame: Any) -> None:
+        """Encodes and writes a frame, or what the encoder still holds. Raises OSError or ValueError."""
+        import av
+
+        stream, self._stream = self._stream, None  # an encoder that failed is not asked again
+        try:
+            self._file.mux(stream.encode(frame))
+        except av.error.FFmpegError as error:
+            if isinstance(error, OSError):
+                raise
+            raise ValueError(str(error)) from None
+        self._stream = stream
