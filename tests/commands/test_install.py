@@ -1,4 +1,4 @@
-"""``scripts/install``: which torch it asks for. Python and nvidia-smi are scripts that write down how they are called."""
+"""``scripts/install``: which torch it asks for. Python and nvidia-smi are scripts that note their calls."""
 
 from __future__ import annotations
 
