@@ -10,8 +10,8 @@ from typing import NoReturn
 
 from lingbot_rt import __version__
 from lingbot_rt.commands import BAD_USAGE, FAILED, INTERRUPTED, READER_GONE, VERBS, exit_code
-from lingbot_rt.commands.output import complain, flush_output, prepare_output
-from lingbot_rt.errors import LingbotError, ReaderGone, printable, reason_of
+from lingbot_rt.commands.output import complain, flush_output, one_message, prepare_output
+from lingbot_rt.errors import LingbotError, ReaderGone, reason_of
 
 _BARE = ((), ("bench",), ("check",))
 """Command lines that name no work. They show the help."""
@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
     """Prints one line for a wrong command line. argparse alone prints the whole usage first."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(BAD_USAGE, printable(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
+        self.exit(BAD_USAGE, f"{self.prog}: {one_message(message)} (see {self.prog} --help)\n")
 
 
 def build_parser(verb: str | None) -> Parser:

@@ -193,8 +193,13 @@ def server_url(text: str) -> str:
     return text
 
 
-frame_size = argument(FrameSize.parse)
-"""For argparse: ``832x480``."""
+@argument
+def frame_size(text: str) -> FrameSize:
+    """For argparse: ``832x480``."""
+    try:
+        return FrameSize.parse(text)
+    except ValueError:
+        raise ValueError(f"{quoted(text)}: expected WIDTHxHEIGHT, such as 832x480") from None
 
 
 def require_session_size(size: FrameSize | None) -> None:

@@ -22,7 +22,7 @@ from lingbot_rt.commands.options import add_config_options, config_from
 from lingbot_rt.commands.output import complain, say
 from lingbot_rt.config import ENDPOINT, ServeConfig
 from lingbot_rt.config_values import environment_value
-from lingbot_rt.errors import ConfigError, OutputFailed, printable, reason_of
+from lingbot_rt.errors import MAX_QUOTED, ConfigError, OutputFailed, printable, quoted, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +182,8 @@ def listening_sockets(config: ServeConfig) -> Iterator[list[socket.socket]]:
         found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         reason = reason_of(error) if isinstance(error, OSError) else "not the name of a host"
-        raise ConfigError(f"--host {config.host}: {reason}", field="host") from None
+        host = config.host if len(config.host) <= MAX_QUOTED else quoted(config.host)
+        raise ConfigError(f"--host {host}: {reason}", field="host") from None
     addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
     for tries_left in reversed(range(_PORT_TRIES if config.port == 0 else 1)):
         with ExitStack() as stack:
