@@ -217,8 +217,12 @@ def init_message(*values: Any, **fields: Any) -> bytes:
 
 
 def nearest_hint(name: str, also: Sequence[str] = ()) -> str:
-    """``"; the nearest is size"`` after a misspelt name: a field of the init or one of ``also``. Empty if none is."""
-    found = difflib.get_close_matches(name, [*Init.__struct_fields__, *also], n=1)
+    """``"; the nearest is size"`` after a misspelt name: a field of the init or one of ``also``. Empty if none is.
+
+    ``steps`` is nearest to ``num_inference_steps``, which contains it.
+    """
+    known = [*Init.__struct_fields__, *also]
+    found = difflib.get_close_matches(name, known, n=1) or [each for each in known if name.lower() in each]
     return f"; the nearest is {found[0]}" if found else ""
 
 

@@ -260,6 +260,7 @@ def test_a_server_that_tells_no_size(body):
         ({"promt": "A street."}, "'promt'.*nearest is prompt"),
         ({"prompt": "A street.", "firstframe": b""}, "'firstframe'.*nearest is first_frame"),
         ({"prompt": "A street.", "apikey": "secret"}, "'apikey'.*nearest is api_key"),
+        ({"prompt": "A street.", "steps": 4}, "'steps'.*nearest is num_inference_steps"),
         ({"prompt": "A street.", "type": "event"}, "'type'"),
         ({}, "prompt: missing"),
     ],
