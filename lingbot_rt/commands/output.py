@@ -42,9 +42,14 @@ def one_message(text: str) -> str:
 
 
 def complain(text: str) -> None:
-    """Prints one line on standard error. A standard error that cannot be written leaves no other place to say so."""
+    """Prints one line about what went wrong on standard error."""
+    note(f"lingbot-rt: {one_message(text)}")
+
+
+def note(text: str) -> None:
+    """Prints on standard error. A standard error that cannot be written leaves no other place to say so."""
     with suppress(OSError):
-        print(f"lingbot-rt: {one_message(text)}", file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
 
 def _failure(error: OSError) -> OutputFailed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from lingbot_rt.client.protocol import ChunkStats
 from lingbot_rt.commands.frame_writer import open_writer
 from lingbot_rt.commands.local_engine import bar_size
-from lingbot_rt.commands.output import say
+from lingbot_rt.commands.output import note, say
 from lingbot_rt.shapes import num_frames_for
 
 _LINE_INTERVAL_S = 10.0
@@ -50,7 +49,7 @@ class WalkProgress:
             self._said_at = now
             of_total = "" if self._total is None else f" of {self._total}"
             rate = self._count / (now - self._began)
-            print(f"{self._count}{of_total} frames, {rate:.1f} frames/s", file=sys.stderr, flush=True)
+            note(f"{self._count}{of_total} frames, {rate:.1f} frames/s")
 
     def close(self) -> None:
         self._bar.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import pytest
 
 from lingbot_rt.cli import main
 from lingbot_rt.commands import play
+from tests.server.fake_engine import FakeEngine
 
 
 @contextmanager
@@ -134,3 +137,25 @@ def test_a_machine_without_a_screen(monkeypatch, capsys):
     with answering(200, STATUS) as port:
         assert main(["play", "--port", str(port)]) == 0
     assert f"http://127.0.0.1:{port}" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_a_server_that_was_started(monkeypatch, capsys):
+    """The browser gets the page once the model is ready, and the stop signal ends the command with exit code 0."""
+    pages: list[str] = []
+
+    class LivingEngine(FakeEngine):
+        is_lost = False
+
+    def open_page(url: str) -> bool:
+        pages.append(url)
+        os.kill(os.getpid(), signal.SIGINT)
+        return True
+
+    monkeypatch.setattr("lingbot_rt.engine.engine.Engine", lambda config: LivingEngine())
+    monkeypatch.setattr("lingbot_rt.telemetry.configure_logging", lambda *args, **options: None)
+    monkeypatch.setattr("lingbot_rt.commands.serve._end_now", lambda why: None)  # it would end the tests
+    monkeypatch.setenv("BROWSER", "test")
+    monkeypatch.setattr("webbrowser.open", open_page)
+    assert main(["play", "--port", "0"]) == 0
+    (page,) = pages
+    assert page in capsys.readouterr().out
