@@ -10,15 +10,18 @@ from typing import NoReturn
 
 from lingbot_rt import __version__
 from lingbot_rt.commands import BAD_USAGE, FAILED, INTERRUPTED, READER_GONE, VERBS, exit_code
-from lingbot_rt.commands.output import complain, flush_output, prepare_output
-from lingbot_rt.errors import LingbotError, ReaderGone, printable, reason_of
+from lingbot_rt.commands.output import complain, flush_output, one_message, prepare_output
+from lingbot_rt.errors import LingbotError, ReaderGone, reason_of
+
+_BARE = ((), ("bench",), ("check",))
+"""Command lines that name no work. They show the help."""
 
 
 class Parser(argparse.ArgumentParser):
     """Prints one line for a wrong command line. argparse alone prints the whole usage first."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(BAD_USAGE, printable(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
+        self.exit(BAD_USAGE, f"{self.prog}: {one_message(message)} (see {self.prog} --help)\n")
 
 
 def build_parser(verb: str | None) -> Parser:
@@ -36,13 +39,30 @@ def build_parser(verb: str | None) -> Parser:
     return parser
 
 
+def joined(words: Sequence[str]) -> list[str]:
+    """``--keys -*2`` -> ``--keys=-*2``: argparse alone takes a value that begins with a dash for an option."""
+    result: list[str] = []
+    for place, word in enumerate(words):
+        if word == "--":
+            return [*result, *words[place:]]
+        option = words[place - 1] if place else ""
+        is_value = word.startswith("-") and not word.startswith("--") and word not in ("-", "-h")
+        if is_value and option.startswith("--") and "=" not in option:
+            result[-1] += f"={word}"
+        else:
+            result.append(word)
+    return result
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 success, 1 failure, 2 wrong command line or configuration, 130 Ctrl-C, 141 nobody reads the output.
 
     Raises SystemExit, as argparse does, for --help and for a wrong command line.
     """
     prepare_output()
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = joined(sys.argv[1:] if arguments is None else arguments)
+    if tuple(words) in _BARE:
+        words.append("--help")
     args = argparse.Namespace()
     try:
         try:
@@ -57,9 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(error.described + _set_by(args, error))
         return exit_code(error)
     except OSError as error:
-        if error.filename is None:
-            raise
-        complain(f"{error.filename}: {reason_of(error)}")
+        complain(reason_of(error) if error.filename is None else f"{error.filename}: {reason_of(error)}")
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED

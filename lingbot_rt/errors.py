@@ -29,7 +29,7 @@ LingbotError
     ├── ServerNotReady     the server is still loading its model               reconnectable
     ├── KeyRefused         the API key is missing or wrong
     ├── MessageRefused     a message, such as the init, is larger than the server's limit
-    ├── InitRefused        the server refused the init: the message names the field
+    ├── InitRefused        the server, or connect itself, refused the init: the message names the field
     ├── EventRefused       the server refused one event: nothing changes, and the session goes on
     ├── SessionLost        the server ended the session, or the connection broke   reconnectable
     └── ProtocolError      the server sent something that this client cannot read

@@ -1,6 +1,6 @@
 """The Python client: ``connect`` opens a blocking session under ``with`` and an async one under ``async with``.
 
-    with connect("http://127.0.0.1:30000", prompt="A quiet street.", first_frame="street.jpg") as world:
+    with connect("http://127.0.0.1:30000", prompt="A quiet street.") as world:
         world.press("w")
         for frame in world:
             show(frame.pixels)          # uint8 [H, W, 3]

@@ -108,6 +108,11 @@ class ServerAddress:
         mapped = getattr(address, "ipv4_mapped", None) or address
         return mapped.is_loopback or mapped.is_unspecified
 
+    @property
+    def start_hint(self) -> str:
+        """What may help when nothing answers on this machine."""
+        return "; `lingbot-rt serve` starts a server" if self.is_local else ""
+
     def headers(self, api_key: str | None) -> dict[str, str]:
         """The authorization of a request: the key, else name and password of the URL."""
         if api_key:

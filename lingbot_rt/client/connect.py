@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed, InvalidProxy, InvalidStatus, ProxyError, WebSocketException
 from websockets.sync.client import connect as connect_blocking
 
 from lingbot_rt.client.address import proxy_for
 from lingbot_rt.client.frames import Frame
-from lingbot_rt.client.protocol import BaseSession, init_message
-from lingbot_rt.client.server_info import server_at
+from lingbot_rt.client.protocol import BaseSession, init_fields
+from lingbot_rt.client.server_info import served_size, server_at
 from lingbot_rt.config import ENDPOINT
 from lingbot_rt.config_values import key_value
 from lingbot_rt.errors import ConnectFailed, one_line, reason_of
@@ -83,17 +85,19 @@ class connect:
 
     Another host is reached through the proxy that the environment names, a loopback address directly.
 
-    ``init`` takes the arguments of ``protocol.init_message``: prompt, first_frame, script and any field of the wire.
+    ``init`` takes the arguments of ``protocol.init_fields``: prompt, first_frame, script and any field of the wire. A
+    name that is none of them raises InitRefused at once. Without ``size`` the session has the served model's own.
     Entering raises ConnectFailed. If the server refuses the init, the first iteration raises the error.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, **init: Any) -> None:
         self._server = server_at(url)
         self._proxy = proxy_for(self._server)
-        self._init = init_message(**init)
+        self._init = init_fields(**init)
+        self._url, self._api_key = url, None if api_key is None else _key(api_key)
         self._options: dict[str, Any] = {
             "proxy": self._proxy.url if self._proxy else None,
-            "additional_headers": {} if api_key is None else {"Authorization": f"Bearer {_key(api_key)}"},
+            "additional_headers": {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {},
             "max_size": _MAX_MESSAGE_BYTES,
             "max_queue": _MAX_QUEUED_MESSAGES,
             "close_timeout": _CLOSE_LIMIT_S,
@@ -101,26 +105,33 @@ class connect:
         }
 
     def __enter__(self) -> Session:
+        init = self._message()
         with self._named_errors():
             self._blocking = connect_blocking(self._server.socket_url, **self._options)
         # A server that refuses the client sends an error and closes, perhaps before it reads the init. The first
         # iteration raises that error.
         with suppress(ConnectionClosed):
-            self._blocking.send(self._init)
+            self._blocking.send(init)
         return Session(self._blocking)
 
     def __exit__(self, *error: object) -> None:
         self._blocking.close()
 
     async def __aenter__(self) -> AsyncSession:
+        init = await asyncio.to_thread(self._message)
         with self._named_errors():
             self._async = await connect_async(self._server.socket_url, **self._options)
         with suppress(ConnectionClosed):
-            await self._async.send(self._init)
+            await self._async.send(init)
         return AsyncSession(self._async)
 
     async def __aexit__(self, *error: object) -> None:
         await self._async.close()
+
+    def _message(self) -> bytes:
+        """The init message. Asks the server for its size if the caller named none: the wire's default is the 14B's."""
+        size = self._init.get("size") or served_size(self._url, self._api_key)
+        return msgspec.msgpack.encode(self._init if size is None else self._init | {"size": str(size)})
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -140,7 +151,8 @@ class connect:
             ) from None
         except OSError as error:
             reason = reason_of(error)
-            raise ConnectFailed(f"{url} does not answer{way}: {reason}", reconnectable=True) from None
+            hint = self._server.start_hint
+            raise ConnectFailed(f"{url} does not answer{way}: {reason}{hint}", reconnectable=True) from None
         except (ProxyError, InvalidProxy) as error:
             raise ConnectFailed(f"{url} does not answer{way}: {one_line(error)}", reconnectable=True) from None
         except (WebSocketException, EOFError, ValueError) as error:

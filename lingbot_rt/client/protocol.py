@@ -6,6 +6,7 @@ events; the blocking and the async session derive from it.
 
 from __future__ import annotations
 
+import difflib
 import io
 import time
 from abc import ABC, abstractmethod
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from lingbot_rt.client.frames import Frame, FrameDecoder, Pixels
+from lingbot_rt.client.start_picture import start_picture
 from lingbot_rt.errors import (
     ClientError,
     EventRefused,
@@ -31,7 +33,9 @@ from lingbot_rt.errors import (
     ServerNotReady,
     SessionLost,
     one_line,
+    quoted,
 )
+from lingbot_rt.session.messages import Init
 
 CAMERA_ON: tuple[tuple[str, ...], ...] = ((),)
 """A script of one latent frame without keys. It turns camera control on from the first chunk."""
@@ -181,24 +185,45 @@ class BaseSession(ABC, Generic[Sent]):
         return self._send(msgspec.msgpack.encode(event), self._event_id)
 
 
-def init_message(
-    prompt: str,
-    first_frame: bytes | str | Path | Pixels,
+def init_fields(
+    prompt: str | None = None,
+    first_frame: bytes | str | Path | Pixels | None = None,
     script: Sequence[Sequence[str]] | None = CAMERA_ON,
     **fields: object,
-) -> bytes:
-    """The init message, encoded.
+) -> dict[str, object]:
+    """The fields of an init message.
 
     ``first_frame``: an encoded picture, the path of one, a ``data:`` or http(s) URL that the server resolves, or
-    pixels uint8 [H, W, 3]. ``script``: keys of the first latent frames; None leaves camera control off until the first
-    key event. ``fields``: other fields of the init, such as ``size="832x480"``, ``seed=1``,
-    ``realtime_output_format="jpeg"``; None leaves a field out.
+    pixels uint8 [H, W, 3]; None is the picture that the package brings. ``script``: keys of the first latent frames;
+    None leaves camera control off until the first key event. ``fields``: other fields of the init, such as
+    ``size="832x480"``, ``seed=1``, ``realtime_output_format="jpeg"``; None leaves a field out.
+    Raises InitRefused for a field that no init has, and for a missing prompt.
     """
+    for name in fields:
+        if name not in Init.__struct_fields__:
+            hint = nearest_hint(name, also=("api_key", "script"))
+            raise InitRefused(f"{quoted(name)}: an init has no such field{hint}", field=name)
+    if prompt is None:
+        raise InitRefused("prompt: missing, expected a sentence that describes the world", field="prompt")
     message: dict[str, object] = {"type": "init", "prompt": prompt, "first_frame": _picture(first_frame)}
     if script is not None:
         message["condition_inputs"] = {"camera_actions": [list(keys) for keys in script]}
-    message |= {name: value for name, value in fields.items() if value is not None}
-    return msgspec.msgpack.encode(message)
+    return message | {name: value for name, value in fields.items() if value is not None}
+
+
+def init_message(*values: Any, **fields: Any) -> bytes:
+    """The init message of ``init_fields``, encoded."""
+    return msgspec.msgpack.encode(init_fields(*values, **fields))
+
+
+def nearest_hint(name: str, also: Sequence[str] = ()) -> str:
+    """``"; the nearest is size"`` after a misspelt name: a field of the init or one of ``also``. Empty if none is.
+
+    ``steps`` is nearest to ``num_inference_steps``, which contains it.
+    """
+    known = [*Init.__struct_fields__, *also]
+    found = difflib.get_close_matches(name, known, n=1) or [each for each in known if name.lower() in each]
+    return f"; the nearest is {found[0]}" if found else ""
 
 
 def _unpack(message: bytes) -> dict[str, Any]:
@@ -208,7 +233,9 @@ def _unpack(message: bytes) -> dict[str, Any]:
         raise ProtocolError(f"a message of {len(message)} bytes is not a MessagePack map: {one_line(error)}") from None
 
 
-def _picture(first_frame: bytes | str | Path | Pixels) -> bytes | str:
+def _picture(first_frame: bytes | str | Path | Pixels | None) -> bytes | str:
+    if first_frame is None:
+        return start_picture()
     if isinstance(first_frame, np.ndarray):
         png = io.BytesIO()
         Image.fromarray(first_frame).save(png, "PNG")

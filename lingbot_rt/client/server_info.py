@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from lingbot_rt.client.address import Proxy, ServerAddress, basic, proxy_for
 from lingbot_rt.errors import ConnectFailed, reason_of
+from lingbot_rt.shapes import FrameSize
 
 _TIMEOUT_S = 5
 _MAX_BYTES = 2**20
@@ -20,18 +21,44 @@ def fetch_model_info(url: str, api_key: str | None = None) -> dict[str, Any]:
     Raises ConnectFailed if nothing answers at ``url``.
     """
     server = server_at(url)
-    proxy = proxy_for(server)
-    way = f" through {proxy}" if proxy else ""
     try:
-        answer = _get(server, proxy, f"{server.base}/v1/models", api_key)
+        status, answer = _ask(server, "/v1/models", api_key)
     except OSError as error:
-        raise ConnectFailed(f"{server.shown} does not answer{way}: {reason_of(error)}", reconnectable=True) from None
-    except (http.client.HTTPException, UnicodeError, ValueError):
-        raise ConnectFailed(f"{server.shown}{way}: what answers is no HTTP server", reconnectable=False) from None
+        way = _way(proxy_for(server))
+        raise ConnectFailed(
+            f"{server.shown} does not answer{way}: {reason_of(error)}{server.start_hint}", reconnectable=True
+        ) from None
     try:
-        return dict(json.loads(answer)["data"][0])
+        return dict(json.loads(answer)["data"][0]) if status == http.client.OK else {}
     except (KeyError, IndexError, TypeError, ValueError, RecursionError):
         return {}
+
+
+def server_answers(url: str) -> bool:
+    """Whether a server of this package answers at ``url``, ready or not.
+
+    Raises ConnectFailed for a URL that can name no server, and if something else answers.
+    """
+    server = server_at(url)
+    try:
+        _, answer = _ask(server, "/health", None)
+    except OSError:
+        return False
+    try:
+        status = json.loads(answer)
+    except (ValueError, RecursionError):
+        status = None
+    if not isinstance(status, dict) or "stage" not in status:
+        raise ConnectFailed(f"{server.shown}: what answers there is no lingbot_rt server", reconnectable=False)
+    return True
+
+
+def served_size(url: str, api_key: str | None = None) -> FrameSize | None:
+    """The default size of the model that the server at ``url`` serves; None if it does not tell."""
+    try:
+        return FrameSize.parse(fetch_model_info(url, api_key)["default_size"])
+    except (ConnectFailed, KeyError, TypeError, ValueError):
+        return None
 
 
 def server_at(url: str) -> ServerAddress:
@@ -42,8 +69,24 @@ def server_at(url: str) -> ServerAddress:
         raise ConnectFailed(f"url {error}", reconnectable=False) from None
 
 
-def _get(server: ServerAddress, proxy: Proxy | None, path: str, api_key: str | None) -> bytes:
-    """The body of a 200; empty for another status."""
+def _ask(server: ServerAddress, path: str, api_key: str | None) -> tuple[int, bytes]:
+    """Status and body of a GET below the server's base. Raises OSError, or ConnectFailed if no HTTP server answers."""
+    proxy = proxy_for(server)
+    try:
+        return _get(server, proxy, server.base + path, api_key)
+    except OSError:  # some of them are HTTPExceptions too
+        raise
+    except (http.client.HTTPException, UnicodeError, ValueError):
+        raise ConnectFailed(
+            f"{server.shown}{_way(proxy)}: what answers is no HTTP server", reconnectable=False
+        ) from None
+
+
+def _way(proxy: Proxy | None) -> str:
+    return f" through {proxy}" if proxy else ""
+
+
+def _get(server: ServerAddress, proxy: Proxy | None, path: str, api_key: str | None) -> tuple[int, bytes]:
     kind = http.client.HTTPSConnection if server.is_secure else http.client.HTTPConnection
     if proxy is None:
         connection = kind(server.host, server.port, timeout=_TIMEOUT_S)
@@ -61,6 +104,6 @@ def _get(server: ServerAddress, proxy: Proxy | None, path: str, api_key: str | N
     try:
         connection.request("GET", path, headers=server.headers(api_key))
         answer = connection.getresponse()
-        return answer.read(_MAX_BYTES) if answer.status == http.client.OK else b""
+        return answer.status, answer.read(_MAX_BYTES)
     finally:
         connection.close()

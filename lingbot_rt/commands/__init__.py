@@ -7,6 +7,7 @@ from lingbot_rt.errors import CheckpointError, ConfigError, InitRefused, Invalid
 
 VERBS = {
     "serve": "serve a world model: HTTP, WebSocket and the web page",
+    "play": "open the web page; start a server first when none answers",
     "client": "run one session on a server, measure it, save its frames",
     "generate": "generate a video without a server",
     "bench": "measure the pipeline, the transports or a running server",

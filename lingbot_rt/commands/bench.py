@@ -363,21 +363,21 @@ def _serve(args: argparse.Namespace) -> int:
 
     from lingbot_rt.bench.figures import write_json
     from lingbot_rt.bench.serve import SessionSpec, as_text, model_facts, run_session, serve_report
-    from lingbot_rt.commands.client import served_size
+    from lingbot_rt.client.server_info import served_size
     from lingbot_rt.commands.session_options import DEFAULT_PROMPT, checked_init, first_frame_bytes, init_fields
 
     api_key = api_key_from(args)
     options = {
         "prompt": DEFAULT_PROMPT,
+        "first_frame": first_frame_bytes(args.first_frame),
         "fps": args.fps,
         "max_chunks": args.chunks,
         "realtime_output_format": args.format,
     }
     extra = init_fields(args.init)
-    checked_init(options | {"first_frame": b""}, extra)
+    checked_init(options, extra)  # before the server is asked
     size = args.size or served_size(args.url, api_key)
-    options |= {"first_frame": first_frame_bytes(args.first_frame, size), "size": str(size)}
-    init, _ = checked_init(options, extra)
+    init, _ = checked_init(options | {"size": None if size is None else str(size)}, extra)
     spec = SessionSpec(
         url=args.url,
         api_key=api_key,

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from lingbot_rt.commands.frame_writer import WriteFrame, open_writer
 from lingbot_rt.commands.local_engine import require_devices, require_folders, started_engine
-from lingbot_rt.commands.options import add_config_options, config_from, require_existing, require_session_size
-from lingbot_rt.commands.output import say
+from lingbot_rt.commands.options import (
+    add_config_options,
+    config_from,
+    require_existing,
+    require_no_frames,
+    require_session_size,
+)
 from lingbot_rt.commands.session_options import add_session_options, chunks_for, first_frame_bytes, parse_script
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.session.controls import Actions
-from lingbot_rt.shapes import latent_frames_for, num_frames_for
+from lingbot_rt.shapes import latent_frames_for
+
+if TYPE_CHECKING:
+    from lingbot_rt.commands.walk import Walk
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,30 +29,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from lingbot_rt.commands.walk import Walk
+
     require_session_size(args.size)
     require_existing("--first-frame", args.first_frame)
+    require_no_frames("--out", args.out, overwrite=args.overwrite)
     config = config_from(args)
     actions = parse_script(args.keys)
     require_folders(config)
     require_devices(config)
-    with open_writer(args.out, args.fps) as write:
-        asyncio.run(_generate(args, config, actions, write))
-    say(args.out)
+    with Walk(args.out, args.fps, overwrite=args.overwrite) as walk:
+        asyncio.run(_generate(args, config, actions, walk))
     return 0
 
 
-async def _generate(args: argparse.Namespace, config: ServeConfig, actions: Actions, write: WriteFrame) -> None:
+async def _generate(args: argparse.Namespace, config: ServeConfig, actions: Actions, walk: Walk) -> None:
+    from lingbot_rt.client.protocol import ChunkStats
+    from lingbot_rt.commands.walk import frames_of_walk
     from lingbot_rt.offline import play
     from lingbot_rt.session.messages import Init
 
     latent_frames = latent_frames_for(args.num_frames)
     chunks = chunks_for(actions, latent_frames, args.chunks)
+    first_frame = first_frame_bytes(args.first_frame)
+    stats: list[ChunkStats] = []
     async with started_engine(config) as engine:
-        size = args.size or engine.model_info.default_size
         init = Init(
             prompt=args.prompt,
-            first_frame=first_frame_bytes(args.first_frame, size),
-            size=str(size),
+            first_frame=first_frame,
+            size=str(args.size or engine.model_info.default_size),
             fps=args.fps,
             num_frames=args.num_frames,
             seed=args.seed,
@@ -54,8 +65,21 @@ async def _generate(args: argparse.Namespace, config: ServeConfig, actions: Acti
             max_chunks=chunks,
             condition_inputs={"camera_actions": actions},
         )
-        with tqdm(total=num_frames_for(chunks * latent_frames), unit="frame", disable=None) as bar:
-            async for chunk in play(engine, config, init):
-                for pixels in chunk.frames:
-                    write(pixels)
-                    bar.update()
+        walk.begin(frames_of_walk(chunks, latent_frames), stats)
+        async for chunk in play(engine, config, init):
+            timings = chunk.result.timings
+            for pixels in chunk.frames:
+                walk.add(pixels, chunk.plan.chunk_index)
+            stats.append(
+                ChunkStats(
+                    chunk_index=chunk.plan.chunk_index,
+                    num_frames=len(chunk.frames),
+                    event_id=None,
+                    chunk_total_ms=timings.total_ms,
+                    dit_ms=timings.dit_ms,
+                    vae_ms=timings.vae_ms,
+                    encode_ms=None,
+                    window_frames=None,
+                    message={},
+                )
+            )

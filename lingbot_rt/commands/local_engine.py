@@ -96,6 +96,12 @@ def require_folders(config: ServeConfig) -> None:
             raise ConfigError(f"{flag(name)} {folder}: the folder cannot be {verb}", field=name)
 
 
+def bar_size() -> dict[str, int]:
+    """Options of tqdm. It draws nothing on a terminal that reports 0 x 0; shutil falls back to 80 x 24."""
+    size = shutil.get_terminal_size()
+    return {"ncols": size.columns, "nrows": size.lines}
+
+
 class StartupBars:
     """One progress bar per loading stage, one after the other. Without a terminal: one log line per stage."""
 
@@ -117,11 +123,7 @@ class StartupBars:
             self._finish()
             self._stage = stage
             if status.progress is not None:
-                # tqdm draws nothing on a terminal that reports 0 x 0; shutil falls back to 80 x 24.
-                size = shutil.get_terminal_size()
-                self._bar = tqdm(
-                    total=1.0, desc=stage, bar_format=_BAR_FORMAT, ncols=size.columns, nrows=size.lines, disable=None
-                )
+                self._bar = tqdm(total=1.0, desc=stage, bar_format=_BAR_FORMAT, disable=None, **bar_size())
                 if self._bar.disable:
                     log.info("%s", stage)
         if self._bar is not None and status.progress is not None:

@@ -34,10 +34,13 @@ from lingbot_rt.shapes import SIZE_MULTIPLE, FrameSize
 GROUPS = ("model", "device", "server", "limits")
 DEFAULT_URL = "http://127.0.0.1:30000"
 KEY_VARIABLE = ENV_PREFIX + "API_KEY"
+VIDEO_ENDINGS = (".mp4", ".webp", ".gif")
+"""Endings of the files that frames are saved in. Any other place for frames is a folder."""
+
 FRAME_NAME = re.compile(r"frame_\d{5,}\.png")
 """A file that a command wrote into the folder of --out."""
 
-_MEDIA_SUFFIXES = {".avi", ".gif", ".jpeg", ".jpg", ".m4v", ".mkv", ".mov", ".png", ".webm", ".webp"}
+_FRAMES_EXPECTED = f"expected a folder, or a name ending in {', '.join(VIDEO_ENDINGS[:-1])} or {VIDEO_ENDINGS[-1]}"
 
 
 def add_config_options(
@@ -190,8 +193,13 @@ def server_url(text: str) -> str:
     return text
 
 
-frame_size = argument(FrameSize.parse)
-"""For argparse: ``832x480``."""
+@argument
+def frame_size(text: str) -> FrameSize:
+    """For argparse: ``832x480``."""
+    try:
+        return FrameSize.parse(text)
+    except ValueError:
+        raise ValueError(f"{quoted(text)}: expected WIDTHxHEIGHT, such as 832x480") from None
 
 
 def require_session_size(size: FrameSize | None) -> None:
@@ -236,9 +244,10 @@ def rising_ints(text: str) -> tuple[int, ...]:
     return counts
 
 
-def real_number(low: float, high: float = math.inf) -> Callable[[str], float]:
-    """For argparse: a finite number from ``low`` to ``high``."""
-    expected = f"a number from {low:g}" + ("" if high == math.inf else f" to {high:g}")
+def real_number(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """For argparse: a finite number from ``low`` to ``high``; with ``above`` it must be greater than ``low``."""
+    start = f"above {low:g}" if above else f"from {low:g}"
+    expected = f"a number {start}" + ("" if high == math.inf else f" to {high:g}")
 
     @argument
     def parse(text: str) -> float:
@@ -246,23 +255,14 @@ def real_number(low: float, high: float = math.inf) -> Callable[[str], float]:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high or math.isinf(value):
+        if not low <= value <= high or math.isinf(value) or (above and value == low):
             raise ValueError(f"{quoted(text)}: expected {expected}")
         return value
 
     return parse
 
 
-@argument
-def positive_float(text: str) -> float:
-    """For argparse: a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise ValueError(f"{quoted(text)}: expected a number above 0")
-    return value
+positive_float = real_number(0, above=True)
 
 
 plain_text = argument(text_value)
@@ -299,21 +299,57 @@ def output_file(text: str) -> str:
     return _file_to_write(file)
 
 
+def add_frames_option(parser: argparse.ArgumentParser, option: str, meaning: str, default: str | None = None) -> None:
+    """Adds ``option``, the place where frames are saved, and --overwrite."""
+    parser.add_argument(
+        option,
+        type=output_frames,
+        default=default,
+        metavar="PATH",
+        help=f"{meaning}: a name ending in {', '.join(VIDEO_ENDINGS[:-1])} or {VIDEO_ENDINGS[-1]} for a video, another "
+        f"one for a folder of PNGs (default: {default or 'save nothing'})",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help=f"remove the frames of an earlier run from the folder of {option} (default: refuse such a folder)",
+    )
+
+
 @argument
 def output_frames(text: str) -> str:
-    """For argparse: where frames are saved, NAME.mp4 or a folder without frames."""
-    target = Path(path_value(text))
+    """For argparse: where frames are saved, in the form that ``frames_are_files`` tells apart."""
+    path = path_value(text)
+    target = Path(path)
     shown = quoted(str(target))
-    if target.suffix.lower() == ".mp4":
+    is_folder = frames_are_files(path)
+    if not is_folder and target.suffix.lower() in VIDEO_ENDINGS:
         return _file_to_write(target)
     if target.exists() and not target.is_dir():
-        raise ValueError(f"{shown}: it is a file; expected a folder or a name ending in .mp4")
-    if target.suffix.lower() in _MEDIA_SUFFIXES and not target.exists():
-        raise ValueError(f"{shown}: cannot write {target.suffix}; expected a folder or a name ending in .mp4")
-    if target.is_dir() and any(FRAME_NAME.fullmatch(file.name) for file in target.iterdir()):
-        raise ValueError(f"{shown}: the folder has the frames of an earlier run; name another one, or remove them")
+        raise ValueError(f"{shown}: it is a file; {_FRAMES_EXPECTED}")
+    if not is_folder:
+        raise ValueError(f"{shown}: unknown ending {target.suffix}; {_FRAMES_EXPECTED}; a folder's name may end in /")
     _require_writable(target)
-    return str(target)
+    return path
+
+
+def frames_are_files(path: str) -> bool:
+    """Whether frames go into the folder ``path``: it has no ending, it exists, or the name ends in a slash."""
+    target = Path(path)
+    if path.endswith(("/", os.sep)) or not target.suffix:
+        return True
+    return target.is_dir() and target.suffix.lower() not in VIDEO_ENDINGS
+
+
+def require_no_frames(option: str, path: str | None, *, overwrite: bool) -> None:
+    """Raises ConfigError if the folder ``path``, given as ``option``, has frames and may not be emptied of them."""
+    if path is None or overwrite or not frames_are_files(path) or not os.path.isdir(path):
+        return
+    if any(FRAME_NAME.fullmatch(name) for name in os.listdir(path)):
+        raise ConfigError(
+            f"{option} {quoted(path)}: it has the frames of an earlier run; name another folder, or add --overwrite",
+            field=option.removeprefix("--"),
+        )
 
 
 def _file_to_write(file: Path) -> str:

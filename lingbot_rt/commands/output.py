@@ -8,6 +8,8 @@ from contextlib import suppress
 
 from lingbot_rt.errors import OutputFailed, ReaderGone, printable, reason_of
 
+_MAX_CHARACTERS = 1000
+
 
 def prepare_output() -> None:
     """Characters that the console's encoding does not have are escaped instead of raising UnicodeEncodeError."""
@@ -33,10 +35,21 @@ def flush_output() -> None:
         raise _failure(error) from None
 
 
+def one_message(text: str) -> str:
+    """``text`` as one line that a terminal can show: without control characters, and not too long."""
+    line = printable(text)
+    return line if len(line) <= _MAX_CHARACTERS else line[:_MAX_CHARACTERS] + "..."
+
+
 def complain(text: str) -> None:
-    """Prints one line on standard error. A standard error that cannot be written leaves no other place to say so."""
+    """Prints one line about what went wrong on standard error."""
+    note(f"lingbot-rt: {one_message(text)}")
+
+
+def note(text: str) -> None:
+    """Prints on standard error. A standard error that cannot be written leaves no other place to say so."""
     with suppress(OSError):
-        print(f"lingbot-rt: {printable(text)}", file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
 
 def _failure(error: OSError) -> OutputFailed:

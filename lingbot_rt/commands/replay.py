@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lingbot_rt.commands import FAILED
 from lingbot_rt.commands.local_engine import add_runner_options, open_runner
-from lingbot_rt.commands.options import output_frames, path_text, real_number, require_existing
+from lingbot_rt.commands.options import add_frames_option, path_text, real_number, require_existing, require_no_frames
 from lingbot_rt.commands.output import say
 
 if TYPE_CHECKING:
@@ -28,12 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DB",
         help="lowest PSNR at which a chunk that is not exact still passes (default: 40)",
     )
-    parser.add_argument(
-        "--video",
-        type=output_frames,
-        metavar="PATH",
-        help="save NAME.mp4 or a folder of PNGs: the recorded last frame of each chunk beside the replayed frames",
-    )
+    add_frames_option(parser, "--video", "save the recorded last frame of each chunk beside the replayed frames")
     add_runner_options(parser)
 
 
@@ -42,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from lingbot_rt.regression.replay import table
 
     require_existing("RECORD", args.record)
+    require_no_frames("--video", args.video, overwrite=args.overwrite)
     record = read_record(Path(args.record))
     verdicts = asyncio.run(_replay(args, record))
     say(table(record, verdicts))
@@ -54,7 +50,10 @@ async def _replay(args: argparse.Namespace, record: SessionRecord) -> list[Chunk
 
     init = replay_init(record)
     verdicts: list[ChunkVerdict] = []
-    with open_writer(args.video, record.playback_fps) as write, tqdm(total=len(record.chunks), disable=None) as bar:
+    with (
+        open_writer(args.video, record.playback_fps, overwrite=args.overwrite) as write,
+        tqdm(total=len(record.chunks), disable=None) as bar,
+    ):
         async with open_runner(args) as runner:
             async for chunk in runner.run(init):
                 recorded = record.chunks[len(verdicts)]

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
@@ -22,7 +22,7 @@ from lingbot_rt.commands.options import add_config_options, config_from
 from lingbot_rt.commands.output import complain, say
 from lingbot_rt.config import ENDPOINT, ServeConfig
 from lingbot_rt.config_values import environment_value
-from lingbot_rt.errors import ConfigError, OutputFailed, printable, reason_of
+from lingbot_rt.errors import MAX_QUOTED, ConfigError, OutputFailed, printable, quoted, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = config_from(args)
+    return serve_until_stopped(config_from(args))
+
+
+def serve_until_stopped(config: ServeConfig, on_ready: Callable[[str], None] | None = None) -> int:
+    """Serves until a stop signal or a failure, and returns the exit code.
+
+    Calls ``on_ready`` with the page's URL once the model is ready.
+    """
     if _is_worker_rank():
         from lingbot_rt.engine.worker import run_launched_worker
 
@@ -52,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     with _ending_at_once(), listening_sockets(config) as listeners:
         require_folders(config)
         require_devices(config)
-        return _serve(config, listeners)
+        return _serve(config, listeners, on_ready)
 
 
 @contextmanager
@@ -73,7 +80,7 @@ def _ending_at_once() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _serve(config: ServeConfig, listeners: Sequence[socket.socket]) -> int:
+def _serve(config: ServeConfig, listeners: Sequence[socket.socket], on_ready: Callable[[str], None] | None) -> int:
     """Returns the exit code: 0 after a stop signal."""
     from lingbot_rt.engine.engine import Engine
     from lingbot_rt.server.app import Server, create_app
@@ -116,6 +123,8 @@ def _serve(config: ServeConfig, listeners: Sequence[socket.socket]) -> int:
                 f"  page       http://{address}",
                 f"  WebSocket  ws://{address}{ENDPOINT}",
             )
+            if on_ready is not None:
+                on_ready(f"http://{address}")
         await serving
 
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
@@ -153,6 +162,11 @@ def shown_address(listeners: Sequence[socket.socket]) -> str:
     """``host:port`` to open from this machine. With --port 0 it has the port that was found."""
     listener = next((each for each in listeners if each.family == socket.AF_INET), listeners[0])
     host, port = listener.getsockname()[:2]
+    return local_address(host, port)
+
+
+def local_address(host: str, port: int) -> str:
+    """``host:port`` to open from this machine for a server that listens on ``host``."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"{host}:{port}"
 
@@ -168,7 +182,8 @@ def listening_sockets(config: ServeConfig) -> Iterator[list[socket.socket]]:
         found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         reason = reason_of(error) if isinstance(error, OSError) else "not the name of a host"
-        raise ConfigError(f"--host {config.host}: {reason}", field="host") from None
+        host = config.host if len(config.host) <= MAX_QUOTED else quoted(config.host)
+        raise ConfigError(f"--host {host}: {reason}", field="host") from None
     addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
     for tries_left in reversed(range(_PORT_TRIES if config.port == 0 else 1)):
         with ExitStack() as stack:

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
-from PIL import Image
 
+from lingbot_rt.client.protocol import nearest_hint
+from lingbot_rt.client.start_picture import start_picture
 from lingbot_rt.commands.options import (
+    add_frames_option,
     add_size_option,
     argument,
-    output_frames,
     parse_init_fields,
     path_text,
     positive_int,
     real_number,
     whole_number,
 )
-from lingbot_rt.commands.output import complain
 from lingbot_rt.errors import ConfigError, RequestError, quoted, reason_of
 from lingbot_rt.session.controls import MAX_PENDING, TOKENS, Actions
 from lingbot_rt.session.messages import (
@@ -36,17 +33,11 @@ from lingbot_rt.session.messages import (
     decode,
     shown,
 )
-from lingbot_rt.shapes import FrameSize
 
 DEFAULT_PROMPT = "A quiet street in soft morning light, stable camera motion."
 DEFAULT_KEYS = "w*12,l*6,w*6"
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-_PRESET_FOLDERS = (_PACKAGE / "webui" / "presets", _PACKAGE.parent / "webui" / "presets")  # in a wheel, in a checkout
 _KEYS_STEP = re.compile(rf"([{''.join(TOKENS)}]+|-)(?:\*(\d{{1,6}}))?")
-
-
-_NO_FIELDS = ("type", "script", "url", "api_key", "self")  # of every message, and arguments of the client's ``connect``
 
 
 def add_session_options(parser: argparse.ArgumentParser, *, default_out: str | None = None) -> None:
@@ -90,14 +81,7 @@ def add_session_options(parser: argparse.ArgumentParser, *, default_out: str | N
         metavar="N",
         help="playback rate in frames/s (default: 16)",
     )
-    parser.add_argument(
-        "--out",
-        type=output_frames,
-        default=default_out,
-        metavar="PATH",
-        help="save the frames: NAME.mp4 for a video, another name for a folder of PNGs "
-        f"(default: {default_out or 'save nothing'})",
-    )
+    add_frames_option(parser, "--out", "where the frames are saved", default_out)
 
 
 def add_first_frame_option(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +89,7 @@ def add_first_frame_option(parser: argparse.ArgumentParser) -> None:
         "--first-frame",
         type=path_text,
         metavar="FILE",
-        help="picture that the session starts from (default: a preset of the page)",
+        help="picture that the session starts from (default: a plaza, which the package brings)",
     )
 
 
@@ -118,18 +102,11 @@ def prompt_text(text: str) -> str:
 
 
 def init_fields(assignments: Sequence[str]) -> dict[str, Any]:
-    """The fields that --init sets. Raises ConfigError for what is no field.
-
-    A server of another version may have more fields, so one that is not known here is sent, with a warning.
-    """
+    """The fields that --init sets. Raises ConfigError for what is no field of an init."""
     extra = parse_init_fields(assignments)
     for name in extra:
-        if name in _NO_FIELDS:
-            raise ConfigError(f"--init {quoted(name)}: an init has no such field", field="init")
         if name not in Init.__struct_fields__:
-            near = difflib.get_close_matches(name, Init.__struct_fields__, n=1)
-            hint = f"; the nearest is {near[0]}" if near else ""
-            complain(f"warning: --init {quoted(name)}: this version has no such field{hint}")
+            raise ConfigError(f"--init {quoted(name)}: an init has no such field{nearest_hint(name)}", field="init")
     picture = extra.get("first_frame", "data:")
     if not (isinstance(picture, str) and picture.startswith(("data:", "http://", "https://"))):
         raise ConfigError(
@@ -164,7 +141,7 @@ def parse_keys(text: str) -> Actions:
     """``"w*6,l*3,wa*4"`` -> 13 latent frames: 6 of (w), 3 of (l), 4 of (w, a). Raises ConfigError."""
     actions: list[tuple[str, ...]] = []
     for step in text.split(","):
-        match = _KEYS_STEP.fullmatch(step.strip())
+        match = _KEYS_STEP.fullmatch(step.strip().lower())
         if match is None:
             raise ConfigError(
                 f'--keys {quoted(step)}: expected keys of {" ".join(TOKENS)} and a count, such as "w*6,l*3,wa*4,-*2"',
@@ -188,36 +165,11 @@ def chunks_for(actions: Actions, latent_frames: int, requested: int | None) -> i
     return requested if requested is not None else max(-(-len(actions) // latent_frames), 1)
 
 
-def first_frame_bytes(path: str | None, size: FrameSize) -> bytes:
-    """The encoded first frame: the file's bytes, or the page's first preset, or a procedural scene of ``size``.
-
-    Raises ConfigError if the file can't be read.
-    """
+def first_frame_bytes(path: str | None) -> bytes:
+    """The encoded first frame: the file's bytes, or the picture that the package brings. Raises ConfigError."""
     if path is None:
-        presets = [file for folder in _PRESET_FOLDERS for kind in ("*.webp", "*.jpg") for file in folder.glob(kind)]
-        if not presets:
-            return procedural_scene(size)
-        path = str(min(presets))
+        return start_picture()
     try:
         return Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"--first-frame {path}: {reason_of(error)}", field="first_frame") from None
-
-
-def procedural_scene(size: FrameSize) -> bytes:
-    """A PNG of an evening sky over a chequered plain in perspective. The pattern makes camera motion visible."""
-    v, u = np.mgrid[0 : size.height, 0 : size.width].astype(np.float64)
-    horizon = size.height * 0.45
-    sky = np.clip(v / horizon, 0, 1)[..., None]
-    colour = np.array([86, 124, 178]) * (1 - sky) + np.array([244, 206, 160]) * sky
-    depth = size.height / np.maximum(v - horizon, 1e-3)
-    across = (u - size.width / 2) / size.height * depth
-    chequer = (np.floor(across * 2) + np.floor(depth * 2)) % 2
-    haze = np.clip(depth / 12, 0, 1)[..., None]
-    plain = (
-        np.where(chequer[..., None] > 0, [96, 122, 84], [70, 96, 66]) * (1 - haze) + np.array([244, 206, 160]) * haze
-    )
-    colour = np.where((v > horizon)[..., None], plain, colour)
-    png = io.BytesIO()
-    Image.fromarray(colour.astype(np.uint8)).save(png, "PNG")
-    return png.getvalue()

@@ -16,7 +16,7 @@ from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import PlayFailed
 from lingbot_rt.offline import play
 from lingbot_rt.regression.cases import CaseEvent
-from lingbot_rt.session.messages import Init, decode
+from lingbot_rt.session.messages import WIRE_SIZE, Init, decode
 from lingbot_rt.session.plan import EnginePort
 
 
@@ -82,7 +82,8 @@ class ServerRunner:
         self.origin = Origin("over the wire", *fields)
 
     async def run(self, init: dict[str, Any]) -> AsyncIterator[ChunkOutput]:
-        fields = {key: value for key, value in init.items() if key != "type"}
+        # The client would ask the server for its size. A scripted init means the wire's.
+        fields = {"size": WIRE_SIZE} | {key: value for key, value in init.items() if key != "type"}
         frames: list[npt.NDArray[np.uint8]] = []
         event_id, index = None, 0
         async with connect(self._url, api_key=self._api_key, script=None, **fields) as session:

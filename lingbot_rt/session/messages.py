@@ -38,6 +38,9 @@ AckState = Literal["received", "applied", "dropped"]
 INLINE_PAYLOAD_LIMIT = 65536
 """A payload below this many bytes travels inside its header map. A larger one is a message of its own."""
 
+WIRE_SIZE = "832x480"
+"""The size of an init that names none."""
+
 MAX_PROMPT_CHARACTERS = 8192
 MAX_NUM_FRAMES = 81
 FPS_RANGE = (1, 120)
@@ -95,7 +98,7 @@ class Init(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="ini
         Any, Meta(description="the bytes of a picture, a data: URL, or a path or URL the server allows")
     ]
     model: _Text = ""
-    size: Annotated[str, Meta(max_length=40, description="WIDTHxHEIGHT, for example 832x480")] = "832x480"
+    size: Annotated[str, Meta(max_length=40, description="WIDTHxHEIGHT, for example 832x480")] = WIRE_SIZE
     fps: Annotated[float, _range(*FPS_RANGE, "a number")] = 16.0
     num_frames: Annotated[int, _range(1, MAX_NUM_FRAMES)] = 9
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1, description="a whole number from 0 to 2^63-1")] = 42

@@ -71,7 +71,7 @@ async def test_model_facts():
 async def test_command_line(tmp_path, capsys):
     """One command prints the table and writes the file. --init fields reach the server."""
     figures = tmp_path / "serve.json"
-    line = "--chunks 4 --fps 120 --press-every 0.03 --playback-fps 24 --format raw --init seed=7 --init pacing=false"
+    line = "--chunks 4 --fps 120 --press-every 0.03 --playback-fps 24 --format raw --init seed=7 --init profile=false"
     async with running(FakeEngine(group_s=0.02)) as server:
         words = ["bench", "serve", "--url", server.http, *line.split(), "--json", str(figures)]
         assert await asyncio.to_thread(main, words) == 0

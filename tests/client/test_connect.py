@@ -21,6 +21,7 @@ from lingbot_rt.client import (
     SessionLost,
     connect,
 )
+from lingbot_rt.client.start_picture import start_picture
 
 pack = msgspec.msgpack.encode
 unpack = msgspec.msgpack.decode
@@ -205,4 +206,68 @@ async def test_refused_handshake():
         with pytest.raises(ConnectFailed, match="403"), connect(url, api_key="secret", **INIT):
             pass
     assert keys == ["Bearer secret"] * 2
+    assert not caught.value.reconnectable
+
+
+def one_frame(inits: list[dict]) -> Callable[[ServerConnection], None]:
+    """A script that keeps the init, sends one frame and ends."""
+
+    def script(connection: ServerConnection) -> None:
+        inits.append(unpack(connection.recv()))
+        connection.send(batch(0, 1))
+        connection.close()
+
+    return script
+
+
+def model_entry(body: str) -> Callable:
+    """Answers /v1/models; everything else is left to the WebSocket."""
+
+    def respond(connection, request):
+        return connection.respond(200, body) if request.path == "/v1/models" else None
+
+    return respond
+
+
+async def test_what_connect_fills_in():
+    """A session that names neither picture nor size has the package's picture and the served model's own size."""
+    inits: list[dict] = []
+    entry = model_entry('{"data": [{"default_size": "160x96"}]}')
+    with serving(one_frame(inits), process_request=entry) as url:
+        with connect(url, prompt="A street.") as world:
+            assert len(list(world)) == 1
+        async with connect(url, prompt="A street.") as world:
+            assert len([frame async for frame in world]) == 1
+        with connect(url, prompt="A street.", size="64x64", first_frame=b"mine") as world:
+            list(world)
+    assert [init["size"] for init in inits] == ["160x96", "160x96", "64x64"]
+    assert [init["first_frame"] for init in inits] == [start_picture(), start_picture(), b"mine"]
+
+
+@pytest.mark.parametrize("body", ["", "{}", '{"data": [{"default_size": 5}]}', '{"data": [{"default_size": "big"}]}'])
+def test_a_server_that_tells_no_size(body):
+    """The init has none either, so that the server's default holds."""
+    inits: list[dict] = []
+    with serving(one_frame(inits), process_request=model_entry(body)) as url, connect(url, prompt="A street.") as world:
+        list(world)
+    assert "size" not in inits[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"prompt": "A street.", "sise": "64x64"}, "'sise'.*nearest is size"),
+        ({"promt": "A street."}, "'promt'.*nearest is prompt"),
+        ({"prompt": "A street.", "firstframe": b""}, "'firstframe'.*nearest is first_frame"),
+        ({"prompt": "A street.", "apikey": "secret"}, "'apikey'.*nearest is api_key"),
+        ({"prompt": "A street.", "steps": 4}, "'steps'.*nearest is num_inference_steps"),
+        ({"prompt": "A street.", "type": "event"}, "'type'"),
+        ({}, "prompt: missing"),
+    ],
+)
+def test_misspelt_arguments_are_refused(arguments, named):
+    """At once and by name, without a value and before anything is sent."""
+    with pytest.raises(InitRefused, match=named) as caught:
+        connect("http://127.0.0.1:1", **arguments)
+    assert "secret" not in str(caught.value)
     assert not caught.value.reconnectable

@@ -11,8 +11,6 @@ from PIL import Image
 
 from lingbot_rt.cli import main
 from lingbot_rt.client import connect
-from lingbot_rt.commands.session_options import procedural_scene
-from lingbot_rt.shapes import FrameSize
 from tests.e2e.served import Server, running
 
 SESSION = ["--size", "64x64", "--keys", "w*4,a*2", "--seed", "7"]
@@ -40,6 +38,10 @@ def test_client_and_generate_give_the_same_frames(server: Server, model, tmp_pat
     assert "21 frames in 2 chunks" in summary
     assert "overhead" in summary
     assert main(["generate", *model, *SESSION, "--out", str(tmp_path / "generate")]) == 0
+    generated = capsys.readouterr().out
+    assert "21 frames in 2 chunks" in generated
+    assert re.search(r"steady rate +\d+\.\d frames/s", generated)
+    assert generated.splitlines()[-1] == f"{tmp_path / 'generate'}: 21 frames of 64x64 at 16 frames/s"
     live, offline = pictures(tmp_path / "client"), pictures(tmp_path / "generate")
     assert len(live) == 21
     np.testing.assert_array_equal(np.stack(live), np.stack(offline))
@@ -74,22 +76,20 @@ def test_the_address_of_the_http_api_and_a_proxy_variable(server: Server, capsys
 
 
 def test_a_second_walk_into_the_same_folder(server: Server, tmp_path, capsys):
-    """It is refused before it begins, and the first walk stays."""
+    """It is refused before it begins, and the first walk stays; --overwrite puts the second one in its place."""
     words = ["client", "--url", server.http, "--size", "64x64", "--out", str(tmp_path)]
-    assert main([*words, "--keys", "w*9"]) == 0
-    assert len(pictures(tmp_path)) == 33
-    with pytest.raises(SystemExit) as end:
-        main([*words, "--keys", "w"])
-    assert end.value.code == 2
+    assert main([*words, "--keys", "-*2,w*7"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path}: 33 frames of 64x64 at 16 frames/s"
+    assert main([*words, "--keys", "w"]) == 2
     assert "--out" in capsys.readouterr().err
     assert len(pictures(tmp_path)) == 33
+    assert main([*words, "--keys", "w", "--overwrite"]) == 0
+    assert len(pictures(tmp_path)) == 9
 
 
 def test_no_share_of_a_chunk_is_negative(server: Server, capsys):
     """The parts of a chunk add up to it, or the line says that they overlap."""
-    with connect(
-        server.http, prompt="A street.", first_frame=procedural_scene(FrameSize(64, 64)), size="64x64", max_chunks=4
-    ) as world:
+    with connect(server.http, prompt="A street.", size="64x64", max_chunks=4) as world:
         for _ in world:
             pass
     assert len(world.stats) == 4

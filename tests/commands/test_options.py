@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lingbot_rt.cli import main
+from lingbot_rt.cli import joined, main
 from lingbot_rt.commands import VERBS
 from lingbot_rt.commands.options import GROUPS, add_config_options, config_from
 from lingbot_rt.config import ServeConfig, load_config
@@ -86,7 +86,6 @@ def test_flags_win_over_the_file(tmp_path):
         "client --init fps",
         "generate --first-frame no-such-file.png --model-path no-such-folder",
         "nothing",
-        "",
     ],
 )
 def test_wrong_command_lines_get_one_line_and_code_2(line, capsys):
@@ -123,6 +122,7 @@ def test_live_keys_have_no_limit(capsys):
 
 OPTION_OF = {
     "serve": "--port",
+    "play": "--no-browser",
     "client": "--live",
     "generate": "--keys",
     "bench": "collectives",
@@ -142,6 +142,30 @@ def test_every_verb_has_help(verb, capsys):
     assert f"usage: lingbot-rt {verb}" in printed
     assert f"{VERBS[verb][1:]}." in " ".join(printed.split())
     assert OPTION_OF[verb] in printed
+
+
+@pytest.mark.parametrize("words", [[], ["bench"], ["check"]])
+def test_a_command_line_that_names_no_work_shows_the_help(words, capsys):
+    """What can be said next is on standard output."""
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {' '.join(['lingbot-rt', *words])}")
+
+
+@pytest.mark.parametrize(
+    ("words", "parsed"),
+    [
+        ("client --keys -*2,w*9 --live", "client --keys=-*2,w*9 --live"),
+        ("client --keys -,w -h", "client --keys=-,w -h"),
+        ("client --keys - --seed -1", "client --keys - --seed=-1"),
+        ("client --api-key=x -y", "client --api-key=x -y"),
+        ("replay -- --video -x", "replay -- --video -x"),
+    ],
+)
+def test_values_that_begin_with_a_dash(words, parsed):
+    """They are values of the option before them, and no options."""
+    assert joined(words.split()) == parsed.split()
 
 
 SHIPPED = {

@@ -69,12 +69,26 @@ def test_output_on_a_full_disk():
         output.say("more")
 
 
-def test_output_that_nobody_reads():
-    """A broken pipe is told apart from a disk that is full."""
+@contextmanager
+def broken_pipe() -> Iterator[None]:
+    """Standard output whose reader has ended."""
     read, write = os.pipe()
     os.close(read)
     with open(write, "w") as pipe, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", pipe)
+        yield
+
+
+def test_a_command_whose_reader_has_ended(capsys):
+    """It ends quietly after its first line."""
+    with broken_pipe():
+        assert main(["doctor"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_output_that_nobody_reads():
+    """A broken pipe is told apart from a disk that is full."""
+    with broken_pipe():
         with pytest.raises(ReaderGone):
             output.say("text")
         output.say("more")
@@ -114,9 +128,11 @@ def test_exit_codes_of_the_output(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     assert failing(OutputFailed("standard output: No space left on device")) == 1
     assert failing(OSError(28, "No space left on device", "frames/x")) == 1
+    assert failing(TimeoutError("timed out")) == 1
     assert failing(ConfigError("two\nlines")) == 2
     assert capsys.readouterr().err.splitlines() == [
         "lingbot-rt: standard output: No space left on device",
         "lingbot-rt: frames/x: No space left on device",
+        "lingbot-rt: timed out",
         "lingbot-rt: two\\nlines",
     ]

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import io
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from lingbot_rt.client.protocol import ChunkStats
-from lingbot_rt.commands.client import ClientMetrics, keys_at, p50_p95
-from lingbot_rt.commands.frame_writer import open_writer
+from lingbot_rt.client.start_picture import start_picture
+from lingbot_rt.commands.client import keys_at
 from lingbot_rt.commands.options import parse_init_fields
 from lingbot_rt.commands.session_options import (
     chunks_for,
     first_frame_bytes,
     parse_keys,
     parse_script,
-    procedural_scene,
 )
+from lingbot_rt.commands.walk import WalkMetrics, WalkProgress, p50_p95
 from lingbot_rt.errors import ConfigError
-from lingbot_rt.shapes import FrameSize
 
 
 def test_keys():
-    """Counts repeat, letters together are held together, a dash is no key."""
-    assert parse_keys("w*2, wa,-*2") == (("w",), ("w",), ("w", "a"), (), ())
+    """Counts repeat, letters together are held together, a dash is no key, capitals are the same keys."""
+    assert parse_keys("w*2, wA,-*2") == (("w",), ("w",), ("w", "a"), (), ())
 
 
 @pytest.mark.parametrize("text", ["", "w*", "q*2", "w*2,", "w2", "*3", "w*-1"])
@@ -56,49 +54,15 @@ def test_a_live_session_holds_the_keys_of_the_shown_frame():
 
 
 def test_first_frames(tmp_path):
-    """A file's bytes, a preset, or a procedural scene of the asked size. A missing file is named."""
+    """A file's bytes, or the picture of the package. A missing file is named."""
     file = tmp_path / "picture"
     file.write_bytes(b"bytes")
-    assert first_frame_bytes(str(file), FrameSize(64, 64)) == b"bytes"
-    with Image.open(io.BytesIO(procedural_scene(FrameSize(96, 64)))) as picture:
-        assert picture.size == (96, 64)
-    with Image.open(io.BytesIO(first_frame_bytes(None, FrameSize(96, 64)))) as picture:
-        assert picture.width >= 64
+    assert first_frame_bytes(str(file)) == b"bytes"
+    assert first_frame_bytes(None) == start_picture()
+    with Image.open(io.BytesIO(start_picture())) as picture:
+        assert picture.width >= 832
     with pytest.raises(ConfigError, match="no-such-file"):
-        first_frame_bytes("no-such-file", FrameSize(64, 64))
-
-
-def test_png_folder(tmp_path):
-    """Frames become numbered PNGs with the same pixels."""
-    frames = np.random.default_rng(0).integers(0, 256, (3, 16, 32, 3), np.uint8)
-    with open_writer(str(tmp_path / "frames"), 16) as write:
-        for pixels in frames:
-            write(pixels)
-    for i, pixels in enumerate(frames):
-        with Image.open(tmp_path / "frames" / f"frame_{i:05d}.png") as picture:
-            np.testing.assert_array_equal(np.asarray(picture), pixels)
-
-
-def test_mp4(tmp_path):
-    """An MP4 has every frame, the frame rate, about the same pixels, and even sides."""
-    av = pytest.importorskip("av")
-    frames = [np.full((49, 65, 3), 20 * i, np.uint8) for i in range(10)]
-    path = tmp_path / "new" / "clip.mp4"
-    with open_writer(str(path), 16) as write:
-        for pixels in frames:
-            write(pixels)
-    with av.open(str(path)) as file:
-        assert file.streams.video[0].average_rate == 16
-        decoded = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
-    assert [frame.shape for frame in decoded] == [(48, 64, 3)] * 10
-    assert all(abs(int(frame.mean()) - 20 * i) <= 3 for i, frame in enumerate(decoded))
-
-
-def test_mp4_without_pyav_says_what_to_install(tmp_path, monkeypatch):
-    """The error names the extra to install, and the alternative."""
-    monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(ConfigError, match=r"lingbot-rt\[video\].*folder"), open_writer(str(tmp_path / "x.mp4"), 16):
-        pass
+        first_frame_bytes("no-such-file")
 
 
 def test_fields_of_an_init():
@@ -119,8 +83,8 @@ def stats(index: int, total: float, dit: float, vae: float) -> ChunkStats:
 def test_summary(monkeypatch):
     """Rates leave out the first chunk. Latency ends at the first frame with the event id or a later one."""
     clock = iter([0.0, 0.5, 0.75, 1.0, 1.5, 2.0])
-    monkeypatch.setattr("lingbot_rt.commands.client.time.monotonic", lambda: next(clock))
-    metrics = ClientMetrics()  # at 0.0
+    monkeypatch.setattr("lingbot_rt.commands.walk.time.monotonic", lambda: next(clock))
+    metrics = WalkMetrics()  # at 0.0
     metrics.frame_received(0, None)  # at 0.5
     metrics.event_sent(1)  # at 0.75
     metrics.frame_received(0, None)  # at 1.0
@@ -136,7 +100,35 @@ def test_summary(monkeypatch):
 
 def test_summary_without_frames():
     """It says so instead of dividing by zero."""
-    assert ClientMetrics().summary([]) == "no frames received"
+    assert WalkMetrics().summary([]) == "no frames received"
+
+
+def test_progress_without_a_terminal(capsys):
+    """A line on standard error every ten seconds says how far the walk is. A short walk says nothing."""
+    clock = iter([0.0, 1.0, 9.0, 10.0, 15.0, 20.0])
+    progress = WalkProgress(105, lambda: next(clock))
+    for _ in range(2):
+        progress.update()
+    assert capsys.readouterr().err == ""
+    for _ in range(3):
+        progress.update()
+    progress.close()
+    assert capsys.readouterr().err.splitlines() == ["3 of 105 frames, 0.3 frames/s", "5 of 105 frames, 0.2 frames/s"]
+
+
+def test_progress_on_a_terminal(monkeypatch):
+    """A bar that says what it waits for, and counts from the first frame on."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "100")
+    progress = WalkProgress(2)
+    assert "waiting for the first frame" in terminal.getvalue()
+    for _ in range(2):
+        progress.update()
+    progress.close()
+    assert "walking" in terminal.getvalue()
+    assert "2/2" in terminal.getvalue()
 
 
 def test_p50_p95():
