@@ -1,5 +1,6 @@
 // The chosen server: its address, what /v1/models says, and how that is shown.
 
+import { KeyRing } from "./key_ring.js";
 import { serverBase } from "./wire.js";
 
 const POLL_READY_MS = 5000;
@@ -120,6 +121,7 @@ export class Server {
   #onModel;
   #isOurs;
   #poller;
+  #keys;
   #capabilities = "";
 
   model = null;
@@ -140,8 +142,12 @@ export class Server {
       timers: { setTimeout: (run, ms) => setTimeout(run, ms), clearTimeout: (timer) => clearTimeout(timer) },
       onChange: (found) => this.#update(found),
     });
+    this.#keys = new KeyRing(store, location);
     this.address = new URLSearchParams(location.search).get(URL_PARAMETER) ?? store.get("server", "");
-    this.apiKey = store.get("apiKey", "");
+  }
+
+  get apiKey() {
+    return this.#keys.get(this.base);
   }
 
   start() {
@@ -159,9 +165,8 @@ export class Server {
   use(address, apiKey) {
     this.base = serverBase(address, location);
     this.address = address.trim();
-    this.apiKey = apiKey;
     this.#store.set("server", this.address);
-    this.#store.set("apiKey", apiKey);
+    this.#keys.set(this.base, apiKey);
     this.status = "Looking for the server";
     this.model = null;
     this.reachable = null;
