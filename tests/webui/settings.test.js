@@ -104,4 +104,15 @@ test("a server is polled with growing intervals, and at once when another server
   await settle();
   await settle();
   assert.match(found.at(-1).problem, /key/);
+  const kinds = [];
+  for (const [status, json] of [[401, {}], [403, { error: { message: "unknown host" } }], [404, null], [200, null], [200, { data: [] }], [502, null]]) {
+    answer = () => Promise.resolve({ ok: status === 200, status, json: () => (json ? Promise.resolve(json) : Promise.reject(new SyntaxError("a page"))) });
+    poller.pollNow();
+    await settle();
+    await settle();
+    kinds.push(found.at(-1).kind);
+    assert.equal(found.at(-1).reachable, false);
+    if (status === 403) assert.equal(found.at(-1).problem, "unknown host");
+  }
+  assert.deepEqual(kinds, ["key", "foreign", "foreign", "foreign", "foreign", "silent"]);
 });

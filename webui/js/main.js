@@ -1,20 +1,22 @@
 // The page: creates its parts, connects them, and handles its controls.
 
-import { $, ask, h, setIcon, setText } from "./dom.js";
+import { $, ask, closeButtons, h, setIcon, setText } from "./dom.js";
 import { ErrorCards } from "./errors_view.js";
 import { ExportMenu } from "./export.js";
 import { Gallery } from "./gallery.js";
 import { HeldKeys } from "./held_keys.js";
 import { Gamepads } from "./inputs.js";
 import { Layout } from "./layout.js";
-import { explainEnd, stateText } from "./messages.js";
+import { explainEnd, isServerAway, stateText } from "./messages.js";
 import { MetersView, latencyText } from "./meters_view.js";
 import { Player } from "./player.js";
 import { RecordButton } from "./record_button.js";
 import { Server } from "./server.js";
+import { ServerForm } from "./server_form.js";
 import { SettingsStore, browserStorage, wireValues } from "./settings.js";
 import { SettingsForm } from "./settings_form.js";
 import { StartForm } from "./start_form.js";
+import { StartView } from "./start_view.js";
 import { PromptTimeline } from "./timeline_view.js";
 import { canRecord } from "./video_recorder.js";
 import { socketUrl } from "./wire.js";
@@ -48,6 +50,8 @@ const form = new SettingsForm($("settings"), store, (values) => {
   player.playbackMode = values.playback;
 });
 const server = new Server({ store, onChange: showServer, onModel: useModel, isOurs: () => player.isRunning });
+const startView = new StartView(server);
+const serverForm = new ServerForm($("server-form"), server, () => $("server-dialog").close());
 
 const layout = new Layout({ store, held, isLive: () => player.isLive, onChange: showState });
 new ExportMenu({
@@ -68,6 +72,8 @@ let queuePosition = null;
 let sentPrompt = "";
 let metersShownAt = 0;
 let isStarting = false; // between the click on Start and the connection
+let waitsForServer = false; // a card says that the server went away
+let sawServerAway = false; // since that card
 
 const player = new Player($("canvas"), {
   state: enter,
@@ -120,12 +126,14 @@ async function start({ saved = null } = {}) {
       advice,
       actions: [["Try again", () => start({ saved })]],
     });
+    waitsForServer = sawServerAway = true;
     return;
   }
   isStarting = true;
   showState();
   try {
     errors.dismiss("session");
+    waitsForServer = false;
     // The user may click Start while the first frame is still loading.
     if (!saved) await firstFrame.settled();
     if (!saved && !firstFrame.exists) {
@@ -193,6 +201,8 @@ function sessionEnded(end) {
   if (end.wasLive) actions.push(["Start from the last frame", startFromLastFrame]);
   if (!end.wasLive) actions.push(["Server", openServer]);
   errors.show({ key: "session", ...explainEnd(end), actions });
+  waitsForServer = isServerAway(end.code);
+  sawServerAway = false;
 }
 
 function tick(now, stalledMs) {
@@ -222,26 +232,18 @@ function showState() {
   $("pause").querySelector("span").textContent = state === "paused" ? "Resume" : "Pause";
   setIcon($("pause"), state === "paused" ? "play" : "pause");
   $("sticks").hidden = !(isLive && layout.pads === "sticks");
-  showStart(isOpening, text);
+  startView.show({
+    state,
+    isRunning: player.isRunning,
+    progress: isOpening ? text : "",
+    isLoading: isStarting,
+    note: startNote(),
+  });
   showApplyPrompt();
 }
 
-function showStart(isOpening, progress) {
-  const model = server.model;
-  const button = $("start");
-  const action = { paused: "Resume", ended: "Start again", lost: "Start again" }[state] ?? "Start";
-  button.disabled = isOpening || isStarting || (state !== "paused" && !model?.ready);
-  $("start-text").textContent = isOpening
-    ? progress
-    : isStarting
-      ? "Loading the image"
-      : state === "paused" || model?.ready
-        ? action
-        : server.shortStatus;
-  setText(
-    $("start-note"),
-    !isOpening && model?.ready && model.busy && !player.isRunning ? "The server is in use. You will wait in line." : "",
-  );
+function startNote() {
+  return server.isInUse ? "The server is in use. You will wait in line." : "";
 }
 
 // --- prompt ---
@@ -298,12 +300,17 @@ async function startFromLastFrame() {
 
 async function useModel(model) {
   form.build(model);
+  $("advanced").hidden = false;
   startForm.size = form.values.size;
-  const preset = startForm.showPresets(model);
+  await proposePreset(model.id);
+}
+
+async function proposePreset(modelId) {
+  const preset = startForm.showPresets(modelId);
   if (!preset) return;
   // The prompt first: the user may already type while the image loads.
   $("prompt").value = store.get("prompt", preset.prompt);
-  await startForm.usePreset(preset);
+  await startForm.usePreset(preset, { isChosen: false });
 }
 
 function seedValue() {
@@ -322,6 +329,11 @@ function showServer() {
   const chip = $("server-chip");
   chip.dataset.tone = server.tone;
   $("server-chip-text").textContent = server.status;
+  sawServerAway ||= server.reachable === false;
+  if (waitsForServer && sawServerAway && server.model?.ready) {
+    errors.dismiss("session");
+    waitsForServer = false;
+  }
   const model = server.model;
   const facts = model
     ? [
@@ -331,29 +343,16 @@ function showServer() {
         ["Frame size", model.defaultSize.replace("x", " × ")],
       ]
     : [["State", server.status]];
-  facts.unshift(["Address", server.base]);
+  facts.unshift(["Address", server.base ?? server.address]);
   $("server-facts").replaceChildren(
     ...facts.flatMap(([name, value]) => [h("dt", { textContent: name }), h("dd", { textContent: value })]),
   );
   showState();
 }
 
-async function openServer() {
-  $("server-address").value = server.address;
-  $("server-key").value = server.apiKey;
-  if ((await ask($("server-dialog"))) !== "save") return;
-  try {
-    server.use($("server-address").value, $("server-key").value);
-    errors.dismiss("server");
-  } catch (error) {
-    if (!(error instanceof TypeError)) throw error;
-    errors.show({
-      key: "server",
-      title: "This is not an address",
-      detail: $("server-address").value,
-      advice: "Enter a host and a port, for example 127.0.0.1:30000.",
-    });
-  }
+function openServer() {
+  serverForm.fill();
+  $("server-dialog").showModal();
 }
 
 // --- replay ---
@@ -384,6 +383,7 @@ async function toggleMeters() {
 }
 
 function connectControls() {
+  closeButtons();
   $("start").onclick = () => (state === "paused" ? player.pause(false) : start());
   $("pause").onclick = () => player.pause(state !== "paused");
   $("restart").onclick = () => start();
@@ -412,7 +412,8 @@ async function boot() {
   connectControls();
   if (store.get("meters", false)) await toggleMeters();
   await startForm.load();
-  server.start();
+  // The places are there although no server has answered yet.
+  await Promise.all([server.start(), proposePreset("")]);
 }
 
 await boot();

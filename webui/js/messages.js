@@ -18,6 +18,9 @@ export function stateText(state, position) {
   return STATES[state] ?? "";
 }
 
+/** Whether the end's close code says that the server, or the way to it, is gone. */
+export const isServerAway = (code) => code === 1001 || code === 1006;
+
 /** An error card {title, detail, advice} for a session that ended without the user's wish. */
 export function explainEnd({ code, message, errorCode, wasLive }) {
   const card = (title, advice) => ({ title, detail: message, advice });

@@ -1,6 +1,7 @@
 // The chosen server: its address, what /v1/models says, and how that is shown.
 
-import { serverBase } from "./wire.js";
+import { KeyRing } from "./key_ring.js";
+import { STATIC_PAGE_PORT, serverBase } from "./wire.js";
 
 const POLL_READY_MS = 5000;
 const POLL_BUSY_MS = 1500; // a user who waits wants to know soon when the server is free
@@ -9,6 +10,8 @@ const BACKOFF_MS = [500, 1000, 2000, 4000];
 const TIMEOUT_MS = 4000;
 const CLOSING_MS = 1000;
 const URL_PARAMETER = "server";
+const OWN_PORTS = ["", "30000"]; // a page there comes from the server itself, or through a proxy
+const GATEWAY_ERRORS = [502, 503, 504]; // from a proxy whose server is away
 
 /** One entry of /v1/models as the page uses it. Fields that an older server omits get the protocol's defaults. */
 export function readModel(entry) {
@@ -48,7 +51,8 @@ export function parseSize(text) {
  * /v1/models answers 200 with the warm-up state even while the model loads. /health answers 503 then, which the browser
  * would log as a failed request.
  *
- * `onChange({reachable, model, problem})` runs after every answer; `problem` is text for the user.
+ * `onChange({reachable, model, problem, kind})` runs after every answer. `problem` is text for the user; its `kind` is
+ * "silent" (nobody answers), "key" (the key is missing or wrong) or "foreign" (somebody else answers).
  */
 export class ServerPoller {
   #fetch;
@@ -101,15 +105,40 @@ export class ServerPoller {
     let answer;
     try {
       answer = await this.#fetch(`${this.#base}/v1/models`, { headers, signal: AbortSignal.timeout(TIMEOUT_MS) });
-      if (answer.ok) return { reachable: true, model: readModel((await answer.json()).data[0]), problem: "" };
     } catch {
-      return { reachable: false, model: null, problem: "No server answers" };
+      return failed("silent", "No server answers");
     }
-    const needsKey = answer.status === 401 || answer.status === 403;
-    const problem = needsKey
-      ? "This server needs a key"
-      : `This address is not a LingBot server (HTTP ${answer.status})`;
-    return { reachable: false, model: null, problem };
+    const { status } = answer;
+    const body = await json(answer);
+    if (answer.ok && body?.data?.[0]?.id) return { reachable: true, model: readModel(body.data[0]), problem: "" };
+    if (status === 401) return failed("key", this.#apiKey ? "The server refused this key" : "This server needs a key");
+    if (GATEWAY_ERRORS.includes(status)) return failed("silent", `No server answers behind this address (HTTP ${status})`);
+    return failed("foreign", body?.error?.message ?? `This address is not a LingBot server (HTTP ${status})`);
+  }
+}
+
+const failed = (kind, problem) => ({ reachable: false, model: null, problem, kind });
+
+async function json(answer) {
+  try {
+    return await answer.json();
+  } catch {
+    return null; // a page, for instance
+  }
+}
+
+/**
+ * Whether the page comes from a server that has only files, so that asking it for the model would fail. The real one
+ * forbids guessing types in every answer.
+ */
+async function isStaticPage() {
+  if (location.port === STATIC_PAGE_PORT) return true;
+  if (OWN_PORTS.includes(location.port) || !location.protocol.startsWith("http")) return false;
+  try {
+    const answer = await fetch("favicon.svg");
+    return answer.ok && answer.headers.get("X-Content-Type-Options") !== "nosniff";
+  } catch {
+    return false;
   }
 }
 
@@ -120,10 +149,14 @@ export class Server {
   #onModel;
   #isOurs;
   #poller;
+  #keys;
+  #isStatic;
   #capabilities = "";
 
+  base = null; // null while the address is none
   model = null;
   reachable = null;
+  kind = null; // of the problem: that of ServerPoller, or "address"
   status = "Looking for the server";
 
   /**
@@ -140,40 +173,70 @@ export class Server {
       timers: { setTimeout: (run, ms) => setTimeout(run, ms), clearTimeout: (timer) => clearTimeout(timer) },
       onChange: (found) => this.#update(found),
     });
+    this.#keys = new KeyRing(store, location);
     this.address = new URLSearchParams(location.search).get(URL_PARAMETER) ?? store.get("server", "");
-    this.apiKey = store.get("apiKey", "");
   }
 
-  start() {
+  get apiKey() {
+    return this.base === null ? "" : this.#keys.get(this.base);
+  }
+
+  /** The key kept for the server at a typed address, "" if there is none. */
+  keyFor(address) {
     try {
-      this.base = serverBase(this.address, location);
+      return this.#keys.get(this.#baseOf(address));
     } catch (error) {
       if (!(error instanceof TypeError)) throw error;
-      this.address = "";
-      this.base = serverBase("", location);
+      return "";
+    }
+  }
+
+  async start() {
+    this.#isStatic = await isStaticPage();
+    try {
+      this.base = this.#baseOf(this.address);
+    } catch (error) {
+      if (!(error instanceof TypeError)) throw error;
+      this.#update(failed("address", `“${this.address}” is not an address`));
+      return;
     }
     this.#poller.setServer(this.base, this.apiKey);
   }
 
   /** Changes the address and the key. Throws TypeError if it is not an address. */
   use(address, apiKey) {
-    this.base = serverBase(address, location);
+    this.base = this.#baseOf(address);
     this.address = address.trim();
-    this.apiKey = apiKey;
     this.#store.set("server", this.address);
-    this.#store.set("apiKey", apiKey);
+    this.#keys.set(this.base, apiKey);
+    forgetLink();
     this.status = "Looking for the server";
     this.model = null;
     this.reachable = null;
+    this.kind = null;
     this.#onChange();
     this.#poller.setServer(this.base, apiKey);
+  }
+
+  #baseOf(address) {
+    return serverBase(address, location, this.#isStatic);
   }
 
   /** This page's session ended. Shows the server as free although it may report busy until it has cleaned up. */
   sessionEnded() {
     if (this.model)
-      this.#update({ reachable: this.reachable, model: { ...this.model, busy: false }, problem: this.status });
+      this.#update({
+        reachable: this.reachable,
+        model: { ...this.model, busy: false },
+        problem: this.status,
+        kind: this.kind,
+      });
     this.#poller.pollIn(CLOSING_MS);
+  }
+
+  /** Whether somebody else's session runs. */
+  get isInUse() {
+    return (this.model?.busy ?? false) && !this.#isOurs();
   }
 
   get tone() {
@@ -182,14 +245,32 @@ export class Server {
     return this.model.ready ? "good" : "busy";
   }
 
+  /** What to do about the problem. */
+  get advice() {
+    const isBlocked = location.protocol === "https:" && this.base?.startsWith("http:");
+    switch (this.kind) {
+      case "key":
+        return `${this.base} runs. Enter its key.`;
+      case "address":
+        return "Enter a host and a port, like 127.0.0.1:30000.";
+      case "foreign":
+        return `Something else answers at ${this.base}. Enter the server's address.`;
+      default:
+        return isBlocked
+          ? `This page came over https. Browsers then refuse ${this.base}: use an https address.`
+          : `Nothing answers at ${this.base}. Start the server, or enter its address. This page keeps asking.`;
+    }
+  }
+
   /** For the start button. */
   get shortStatus() {
     if (!this.model) return this.reachable === false ? "No server yet" : "Looking for the server";
     return this.#warmupText();
   }
 
-  #update({ reachable, model, problem }) {
+  #update({ reachable, model, problem, kind = null }) {
     this.reachable = reachable;
+    this.kind = kind;
     this.model = model ?? (reachable ? null : this.model && { ...this.model, ready: false });
     this.status = reachable ? this.#statusText(model) : problem;
     this.#onChange();
@@ -210,7 +291,7 @@ export class Server {
   #statusText(model) {
     if (!model.ready) return this.#warmupText();
     const device = model.device.replace(/^cuda:\s*/, "").replace(/^cpu.*/, "CPU");
-    return [model.busy && !this.#isOurs() ? "In use" : "Ready", device].filter(Boolean).join(" · ");
+    return [this.isInUse ? "In use" : "Ready", device].filter(Boolean).join(" · ");
   }
 
   #warmupText() {
@@ -220,4 +301,11 @@ export class Server {
     const percent = progress === null ? "" : ` ${Math.round(100 * progress)} %`;
     return stage.startsWith("loading") ? `Loading the model${percent}` : `Warming up${percent}`;
   }
+}
+
+/** The user chose a server: a reload must not go back to the one that the page's link named. */
+function forgetLink() {
+  const here = new URL(location.href);
+  here.searchParams.delete(URL_PARAMETER);
+  if (here.href !== location.href) history.replaceState(null, "", here);
 }
