@@ -201,17 +201,19 @@ function enter(next) {
   showState();
 }
 
-function sessionEnded(end) {
+async function sessionEnded(end) {
   held.releaseAll();
   if (document.pointerLockElement) document.exitPointerLock();
   void recording.stop();
   $("stall").hidden = true;
   server.sessionEnded();
   if (end.normal) return;
+  const isBlocked = !end.hasOpened && (await server.answers());
+  if (player.isRunning) return; // the user was faster
   const actions = [["Try again", () => start()]];
   if (end.wasLive) actions.push(["Start from the last frame", startFromLastFrame]);
   if (!end.wasLive) actions.push(["Server", openServer]);
-  errors.show({ key: "session", ...explainEnd(end), actions });
+  errors.show({ key: "session", ...explainEnd({ ...end, isBlocked }), actions });
   waitsForServer = isServerAway(end.code);
   sawServerAway = false;
 }

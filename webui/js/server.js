@@ -77,13 +77,14 @@ export class ServerPoller {
     this.#base = base;
     this.#apiKey = apiKey;
     this.#failures = 0;
-    this.pollNow();
+    void this.pollNow();
   }
 
+  /** Resolves after the answer. */
   pollNow() {
     this.#generation++;
     this.#timers.clearTimeout(this.#timer);
-    void this.#poll(this.#generation);
+    return this.#poll(this.#generation);
   }
 
   pollIn(ms) {
@@ -226,6 +227,12 @@ export class Server {
 
   #baseOf(address) {
     return serverBase(address, location, this.#isStatic);
+  }
+
+  /** Whether the server answers, asked anew. */
+  async answers() {
+    await this.#poller.pollNow();
+    return this.reachable === true;
   }
 
   /** The page is closed or reloaded while its session runs. */
