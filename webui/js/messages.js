@@ -10,12 +10,13 @@ const STATES = {
   ended: "Ended",
   lost: "Interrupted",
 };
+const REPLAY_STATES = { live: "Replay", paused: "Replay, paused", ended: "The replay is over" };
 
-/** `position` in the queue; 1 is next. */
-export function stateText(state, position) {
+/** `position` in the queue; 1 is next. `isReplay`: a saved session is replayed. */
+export function stateText(state, position, isReplay = false) {
   if (state === "waiting")
     return position === 1 ? "You are next" : `${position}${ORDINAL_SUFFIXES[ordinalRule.select(position)]} in line`;
-  return STATES[state] ?? "";
+  return (isReplay && REPLAY_STATES[state]) || (STATES[state] ?? "");
 }
 
 /** Whether the end's close code says that the server, or the way to it, is gone. */
