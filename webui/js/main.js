@@ -72,7 +72,7 @@ new ExportMenu({
   canvas: $("canvas"),
   getLog: () => player.log,
   getSnippetInput: async () => ({
-    base: server.base,
+    base: server.base ?? server.address,
     hasKey: server.apiKey !== "",
     init: player.isRunning ? player.init : await initFromPage(),
   }),
@@ -303,7 +303,9 @@ function keyStarts(code) {
     player.pause(false);
     return true;
   }
-  const isStart = code === "Enter" || code === "Space" || chosenBindings(store).w.includes(code);
+  // Walking on when a session has just ended must not start the next one.
+  const walks = state === "idle" && chosenBindings(store).w.includes(code);
+  const isStart = code === "Enter" || code === "Space" || walks;
   if (!isStart || player.isRunning || isStarting || !server.model?.ready) return false;
   void start();
   return true;

@@ -17,6 +17,7 @@ export class SettingsForm {
     this.#form = form;
     this.#store = store;
     this.#onChange = onChange;
+    form.onsubmit = (event) => event.preventDefault();
   }
 
   get fields() {

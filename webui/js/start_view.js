@@ -42,7 +42,7 @@ export class StartView {
       progress || (isLoading ? "Loading the image" : isReady ? (ACTIONS[state] ?? "Start") : this.#server.status);
     const canPress = !button.disabled && !button.hidden;
     setText($("start-note"), canPress ? note : "");
-    this.#showKeys(canPress, keys);
+    this.#showKeys(canPress && state !== "paused", keys);
   }
 
   #showKeys(isShown, keys) {
