@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import socketserver
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,6 +35,50 @@ def static_page() -> Iterator[str]:
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def path_proxy(port: int, prefix: str, *, passes_upgrade: bool = True) -> Iterator[str]:
+    """A reverse proxy that serves ``port`` below ``prefix`` ("/world/") and nothing beside it. Yields its address."""
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            first = self.rfile.readline().decode("latin-1").split(" ")
+            lines = list(iter(lambda: self.rfile.readline().decode("latin-1"), "\r\n"))
+            if "" in lines or len(first) != 3 or not first[1].startswith(prefix):
+                self.wfile.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                return
+            upgrades = passes_upgrade and any(line.lower().startswith("upgrade:") for line in lines)
+            hop = ("connection:", "upgrade:")
+            lines = [line for line in lines if not line.lower().startswith(hop)]
+            lines.append("Connection: Upgrade\r\nUpgrade: websocket\r\n" if upgrades else "Connection: close\r\n")
+            first[1] = first[1].replace(prefix, "/", 1)
+            with socket.create_connection(("127.0.0.1", port)) as upstream:
+                upstream.sendall("".join([" ".join(first), *lines, "\r\n"]).encode("latin-1"))
+                up = threading.Thread(target=_pump, args=(self.rfile.read1, upstream))
+                up.start()
+                _pump(lambda: upstream.recv(65536), self.connection)
+                up.join()
+
+    class Proxy(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+    with Proxy(("127.0.0.1", 0), Handler) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{proxy.server_address[1]}{prefix}"
+        finally:
+            proxy.shutdown()
+            thread.join()
+
+
+def _pump(read: Callable[[], bytes], to: socket.socket) -> None:
+    with suppress(OSError):
+        while data := read():
+            to.sendall(data)
+    with suppress(OSError):
+        to.shutdown(socket.SHUT_RDWR)
 
 
 class FakeApi:

@@ -8,8 +8,6 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import msgspec
@@ -18,8 +16,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from tests.browser.conftest import BUILTIN, LIMIT_MS
+from tests.browser.sites import WEBUI, path_proxy, static_page
 
-WEBUI = Path(__file__).parents[2] / "webui"
 PAGE_LIMIT_BYTES = 400_000
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
 
@@ -317,22 +315,35 @@ def test_the_page_is_small_and_loads_only_from_its_server(visitor, server):
 
 def test_any_static_server_can_serve_the_page(visitor, server):
     """The page works from another origin, with ?server= naming the server."""
+    with static_page() as url:
+        visitor.open(f"{url}?server=127.0.0.1:{server.port}")
+        visitor.start()
+        visitor.wait_for_change(visitor.pixels())
+        visitor.page.click("#stop")
 
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(WEBUI))) as static:
-        thread = threading.Thread(target=static.serve_forever)
-        thread.start()
-        try:
-            visitor.open(f"http://127.0.0.1:{static.server_port}/?server=127.0.0.1:{server.port}")
-            visitor.start()
-            visitor.wait_for_change(visitor.pixels())
-            visitor.page.click("#stop")
-        finally:
-            static.shutdown()
-            thread.join()
+def test_the_page_plays_behind_a_proxy_below_a_path(visitor, server):
+    """Every address is below the path. Nothing is asked at the root."""
+    with path_proxy(server.port, "/user/me/world/") as url:
+        visitor.open(url)
+        visitor.start()
+        visitor.wait_for_change(visitor.pixels())
+        visitor.page.click("#stop")
+        visitor.wait_for_state("ended")
+        paths = ["/" + address.split("/", 3)[3] for address in visitor.requests if not address.startswith("blob:")]
+        assert [path for path in paths if not path.startswith("/user/me/world/")] == []
+
+
+def test_a_proxy_that_does_not_pass_upgrade_is_named(visitor, server):
+    """The card says that the WebSocket is blocked, not that the server may be down. The page stays usable."""
+    visitor.expected = "WebSocket connection"
+    with path_proxy(server.port, "/world/", passes_upgrade=False) as url:
+        visitor.open(url)
+        visitor.page.click("#start")
+        card = visitor.page.wait_for_selector("[data-key=session]").inner_text()
+        assert "WebSocket is blocked" in card
+        assert "server runs" not in card
+        assert visitor.page.locator("#start").is_enabled()
 
 
 def test_the_page_survives_a_server_restart(visitor, server):
@@ -358,7 +369,7 @@ def test_the_page_survives_a_server_restart(visitor, server):
                 assert again.poll() is None, server.log.read_text()
                 page.wait_for_timeout(100)
             assert page.input_value("#prompt") == "A harbour in the fog."
-            page.click("[data-key=session] button:has-text('Try again')")
-            visitor.wait_for_state("live")
+            page.wait_for_selector("[data-key=session]", state="detached")
+            visitor.start()
         finally:
             again.terminate()

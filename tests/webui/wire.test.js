@@ -88,6 +88,7 @@ test("the server is the page's own host unless an address is typed, in any of th
   assert.equal(serverBase("wss://box/under/", page), "https://box/under");
   assert.equal(serverBase("box", new URL("https://page/")), "https://box");
   assert.equal(serverBase("https://box/world/index.html?x=1", page), "https://box/world");
+  for (const end of ["", "/", "/v1", "/v1/", "/v1/models", "/v1/realtime_video/generate"]) assert.equal(serverBase(`http://box/world${end}`, page), "http://box/world");
   assert.equal(serverBase("[::1]:31000", page), "http://[::1]:31000");
   assert.equal(serverBase("my_box", page), "http://my_box");
   for (const wrong of ["ftp://box", "http://", "not a url !!", "a b", "box:99999", "///", "..", "-", "http://a%20b", "javascript:alert(1)", "box,other"])

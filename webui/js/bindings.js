@@ -13,6 +13,9 @@ export const ACTIONS = [
 
 export const defaultBindings = () => Object.fromEntries(ACTIONS.map(({ action, keys }) => [action, [...keys]]));
 
+/** The bindings that the user chose, kept in `store`, or the defaults. */
+export const chosenBindings = (store) => store.get("bindings", null) ?? defaultBindings();
+
 /** The action bound to a key code, or null. */
 export function actionFor(bindings, code) {
   return ACTIONS.find(({ action }) => bindings[action]?.includes(code))?.action ?? null;

@@ -1,5 +1,6 @@
 // The page: creates its parts, connects them, and handles its controls.
 
+import { chosenBindings } from "./bindings.js";
 import { $, ask, closeButtons, h, setIcon, setText } from "./dom.js";
 import { ErrorCards } from "./errors_view.js";
 import { ExportMenu } from "./export.js";
@@ -10,6 +11,7 @@ import { Layout } from "./layout.js";
 import { explainEnd, isServerAway, stateText } from "./messages.js";
 import { MetersView, latencyText } from "./meters_view.js";
 import { Player } from "./player.js";
+import { MeasuredRates } from "./rates.js";
 import { RecordButton } from "./record_button.js";
 import { Server } from "./server.js";
 import { ServerForm } from "./server_form.js";
@@ -20,6 +22,7 @@ import { StartView } from "./start_view.js";
 import { PromptTimeline } from "./timeline_view.js";
 import { canRecord } from "./video_recorder.js";
 import { socketUrl } from "./wire.js";
+import { focusWorld, keepKeyboardOnWorld } from "./world_focus.js";
 
 const METERS_INTERVAL_MS = 400;
 const MAX_SEED = 2 ** 32;
@@ -46,14 +49,17 @@ const recording = new RecordButton($("canvas"), {
   onFailed: (title, detail) => errors.show({ key: "record", title, detail, advice: "Screenshots still work." }),
 });
 const form = new SettingsForm($("settings"), store, (values) => {
-  startForm.size = values.size;
+  // A running session keeps its size.
+  if (!player.isRunning) startForm.size = values.size;
   player.playbackMode = values.playback;
+  showState();
 });
+const rates = new MeasuredRates(store);
 const server = new Server({ store, onChange: showServer, onModel: useModel, isOurs: () => player.isRunning });
 const startView = new StartView(server);
 const serverForm = new ServerForm($("server-form"), server, () => $("server-dialog").close());
 
-const layout = new Layout({ store, held, isLive: () => player.isLive, onChange: showState });
+const layout = new Layout({ store, held, isLive: () => player.isRunning || isStarting, onChange: showState });
 new ExportMenu({
   gallery,
   errors,
@@ -93,7 +99,10 @@ const player = new Player($("canvas"), {
     $("latency-pill").title = `Key-to-frame latency: ${latencyText(parts)}`;
     meters.latency(player.latency.summary());
   },
-  stats: (stats, drawMs) => meters.chunk(stats, drawMs),
+  stats: (stats, drawMs) => {
+    meters.chunk(stats, drawMs);
+    rates.chunkCame(server.base, server.model, player.init, stats);
+  },
   tick,
   skipped: (detail) =>
     errors.show({
@@ -144,6 +153,7 @@ async function start({ saved = null } = {}) {
       });
       return;
     }
+    if (!saved) startForm.size = form.values.size;
     const init = saved?.init ?? (await initFromPage());
     if (!init.prompt) {
       errors.show({ key: "session", title: "A prompt is needed", advice: "Describe the world in a sentence." });
@@ -164,7 +174,7 @@ async function start({ saved = null } = {}) {
       events: saved?.events,
     });
     layout.openSheet(false);
-    $("stage").focus({ preventScroll: true });
+    focusWorld();
   } finally {
     isStarting = false;
     showState();
@@ -186,21 +196,24 @@ async function initFromPage() {
 function enter(next) {
   state = next;
   if (next === "connecting") queuePosition = null;
+  if (next === "idle") startForm.size = form.values.size;
   document.body.dataset.state = next === "opening" || next === "waiting" ? "connecting" : next;
   showState();
 }
 
-function sessionEnded(end) {
+async function sessionEnded(end) {
   held.releaseAll();
   if (document.pointerLockElement) document.exitPointerLock();
   void recording.stop();
   $("stall").hidden = true;
   server.sessionEnded();
   if (end.normal) return;
+  const isBlocked = !end.hasOpened && (await server.answers());
+  if (player.isRunning) return; // the user was faster
   const actions = [["Try again", () => start()]];
   if (end.wasLive) actions.push(["Start from the last frame", startFromLastFrame]);
   if (!end.wasLive) actions.push(["Server", openServer]);
-  errors.show({ key: "session", ...explainEnd(end), actions });
+  errors.show({ key: "session", ...explainEnd({ ...end, isBlocked }), actions });
   waitsForServer = isServerAway(end.code);
   sawServerAway = false;
 }
@@ -238,12 +251,36 @@ function showState() {
     progress: isOpening ? text : "",
     isLoading: isStarting,
     note: startNote(),
+    keys: layout.pads === "sticks" ? null : chosenBindings(store),
   });
+  showLaterChanges();
   showApplyPrompt();
 }
 
 function startNote() {
-  return server.isInUse ? "The server is in use. You will wait in line." : "";
+  if (server.isInUse) return "The server is in use. You will wait in line.";
+  if (!server.model?.ready || !form.model) return "";
+  return rates.note(server.base, server.model, wireValues(form.fields, form.values));
+}
+
+/** Says of each setting that was changed during a session that it waits for the next one. */
+function showLaterChanges() {
+  const next = player.isRunning ? { ...wireValues(form.fields, form.values), seed: seedValue() } : null;
+  const isLater = (key) => next !== null && (next[key] ?? null) !== (player.init[key] ?? null);
+  form.markLater(isLater);
+  $("seed-note").hidden = !isLater("seed");
+}
+
+/** A key that no field wants. Returns whether it started or resumed the world. */
+function keyStarts(code) {
+  if (state === "paused" && code === "Enter") {
+    player.pause(false);
+    return true;
+  }
+  const isStart = code === "Enter" || code === "Space" || chosenBindings(store).w.includes(code);
+  if (!isStart || player.isRunning || isStarting || !server.model?.ready) return false;
+  void start();
+  return true;
 }
 
 // --- prompt ---
@@ -267,6 +304,7 @@ function applyPrompt() {
   sentPrompt = prompt;
   timeline.promptSent(prompt, eventId);
   showApplyPrompt();
+  focusWorld();
   layout.openSheet(false);
 }
 
@@ -289,7 +327,7 @@ async function choosePreset(chosen) {
 }
 
 function imageChosen() {
-  if (player.isRunning) startForm.hint("Restart to use this image.");
+  if (player.isRunning) startForm.hint("This image applies at the next start.");
   else if (state !== "idle") enter("idle");
 }
 
@@ -321,6 +359,7 @@ function seedValue() {
 function setSeed(seed) {
   $("seed").value = seed;
   store.set("seed", seed);
+  showLaterChanges();
 }
 
 // --- server ---
@@ -406,6 +445,11 @@ function connectControls() {
   $("dice").onclick = () => setSeed(Math.floor(Math.random() * MAX_SEED));
   $("reset-settings").onclick = () => form.reset();
   $("server-chip").onclick = openServer;
+  keepKeyboardOnWorld(keyStarts);
+  addEventListener("beforeunload", (event) => {
+    if (gallery.hasUnsaved || recording.isOn) event.preventDefault();
+  });
+  addEventListener("pagehide", () => player.isRunning && server.pageLeaves());
 }
 
 async function boot() {

@@ -21,9 +21,18 @@ export function stateText(state, position) {
 /** Whether the end's close code says that the server, or the way to it, is gone. */
 export const isServerAway = (code) => code === 1001 || code === 1006;
 
-/** An error card {title, detail, advice} for a session that ended without the user's wish. */
-export function explainEnd({ code, message, errorCode, wasLive }) {
+/**
+ * An error card {title, detail, advice} for a session that ended without the user's wish. `isBlocked`: the WebSocket
+ * never opened although the server answers.
+ */
+export function explainEnd({ code, message, errorCode, wasLive, isBlocked = false }) {
   const card = (title, advice) => ({ title, detail: message, advice });
+  if (isBlocked)
+    return card(
+      "The WebSocket is blocked",
+      "The server answers over HTTP, but something between browser and server does not let its WebSocket through. " +
+        "A proxy must pass the headers Upgrade and Connection.",
+    );
   if (/another realtime session/.test(message))
     return card("The server is in use", "It runs one session at a time. Try again when it is free.");
   if (errorCode === "not_ready") return card("The server is still warming up", "Try again in a moment.");

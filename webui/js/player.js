@@ -16,7 +16,7 @@ const DRAW_AVERAGE = 0.2; // weight of the newest frame in the moving average
 
 /**
  * `on` has the callbacks state(name), queue(position), drawn(frame, now), latency(samples), stats(chunk_stats, drawMs),
- * tick(now, stalledMs), skipped(detail), refused(detail) and ended(end).
+ * tick(now, stalledMs), skipped(detail), refused(detail) and ended(end), which also has hasOpened: whether the WebSocket ever opened.
  */
 export class Player {
   #canvas;
@@ -176,7 +176,7 @@ export class Player {
       ended: (end) => {
         this.#sender.stop();
         this.#playback.clear();
-        this.#on.ended(end);
+        this.#on.ended({ ...end, hasOpened: this.#session.hasOpened });
       },
     };
   }

@@ -9,6 +9,8 @@ const POLL_LOADING_MS = 600;
 const BACKOFF_MS = [500, 1000, 2000, 4000];
 const TIMEOUT_MS = 4000;
 const CLOSING_MS = 1000;
+const LEAVING_LIMIT_MS = 30_000; // this long an old session of this page may keep the server busy
+const LEFT_KEY = "lingbot-rt.left"; // in sessionStorage, which is this tab's own and survives a reload
 const URL_PARAMETER = "server";
 const OWN_PORTS = ["", "30000"]; // a page there comes from the server itself, or through a proxy
 const GATEWAY_ERRORS = [502, 503, 504]; // from a proxy whose server is away
@@ -75,13 +77,14 @@ export class ServerPoller {
     this.#base = base;
     this.#apiKey = apiKey;
     this.#failures = 0;
-    this.pollNow();
+    void this.pollNow();
   }
 
+  /** Resolves after the answer. */
   pollNow() {
     this.#generation++;
     this.#timers.clearTimeout(this.#timer);
-    void this.#poll(this.#generation);
+    return this.#poll(this.#generation);
   }
 
   pollIn(ms) {
@@ -151,6 +154,7 @@ export class Server {
   #poller;
   #keys;
   #isStatic;
+  #leftAt = Number(takeFromSession(LEFT_KEY)); // when this page's last session ended
   #capabilities = "";
 
   base = null; // null while the address is none
@@ -171,7 +175,10 @@ export class Server {
     this.#poller = new ServerPoller({
       fetch: (url, options) => fetch(url, options),
       timers: { setTimeout: (run, ms) => setTimeout(run, ms), clearTimeout: (timer) => clearTimeout(timer) },
-      onChange: (found) => this.#update(found),
+      onChange: (found) => {
+        if (found.model && !found.model.busy && !isOurs()) this.#leftAt = 0;
+        this.#update(found);
+      },
     });
     this.#keys = new KeyRing(store, location);
     this.address = new URLSearchParams(location.search).get(URL_PARAMETER) ?? store.get("server", "");
@@ -222,21 +229,29 @@ export class Server {
     return serverBase(address, location, this.#isStatic);
   }
 
+  /** Whether the server answers, asked anew. */
+  async answers() {
+    await this.#poller.pollNow();
+    return this.reachable === true;
+  }
+
+  /** The page is closed or reloaded while its session runs. */
+  pageLeaves() {
+    keepForSession(LEFT_KEY, String(Date.now()));
+  }
+
   /** This page's session ended. Shows the server as free although it may report busy until it has cleaned up. */
   sessionEnded() {
+    this.#leftAt = Date.now();
     if (this.model)
-      this.#update({
-        reachable: this.reachable,
-        model: { ...this.model, busy: false },
-        problem: this.status,
-        kind: this.kind,
-      });
+      this.#update({ reachable: this.reachable, model: this.model, problem: this.status, kind: this.kind });
     this.#poller.pollIn(CLOSING_MS);
   }
 
   /** Whether somebody else's session runs. */
   get isInUse() {
-    return (this.model?.busy ?? false) && !this.#isOurs();
+    const isLeaving = Date.now() - this.#leftAt < LEAVING_LIMIT_MS;
+    return (this.model?.busy ?? false) && !this.#isOurs() && !isLeaving;
   }
 
   get tone() {
@@ -308,4 +323,22 @@ function forgetLink() {
   const here = new URL(location.href);
   here.searchParams.delete(URL_PARAMETER);
   if (here.href !== location.href) history.replaceState(null, "", here);
+}
+
+function takeFromSession(key) {
+  try {
+    const value = sessionStorage.getItem(key);
+    sessionStorage.removeItem(key);
+    return value;
+  } catch {
+    return null; // forbidden by the browser
+  }
+}
+
+function keepForSession(key, value) {
+  try {
+    sessionStorage.setItem(key, value);
+  } catch {
+    // Forbidden by the browser: the reloaded page may take its old session for somebody else's.
+  }
 }

@@ -30,6 +30,7 @@ export class Session {
 
   latency = new LatencyMeter();
   capabilities = {};
+  hasOpened = false; // the WebSocket did
 
   constructor({ socket, worker, init, on, clock, nextEventId }) {
     this.#socket = socket;
@@ -39,6 +40,7 @@ export class Session {
     this.#nextEventId = nextEventId;
     socket.binaryType = "arraybuffer";
     socket.onopen = () => {
+      this.hasOpened = true;
       this.#enter("opening");
       socket.send(initMessage({ ...init, protocol_extensions: EXTENSIONS }));
     };

@@ -3,6 +3,8 @@
 import { h } from "./dom.js";
 import { allValid, fieldsFor, validValue } from "./settings.js";
 
+const LATER = "Applies at the next start.";
+
 export class SettingsForm {
   #form;
   #store;
@@ -48,6 +50,11 @@ export class SettingsForm {
     this.#onChange(this.#values);
   }
 
+  /** Shows at each field for which isLater(key) is true that it waits for the next session. */
+  markLater(isLater) {
+    for (const [key, { later }] of this.#rows) later.hidden = !isLater(key);
+  }
+
   reset() {
     this.set(Object.fromEntries(this.#fields.map(({ key, fallback }) => [key, fallback ?? null])));
   }
@@ -56,14 +63,16 @@ export class SettingsForm {
     const id = `set-${field.key}`;
     const input = this.#input(field, id);
     const label = h("span", {}, field.label, unitText(field));
+    const later = h("small", { className: "later", role: "status", hidden: true, textContent: LATER });
     const row = h(
       "label",
       { className: `field ${field.kind}`, for: id },
       label,
       input,
       h("small", { id: `${id}-help`, textContent: field.help }),
+      later,
     );
-    this.#rows.set(field.key, { row, input });
+    this.#rows.set(field.key, { row, input, later });
     return row;
   }
 

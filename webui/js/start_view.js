@@ -1,9 +1,21 @@
 // The middle of the stage: the start button and the note below it, or the question for a server.
 
-import { $, setText } from "./dom.js";
+import { keyName } from "./bindings.js";
+import { $, h, setText } from "./dom.js";
 import { ServerForm } from "./server_form.js";
 
 const ACTIONS = { paused: "Resume", ended: "Start again", lost: "Start again" };
+
+/** Keys and what they do: [[key names], text]. */
+const keyHelp = (bindings) => [
+  [namesFor("wasd", bindings), "walk"],
+  [namesFor("ijkl", bindings), "look"],
+  [["Space"], "pauses"],
+  [["Enter"], "starts"],
+];
+
+const namesFor = (actions, bindings) =>
+  [...actions].map((action) => bindings[action][0]).filter(Boolean).map(keyName);
 
 export class StartView {
   #server;
@@ -16,9 +28,9 @@ export class StartView {
 
   /**
    * `state` is the session's. `progress` is text while it opens, else "". `isLoading`: the first frame still loads.
-   * `note` is shown below a button that can be pressed.
+   * `note` is shown below a button that can be pressed, and so are the `keys`: the bindings, or null for sticks.
    */
-  show({ state, isRunning, progress, isLoading, note }) {
+  show({ state, isRunning, progress, isLoading, note, keys }) {
     const { model } = this.#server;
     const isReady = state === "paused" || (model?.ready ?? false);
     const isIdle = !isRunning && !isLoading;
@@ -28,7 +40,20 @@ export class StartView {
     button.disabled = Boolean(progress) || isLoading || !isReady;
     $("start-text").textContent =
       progress || (isLoading ? "Loading the image" : isReady ? (ACTIONS[state] ?? "Start") : this.#server.shortStatus);
-    setText($("start-note"), button.disabled || button.hidden ? "" : note);
+    const canPress = !button.disabled && !button.hidden;
+    setText($("start-note"), canPress ? note : "");
+    this.#showKeys(canPress, keys);
+  }
+
+  #showKeys(isShown, keys) {
+    const root = $("start-keys");
+    const wanted = isShown ? JSON.stringify(keys) : "";
+    if (root.dataset.shown === wanted) return;
+    root.dataset.shown = wanted;
+    root.hidden = !isShown;
+    const entry = ([names, does]) => h("span", {}, ...names.map((key) => h("kbd", { textContent: key })), ` ${does}`);
+    if (keys) root.replaceChildren(...keyHelp(keys).map(entry));
+    else root.textContent = "The left stick walks, the right stick looks.";
   }
 
   #showQuestion(isWanted) {

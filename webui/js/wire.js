@@ -30,7 +30,9 @@ export function serverBase(typed, page, isStatic = page.port === STATIC_PAGE_POR
   return `${protocol}://${url.host}${withoutEnd(url.pathname)}`;
 }
 
-const withoutEnd = (path) => path.replace(/\/index\.html$/, "").replace(ENDPOINT, "").replace(/\/+$/, "");
+/** The path without what people copy along: the page's file, the endpoint, /v1/models, /v1, slashes. */
+const withoutEnd = (path) =>
+  path.replace(/\/+$/, "").replace(/\/(index\.html|v1(\/models|\/realtime_video\/generate)?)$/, "").replace(/\/+$/, "");
 
 /** The WebSocket URL. Browsers cannot set headers on a WebSocket, so the key is in the query. */
 export function socketUrl(base, apiKey) {
