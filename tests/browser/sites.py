@@ -138,6 +138,8 @@ class FakeWorld:
         stats = {"chunk_index": self._chunk, "num_frames": 4, "chunk_total_ms": self.chunk_ms, "ws_write_ms": 0.0}
         self.send({"type": "chunk_stats", **stats})
         self._chunk += 1
+        if self._chunk == self.inits[-1].get("max_chunks"):
+            self.close(1000, "generation complete")
 
     def close(self, code: int, reason: str = "") -> None:
         self._route.close(code=code, reason=reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.browser.conftest import LIMIT_MS
+from tests.browser.sites import FakeApi, static_page
 
 SIZES = {
     # name: width, height, whether the screen is touched, least share of the window for the picture (before, during)
@@ -20,6 +21,7 @@ SIZES = {
     "phone": (390, 844, True, 0.25, 0.25),
     "small phone": (360, 640, True, 0.25, 0.25),
 }
+HOME = "http://127.0.0.1:30000"
 TALL_PICTURE = 480 / 832
 MARGIN = 1
 """Pixels that rounding may cost."""
@@ -93,19 +95,21 @@ class Sized:
 
 
 @pytest.fixture(scope="module")
-def pages(chromium, server):
+def pages(chromium):
     """The loaded page with a mouse and with a touch screen. The tests change its size and what it shows."""
     found = {}
-    for is_touched in (False, True):
-        context = chromium.new_context(reduced_motion="reduce", has_touch=is_touched, is_mobile=is_touched)
-        context.set_default_timeout(LIMIT_MS)
-        context.add_init_script(f"({ASK_ONCE})()")
-        page = found[is_touched] = context.new_page()
-        page.goto(server.http, wait_until="commit")
-        page.wait_for_selector("#start:enabled")
-    yield found
-    for page in found.values():
-        page.context.close()
+    with static_page() as url:
+        for is_touched in (False, True):
+            context = chromium.new_context(reduced_motion="reduce", has_touch=is_touched, is_mobile=is_touched)
+            context.set_default_timeout(LIMIT_MS)
+            context.add_init_script(f"({ASK_ONCE})()")
+            page = found[is_touched] = context.new_page()
+            FakeApi(page, HOME)
+            page.goto(f"{url}?server={HOME}", wait_until="commit")
+            page.wait_for_selector("#start:enabled")
+        yield found
+        for page in found.values():
+            page.context.close()
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from tests.browser.sites import FakeApi, FakeWorld, static_page
@@ -42,24 +45,28 @@ def wait_for_action(visitor, world: FakeWorld, action: str) -> None:
 
 
 def test_keys_start_the_world_and_are_shown(visitor, world):
-    """Enter, Space and the key that walks start it. A key held since the start walks."""
+    """Enter, Space and the key that walks start it. A key held since the start walks. One pressed later starts none."""
     page = visitor.page
     shown = page.locator("#start-keys kbd").all_inner_texts()
     assert {"W", "A", "S", "D", "I", "J", "K", "L", "Space", "Enter"} <= set(shown)
-    for key in ("Enter", "Space"):
-        page.keyboard.press(key)
-        visitor.wait_for_state("live")
-        assert page.locator("#start-keys").is_hidden()
-        page.click("#stop")
-        visitor.wait_for_state("ended")
-    page.focus("#toggle-meters")
-    page.keyboard.press("Enter")
-    assert page.get_attribute("#toggle-meters", "aria-pressed") == "true", "a focused button keeps its key"
-    assert len(world.inits) == 2
     page.keyboard.down("w")
     visitor.wait_for_state("live")
     wait_for_action(visitor, world, "w")
     page.keyboard.up("w")
+    assert page.locator("#start-keys").is_hidden()
+    for key in ("Enter", "Space"):
+        page.click("#stop")
+        visitor.wait_for_state("ended")
+        page.keyboard.press("w")
+        assert page.locator("body[data-state=ended]").count() == 1
+        page.keyboard.press(key)
+        visitor.wait_for_state("live")
+    page.click("#stop")
+    visitor.wait_for_state("ended")
+    page.focus("#toggle-meters")
+    page.keyboard.press("Enter")
+    assert page.get_attribute("#toggle-meters", "aria-pressed") == "true", "a focused button keeps its key"
+    assert len(world.inits) == 3
 
 
 def test_the_keyboard_goes_back_to_the_world(visitor, world):
@@ -154,8 +161,77 @@ def test_after_a_reload_ones_own_old_session_is_nobody_else(visitor, api, world,
     assert page.inner_text("#start-note") == ""
     assert "In use" not in page.inner_text("#server-chip")
     api.model["busy"] = False
-    page.wait_for_timeout(0)
     seen = len(api.asked)
     visitor.wait_until(lambda: len(api.asked) > seen + 1, "not asked again")
     api.model["busy"] = True
     page.wait_for_selector("#server-chip:has-text('In use')")
+
+
+def test_values_out_of_range_are_refused_and_not_changed(visitor, world):
+    """What was typed stays, with what is expected. The session gets the value from before."""
+    page = visitor.page
+    page.click("#advanced summary")
+    for field, typed in (("#set-fps", "900"), ("#set-num_inference_steps", "1.5"), ("#seed", "-3")):
+        page.fill(field, typed)
+        page.press(field, "Enter")
+        assert page.input_value(field) == typed
+        assert page.get_attribute(field, "aria-invalid") == "true"
+    assert page.locator(".problem:visible").count() == 3
+    page.select_option("#set-realtime_output_format", "raw")
+    assert page.input_value("#set-fps") == "900", "another change does not hide it"
+    page.fill("#prompt", "x" * 9000)
+    assert len(page.input_value("#prompt")) == 9000
+    page.click("#start")
+    assert "9000" in page.inner_text("#prompt-problem")
+    assert world.inits == []
+    page.fill("#prompt", "A lake.")
+    visitor.start()
+    init = world.inits[0]
+    assert (init["fps"], init["num_inference_steps"], init["seed"], init["prompt"]) == (16, 4, 42, "A lake.")
+    page.fill("#set-fps", "24")
+    page.press("#set-fps", "Enter")
+    assert page.locator(".field:has(#set-fps) .problem").is_hidden()
+
+
+def test_a_d_pad_walks(visitor, world):
+    """The buttons of a gamepad's d-pad hold their directions. Screen readers hear which on-screen keys are held."""
+    page = visitor.page
+    visitor.start()
+    assert page.locator(".pad[aria-pressed=false]").count() == 8
+    page.evaluate(
+        """() => {
+            const buttons = Array.from({ length: 17 }, (_, i) => ({ pressed: i === 13 || i === 15 }));
+            navigator.getGamepads = () => [{ index: 0, axes: [0, 0, 0, 0], buttons }];
+            dispatchEvent(new Event("gamepadconnected"));
+        }"""
+    )
+    page.wait_for_selector(".pad[data-action=s][aria-pressed=true]")
+    visitor.wait_until(lambda: ["s", "d"] in actions_sent(world), "the d-pad does not walk")
+
+
+def test_a_replay_says_so_and_ends(visitor, world, tmp_path):
+    """It plays the chunks of the saved session, ignores the keyboard, and says that it is over."""
+    page = visitor.page
+    visitor.start()
+    page.keyboard.press("w")
+    wait_for_action(visitor, world, "w")
+    visitor.wait_until(lambda: [] in actions_sent(world), "the release was not sent")
+    page.click("#export summary")
+    with page.expect_download() as saved:
+        page.click("#save-session")
+    file = Path(saved.value.path())
+    log = json.loads(file.read_text())
+    log["chunks"] = 9
+    (tmp_path / "session.json").write_text(json.dumps(log))
+    before = len(world.events)
+    page.set_input_files("#load-session", tmp_path / "session.json")
+    page.wait_for_selector("#state-pill:has-text('Replay')")
+    visitor.wait_until(lambda: len(world.events) == before + 2, "the events were not replayed")
+    assert world.inits[1]["max_chunks"] == 9
+    page.keyboard.press("d")
+    while page.evaluate("() => document.body.dataset.state") == "live":
+        world.chunk()
+        page.wait_for_timeout(20)
+    visitor.wait_for_state("ended")
+    assert page.inner_text("#state-text") == "The replay is over"
+    assert len(world.events) == before + 2

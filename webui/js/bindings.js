@@ -45,3 +45,9 @@ export function stickActions(x, y, horizontal, vertical, deadZone = 0.35) {
 
 export const MOVE = [["a", "d"], ["w", "s"]];
 export const LOOK = [["j", "l"], ["i", "k"]];
+
+const DPAD = [[12, "w"], [13, "s"], [14, "a"], [15, "d"]]; // button numbers of the standard gamepad
+
+/** The pressed buttons of a gamepad's d-pad as actions. */
+export const dpadActions = (buttons) =>
+  DPAD.filter(([button]) => buttons[button]?.pressed).map(([, action]) => action);

@@ -12,8 +12,10 @@ import { LineView } from "./line_view.js";
 import { explainEnd, inUseText, isServerAway, stateText } from "./messages.js";
 import { MetersView, latencyText } from "./meters_view.js";
 import { Player } from "./player.js";
+import { PromptField } from "./prompt_field.js";
 import { MeasuredRates } from "./rates.js";
 import { RecordButton } from "./record_button.js";
+import { SeedField } from "./seed_field.js";
 import { Server } from "./server.js";
 import { ServerForm } from "./server_form.js";
 import { SettingsStore, browserStorage, wireValues } from "./settings.js";
@@ -26,18 +28,22 @@ import { socketUrl } from "./wire.js";
 import { focusWorld, keepKeyboardOnWorld } from "./world_focus.js";
 
 const METERS_INTERVAL_MS = 400;
-const MAX_SEED = 2 ** 32;
 
 const store = new SettingsStore(browserStorage());
 const held = new HeldKeys((actions) => {
-  for (const pad of document.querySelectorAll(".pad"))
-    pad.classList.toggle("held", actions.includes(pad.dataset.action));
+  showHeld(actions);
   player.hold(actions);
 });
 const errors = new ErrorCards($("errors"));
 const timeline = new PromptTimeline($("timeline"));
 const meters = new MetersView($("meters"), store);
 const gamepads = new Gamepads(held);
+const prompt = new PromptField({
+  store,
+  getLimit: () => server.model?.maxPromptCharacters ?? Infinity,
+  onChange: showApplyPrompt,
+});
+const seed = new SeedField({ store, onChange: showLaterChanges });
 const startForm = new StartForm({ store, errors, onPreset: choosePreset, onImage: imageChosen });
 const { firstFrame } = startForm;
 const gallery = new Gallery($("gallery"), (count) => {
@@ -60,14 +66,14 @@ const server = new Server({ store, onChange: showServer, onModel: useModel, isOu
 const startView = new StartView(server);
 const serverForm = new ServerForm($("server-form"), server, () => $("server-dialog").close());
 
-const layout = new Layout({ store, held, isLive: () => player.isRunning || isStarting, onChange: showState });
+const layout = new Layout({ store, held, isLive: keysSteer, onChange: showState });
 new ExportMenu({
   gallery,
   errors,
   canvas: $("canvas"),
   getLog: () => player.log,
   getSnippetInput: async () => ({
-    base: server.base,
+    base: server.base ?? server.address,
     hasKey: server.apiKey !== "",
     init: player.isRunning ? player.init : await initFromPage(),
   }),
@@ -100,10 +106,10 @@ const player = new Player($("canvas"), {
   },
   latency: (samples) => {
     const { totalMs, parts } = samples.at(-1);
-    $("latency-pill").hidden = false;
-    $("latency-text").textContent = `${Math.round(totalMs)} ms`;
-    $("latency-pill").title = `Key-to-frame latency: ${latencyText(parts)}`;
+    $("latency-text").textContent = `Key to frame ${Math.round(totalMs)} ms`;
+    $("latency-pill").title = latencyText(parts);
     meters.latency(player.latency.summary());
+    showLatency();
   },
   stats: (stats, drawMs) => {
     meters.chunk(stats, drawMs);
@@ -129,6 +135,11 @@ const player = new Player($("canvas"), {
 });
 
 // --- the session ---
+
+/** Keys are held from the start on: what is pressed before the first frame walks with it. */
+function keysSteer() {
+  return player.isRunning ? !player.isReplay : isStarting;
+}
 
 async function start({ saved = null } = {}) {
   if (isStarting) return;
@@ -163,9 +174,10 @@ async function start({ saved = null } = {}) {
     const init = saved?.init ?? (await initFromPage());
     if (!init.prompt) {
       errors.show({ key: "session", title: "A prompt is needed", advice: "Describe the world in a sentence." });
-      $("prompt").focus();
+      prompt.focus();
       return;
     }
+    if (!saved && !prompt.check()) return;
     await recording.stop();
     meters.clear();
     sentPrompt = init.prompt;
@@ -177,7 +189,7 @@ async function start({ saved = null } = {}) {
       firstFrameType: saved?.firstFrameType ?? "image/png",
       model: server.model,
       mode: form.values.playback,
-      events: saved?.events,
+      saved,
     });
     layout.openSheet(false);
     focusWorld();
@@ -189,9 +201,9 @@ async function start({ saved = null } = {}) {
 
 async function initFromPage() {
   return {
-    prompt: $("prompt").value.trim(),
+    prompt: prompt.value,
     first_frame: firstFrame.exists ? await firstFrame.bytes() : null,
-    seed: seedValue(),
+    seed: seed.value,
     ...wireValues(form.fields, form.values),
     // An empty script: camera control is on from the first frame, with no key held.
     condition_inputs: { camera_actions: [] },
@@ -229,7 +241,7 @@ function tick(now, stalledMs) {
   gamepads.poll();
   $("stall").hidden = !stalledMs;
   if (stalledMs) setText($("stall"), `Waiting for the server, ${Math.round(stalledMs / 1000)} s`);
-  setText($("status"), stalledMs ? "Waiting for the server" : stateText(state, queuePosition));
+  setText($("status"), stalledMs ? "Waiting for the server" : stateText(state, queuePosition, player.isReplay));
   if (now - metersShownAt < METERS_INTERVAL_MS) return;
   metersShownAt = now;
   meters.update(player.meters(now));
@@ -238,11 +250,12 @@ function tick(now, stalledMs) {
 function showState() {
   const isOpening = ["connecting", "waiting", "opening"].includes(state);
   const isLive = state === "live" || state === "paused";
-  const text = stateText(state, queuePosition);
+  const text = stateText(state, queuePosition, player.isReplay);
+  document.body.toggleAttribute("data-replay", isLive && player.isReplay);
   $("state-pill").hidden = !isLive && state !== "lost" && state !== "ended";
   $("state-text").textContent = text;
   setText($("status"), text);
-  if (!isLive) $("latency-pill").hidden = true;
+  showLatency();
   for (const id of ["pause", "mouse-look"]) $(id).disabled = !isLive;
   for (const id of ["screenshot", "first-continue"]) $(id).disabled = !player.hasDrawn;
   $("record").disabled = !isLive;
@@ -264,6 +277,19 @@ function showState() {
   showApplyPrompt();
 }
 
+/** The latency is on the video only while the meters are open: those who did not ask for figures get none. */
+function showLatency() {
+  $("latency-pill").hidden = !(player.isLive && meters.isOpen && player.latency.samples.length);
+}
+
+function showHeld(actions) {
+  for (const pad of document.querySelectorAll(".pad")) {
+    const isHeld = actions.includes(pad.dataset.action);
+    pad.classList.toggle("held", isHeld);
+    pad.setAttribute("aria-pressed", String(isHeld));
+  }
+}
+
 function startNote() {
   if (server.isInUse) return inUseText(server.model);
   if (!server.model?.ready || !form.model) return "";
@@ -272,10 +298,10 @@ function startNote() {
 
 /** Says of each setting that was changed during a session that it waits for the next one. */
 function showLaterChanges() {
-  const next = player.isRunning ? { ...wireValues(form.fields, form.values), seed: seedValue() } : null;
+  const next = player.isRunning ? { ...wireValues(form.fields, form.values), seed: seed.value } : null;
   const isLater = (key) => next !== null && (next[key] ?? null) !== (player.init[key] ?? null);
   form.markLater(isLater);
-  $("seed-note").hidden = !isLater("seed");
+  seed.isLater = isLater("seed");
 }
 
 /** A key that no field wants. Returns whether it started or resumed the world. */
@@ -284,7 +310,9 @@ function keyStarts(code) {
     player.pause(false);
     return true;
   }
-  const isStart = code === "Enter" || code === "Space" || chosenBindings(store).w.includes(code);
+  // Walking on when a session has just ended must not start the next one.
+  const walks = state === "idle" && chosenBindings(store).w.includes(code);
+  const isStart = code === "Enter" || code === "Space" || walks;
   if (!isStart || player.isRunning || isStarting || !server.model?.ready) return false;
   void start();
   return true;
@@ -292,24 +320,21 @@ function keyStarts(code) {
 
 // --- prompt ---
 
-function setPrompt(prompt) {
-  $("prompt").value = prompt;
-  store.set("prompt", prompt);
-  showApplyPrompt();
+function canApplyPrompt() {
+  return player.isLive && !player.isReplay && prompt.value !== "" && prompt.value !== sentPrompt;
 }
 
 function showApplyPrompt() {
-  const prompt = $("prompt").value.trim();
-  $("apply-prompt").hidden = !player.isLive || !prompt || prompt === sentPrompt;
+  prompt.show(canApplyPrompt());
 }
 
 function applyPrompt() {
-  const prompt = $("prompt").value.trim();
-  if (!player.isLive || !prompt || prompt === sentPrompt) return;
-  const eventId = player.sendPrompt(prompt);
+  if (!canApplyPrompt() || !prompt.check()) return;
+  const text = prompt.value;
+  const eventId = player.sendPrompt(text);
   if (eventId === null) return;
-  sentPrompt = prompt;
-  timeline.promptSent(prompt, eventId);
+  sentPrompt = text;
+  timeline.promptSent(text, eventId);
   showApplyPrompt();
   focusWorld();
   layout.openSheet(false);
@@ -321,14 +346,15 @@ async function choosePreset(chosen) {
   if (player.isRunning) {
     $("preset-text").textContent =
       `Start a new session from the preset “${chosen.name}”, or send only its prompt to this session.`;
+    $("preset-dialog").querySelector("[value=prompt]").hidden = player.isReplay;
     const answer = await ask($("preset-dialog"));
     if (answer !== "restart" && answer !== "prompt") return;
-    setPrompt(chosen.prompt);
+    prompt.value = chosen.prompt;
     if (answer === "prompt") return applyPrompt();
     await startForm.usePreset(chosen);
     return start();
   }
-  setPrompt(chosen.prompt);
+  prompt.value = chosen.prompt;
   await startForm.usePreset(chosen);
   if (state === "ended" || state === "lost") enter("idle");
 }
@@ -354,19 +380,8 @@ async function proposePreset(modelId) {
   const preset = startForm.showPresets(modelId);
   if (!preset) return;
   // The prompt first: the user may already type while the image loads.
-  $("prompt").value = store.get("prompt", preset.prompt);
+  prompt.propose(preset.prompt);
   await startForm.usePreset(preset, { isChosen: false });
-}
-
-function seedValue() {
-  const seed = Math.floor(Number($("seed").value));
-  return Number.isSafeInteger(seed) && seed >= 0 ? seed : 42;
-}
-
-function setSeed(seed) {
-  $("seed").value = seed;
-  store.set("seed", seed);
-  showLaterChanges();
 }
 
 // --- server ---
@@ -413,8 +428,8 @@ async function replay(saved) {
       advice: "It plays here, but it will look different.",
     });
   await firstFrame.use(new Blob([saved.init.first_frame], { type: saved.firstFrameType }));
-  setPrompt(saved.init.prompt);
-  setSeed(saved.init.seed);
+  prompt.value = saved.init.prompt;
+  seed.value = saved.init.seed ?? seed.value;
   form.set(saved.init);
   await start({ saved });
 }
@@ -424,12 +439,14 @@ async function replay(saved) {
 async function toggleMeters() {
   const shown = meters.toggle();
   $("toggle-meters").setAttribute("aria-pressed", String(meters.isOpen));
+  showLatency();
   store.set("meters", meters.isOpen);
   await shown;
 }
 
 function connectControls() {
   closeButtons();
+  showHeld([]);
   $("start").onclick = () => (state === "paused" ? player.pause(false) : start());
   $("pause").onclick = () => player.pause(state !== "paused");
   $("restart").onclick = () => start();
@@ -438,18 +455,11 @@ function connectControls() {
   $("record").hidden = !canRecord();
   $("toggle-meters").onclick = toggleMeters;
   $("latency-pill").onclick = toggleMeters;
-  $("prompt").oninput = () => {
-    store.set("prompt", $("prompt").value);
-    showApplyPrompt();
-  };
   $("prompt").onkeydown = (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) (player.isLive ? applyPrompt : start)();
   };
   $("apply-prompt").onclick = applyPrompt;
   $("first-continue").onclick = startFromLastFrame;
-  setSeed(store.get("seed", 42));
-  $("seed").onchange = () => setSeed(seedValue());
-  $("dice").onclick = () => setSeed(Math.floor(Math.random() * MAX_SEED));
   $("reset-settings").onclick = () => form.reset();
   $("server-chip").onclick = openServer;
   keepKeyboardOnWorld(keyStarts);

@@ -10,13 +10,17 @@ const STATES = {
   ended: "Ended",
   lost: "Interrupted",
 };
+const REPLAY_STATES = { live: "Replay", paused: "Replay, paused", ended: "The replay is over" };
 
 /** `position` in line; 1 is next. */
 export const placeText = (position) =>
   position === 1 ? "You are next" : `${position}${ORDINAL_SUFFIXES[ordinalRule.select(position)]} in line`;
 
-/** `position` in line while the state is "waiting". */
-export const stateText = (state, position) => (state === "waiting" ? placeText(position) : (STATES[state] ?? ""));
+/** `position` in line while the state is "waiting". `isReplay`: a saved session is replayed. */
+export function stateText(state, position, isReplay = false) {
+  if (state === "waiting") return placeText(position);
+  return (isReplay && REPLAY_STATES[state]) || (STATES[state] ?? "");
+}
 
 /** Before the start, while somebody else's session runs. */
 export function inUseText({ waiting, extensions }) {

@@ -36,6 +36,7 @@ export function readModel(entry) {
     window: entry.realtime_causal_kv_cache_num_frames?.default ?? null,
     formats: entry.output_formats ?? ["webp", "jpeg", "raw"],
     extensions: entry.extensions ?? [],
+    maxPromptCharacters: entry.limits?.max_prompt_characters ?? 8192,
     hasGuidance: entry.features?.guidance ?? true,
     hasUpscaling: entry.features?.upscaling ?? false,
     hasInterpolation: entry.features?.frame_interpolation ?? false,
@@ -279,12 +280,6 @@ export class Server {
     }
   }
 
-  /** For the start button. */
-  get shortStatus() {
-    if (!this.model) return this.reachable === false ? "No server yet" : "Looking for the server";
-    return this.#warmupText();
-  }
-
   #update({ reachable, model, problem, kind = null }) {
     this.reachable = reachable;
     this.kind = kind;
@@ -314,7 +309,6 @@ export class Server {
 
   #warmupText() {
     const { stage, progress } = this.model;
-    if (this.reachable === false) return "Waiting for the server";
     if (stage === "failed") return "The server could not start";
     const percent = progress === null ? "" : ` ${Math.round(100 * progress)} %`;
     return stage.startsWith("loading") ? `Loading the model${percent}` : `Warming up${percent}`;

@@ -39,10 +39,10 @@ export class StartView {
     button.hidden = !$("connect").hidden;
     button.disabled = Boolean(progress) || isLoading || !isReady;
     $("start-text").textContent =
-      progress || (isLoading ? "Loading the image" : isReady ? (ACTIONS[state] ?? "Start") : this.#server.shortStatus);
+      progress || (isLoading ? "Loading the image" : isReady ? (ACTIONS[state] ?? "Start") : this.#server.status);
     const canPress = !button.disabled && !button.hidden;
     setText($("start-note"), canPress ? note : "");
-    this.#showKeys(canPress, keys);
+    this.#showKeys(canPress && state !== "paused", keys);
   }
 
   #showKeys(isShown, keys) {
