@@ -24,7 +24,7 @@ REMINDER_S = 5.0
 """How often a client hears its place in line while that does not change."""
 
 TellPlace = Callable[[int, float], Awaitable[None]]
-"""Called with the place in line, where 1 is next, and the seconds waited so far."""
+"""Called with the place in line, where 1 is next and 0 is the slot, and the seconds waited so far."""
 
 
 class Slot:
@@ -127,6 +127,7 @@ class Admission:
                 await tell_place(told, now - ticket.joined_at)
             else:
                 await ticket.change_before(due_at)
+        await tell_place(0, loop.time() - ticket.joined_at)
 
     async def _wait_briefly(self, ticket: _Ticket) -> bool:
         """Whether the slot was granted in time."""

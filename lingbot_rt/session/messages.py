@@ -459,7 +459,7 @@ def session_message(session_id: str, capabilities: Mapping[str, Any]) -> bytes:
 
 
 def queue_message(position: int, waited_ms: float) -> bytes:
-    """Extension ``queue``: the place in line, where 1 is next, and the time spent in it."""
+    """Extension ``queue``: the place in line, where 1 is next and 0 is the end of it, and the time so far."""
     return _ENCODER.encode({"type": "queue", "position": _count(position), "waited_ms": _ms(waited_ms)})
 
 

@@ -10,12 +10,11 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-import msgspec
 import pytest
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import ClientConnection
 
-from tests.browser.conftest import BUILTIN, LIMIT_MS
+from tests.browser.conftest import BUILTIN
 from tests.browser.sites import WEBUI, path_proxy, static_page
 
 PAGE_LIMIT_BYTES = 400_000
@@ -216,25 +215,30 @@ def test_clip_screenshot_and_session_are_saved(visitor, server, tmp_path):
     assert page.locator(".card").count() == 0
 
 
-def test_a_second_user_waits_in_line(visitor, server):
-    """While another client holds the session, the page shows its queue position. It plays when that client leaves."""
-    visitor.open(server.http)
-    init = {
-        "type": "init",
-        "prompt": "A quiet street.",
-        "first_frame": (WEBUI / "presets" / "snow.webp").read_bytes(),
-        "size": "160x96",
-        "realtime_output_pacing": True,
-        "realtime_output_format": "webp",
-    }
-    with connect(server.ws, max_size=None, compression=None, close_timeout=0.2) as holder:
-        holder.send(msgspec.msgpack.encode(init))
-        holder.recv(timeout=LIMIT_MS / 1000)
-        threading.Thread(target=read_all, args=(holder,)).start()
-        visitor.page.click("#start")
-        visitor.page.wait_for_selector("#start-text:has-text('next')")
-    visitor.wait_for_state("live")
-    assert visitor.page.locator(".card").count() == 0
+def test_a_second_visitor_waits_in_line(make_visitor, server):
+    """The page shows the place and the time, the visitor may leave, and enters when the first visitor stops."""
+    first, second = make_visitor(), make_visitor()
+    first.open(server.http)
+    first.start()
+    page = second.page
+    second.open(server.http)
+    page.wait_for_selector("#server-chip[data-tone=used]")
+    page.wait_for_selector("#start-note:has-text('You will wait in line')")
+    page.click("#start")
+    page.wait_for_selector("#line:visible")
+    assert page.inner_text("#line-place") == "You are next"
+    page.wait_for_selector("#line-time:has-text('0:01')")
+    assert page.is_hidden("#start")
+    assert page.locator(".card").count() == 0
+    page.click("#leave-line")
+    page.wait_for_selector("#start:visible")
+    assert page.get_attribute("body", "data-state") == "idle"
+    page.click("#start")
+    page.wait_for_selector("#line:visible")
+    first.page.click("#stop")
+    second.wait_for_state("live")
+    assert page.is_hidden("#line")
+    assert page.locator(".card").count() == 0
 
 
 def test_missing_prompts_and_bad_images_are_reported(visitor, server):
@@ -279,11 +283,10 @@ def test_a_phone_has_sticks_and_a_settings_sheet(make_visitor, server):
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
     assert page.locator("#prompt").is_visible()
     visitor.start()
-    page.wait_for_selector("#prompt", state="hidden")
     page.click("#open-sheet")
-    page.wait_for_selector("#prompt:visible")
+    page.wait_for_selector("#close-sheet:visible")
     page.click("#close-sheet")
-    page.wait_for_selector("#prompt", state="hidden")
+    page.wait_for_selector("#close-sheet", state="hidden")
     stick = page.locator("#stick-move").bounding_box()
     x, y = stick["x"] + stick["width"] / 2, stick["y"] + stick["height"] / 2
     page.mouse.move(x, y)

@@ -8,7 +8,8 @@ import { Gallery } from "./gallery.js";
 import { HeldKeys } from "./held_keys.js";
 import { Gamepads } from "./inputs.js";
 import { Layout } from "./layout.js";
-import { explainEnd, isServerAway, stateText } from "./messages.js";
+import { LineView } from "./line_view.js";
+import { explainEnd, inUseText, isServerAway, stateText } from "./messages.js";
 import { MetersView, latencyText } from "./meters_view.js";
 import { Player } from "./player.js";
 import { PromptField } from "./prompt_field.js";
@@ -61,7 +62,7 @@ const form = new SettingsForm($("settings"), store, (values) => {
   showState();
 });
 const rates = new MeasuredRates(store);
-const server = new Server({ store, onChange: showServer, onModel: useModel, isOurs: () => player.isRunning });
+const server = new Server({ store, onChange: showServer, onModel: useModel, isOurs: () => player.isRunning && state !== "waiting" });
 const startView = new StartView(server);
 const serverForm = new ServerForm($("server-form"), server, () => $("server-dialog").close());
 
@@ -87,10 +88,15 @@ let isStarting = false; // between the click on Start and the connection
 let waitsForServer = false; // a card says that the server went away
 let sawServerAway = false; // since that card
 
+const line = new LineView(() => {
+  player.stop();
+  enter("idle");
+});
 const player = new Player($("canvas"), {
   state: enter,
-  queue: (position) => {
+  queue: (position, waitedMs) => {
     queuePosition = position;
+    if (position > 0) line.show(position, waitedMs);
     showState();
   },
   drawn: (frame, now) => {
@@ -207,6 +213,7 @@ async function initFromPage() {
 
 function enter(next) {
   state = next;
+  if (next !== "waiting") line.hide();
   if (next === "connecting") queuePosition = null;
   if (next === "idle") startForm.size = form.values.size;
   document.body.dataset.state = next === "opening" || next === "waiting" ? "connecting" : next;
@@ -284,7 +291,7 @@ function showHeld(actions) {
 }
 
 function startNote() {
-  if (server.isInUse) return "The server is in use. You will wait in line.";
+  if (server.isInUse) return inUseText(server.model);
   if (!server.model?.ready || !form.model) return "";
   return rates.note(server.base, server.model, wireValues(form.fields, form.values));
 }

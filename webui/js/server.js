@@ -26,6 +26,7 @@ export function readModel(entry) {
     detail: entry.status?.detail ?? "",
     progress: entry.status?.progress ?? null,
     busy: entry.busy ?? false,
+    waiting: entry.waiting ?? 0,
     defaultSize,
     sizes: entry.sizes ?? [defaultSize],
     frames: entry.num_frames ?? { default: 9, choices: [9] },
@@ -258,7 +259,8 @@ export class Server {
   get tone() {
     if (this.reachable === null) return "quiet";
     if (!this.reachable) return "bad";
-    return this.model.ready ? "good" : "busy";
+    if (!this.model.ready) return "busy";
+    return this.isInUse ? "used" : "good";
   }
 
   /** What to do about the problem. */
@@ -288,6 +290,7 @@ export class Server {
     const capabilities = JSON.stringify({
       ...model,
       busy: null,
+      waiting: null,
       progress: null,
       stage: null,
       detail: null,
