@@ -187,9 +187,17 @@ class ServeConfig:
     )
     session_wait_s: float = _option(
         1.0,
-        "seconds a client waits for the running session to end before it is refused",
+        "seconds a client that does not wait in line waits for the running session to end before it is refused",
         low=0,
         high=3600,
+        group="limits",
+    )
+    max_waiting: int = _option(
+        32,
+        "most clients that wait in line for the running session to end (the protocol extension queue); further ones "
+        "are refused after --session-wait-s; each may hold a message of --max-message-mb",
+        low=0,
+        high=10**6,
         group="limits",
     )
     chunk_timeout_s: float = _option(

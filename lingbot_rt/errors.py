@@ -107,8 +107,10 @@ class InvalidEvent(RequestError):
 class SessionBusy(LingbotError):
     code = "session_busy"
 
-    def __init__(self) -> None:
-        super().__init__("another realtime session is already active")
+    def __init__(self, max_waiting: int | None = None) -> None:
+        """``max_waiting``: the length of the line, for a client that would have waited but found it full."""
+        line = "" if max_waiting is None else f", and the line is full (--max-waiting {max_waiting})"
+        super().__init__(f"another realtime session is already active{line}")
 
 
 class CapacityError(LingbotError):

@@ -1,7 +1,8 @@
-"""Gives the engine to one session at a time. Other clients wait in line.
+"""Gives the engine to one session at a time. Other clients wait in line, and get it in the order in which they came.
 
-A waiting client is refused after ``wait_s``, but not while the running session is ending. When a page reloads, its old
-session is still there, and interrupting that session's chunk can take longer than ``wait_s``.
+A client that hears its place in line waits without a limit; at most ``max_waiting`` clients do so at a time. Any other
+client is refused after ``wait_s``, but not while the running session is ending. When a page reloads, its old session is
+still there, and interrupting that session's chunk can take longer than ``wait_s``.
 """
 
 from __future__ import annotations
@@ -16,8 +17,14 @@ from lingbot_rt.errors import SessionBusy
 LEAVING_LIMIT_S = 30.0
 """Seconds beyond ``wait_s`` that a client waits for a session that is ending."""
 
+LOOK_AGAIN_S = 0.05
+"""How soon a client past ``wait_s`` looks whether the running session is still ending."""
 
-TellPlace = Callable[[int], Awaitable[None]]
+REMINDER_S = 5.0
+"""How often a client hears its place in line while that does not change."""
+
+TellPlace = Callable[[int, float], Awaitable[None]]
+"""Called with the place in line, where 1 is next and 0 is the slot, and the seconds waited so far."""
 
 
 class Slot:
@@ -34,16 +41,29 @@ class Slot:
 class _Ticket:
     """A place in line."""
 
+    joined_at: float
+    tell_place: TellPlace | None  # None: the wait is limited
     position: int = 0
     slot: Slot | None = None  # once it is granted
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def change(self) -> None:
+        self._changed.set()
+
+    async def change_before(self, moment: float) -> None:
+        """Returns when the position or the slot changes, at ``moment`` at the latest."""
+        self._changed.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(moment):
+                await self._changed.wait()
 
 
 class Admission:
     """All methods are called from one event loop."""
 
-    def __init__(self, wait_s: float, leaving_limit_s: float = LEAVING_LIMIT_S) -> None:
+    def __init__(self, wait_s: float, max_waiting: int, leaving_limit_s: float = LEAVING_LIMIT_S) -> None:
         self._wait_s = wait_s
+        self._max_waiting = max_waiting
         self._leaving_limit_s = leaving_limit_s
         self._holder: Slot | None = None
         self._line: list[_Ticket] = []
@@ -54,14 +74,16 @@ class Admission:
 
     @property
     def waiting(self) -> int:
+        """The length of the line."""
         return len(self._line)
 
     @asynccontextmanager
     async def slot(self, tell_place: TellPlace | None = None) -> AsyncIterator[Slot]:
-        """Holds the slot for the block. Clients get it in the order in which they came.
+        """Holds the slot for the block.
 
-        ``tell_place(position)`` is awaited with each new place in line; 1 is next. Raises SessionBusy when the wait is
-        over.
+        With ``tell_place`` the client waits as long as it takes. It is awaited with each new place in line, and every
+        ``REMINDER_S`` seconds. Without it, or when ``max_waiting`` clients wait so already, SessionBusy is raised when
+        the limited wait is over.
         """
         slot = await self._acquire(tell_place)
         try:
@@ -73,14 +95,19 @@ class Admission:
         if self._holder is None:
             self._holder = Slot()
             return self._holder
-        ticket = _Ticket()
+        is_full = sum(ticket.tell_place is not None for ticket in self._line) >= self._max_waiting
+        ticket = _Ticket(asyncio.get_running_loop().time(), None if is_full else tell_place)
         self._line.append(ticket)
         self._number_places()
         entered = False
         try:
-            slot = await self._wait(ticket, tell_place)
+            if ticket.tell_place is not None:
+                await self._wait_in_line(ticket, ticket.tell_place)
+            elif not await self._wait_briefly(ticket):
+                raise SessionBusy(self._max_waiting if tell_place is not None else None)
+            assert ticket.slot is not None
             entered = True
-            return slot
+            return ticket.slot
         finally:
             if ticket in self._line:
                 self._line.remove(ticket)
@@ -89,26 +116,31 @@ class Admission:
                 # Cancelled or refused in the same turn in which the slot was granted: the next client gets it.
                 self._pass_on()
 
-    async def _wait(self, ticket: _Ticket, tell_place: TellPlace | None) -> Slot:
+    async def _wait_in_line(self, ticket: _Ticket, tell_place: TellPlace) -> None:
+        """Returns when the slot is granted."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._wait_s
-        last_moment = deadline + self._leaving_limit_s
-        told = 0
+        told, due_at = 0, ticket.joined_at
         while ticket.slot is None:
-            if tell_place is not None and ticket.position != told:
-                told = ticket.position
-                await tell_place(told)
-                continue
             now = loop.time()
-            leaving = self._holder is not None and self._holder.is_leaving
-            if now >= (last_moment if leaving else deadline):
-                raise SessionBusy
+            if ticket.position != told or now >= due_at:
+                told, due_at = ticket.position, now + REMINDER_S
+                await tell_place(told, now - ticket.joined_at)
+            else:
+                await ticket.change_before(due_at)
+        await tell_place(0, loop.time() - ticket.joined_at)
+
+    async def _wait_briefly(self, ticket: _Ticket) -> bool:
+        """Whether the slot was granted in time."""
+        loop = asyncio.get_running_loop()
+        deadline = ticket.joined_at + self._wait_s
+        while ticket.slot is None:
+            now = loop.time()
+            is_leaving = self._holder is not None and self._holder.is_leaving
+            if now >= deadline + (self._leaving_limit_s if is_leaving else 0):
+                return False
             # Past the deadline the wait goes on only while the holder is leaving, so look again soon.
-            ticket.changed.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(deadline - now if now < deadline else 0.05):
-                    await ticket.changed.wait()
-        return ticket.slot
+            await ticket.change_before(deadline if now < deadline else now + LOOK_AGAIN_S)
+        return True
 
     def _pass_on(self) -> None:
         self._holder = None
@@ -116,11 +148,11 @@ class Admission:
             ticket = self._line.pop(0)
             self._holder = Slot()
             ticket.slot = self._holder
-            ticket.changed.set()
+            ticket.change()
             self._number_places()
 
     def _number_places(self) -> None:
         for position, ticket in enumerate(self._line, start=1):
             if ticket.position != position:
                 ticket.position = position
-                ticket.changed.set()
+                ticket.change()

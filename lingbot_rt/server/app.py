@@ -72,7 +72,7 @@ def create_app(config: ServeConfig, engine: EnginePort, page: Path | None = None
     Raises ConfigError when --allowed-hosts is wrong.
     """
     encoders = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="batches")
-    service = Service(config, engine, Admission(config.session_wait_s), Metrics(), encoders)
+    service = Service(config, engine, Admission(config.session_wait_s, config.max_waiting), Metrics(), encoders)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -163,7 +163,14 @@ def _keyed_routes(service: Service, app: FastAPI) -> APIRouter:
 
     def entry() -> dict[str, Any]:
         engine = service.engine
-        return model_entry(service.config, _info(engine), _public_status(engine), busy=service.admission.is_busy)
+        admission = service.admission
+        return model_entry(
+            service.config,
+            _info(engine),
+            _public_status(engine),
+            busy=admission.is_busy,
+            waiting=admission.waiting,
+        )
 
     @routes.get("/v1/models")
     async def models() -> dict[str, Any]:

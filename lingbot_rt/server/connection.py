@@ -275,8 +275,8 @@ class Connection:
     # --- serve ---
 
     async def _serve(self) -> Close:
-        limit_s = self._service.config.init_timeout_s
-        deadline = asyncio.get_running_loop().time() + limit_s
+        limit_s, loop = self._service.config.init_timeout_s, asyncio.get_running_loop()
+        deadline = loop.time() + limit_s
         while True:
             try:
                 async with asyncio.timeout_at(deadline):
@@ -285,9 +285,11 @@ class Connection:
                 return Close(
                     1008, "no init", InvalidInit(f"no valid init came within {limit_s:g} s (--init-timeout-s)")
                 )
+            began_at = loop.time()
             try:
                 return await self._serve_session(session, init)
             except (RequestError, CapacityError) as error:
+                deadline += loop.time() - began_at  # the line may have been long: the client has its time again
                 self._session = None
                 await self._outbox.send(self._refusal(error))
 
@@ -305,7 +307,8 @@ class Connection:
             folder=service.config.first_frame_dir,
             allow_remote=service.config.allow_remote_first_frame,
         )
-        async with service.admission.slot(self._tell_place) as slot:
+        in_line = self._tell_place if "queue" in settings.extensions else None
+        async with service.admission.slot(in_line) as slot:
             plan = settings.session_plan(session.id, picture)
             async with AsyncExitStack() as at_last:
                 service.metrics.active.inc()
@@ -359,9 +362,8 @@ class Connection:
         finally:
             await asyncio.to_thread(recorder.close, reason)
 
-    async def _tell_place(self, position: int) -> None:
-        if self._session is not None and "queue" in self._session.settings.extensions:
-            await self._outbox.send(queue_message(position))
+    async def _tell_place(self, position: int, waited_s: float) -> None:
+        await self._outbox.send(queue_message(position, 1000 * waited_s))
 
 
 async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:

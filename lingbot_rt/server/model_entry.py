@@ -15,8 +15,13 @@ from lingbot_rt.shapes import SIZE_MULTIPLE, FrameSize, latent_frames_for, num_f
 _COMMON_SIZES = ("832x480", "480x832", "640x640", "1280x720", "720x1280", "448x256", "256x448")
 
 
-def model_entry(config: ServeConfig, info: ModelInfo | None, status: EngineStatus, *, busy: bool) -> dict[str, Any]:
-    """``info`` is None while the model loads. The fields that depend on it are then missing."""
+def model_entry(
+    config: ServeConfig, info: ModelInfo | None, status: EngineStatus, *, busy: bool, waiting: int
+) -> dict[str, Any]:
+    """``info`` is None while the model loads. The fields that depend on it are then missing.
+
+    ``waiting``: the clients in line.
+    """
     entry: dict[str, Any] = {
         "id": config.model_id if info is None else info.model_id,
         "object": "model",
@@ -25,6 +30,7 @@ def model_entry(config: ServeConfig, info: ModelInfo | None, status: EngineStatu
         "ready": status.ready,
         "status": status.as_dict(),
         "busy": busy,
+        "waiting": waiting,
         "action_tokens": list(TOKENS),
         "output_formats": list(OUTPUT_FORMATS),
         "default_output_format": config.default_output_format,
@@ -41,6 +47,7 @@ def model_entry(config: ServeConfig, info: ModelInfo | None, status: EngineStatu
             "max_pending_actions": MAX_PENDING,
             "init_timeout_s": config.init_timeout_s,
             "session_wait_s": config.session_wait_s,
+            "max_waiting": config.max_waiting,
             "send_timeout_s": config.send_timeout_s,
         },
         "first_frame": {

@@ -468,9 +468,9 @@ def session_message(session_id: str, capabilities: Mapping[str, Any]) -> bytes:
     return _ENCODER.encode({"type": "session", "session_id": session_id, "capabilities": dict(capabilities)})
 
 
-def queue_message(position: int) -> bytes:
-    """Extension ``queue``: the place in line; 1 is next."""
-    return _ENCODER.encode({"type": "queue", "position": _count(position)})
+def queue_message(position: int, waited_ms: float) -> bytes:
+    """Extension ``queue``: the place in line, where 1 is next and 0 is the end of it, and the time so far."""
+    return _ENCODER.encode({"type": "queue", "position": _count(position), "waited_ms": _ms(waited_ms)})
 
 
 def control_ack_message(event_id: int | None, state: AckState, chunk_index: int | None) -> bytes:

@@ -92,6 +92,13 @@ class Visitor:
             error.add_note("\n".join([shown, *self.problems]))
             raise
 
+    def wait_until(self, is_true: Callable[[], bool], failure: str) -> None:
+        """Waits for something outside the page, while Playwright's events are handled."""
+        limit = time.monotonic() + LIMIT_MS / 1000
+        while not is_true():
+            assert time.monotonic() < limit, failure
+            self.page.wait_for_timeout(20)
+
     def restart_by(self, restart: Callable[[], object]) -> None:
         """Calls ``restart`` and waits until the new session is live. The old one may be live when this is called."""
         self.page.evaluate("() => document.querySelectorAll('#timeline li').forEach((entry) => (entry.id = 'before'))")

@@ -28,6 +28,10 @@ async def no_waiting(monkeypatch) -> None:
     monkeypatch.setattr(loop._selector, "select", pass_time)
 
 
+async def ignore_place(position: int, waited_s: float) -> None:
+    """For clients that wait in line."""
+
+
 async def hold(admission: Admission, entered: asyncio.Event, leave: asyncio.Event) -> None:
     async with admission.slot():
         entered.set()
@@ -36,11 +40,11 @@ async def hold(admission: Admission, entered: asyncio.Event, leave: asyncio.Even
 
 async def test_the_slot_is_passed_on_in_order():
     """Clients get the slot in the order in which they came, and learn each new place in line."""
-    admission = Admission(wait_s=60)
+    admission = Admission(wait_s=0, max_waiting=9)
     served, places = [], []
 
     async def client(name: str) -> None:
-        async def tell_place(position: int) -> None:
+        async def tell_place(position: int, waited_s: float) -> None:
             places.append((name, position))
 
         async with admission.slot(tell_place):
@@ -51,14 +55,14 @@ async def test_the_slot_is_passed_on_in_order():
         for name in "abc":
             tasks.create_task(client(name))
     assert served == ["a", "b", "c"]
-    assert places == [("b", 1), ("c", 2), ("c", 1)]
+    assert places == [("b", 1), ("c", 2), ("b", 0), ("c", 1), ("c", 0)]
     assert not admission.is_busy
 
 
 @pytest.mark.usefixtures("no_waiting")
 async def test_the_wait_is_limited():
     """After ``wait_s`` the client is refused and no longer in line."""
-    admission, loop = Admission(wait_s=5), asyncio.get_running_loop()
+    admission, loop = Admission(wait_s=5, max_waiting=9), asyncio.get_running_loop()
     async with admission.slot():
         begin = loop.time()
         with pytest.raises(SessionBusy):
@@ -71,7 +75,7 @@ async def test_the_wait_is_limited():
 
 async def test_without_a_wait_the_refusal_is_immediate():
     """With --session-wait-s 0 nobody waits."""
-    admission = Admission(wait_s=0)
+    admission = Admission(wait_s=0, max_waiting=9)
     async with admission.slot():
         with pytest.raises(SessionBusy):
             async with admission.slot():
@@ -81,7 +85,7 @@ async def test_without_a_wait_the_refusal_is_immediate():
 @pytest.mark.usefixtures("no_waiting")
 async def test_a_leaving_holder_extends_the_wait():
     """A client that waits for a session that is ending is refused only after ``leaving_limit_s`` more."""
-    admission, loop = Admission(wait_s=5, leaving_limit_s=30), asyncio.get_running_loop()
+    admission, loop = Admission(wait_s=5, max_waiting=9, leaving_limit_s=30), asyncio.get_running_loop()
     async with admission.slot() as slot:
         slot.leaving()
         waiter = asyncio.create_task(hold(admission, entered := asyncio.Event(), leave := asyncio.Event()))
@@ -102,7 +106,7 @@ async def test_a_leaving_holder_extends_the_wait():
 @pytest.mark.usefixtures("no_waiting")
 async def test_only_the_next_in_line_waits_longer():
     """The next in line becomes the holder. The client behind it is refused after its wait as usual."""
-    admission = Admission(wait_s=5)
+    admission = Admission(wait_s=5, max_waiting=9)
     async with admission.slot() as slot:
         slot.leaving()
         first = asyncio.create_task(hold(admission, entered := asyncio.Event(), leave := asyncio.Event()))
@@ -117,20 +121,88 @@ async def test_only_the_next_in_line_waits_longer():
     await first
 
 
+@pytest.mark.usefixtures("no_waiting")
+async def test_a_client_in_line_waits_as_long_as_it_takes():
+    """The wait has no limit. The client hears its place at once and then every five seconds, with the time so far."""
+    admission, heard = Admission(wait_s=1, max_waiting=9), []
+
+    async def tell_place(position: int, waited_s: float) -> None:
+        heard.append((position, waited_s))
+
+    async def client() -> None:
+        async with admission.slot(tell_place):
+            pass
+
+    async with admission.slot():
+        waiting = asyncio.create_task(client())
+        await asyncio.sleep(7202)
+        assert not waiting.done()
+    await waiting
+    assert heard == [*((1, pytest.approx(5 * number)) for number in range(1441)), (0, pytest.approx(7202))]
+
+
+@pytest.mark.usefixtures("no_waiting")
+async def test_who_leaves_the_line_moves_the_others_up():
+    """The places behind are told at once. The order stays that of coming, also among clients with a limited wait."""
+    admission, served, places = Admission(wait_s=60, max_waiting=9), [], []
+
+    async def client(name: str) -> None:
+        async def tell_place(position: int, waited_s: float) -> None:
+            places.append((name, position))
+
+        async with admission.slot(None if name == "brief" else tell_place):
+            served.append(name)
+
+    async with admission.slot():
+        tasks = {}
+        for name in ("first", "brief", "second", "third"):
+            tasks[name] = asyncio.create_task(client(name))
+            await asyncio.sleep(0)
+        places.clear()
+        tasks["first"].cancel()
+        await asyncio.sleep(0.1)
+        assert places == [("second", 2), ("third", 3)]
+        assert admission.waiting == 3
+    await asyncio.gather(*tasks.values(), return_exceptions=True)
+    assert served == ["brief", "second", "third"]
+
+
+@pytest.mark.usefixtures("no_waiting")
+async def test_the_line_is_bounded():
+    """Whoever finds it full is refused after ``wait_s`` with words that name the flag. A place that is left is free."""
+    admission = Admission(wait_s=5, max_waiting=1)
+
+    async def client() -> None:
+        async with admission.slot(ignore_place):
+            pass
+
+    async with admission.slot():
+        in_line = asyncio.create_task(client())
+        await asyncio.sleep(0)
+        with pytest.raises(SessionBusy, match=r"--max-waiting 1"):
+            await client()
+        in_line.cancel()
+        await asyncio.sleep(0)
+        later = asyncio.create_task(client())
+        await asyncio.sleep(10)
+        assert not later.done()
+    await later
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans()), min_size=1, max_size=8))
 def test_the_slot_never_gets_lost(clients):
     """Whenever clients come, leave or are cancelled, there is one holder at a time, and the slot is free at the end."""
 
     async def play() -> None:
-        admission = Admission(wait_s=1)
+        admission = Admission(wait_s=1, max_waiting=1)
         holders = 0
 
         async def client(begin: int, stay: int) -> None:
             nonlocal holders
             for _ in range(begin):
                 await asyncio.sleep(0)
-            async with admission.slot():
+            async with admission.slot(ignore_place if stay % 2 else None):
                 holders += 1
                 assert holders == 1
                 try:

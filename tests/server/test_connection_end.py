@@ -112,14 +112,71 @@ async def test_a_second_client_is_refused_in_words(serve):
         assert (await first.chunk()).stats["num_frames"] == 12
 
 
-async def test_a_second_client_is_served_when_the_first_leaves(serve):
-    """Within the wait the slot passes on, and the line is told with the extension ``queue``."""
-    server = await serve(FakeEngine(group_s=SLOW), session_wait_s=LIMIT_S)
+IN_LINE = {"protocol_extensions": ["queue"]}
+
+
+async def test_the_line_is_served_in_order(serve):
+    """Clients with the extension ``queue`` wait without a limit, see their place, and enter by themselves."""
+    server = await serve(FakeEngine(group_s=SLOW), session_wait_s=0)
     async with server.client(init()) as first:
         await first.receive()
-        async with server.client(init(max_chunks=1, protocol_extensions=["queue"])) as second:
-            assert await second.until("queue") == {"type": "queue", "position": 1}
+        async with (
+            server.client(init(max_chunks=1, **IN_LINE)) as second,
+            server.client() as left,
+            server.client() as third,
+        ):
+            place = await second.until("queue")
+            assert (set(place), place["position"]) == ({"type", "position", "waited_ms"}, 1)
+            for position, client in ((2, left), (3, third)):
+                await client.send(init(max_chunks=1, **IN_LINE))
+                assert (await client.until("queue"))["position"] == position
+            await left.socket.close()
+            while (await third.until("queue"))["position"] != 2:
+                pass
             await first.socket.close()
+            assert len((await second.chunk()).frames) == 9
+            assert len((await third.chunk()).frames) == 9
+            assert [place["position"] for place in third.seen][-2:] == [1, 0]
+
+
+async def test_a_full_line_refuses_in_words(serve):
+    """The error begins like that of every busy server and names the flag."""
+    server = await serve(FakeEngine(group_s=SLOW), session_wait_s=0, max_waiting=0)
+    async with server.client(init()) as first:
+        await first.receive()
+        async with server.client(init(**IN_LINE)) as second:
+            error = await second.error()
+            assert error["content"].startswith("another realtime session is already active")
+            assert ("--max-waiting" in error["content"], error["code"]) == (True, "session_busy")
+            assert (await second.closed())[0] == 1008
+
+
+async def test_the_line_ends_when_the_server_stops():
+    """Who waits in line gets the error and the close of the shutdown, and is not served meanwhile."""
+    async with running(engine := FakeEngine(group_s=SLOW)) as server, server.client(init()) as first:
+        await first.receive()
+        async with server.client(init(**IN_LINE)) as second:
+            await second.until("queue")
+            await server.service.close_all(LIMIT_S)
+            assert (await second.error())["code"] == "shutting_down"
+            assert (await second.closed())[0] == 1001
+        assert len(engine.opened) == 1
+
+
+async def test_a_wait_in_line_does_not_use_up_the_time_for_an_init(serve, monkeypatch):
+    """A session that is refused when its turn comes may be replaced on the same socket, however long the line was."""
+    loop, jump_s = asyncio.get_running_loop(), 0
+    now = loop.time
+    monkeypatch.setattr(loop, "time", lambda: now() + jump_s)
+    server = await serve(FakeEngine(group_s=SLOW, max_open_pixels=256 * 256), init_timeout_s=60)
+    async with server.client(init()) as first:
+        await first.receive()
+        async with server.client(init(size="640x384", **IN_LINE)) as second:
+            await second.until("queue")
+            jump_s = 61
+            await first.socket.close()
+            assert (await second.until("error"))["code"] == "capacity"
+            await second.send(init(max_chunks=1))
             assert len((await second.chunk()).frames) == 9
 
 

@@ -216,7 +216,7 @@ def test_old_clients_read_every_other_message(index, event_id, ms, size, text):
         stats_message(stats),
         error_message(InvalidEvent(text, field=text)),
         session_message("s", {"extensions": ["queue"]}),
-        queue_message(3),
+        queue_message(3, ms),
         control_ack_message(event_id, "applied", index),
         heartbeat_message(ms, "running", index),
     ):

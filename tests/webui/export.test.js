@@ -30,6 +30,18 @@ test("a saved session is loaded with its first frame and events", () => {
   assert.equal(loaded.model, "m");
 });
 
+test("a replay is as long as the session was; files that do not say it go on a little after their last event", () => {
+  const log = exampleLog();
+  log.applied(7, 11);
+  log.chunkCame(29);
+  const text = JSON.stringify(log);
+  assert.equal(parseSession(text).chunks, 30);
+  for (const other of ["null", "-1", '"9"']) {
+    const { chunks } = parseSession(text.replace('"chunks":30', `"chunks":${other}`));
+    assert.ok(chunks > 12 && chunks < 30, `${chunks} chunks`);
+  }
+});
+
 test("files that are not sessions are refused", () => {
   const good = JSON.stringify(exampleLog());
   const broken = ["", "{}", "null", "[]", good.replace('"version":1', '"version":9'), good.replace(/"base64":"[^"]*"/, '"base64":"*"'), good.replace(/"prompt":/, '"no":')];

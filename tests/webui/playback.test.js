@@ -154,3 +154,23 @@ test("every frame is either drawn or dropped, once", () => {
   assert.equal(seen.length, total);
   assert.equal(new Set(seen).size, total);
 });
+
+test("a hidden tab keeps a bounded queue, also after the frames ran out, and shows the newest ones when it is back", () => {
+  for (const [perBatch, chunks, every] of [[4, 3000, 250], [12, 1500, 750], [96, 200, 9000]]) {
+    const dropped = [];
+    const playback = new Playback({ fps: FPS, drop: (frame) => dropped.push(frame.id) });
+    let id = 0;
+    const batch = (chunkIndex) => Array.from({ length: perBatch }, () => ({ id: id++, eventId: null, chunkIndex }));
+    playback.push(batch(0), 0);
+    for (let now = 0; now < 10_000; now += REFRESH) playback.take(now); // it runs out
+    let now = 10_000;
+    for (let i = 1; i < chunks; i++) {
+      playback.push(batch(i), (now += every));
+      assert.ok(playback.bufferedMs <= Math.max(4000, 2 * perBatch * FRAME) + FRAME, `${playback.bufferedMs} ms are queued`);
+    }
+    const frame = playback.take((now += 10));
+    assert.ok(id - frame.id <= Math.max(perBatch, 150 / FRAME + 1), `${id - frame.id} frames behind`);
+    playback.clear();
+    assert.equal(new Set(dropped).size, dropped.length);
+  }
+});

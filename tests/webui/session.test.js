@@ -229,7 +229,13 @@ test("a payload inside its message is copied to the worker; a separate one is tr
 
 test("queue positions are ordinals, and every end has a title and advice", () => {
   assert.deepEqual([1, 2, 3, 4, 11, 21].map((position) => stateText("waiting", position)), ["You are next", "2nd in line", "3rd in line", "4th in line", "11th in line", "21st in line"]);
+  assert.match(stateText("live", null, true), /replay/i);
+  assert.match(stateText("ended", null, true), /replay.*over/i);
   const titles = [1001, 1006, 1008, 1011].map((code) => explainEnd({ code, message: "", errorCode: null, wasLive: true }));
   for (const { title, advice } of titles) assert.ok(title && advice);
+  const never = { code: 1006, message: "", errorCode: null, wasLive: false };
+  assert.match(explainEnd({ ...never, isBlocked: true }).title, /blocked/);
+  assert.doesNotMatch(explainEnd({ ...never, isBlocked: true }).advice, /server runs/);
+  assert.match(explainEnd(never).advice, /server runs/);
   assert.match(explainEnd({ code: 1008, message: "another realtime session is already active", errorCode: "session_busy", wasLive: false }).title, /in use/);
 });

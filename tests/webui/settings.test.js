@@ -4,7 +4,7 @@ import { test } from "node:test";
 
 import { presetsFor } from "../../webui/js/presets.js";
 import { ServerPoller, readModel } from "../../webui/js/server.js";
-import { SettingsStore, allValid, fieldsFor, validValue, wireValues } from "../../webui/js/settings.js";
+import { SettingsStore, allValid, fieldsFor, problemWith, validValue, wireValues } from "../../webui/js/settings.js";
 import { FakeClock } from "./helpers.js";
 
 const entry = {
@@ -35,6 +35,14 @@ test("only what the server offers can be chosen", () => {
   assert.equal(validValue(byKey.fps, "abc"), 16);
   assert.equal(validValue(byKey.max_chunks, ""), null);
   assert.equal(byKey.enable_upscaling, undefined);
+});
+
+test("a field refuses what is out of its range and says what it expects", () => {
+  for (const [key, typed] of [["fps", "0"], ["fps", "121"], ["fps", ""], ["fps", "abc"], ["fps", "1e999"], ["fps", "16.5"], ["max_chunks", "0"]])
+    assert.match(problemWith(byKey[key], typed), /Expected/, `${key} ${typed}`);
+  for (const [key, typed] of [["fps", "120"], ["fps", " 24 "], ["max_chunks", ""], ["guidance_scale", "1.7"], ["negative_prompt", "x".repeat(8192)]])
+    assert.equal(problemWith(byKey[key], typed), "", `${key} ${typed}`);
+  assert.match(problemWith(byKey.negative_prompt, "x".repeat(8193)), /8193.*at most 8192/);
 });
 
 test("the page's own settings, empty fields and those that do not apply are never sent", () => {
@@ -104,4 +112,15 @@ test("a server is polled with growing intervals, and at once when another server
   await settle();
   await settle();
   assert.match(found.at(-1).problem, /key/);
+  const kinds = [];
+  for (const [status, json] of [[401, {}], [403, { error: { message: "unknown host" } }], [404, null], [200, null], [200, { data: [] }], [502, null]]) {
+    answer = () => Promise.resolve({ ok: status === 200, status, json: () => (json ? Promise.resolve(json) : Promise.reject(new SyntaxError("a page"))) });
+    poller.pollNow();
+    await settle();
+    await settle();
+    kinds.push(found.at(-1).kind);
+    assert.equal(found.at(-1).reachable, false);
+    if (status === 403) assert.equal(found.at(-1).problem, "unknown host");
+  }
+  assert.deepEqual(kinds, ["key", "foreign", "foreign", "foreign", "foreign", "silent"]);
 });

@@ -87,10 +87,22 @@ test("the server is the page's own host unless an address is typed, in any of th
   assert.equal(serverBase("ws://box:1/v1/realtime_video/generate", page), "http://box:1");
   assert.equal(serverBase("wss://box/under/", page), "https://box/under");
   assert.equal(serverBase("box", new URL("https://page/")), "https://box");
-  assert.throws(() => serverBase("ftp://box", page), TypeError);
-  assert.throws(() => serverBase("http://", page), TypeError);
+  assert.equal(serverBase("https://box/world/index.html?x=1", page), "https://box/world");
+  for (const end of ["", "/", "/v1", "/v1/", "/v1/models", "/v1/realtime_video/generate"]) assert.equal(serverBase(`http://box/world${end}`, page), "http://box/world");
+  assert.equal(serverBase("[::1]:31000", page), "http://[::1]:31000");
+  assert.equal(serverBase("my_box", page), "http://my_box");
+  for (const wrong of ["ftp://box", "http://", "not a url !!", "a b", "box:99999", "///", "..", "-", "http://a%20b", "javascript:alert(1)", "box,other"])
+    assert.throws(() => serverBase(wrong, page), TypeError, wrong);
   assert.equal(socketUrl("https://box", "a b"), "wss://box/v1/realtime_video/generate?api_key=a%20b");
   assert.equal(socketUrl("http://box:1", ""), "ws://box:1/v1/realtime_video/generate");
+});
+
+test("below a path every address is below it, and only the real server's ports are asked for the model", () => {
+  const socket = (page, isStatic) => socketUrl(serverBase("", new URL(page), isStatic), "");
+  const below = { "https://world.example/world/": "wss://world.example/world", "https://world.example/world/index.html": "wss://world.example/world", "https://jupyter.example/user/me/proxy/30000/": "wss://jupyter.example/user/me/proxy/30000", "http://127.0.0.1:30000/": "ws://127.0.0.1:30000", "http://127.0.0.1:18080/": "ws://127.0.0.1:30000", "https://world.example/?server=": "wss://world.example" };
+  for (const [page, base] of Object.entries(below)) assert.equal(socket(page), `${base}/v1/realtime_video/generate`);
+  assert.equal(serverBase("", new URL("http://box:8000/webui/"), true), "http://box:30000");
+  assert.equal(serverBase("", new URL("http://box:8000/webui/"), false), "http://box:8000/webui");
 });
 
 const rgbOf = (rgba) => Uint8Array.from(rgba.filter((_, i) => i % 4 !== 3));

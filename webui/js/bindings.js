@@ -13,6 +13,9 @@ export const ACTIONS = [
 
 export const defaultBindings = () => Object.fromEntries(ACTIONS.map(({ action, keys }) => [action, [...keys]]));
 
+/** The bindings that the user chose, kept in `store`, or the defaults. */
+export const chosenBindings = (store) => store.get("bindings", null) ?? defaultBindings();
+
 /** The action bound to a key code, or null. */
 export function actionFor(bindings, code) {
   return ACTIONS.find(({ action }) => bindings[action]?.includes(code))?.action ?? null;
@@ -42,3 +45,9 @@ export function stickActions(x, y, horizontal, vertical, deadZone = 0.35) {
 
 export const MOVE = [["a", "d"], ["w", "s"]];
 export const LOOK = [["j", "l"], ["i", "k"]];
+
+const DPAD = [[12, "w"], [13, "s"], [14, "a"], [15, "d"]]; // button numbers of the standard gamepad
+
+/** The pressed buttons of a gamepad's d-pad as actions. */
+export const dpadActions = (buttons) =>
+  DPAD.filter(([button]) => buttons[button]?.pressed).map(([, action]) => action);

@@ -44,6 +44,12 @@ export function ask(dialog) {
   return new Promise((resolve) => dialog.addEventListener("close", () => resolve(dialog.returnValue), { once: true }));
 }
 
+/** Lets the buttons marked data-close close their dialogs. They submit no form, so Enter does not press them. */
+export function closeButtons() {
+  for (const button of document.querySelectorAll("dialog [data-close]"))
+    button.onclick = () => button.closest("dialog").close("");
+}
+
 export function download(blob, name) {
   const url = URL.createObjectURL(blob);
   h("a", { href: url, download: name }).click();

@@ -45,11 +45,6 @@ export class FirstFrame {
     return this.#bitmap !== null;
   }
 
-  /** Whether an image has been chosen. It may still be loading. */
-  get isChosen() {
-    return this.#newest > 0;
-  }
-
   /** The session's frame size, {width, height}. */
   set target(size) {
     this.#target = size;

@@ -1,4 +1,4 @@
-// Clips and screenshots, in memory until the page is closed.
+// Clips and screenshots, in memory until the page is closed. The page asks before it closes with some not downloaded.
 
 import { clockText, download, h, icon, timestamp } from "./dom.js";
 
@@ -13,6 +13,11 @@ export class Gallery {
     this.#draw();
   }
 
+  /** Whether closing the page would lose something. */
+  get hasUnsaved() {
+    return this.#items.some(({ isSaved }) => !isSaved);
+  }
+
   addClip(blob, extension, durationMs) {
     this.#add({ blob, name: `world-${timestamp()}.${extension}`, label: clockText(durationMs), isClip: true });
   }
@@ -22,7 +27,7 @@ export class Gallery {
   }
 
   #add(item) {
-    this.#items.unshift({ ...item, url: URL.createObjectURL(item.blob) });
+    this.#items.unshift({ ...item, isSaved: false, url: URL.createObjectURL(item.blob) });
     this.#draw();
   }
 
@@ -60,7 +65,10 @@ export class Gallery {
           {
             className: "icon-button",
             "aria-label": `Download ${item.name}`,
-            onclick: () => download(item.blob, item.name),
+            onclick: () => {
+              download(item.blob, item.name);
+              item.isSaved = true;
+            },
           },
           icon("download"),
         ),

@@ -44,11 +44,13 @@ export class HelpView {
           className: "hint",
           textContent:
             "Mouse: click the mouse button below the video and move the mouse to look around. Escape releases it. " +
-              "Gamepad: the left stick walks, the right stick looks.",
+              "Gamepad: the left stick or the d-pad walks, the right stick looks.",
         }),
         h("p", {
           className: "hint",
-          textContent: "Space: pause. F: full screen. T: theatre mode. R: record. P: screenshot. ?: this help.",
+          textContent:
+            "Enter or Space: start. Space: pause. Escape: leave a text field. F: full screen. T: theatre mode. " +
+              "R: record. P: screenshot. ?: this help.",
         }),
       ),
     );

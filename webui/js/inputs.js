@@ -1,6 +1,6 @@
 // Keyboard, mouse, gamepad and touch -> HeldKeys.
 
-import { LOOK, MOVE, stickActions, actionFor } from "./bindings.js";
+import { LOOK, MOVE, actionFor, dpadActions, stickActions } from "./bindings.js";
 import { isTyping } from "./dom.js";
 
 const MOUSE_PIXELS = 3; // smaller movements are ignored, per mouse event
@@ -85,7 +85,7 @@ export class MouseLook {
   }
 }
 
-/** The left stick walks, the right stick looks. Call `poll` once per animation frame while the session is live. */
+/** The left stick and the d-pad walk, the right stick looks. Call `poll` on every animation frame of a live session. */
 export class Gamepads {
   #held;
   #connected = 0;
@@ -104,7 +104,8 @@ export class Gamepads {
     for (const pad of navigator.getGamepads()) {
       if (!pad) continue;
       const [x = 0, y = 0, lookX = 0, lookY = 0] = pad.axes;
-      this.#held.hold(`pad:${pad.index}`, [...stickActions(x, y, ...MOVE), ...stickActions(lookX, lookY, ...LOOK)]);
+      const sticks = [...stickActions(x, y, ...MOVE), ...stickActions(lookX, lookY, ...LOOK)];
+      this.#held.hold(`pad:${pad.index}`, [...sticks, ...dpadActions(pad.buttons ?? [])]);
     }
   }
 }

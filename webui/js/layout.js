@@ -19,6 +19,20 @@ const SHORTCUTS = {
   KeyP: () => $("screenshot").click(),
 };
 
+const SURROUND_MS = 400;
+const SURROUND_BLEND = 0.4; // how much of it each drawing replaces: it follows the picture softly
+
+/** Fills the room that the picture leaves in its box with the picture's colours. */
+function drawSurround() {
+  const { clientWidth, clientHeight } = $("stage");
+  const isFilled = clientWidth - $("frame").clientWidth < 4 && clientHeight - $("frame").clientHeight < 4;
+  if (document.hidden || isFilled) return;
+  const isShown = (canvas) => getComputedStyle(canvas).opacity !== "0";
+  const context = $("surround").getContext("2d");
+  context.globalAlpha = SURROUND_BLEND;
+  context.drawImage(isShown($("canvas")) ? $("canvas") : $("poster"), 0, 0, 16, 16);
+}
+
 export class Layout {
   #store;
   #onChange;
@@ -31,6 +45,7 @@ export class Layout {
     this.#connectView();
     this.#connectInputs(held, isLive);
     this.#connectShortcuts(this.#connectHelp());
+    setInterval(drawSurround, SURROUND_MS);
   }
 
   /** The controls shown on the video: "keys", "sticks" or "none". */
@@ -52,10 +67,11 @@ export class Layout {
       $("theatre").setAttribute("aria-pressed", String(document.body.toggleAttribute("data-theatre")));
     $("fullscreen").onclick = () => {
       if (document.fullscreenElement) void document.exitFullscreen();
-      else void document.querySelector(".world").requestFullscreen();
+      else void $("layout").requestFullscreen();
     };
     $("fullscreen").hidden = !document.fullscreenEnabled;
-    $("open-sheet").onclick = () => this.openSheet(true);
+    $("open-sheet").onclick = () => this.openSheet(!document.body.hasAttribute("data-sheet"));
+    document.querySelector(".skip").onclick = () => this.openSheet(true);
     $("close-sheet").onclick = () => this.openSheet(false);
   }
 

@@ -1,37 +1,49 @@
 // The page: creates its parts, connects them, and handles its controls.
 
-import { $, ask, h, setIcon, setText } from "./dom.js";
+import { chosenBindings } from "./bindings.js";
+import { $, ask, closeButtons, h, setIcon, setText } from "./dom.js";
 import { ErrorCards } from "./errors_view.js";
 import { ExportMenu } from "./export.js";
 import { Gallery } from "./gallery.js";
 import { HeldKeys } from "./held_keys.js";
 import { Gamepads } from "./inputs.js";
 import { Layout } from "./layout.js";
-import { explainEnd, stateText } from "./messages.js";
+import { LineView } from "./line_view.js";
+import { explainEnd, inUseText, isServerAway, stateText } from "./messages.js";
 import { MetersView, latencyText } from "./meters_view.js";
 import { Player } from "./player.js";
+import { PromptField } from "./prompt_field.js";
+import { MeasuredRates } from "./rates.js";
 import { RecordButton } from "./record_button.js";
+import { SeedField } from "./seed_field.js";
 import { Server } from "./server.js";
+import { ServerForm } from "./server_form.js";
 import { SettingsStore, browserStorage, wireValues } from "./settings.js";
 import { SettingsForm } from "./settings_form.js";
 import { StartForm } from "./start_form.js";
+import { StartView } from "./start_view.js";
 import { PromptTimeline } from "./timeline_view.js";
 import { canRecord } from "./video_recorder.js";
 import { socketUrl } from "./wire.js";
+import { focusWorld, keepKeyboardOnWorld } from "./world_focus.js";
 
 const METERS_INTERVAL_MS = 400;
-const MAX_SEED = 2 ** 32;
 
 const store = new SettingsStore(browserStorage());
 const held = new HeldKeys((actions) => {
-  for (const pad of document.querySelectorAll(".pad"))
-    pad.classList.toggle("held", actions.includes(pad.dataset.action));
+  showHeld(actions);
   player.hold(actions);
 });
 const errors = new ErrorCards($("errors"));
 const timeline = new PromptTimeline($("timeline"));
 const meters = new MetersView($("meters"), store);
 const gamepads = new Gamepads(held);
+const prompt = new PromptField({
+  store,
+  getLimit: () => server.model?.maxPromptCharacters ?? Infinity,
+  onChange: showApplyPrompt,
+});
+const seed = new SeedField({ store, onChange: showLaterChanges });
 const startForm = new StartForm({ store, errors, onPreset: choosePreset, onImage: imageChosen });
 const { firstFrame } = startForm;
 const gallery = new Gallery($("gallery"), (count) => {
@@ -44,19 +56,29 @@ const recording = new RecordButton($("canvas"), {
   onFailed: (title, detail) => errors.show({ key: "record", title, detail, advice: "Screenshots still work." }),
 });
 const form = new SettingsForm($("settings"), store, (values) => {
-  startForm.size = values.size;
+  // A running session keeps its size.
+  if (!player.isRunning) startForm.size = values.size;
   player.playbackMode = values.playback;
+  showState();
 });
-const server = new Server({ store, onChange: showServer, onModel: useModel, isOurs: () => player.isRunning });
+const rates = new MeasuredRates(store);
+const server = new Server({
+  store,
+  onChange: showServer,
+  onModel: useModel,
+  isOurs: () => player.isRunning && holdsServer,
+});
+const startView = new StartView(server);
+const serverForm = new ServerForm($("server-form"), server, () => $("server-dialog").close());
 
-const layout = new Layout({ store, held, isLive: () => player.isLive, onChange: showState });
+const layout = new Layout({ store, held, isLive: keysSteer, onChange: showState });
 new ExportMenu({
   gallery,
   errors,
   canvas: $("canvas"),
   getLog: () => player.log,
   getSnippetInput: async () => ({
-    base: server.base,
+    base: server.base ?? server.address,
     hasKey: server.apiKey !== "",
     init: player.isRunning ? player.init : await initFromPage(),
   }),
@@ -64,15 +86,23 @@ new ExportMenu({
 });
 
 let state = "idle";
+let holdsServer = false; // the session is, or was until it ended, the one that the server runs
 let queuePosition = null;
 let sentPrompt = "";
 let metersShownAt = 0;
 let isStarting = false; // between the click on Start and the connection
+let waitsForServer = false; // a card says that the server went away
+let sawServerAway = false; // since that card
 
+const line = new LineView(() => {
+  player.stop();
+  enter("idle");
+});
 const player = new Player($("canvas"), {
   state: enter,
-  queue: (position) => {
+  queue: (position, waitedMs) => {
     queuePosition = position;
+    if (position > 0) line.show(position, waitedMs);
     showState();
   },
   drawn: (frame, now) => {
@@ -82,12 +112,15 @@ const player = new Player($("canvas"), {
   },
   latency: (samples) => {
     const { totalMs, parts } = samples.at(-1);
-    $("latency-pill").hidden = false;
-    $("latency-text").textContent = `${Math.round(totalMs)} ms`;
-    $("latency-pill").title = `Key-to-frame latency: ${latencyText(parts)}`;
+    $("latency-text").textContent = `Key to frame ${Math.round(totalMs)} ms`;
+    $("latency-pill").title = latencyText(parts);
     meters.latency(player.latency.summary());
+    showLatency();
   },
-  stats: (stats, drawMs) => meters.chunk(stats, drawMs),
+  stats: (stats, drawMs) => {
+    meters.chunk(stats, drawMs);
+    rates.chunkCame(server.base, server.model, player.init, stats);
+  },
   tick,
   skipped: (detail) =>
     errors.show({
@@ -109,6 +142,11 @@ const player = new Player($("canvas"), {
 
 // --- the session ---
 
+/** Keys are held from the start on: what is pressed before the first frame walks with it. */
+function keysSteer() {
+  return player.isRunning ? !player.isReplay : isStarting;
+}
+
 async function start({ saved = null } = {}) {
   if (isStarting) return;
   if (!server.model?.ready) {
@@ -120,12 +158,14 @@ async function start({ saved = null } = {}) {
       advice,
       actions: [["Try again", () => start({ saved })]],
     });
+    waitsForServer = sawServerAway = true;
     return;
   }
   isStarting = true;
   showState();
   try {
     errors.dismiss("session");
+    waitsForServer = false;
     // The user may click Start while the first frame is still loading.
     if (!saved) await firstFrame.settled();
     if (!saved && !firstFrame.exists) {
@@ -136,12 +176,14 @@ async function start({ saved = null } = {}) {
       });
       return;
     }
+    if (!saved) startForm.size = form.values.size;
     const init = saved?.init ?? (await initFromPage());
     if (!init.prompt) {
       errors.show({ key: "session", title: "A prompt is needed", advice: "Describe the world in a sentence." });
-      $("prompt").focus();
+      prompt.focus();
       return;
     }
+    if (!saved && !prompt.check()) return;
     await recording.stop();
     meters.clear();
     sentPrompt = init.prompt;
@@ -153,10 +195,10 @@ async function start({ saved = null } = {}) {
       firstFrameType: saved?.firstFrameType ?? "image/png",
       model: server.model,
       mode: form.values.playback,
-      events: saved?.events,
+      saved,
     });
     layout.openSheet(false);
-    $("stage").focus({ preventScroll: true });
+    focusWorld();
   } finally {
     isStarting = false;
     showState();
@@ -165,9 +207,9 @@ async function start({ saved = null } = {}) {
 
 async function initFromPage() {
   return {
-    prompt: $("prompt").value.trim(),
+    prompt: prompt.value,
     first_frame: firstFrame.exists ? await firstFrame.bytes() : null,
-    seed: seedValue(),
+    seed: seed.value,
     ...wireValues(form.fields, form.values),
     // An empty script: camera control is on from the first frame, with no key held.
     condition_inputs: { camera_actions: [] },
@@ -177,29 +219,37 @@ async function initFromPage() {
 
 function enter(next) {
   state = next;
+  if (["opening", "live"].includes(next)) holdsServer = true;
+  else if (["idle", "connecting", "waiting"].includes(next)) holdsServer = false;
+  if (next !== "waiting") line.hide();
   if (next === "connecting") queuePosition = null;
+  if (next === "idle") startForm.size = form.values.size;
   document.body.dataset.state = next === "opening" || next === "waiting" ? "connecting" : next;
   showState();
 }
 
-function sessionEnded(end) {
+async function sessionEnded(end) {
   held.releaseAll();
   if (document.pointerLockElement) document.exitPointerLock();
   void recording.stop();
   $("stall").hidden = true;
-  server.sessionEnded();
+  server.sessionEnded(holdsServer);
   if (end.normal) return;
+  const isBlocked = !end.hasOpened && (await server.answers());
+  if (player.isRunning) return; // the user was faster
   const actions = [["Try again", () => start()]];
   if (end.wasLive) actions.push(["Start from the last frame", startFromLastFrame]);
   if (!end.wasLive) actions.push(["Server", openServer]);
-  errors.show({ key: "session", ...explainEnd(end), actions });
+  errors.show({ key: "session", ...explainEnd({ ...end, isBlocked }), actions });
+  waitsForServer = isServerAway(end.code);
+  sawServerAway = false;
 }
 
 function tick(now, stalledMs) {
   gamepads.poll();
   $("stall").hidden = !stalledMs;
   if (stalledMs) setText($("stall"), `Waiting for the server, ${Math.round(stalledMs / 1000)} s`);
-  setText($("status"), stalledMs ? "Waiting for the server" : stateText(state, queuePosition));
+  setText($("status"), stalledMs ? "Waiting for the server" : stateText(state, queuePosition, player.isReplay));
   if (now - metersShownAt < METERS_INTERVAL_MS) return;
   metersShownAt = now;
   meters.update(player.meters(now));
@@ -208,11 +258,12 @@ function tick(now, stalledMs) {
 function showState() {
   const isOpening = ["connecting", "waiting", "opening"].includes(state);
   const isLive = state === "live" || state === "paused";
-  const text = stateText(state, queuePosition);
+  const text = stateText(state, queuePosition, player.isReplay);
+  document.body.toggleAttribute("data-replay", isLive && player.isReplay);
   $("state-pill").hidden = !isLive && state !== "lost" && state !== "ended";
   $("state-text").textContent = text;
   setText($("status"), text);
-  if (!isLive) $("latency-pill").hidden = true;
+  showLatency();
   for (const id of ["pause", "mouse-look"]) $(id).disabled = !isLive;
   for (const id of ["screenshot", "first-continue"]) $(id).disabled = !player.hasDrawn;
   $("record").disabled = !isLive;
@@ -222,49 +273,78 @@ function showState() {
   $("pause").querySelector("span").textContent = state === "paused" ? "Resume" : "Pause";
   setIcon($("pause"), state === "paused" ? "play" : "pause");
   $("sticks").hidden = !(isLive && layout.pads === "sticks");
-  showStart(isOpening, text);
+  startView.show({
+    state,
+    isRunning: player.isRunning,
+    progress: isOpening ? text : "",
+    isLoading: isStarting,
+    note: startNote(),
+    keys: layout.pads === "sticks" ? null : chosenBindings(store),
+  });
+  showLaterChanges();
   showApplyPrompt();
 }
 
-function showStart(isOpening, progress) {
-  const model = server.model;
-  const button = $("start");
-  const action = { paused: "Resume", ended: "Start again", lost: "Start again" }[state] ?? "Start";
-  button.disabled = isOpening || isStarting || (state !== "paused" && !model?.ready);
-  $("start-text").textContent = isOpening
-    ? progress
-    : isStarting
-      ? "Loading the image"
-      : state === "paused" || model?.ready
-        ? action
-        : server.shortStatus;
-  setText(
-    $("start-note"),
-    !isOpening && model?.ready && model.busy && !player.isRunning ? "The server is in use. You will wait in line." : "",
-  );
+/** The latency is on the video only while the meters are open: those who did not ask for figures get none. */
+function showLatency() {
+  $("latency-pill").hidden = !(player.isLive && meters.isOpen && player.latency.samples.length);
+}
+
+function showHeld(actions) {
+  for (const pad of document.querySelectorAll(".pad")) {
+    const isHeld = actions.includes(pad.dataset.action);
+    pad.classList.toggle("held", isHeld);
+    pad.setAttribute("aria-pressed", String(isHeld));
+  }
+}
+
+function startNote() {
+  if (server.isInUse) return inUseText(server.model);
+  if (!server.model?.ready || !form.model) return "";
+  return rates.note(server.base, server.model, wireValues(form.fields, form.values));
+}
+
+/** Says of each setting that was changed during a session that it waits for the next one. */
+function showLaterChanges() {
+  const next = player.isRunning ? { ...wireValues(form.fields, form.values), seed: seed.value } : null;
+  const isLater = (key) => next !== null && (next[key] ?? null) !== (player.init[key] ?? null);
+  form.markLater(isLater);
+  seed.isLater = isLater("seed");
+}
+
+/** A key that no field wants. Returns whether it started or resumed the world. */
+function keyStarts(code) {
+  if (state === "paused" && code === "Enter") {
+    player.pause(false);
+    return true;
+  }
+  // Walking on when a session has just ended must not start the next one.
+  const walks = state === "idle" && chosenBindings(store).w.includes(code);
+  const isStart = code === "Enter" || code === "Space" || walks;
+  if (!isStart || player.isRunning || isStarting || !server.model?.ready) return false;
+  void start();
+  return true;
 }
 
 // --- prompt ---
 
-function setPrompt(prompt) {
-  $("prompt").value = prompt;
-  store.set("prompt", prompt);
-  showApplyPrompt();
+function canApplyPrompt() {
+  return player.isLive && !player.isReplay && prompt.value !== "" && prompt.value !== sentPrompt;
 }
 
 function showApplyPrompt() {
-  const prompt = $("prompt").value.trim();
-  $("apply-prompt").hidden = !player.isLive || !prompt || prompt === sentPrompt;
+  prompt.show(canApplyPrompt());
 }
 
 function applyPrompt() {
-  const prompt = $("prompt").value.trim();
-  if (!player.isLive || !prompt || prompt === sentPrompt) return;
-  const eventId = player.sendPrompt(prompt);
+  if (!canApplyPrompt() || !prompt.check()) return;
+  const text = prompt.value;
+  const eventId = player.sendPrompt(text);
   if (eventId === null) return;
-  sentPrompt = prompt;
-  timeline.promptSent(prompt, eventId);
+  sentPrompt = text;
+  timeline.promptSent(text, eventId);
   showApplyPrompt();
+  focusWorld();
   layout.openSheet(false);
 }
 
@@ -274,20 +354,21 @@ async function choosePreset(chosen) {
   if (player.isRunning) {
     $("preset-text").textContent =
       `Start a new session from the preset “${chosen.name}”, or send only its prompt to this session.`;
+    $("preset-dialog").querySelector("[value=prompt]").hidden = player.isReplay;
     const answer = await ask($("preset-dialog"));
     if (answer !== "restart" && answer !== "prompt") return;
-    setPrompt(chosen.prompt);
+    prompt.value = chosen.prompt;
     if (answer === "prompt") return applyPrompt();
     await startForm.usePreset(chosen);
     return start();
   }
-  setPrompt(chosen.prompt);
+  prompt.value = chosen.prompt;
   await startForm.usePreset(chosen);
   if (state === "ended" || state === "lost") enter("idle");
 }
 
 function imageChosen() {
-  if (player.isRunning) startForm.hint("Restart to use this image.");
+  if (player.isRunning) startForm.hint("This image applies at the next start.");
   else if (state !== "idle") enter("idle");
 }
 
@@ -298,22 +379,17 @@ async function startFromLastFrame() {
 
 async function useModel(model) {
   form.build(model);
+  $("advanced").hidden = false;
   startForm.size = form.values.size;
-  const preset = startForm.showPresets(model);
+  await proposePreset(model.id);
+}
+
+async function proposePreset(modelId) {
+  const preset = startForm.showPresets(modelId);
   if (!preset) return;
   // The prompt first: the user may already type while the image loads.
-  $("prompt").value = store.get("prompt", preset.prompt);
-  await startForm.usePreset(preset);
-}
-
-function seedValue() {
-  const seed = Math.floor(Number($("seed").value));
-  return Number.isSafeInteger(seed) && seed >= 0 ? seed : 42;
-}
-
-function setSeed(seed) {
-  $("seed").value = seed;
-  store.set("seed", seed);
+  prompt.propose(preset.prompt);
+  await startForm.usePreset(preset, { isChosen: false });
 }
 
 // --- server ---
@@ -322,6 +398,11 @@ function showServer() {
   const chip = $("server-chip");
   chip.dataset.tone = server.tone;
   $("server-chip-text").textContent = server.status;
+  sawServerAway ||= server.reachable === false;
+  if (waitsForServer && sawServerAway && server.model?.ready) {
+    errors.dismiss("session");
+    waitsForServer = false;
+  }
   const model = server.model;
   const facts = model
     ? [
@@ -331,29 +412,16 @@ function showServer() {
         ["Frame size", model.defaultSize.replace("x", " × ")],
       ]
     : [["State", server.status]];
-  facts.unshift(["Address", server.base]);
+  facts.unshift(["Address", server.base ?? server.address]);
   $("server-facts").replaceChildren(
     ...facts.flatMap(([name, value]) => [h("dt", { textContent: name }), h("dd", { textContent: value })]),
   );
   showState();
 }
 
-async function openServer() {
-  $("server-address").value = server.address;
-  $("server-key").value = server.apiKey;
-  if ((await ask($("server-dialog"))) !== "save") return;
-  try {
-    server.use($("server-address").value, $("server-key").value);
-    errors.dismiss("server");
-  } catch (error) {
-    if (!(error instanceof TypeError)) throw error;
-    errors.show({
-      key: "server",
-      title: "This is not an address",
-      detail: $("server-address").value,
-      advice: "Enter a host and a port, for example 127.0.0.1:30000.",
-    });
-  }
+function openServer() {
+  serverForm.fill();
+  $("server-dialog").showModal();
 }
 
 // --- replay ---
@@ -368,8 +436,8 @@ async function replay(saved) {
       advice: "It plays here, but it will look different.",
     });
   await firstFrame.use(new Blob([saved.init.first_frame], { type: saved.firstFrameType }));
-  setPrompt(saved.init.prompt);
-  setSeed(saved.init.seed);
+  prompt.value = saved.init.prompt;
+  seed.value = saved.init.seed ?? seed.value;
   form.set(saved.init);
   await start({ saved });
 }
@@ -379,11 +447,14 @@ async function replay(saved) {
 async function toggleMeters() {
   const shown = meters.toggle();
   $("toggle-meters").setAttribute("aria-pressed", String(meters.isOpen));
+  showLatency();
   store.set("meters", meters.isOpen);
   await shown;
 }
 
 function connectControls() {
+  closeButtons();
+  showHeld([]);
   $("start").onclick = () => (state === "paused" ? player.pause(false) : start());
   $("pause").onclick = () => player.pause(state !== "paused");
   $("restart").onclick = () => start();
@@ -392,27 +463,26 @@ function connectControls() {
   $("record").hidden = !canRecord();
   $("toggle-meters").onclick = toggleMeters;
   $("latency-pill").onclick = toggleMeters;
-  $("prompt").oninput = () => {
-    store.set("prompt", $("prompt").value);
-    showApplyPrompt();
-  };
   $("prompt").onkeydown = (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) (player.isLive ? applyPrompt : start)();
   };
   $("apply-prompt").onclick = applyPrompt;
   $("first-continue").onclick = startFromLastFrame;
-  setSeed(store.get("seed", 42));
-  $("seed").onchange = () => setSeed(seedValue());
-  $("dice").onclick = () => setSeed(Math.floor(Math.random() * MAX_SEED));
   $("reset-settings").onclick = () => form.reset();
   $("server-chip").onclick = openServer;
+  keepKeyboardOnWorld(keyStarts);
+  addEventListener("beforeunload", (event) => {
+    if (gallery.hasUnsaved || recording.isOn) event.preventDefault();
+  });
+  addEventListener("pagehide", () => player.isRunning && holdsServer && server.pageLeaves());
 }
 
 async function boot() {
   connectControls();
   if (store.get("meters", false)) await toggleMeters();
   await startForm.load();
-  server.start();
+  // The places are there although no server has answered yet.
+  await Promise.all([server.start(), proposePreset("")]);
 }
 
 await boot();

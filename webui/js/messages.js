@@ -10,19 +10,45 @@ const STATES = {
   ended: "Ended",
   lost: "Interrupted",
 };
+const REPLAY_STATES = { live: "Replay", paused: "Replay, paused", ended: "The replay is over" };
 
-/** `position` in the queue; 1 is next. */
-export function stateText(state, position) {
-  if (state === "waiting")
-    return position === 1 ? "You are next" : `${position}${ORDINAL_SUFFIXES[ordinalRule.select(position)]} in line`;
-  return STATES[state] ?? "";
+/** `position` in line; 1 is next. */
+export const placeText = (position) =>
+  position === 1 ? "You are next" : `${position}${ORDINAL_SUFFIXES[ordinalRule.select(position)]} in line`;
+
+/** `position` in line while the state is "waiting". `isReplay`: a saved session is replayed. */
+export function stateText(state, position, isReplay = false) {
+  if (state === "waiting") return placeText(position);
+  return (isReplay && REPLAY_STATES[state]) || (STATES[state] ?? "");
 }
 
-/** An error card {title, detail, advice} for a session that ended without the user's wish. */
-export function explainEnd({ code, message, errorCode, wasLive }) {
+/** Before the start, while somebody else's session runs. */
+export function inUseText({ waiting, extensions }) {
+  if (!extensions.includes("queue")) return "The server is in use.";
+  const others = waiting ? ` ${waiting} ${waiting === 1 ? "visitor waits" : "visitors wait"} already.` : "";
+  return `The server is in use.${others} You will wait in line.`;
+}
+
+/** Whether the end's close code says that the server, or the way to it, is gone. */
+export const isServerAway = (code) => code === 1001 || code === 1006;
+
+/**
+ * An error card {title, detail, advice} for a session that ended without the user's wish. `isBlocked`: the WebSocket
+ * never opened although the server answers.
+ */
+export function explainEnd({ code, message, errorCode, wasLive, isBlocked = false }) {
   const card = (title, advice) => ({ title, detail: message, advice });
-  if (/another realtime session/.test(message))
-    return card("The server is in use", "It runs one session at a time. Try again when it is free.");
+  if (isBlocked)
+    return card(
+      "The WebSocket is blocked",
+      "The server answers over HTTP, but something between browser and server does not let its WebSocket through. " +
+        "A proxy must pass the headers Upgrade and Connection.",
+    );
+  if (errorCode === "session_busy" || /another realtime session/.test(message)) {
+    const isFull = message.includes("--max-waiting");
+    const title = isFull ? "The line is full" : "The server is in use";
+    return { ...card(title, "It runs one session at a time. Try again in a while."), minor: true };
+  }
   if (errorCode === "not_ready") return card("The server is still warming up", "Try again in a moment.");
   if (errorCode === "unauthorized" || /api.?key/i.test(message))
     return card("The server needs a key", "Open Server at the top of the page and enter the key. Then try again.");

@@ -4,31 +4,35 @@ import { h } from "./dom.js";
 
 const POINTS = 120;
 const SHOWN_CHUNKS = 8;
-const PARTS = [
-  ["queue", "Waiting"],
-  ["dit", "DiT"],
-  ["vae", "VAE decode"],
-  ["encode", "Encoding"],
-  ["wire", "Sending"],
-  ["draw", "Display"],
-];
+const NAMES = {
+  wait: "Waiting",
+  dit: "DiT",
+  vae: "VAE decode",
+  encode: "Encoding",
+  wire: "Sending",
+  unpack: "Unpacking",
+  draw: "Display",
+};
+const PARTS = ["wait", "dit", "vae", "encode", "wire", "draw"];
 const CHUNK_TABLE = [
   ["chunk_total_ms", "Whole chunk"],
-  ["queue_wait_ms", "Queue wait"],
-  ["pace_wait_ms", "Pacing wait"],
+  ["queue_wait_ms", `${NAMES.wait} for the engine`],
+  ["pace_wait_ms", `${NAMES.wait} for real time`],
   ["request_prepare_ms", "Sampling inputs"],
   ["scheduler_forward_ms", "Engine total"],
-  ["dit_ms", "DiT"],
-  ["vae_ms", "VAE decode"],
-  ["encode_ms", "Encoding"],
-  ["ws_write_ms", "Sending"],
+  ["dit_ms", NAMES.dit],
+  ["vae_ms", NAMES.vae],
+  ["encode_ms", NAMES.encode],
+  ["ws_write_ms", NAMES.wire],
   ["event_latency_ms", "Key to send"],
 ];
+/** The engine's own stages, by name. Those that the table above has already are left out. */
+const ENGINE_STAGES = { denoise: `${NAMES.dit}: denoising`, context: `${NAMES.dit}: context pass`, vae: null };
 
-/** chunk_stats and the page's own display time -> {queue, dit, vae, encode, wire, draw} in ms. */
+/** chunk_stats and the page's own display time -> {wait, dit, vae, encode, wire, draw} in ms. */
 function chunkParts(stats, drawMs) {
   return {
-    queue: (stats.queue_wait_ms ?? 0) + (stats.pace_wait_ms ?? 0),
+    wait: (stats.queue_wait_ms ?? 0) + (stats.pace_wait_ms ?? 0),
     dit: stats.dit_ms ?? stats.scheduler_forward_ms ?? 0,
     vae: stats.vae_ms ?? 0,
     encode: stats.encode_ms ?? stats.raw_payload_build_ms ?? 0,
@@ -38,13 +42,13 @@ function chunkParts(stats, drawMs) {
 }
 
 const LATENCY_PARTS = [
-  ["wait", "waiting for the next chunk"],
-  ["generate", "generating"],
-  ["decode", "decoding"],
-  ["draw", "display"],
+  ["wait", NAMES.wait],
+  ["generate", "Generating"],
+  ["decode", NAMES.unpack],
+  ["draw", NAMES.draw],
 ];
 
-/** The parts of a latency sample as text: "waiting for the next chunk 310 ms, generating 240 ms, ...". */
+/** The parts of a latency sample as text: "Waiting 310 ms, Generating 240 ms, ...". */
 export const latencyText = (parts) =>
   LATENCY_PARTS.map(([name, label]) => `${label} ${Math.round(parts[name])} ms`).join(", ");
 
@@ -151,14 +155,14 @@ export class MetersView {
       this.#stages.replaceChildren(h("p", { className: "hint", textContent: "Available while a session is live." }));
       return;
     }
-    const sum = ({ parts }) => PARTS.reduce((total, [name]) => total + parts[name], 0);
+    const sum = ({ parts }) => PARTS.reduce((total, name) => total + parts[name], 0);
     const longest = Math.max(...this.#chunks.map(sum));
     const rows = [...this.#chunks].reverse().map((chunk) => {
       const track = h("span", { className: "track" });
       let at = 0;
-      for (const [name] of PARTS) {
+      for (const name of PARTS) {
         const share = (100 * chunk.parts[name]) / longest;
-        const bar = h("i", { className: `p-${name}`, title: `${name}: ${Math.round(chunk.parts[name])} ms` });
+        const bar = h("i", { className: `p-${name}`, title: `${NAMES[name]}: ${Math.round(chunk.parts[name])} ms` });
         bar.style.left = `${at}%`;
         bar.style.width = `${share}%`;
         at += share;
@@ -172,9 +176,11 @@ export class MetersView {
         h("span", { textContent: `${chunk.total} ms` }),
       );
     });
-    const legend = PARTS.map(([name, label]) => h("span", {}, h("i", { className: `p-${name}` }), label));
+    const legend = PARTS.map((name) => h("span", {}, h("i", { className: `p-${name}` }), NAMES[name]));
     const known = CHUNK_TABLE.filter(([key]) => typeof this.#latest[key] === "number");
-    const stages = Object.entries(this.#latest.stages ?? {}).map(([name, ms]) => [name, Math.round(ms * 10) / 10]);
+    const stages = Object.entries(this.#latest.stages ?? {})
+      .map(([name, ms]) => [name in ENGINE_STAGES ? ENGINE_STAGES[name] : name, Math.round(ms * 10) / 10])
+      .filter(([label]) => label);
     const entries = [...known.map(([key, label]) => [label, this.#latest[key]]), ...stages];
     const table = entries.map(([label, ms]) =>
       h("div", {}, h("dt", { textContent: label }), h("dd", { textContent: `${ms} ms` })),

@@ -12,6 +12,8 @@ const MAX_RATE = 1.25;
 const STEERING_MS = 500; // a surplus of this much would change the rate by 1
 const SKIP_MS = 1500; // a larger surplus is skipped instead of played faster
 const STALL_MS = 700;
+const AWAY_MS = 1000; // without a call of take(): the tab was hidden
+const MAX_QUEUED_MS = 4000; // more than the largest delay and surplus
 
 /**
  * A queue of frames {eventId, chunkIndex, ...} whose target delay follows the jitter of the arrivals.
@@ -19,6 +21,9 @@ const STALL_MS = 700;
  * `targetDelay` is how much should still be queued when a batch arrives. The playback rate moves towards it, between
  * 0.8 and 1.25 of the stream's frame rate. Frames that carry a newer event are drawn at once: older queued frames are
  * dropped, and the delay grows back while the new ones play.
+ *
+ * In a hidden tab frames still arrive, but nobody takes them: the oldest are dropped, and when the tab is shown again
+ * only the target delay is kept.
  */
 export class Playback {
   #mode;
@@ -38,6 +43,8 @@ export class Playback {
   #lateness = []; // per chunk: arrival of its latest batch minus mediaMs
   #latenessChunk = null;
   #idleSince = null;
+  #takenAt = null;
+  #chunk = { index: null, length: 0, longest: 0 }; // of the newest chunk, in frames
 
   /** `paced`: the server sends in real time. `drop(frame)` is called for every frame that is not drawn. */
   constructor({ fps, paced = true, mode = "low-latency", drop = () => {} }) {
@@ -83,6 +90,7 @@ export class Playback {
     if (frames.at(-1).eventId !== null) this.#eventId = frames.at(-1).eventId;
     this.#measure(frames, now);
     this.#queue.push(...frames);
+    this.#bound(frames);
     if (isCutover || !this.#hasStarted) {
       // The first frame is drawn at once. The delay builds up while it plays.
       this.#isBuffering = false;
@@ -94,6 +102,8 @@ export class Playback {
 
   /** The frame to draw now, or null. Skips frames whose display time has passed. */
   take(now) {
+    if (this.#takenAt !== null && now - this.#takenAt > AWAY_MS) this.#catchUp(now);
+    this.#takenAt = now;
     if (this.#isBuffering && !this.#endBuffering(now)) return null;
     if (now < this.#nextDue) return null;
     if (!this.#queue.length) {
@@ -133,6 +143,25 @@ export class Playback {
   #dropQueue() {
     this.#queue.forEach(this.#drop);
     this.#queue = [];
+  }
+
+  /** Drops the oldest frames beyond the limit. A slow server sends whole chunks at once, so two of those always fit. */
+  #bound(frames) {
+    const { chunkIndex: index } = frames.at(-1);
+    const length = frames.length + (index === this.#chunk.index ? this.#chunk.length : 0);
+    this.#chunk = { index, length, longest: Math.max(length, this.#chunk.longest) };
+    this.#keepNewest(Math.max(Math.ceil(MAX_QUEUED_MS / this.#interval), 2 * this.#chunk.longest));
+  }
+
+  /** The tab is shown again. */
+  #catchUp(now) {
+    this.#keepNewest(Math.max(Math.ceil(this.targetDelay / this.#interval), this.#chunk.length));
+    this.#nextDue = now;
+    this.#restartClocks();
+  }
+
+  #keepNewest(count) {
+    this.#queue.splice(0, Math.max(this.#queue.length - count, 0)).forEach(this.#drop);
   }
 
   #endBuffering(now) {

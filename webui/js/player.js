@@ -15,8 +15,9 @@ const clock = {
 const DRAW_AVERAGE = 0.2; // weight of the newest frame in the moving average
 
 /**
- * `on` has the callbacks state(name), queue(position), drawn(frame, now), latency(samples), stats(chunk_stats, drawMs),
- * tick(now, stalledMs), skipped(detail), refused(detail) and ended(end).
+ * `on` has the callbacks state(name), queue(position, waitedMs), drawn(frame, now), latency(samples),
+ * stats(chunk_stats, drawMs), tick(now, stalledMs), skipped(detail), refused(detail) and ended(end), which also has
+ * hasOpened: whether the WebSocket ever opened.
  */
 export class Player {
   #canvas;
@@ -34,6 +35,7 @@ export class Player {
 
   log = null;
   init = null;
+  isReplay = false;
   firstDrawnAt = null;
   hasDrawn = false;
 
@@ -59,19 +61,25 @@ export class Player {
     if (this.#playback) this.#playback.mode = mode;
   }
 
-  /** Starts a session. `model` comes from readModel; `events` of a saved session are replayed. */
-  start({ url, init, firstFrameType, model, mode, events = [] }) {
+  /**
+   * Starts a session. `model` comes from readModel. `saved`, if given, is a session to replay: its events are repeated,
+   * it ends after its chunks, and held keys do not reach it.
+   */
+  start({ url, init, firstFrameType, model, mode, saved = null }) {
     this.stop();
     this.init = init;
+    this.isReplay = saved !== null;
     this.firstDrawnAt = null;
-    this.log = new SessionLog({ model: model.id, init, firstFrameType, startedAt: new Date().toISOString() });
+    const startedAt = new Date().toISOString();
+    this.log = new SessionLog({ model: model.id, init, firstFrameType, startedAt, events: saved?.events });
     this.#playback = new Playback({
       fps: init.fps,
       paced: init.realtime_output_pacing,
       mode,
       drop: ({ image }) => image.close(),
     });
-    const sentInit = this.#prepareReplay(init, events, model);
+    this.#replay = null;
+    const sentInit = saved ? this.#prepareReplay(init, saved, model) : init;
     const session = new Session({
       socket: new WebSocket(url),
       worker: new Worker(new URL("decode_worker.js", import.meta.url), { type: "module" }),
@@ -98,7 +106,7 @@ export class Player {
   /** The held actions changed. Before a session is live they are kept and sent when it starts. */
   hold(actions) {
     this.#heldActions = actions;
-    if (this.isLive) this.#sender.change(actions);
+    if (this.isLive && !this.isReplay) this.#sender.change(actions);
   }
 
   /** Sends a prompt. Returns its event id, or null if the session is not open. */
@@ -131,17 +139,17 @@ export class Player {
   }
 
   /** Servers with the pinned_events extension replay the events exactly. For others they are sent as chunks arrive. */
-  #prepareReplay(init, events, model) {
-    this.#replay = null;
-    if (!events.length) return init;
+  #prepareReplay(init, { events, chunks }, model) {
+    const limited = { ...init, max_chunks: Math.min(chunks, init.max_chunks ?? chunks) };
+    if (!events.length) return limited;
     this.#nextEventId = Math.max(this.#nextEventId, ...events.map(({ event_id: id }) => id + 1));
     if (!model.extensions.includes("pinned_events")) {
       this.#replay = new Replay(events);
-      return init;
+      return limited;
     }
-    const known = events.filter(({ chunk_index: chunk }) => chunk !== null);
+    const known = events.filter(({ chunk_index: chunk }) => chunk !== null && chunk < limited.max_chunks);
     return {
-      ...init,
+      ...limited,
       pinned_events: known.map(({ chunk_index: chunk, kind, payload, event_id }) => ({
         chunk,
         kind,
@@ -156,17 +164,18 @@ export class Player {
       state: (state) => {
         if (state === "live") {
           this.#sender.resend = this.#session.capabilities.resend_held_keys === true;
-          if (this.#heldActions.length) this.#sender.change(this.#heldActions);
+          if (this.#heldActions.length && !this.isReplay) this.#sender.change(this.#heldActions);
         }
         this.#on.state(state);
       },
-      queue: (position) => this.#on.queue(position),
+      queue: (position, waitedMs) => this.#on.queue(position, waitedMs),
       frames: (frames) => {
         for (const event of this.#replay?.takeDue(frames.at(-1).chunkIndex) ?? [])
           this.#session.sendEvent(event.kind, event.payload);
         this.#playback.push(frames, clock.now());
       },
       stats: (stats) => {
+        this.log.chunkCame(stats.chunk_index);
         this.#playback.chunkTook(stats.chunk_total_ms, Math.max(stats.num_frames, 1));
         this.#on.stats(stats, this.#drawMs);
       },
@@ -176,7 +185,7 @@ export class Player {
       ended: (end) => {
         this.#sender.stop();
         this.#playback.clear();
-        this.#on.ended(end);
+        this.#on.ended({ ...end, hasOpened: this.#session.hasOpened });
       },
     };
   }

@@ -12,6 +12,7 @@ export function presetsFor(presets, modelId) {
 
 export async function loadPresets() {
   const answer = await fetch("presets/presets.json");
+  if (!answer.ok) throw new Error(`HTTP ${answer.status}`);
   return answer.json();
 }
 

@@ -17,6 +17,10 @@ export class RecordButton {
     this.#onFailed = onFailed;
   }
 
+  get isOn() {
+    return this.#current !== null;
+  }
+
   async toggle() {
     if (this.#current) return this.stop();
     if (this.#isStarting) return;
@@ -57,11 +61,10 @@ export class RecordButton {
 
   #show() {
     const button = $("record");
-    const isOn = this.#current !== null;
-    button.setAttribute("aria-pressed", String(isOn));
-    button.querySelector("span").textContent = isOn ? "Finish" : "Record";
-    setIcon(button, isOn ? "circle-stop" : "circle-dot");
-    $("rec-pill").hidden = !isOn;
+    button.setAttribute("aria-pressed", String(this.isOn));
+    button.querySelector("span").textContent = this.isOn ? "Finish" : "Record";
+    setIcon(button, this.isOn ? "circle-stop" : "circle-dot");
+    $("rec-pill").hidden = !this.isOn;
     $("rec-text").textContent = "0:00";
   }
 }

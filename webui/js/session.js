@@ -10,7 +10,7 @@ const SLEPT_MS = 5_000; // a timer this late means that the computer slept; rece
 /**
  * States: connecting -> (waiting) -> opening -> live <-> paused -> ended | lost.
  *
- * `on` has the callbacks state(name), queue(position), frames(frames), stats(chunk_stats),
+ * `on` has the callbacks state(name), queue(position, waitedMs), frames(frames), stats(chunk_stats),
  * applied(eventId, chunkIndex), skipped(detail) for data that could not be read, refused(detail) for an event that the
  * server refused, and ended({normal, code, message, errorCode, wasLive}).
  */
@@ -30,6 +30,7 @@ export class Session {
 
   latency = new LatencyMeter();
   capabilities = {};
+  hasOpened = false; // the WebSocket did
 
   constructor({ socket, worker, init, on, clock, nextEventId }) {
     this.#socket = socket;
@@ -39,6 +40,7 @@ export class Session {
     this.#nextEventId = nextEventId;
     socket.binaryType = "arraybuffer";
     socket.onopen = () => {
+      this.hasOpened = true;
       this.#enter("opening");
       socket.send(initMessage({ ...init, protocol_extensions: EXTENSIONS }));
     };
@@ -146,8 +148,11 @@ export class Session {
         if (this.capabilities.extensions?.includes("heartbeat")) this.#watchSilence();
         break;
       case "queue":
-        if (message.position > 0) this.#enter("waiting");
-        this.#on.queue(message.position);
+        this.#enter(message.position > 0 ? "waiting" : "opening");
+        this.#on.queue(message.position, message.waited_ms ?? 0);
+        // A server that says how long it was repeats the place every few seconds. Opening may take long in silence.
+        if (message.position === 0) this.#stopWatching();
+        else if (message.waited_ms !== undefined) this.#watchSilence();
         break;
       case "control_ack":
         if (message.state === "applied" && message.event_id !== undefined) {
@@ -181,6 +186,7 @@ export class Session {
 
   /** Ends the session if a server that sends heartbeats is silent: a connection can break without a close. */
   #watchSilence() {
+    this.#stopWatching();
     const planned = this.#receivedAt + SILENCE_LIMIT_MS;
     this.#silenceTimer = this.#clock.setTimeout(() => {
       const now = this.#clock.now();
@@ -189,6 +195,11 @@ export class Session {
       this.#closeSocket("server silent");
       this.#closed(1006, `The server sent nothing for ${SILENCE_LIMIT_MS / 1000} s.`);
     }, planned - this.#clock.now());
+  }
+
+  #stopWatching() {
+    if (this.#silenceTimer !== null) this.#clock.clearTimeout(this.#silenceTimer);
+    this.#silenceTimer = null;
   }
 
   #closeSocket(reason) {
@@ -205,7 +216,7 @@ export class Session {
   #end(end) {
     const wasLive = this.isLive;
     this.latency.clearPending();
-    if (this.#silenceTimer !== null) this.#clock.clearTimeout(this.#silenceTimer);
+    this.#stopWatching();
     this.#enter(end.normal ? "ended" : "lost");
     this.#worker.terminate();
     this.#on.ended({ ...end, wasLive });

@@ -2,14 +2,17 @@
 
 const FORMAT = "lingbot-rt page session";
 const VERSION = 1;
+const TAIL_CHUNKS = 4; // played after the last event of a file that does not say how long the session was
 
 export class SessionFileError extends Error {}
 
 export class SessionLog {
-  #events = [];
+  #events;
+  #chunks = 0;
 
-  /** `init` holds the fields of the init message, first_frame as bytes. */
-  constructor({ model, init, firstFrameType, startedAt }) {
+  /** `init` holds the fields of the init message, first_frame as bytes. A replay begins with the `events` it repeats. */
+  constructor({ model, init, firstFrameType, startedAt, events = [] }) {
+    this.#events = [...events];
     this.model = model;
     this.init = init;
     this.firstFrameType = firstFrameType;
@@ -35,6 +38,11 @@ export class SessionLog {
     }
   }
 
+  /** Chunk `chunkIndex` arrived. */
+  chunkCame(chunkIndex) {
+    this.#chunks = Math.max(this.#chunks, chunkIndex + 1);
+  }
+
   toJSON() {
     const { first_frame: bytes, ...init } = this.init;
     return {
@@ -45,11 +53,12 @@ export class SessionLog {
       init,
       first_frame: { type: this.firstFrameType, base64: toBase64(bytes) },
       events: this.#events,
+      chunks: this.#chunks,
     };
   }
 }
 
-/** A saved session's text -> {model, init, firstFrameType, events}. Throws SessionFileError with text for the user. */
+/** A saved session's text -> {model, init, firstFrameType, events, chunks}. Throws SessionFileError, for the user. */
 export function parseSession(text) {
   let saved;
   try {
@@ -74,11 +83,13 @@ export function parseSession(text) {
   } catch {
     throw new SessionFileError("The first frame in this saved session is damaged.");
   }
+  const lastChunk = Math.max(-1, ...saved.events.map((event) => event?.chunk_index ?? -1));
   return {
     model: saved.model,
     init: { ...saved.init, first_frame: bytes },
     firstFrameType: saved.first_frame.type,
     events: saved.events,
+    chunks: Number.isSafeInteger(saved.chunks) && saved.chunks > 0 ? saved.chunks : lastChunk + 1 + TAIL_CHUNKS,
   };
 }
 

@@ -86,7 +86,8 @@ export function fieldsFor(model) {
         help: "How closely the video follows the prompt. 1: no guidance. Above 1, each chunk takes twice as long.",
       },
       {
-        key: "negative_prompt", group: "Prompt", label: "Negative prompt", kind: "text", fallback: "", maxLength: 8192,
+        key: "negative_prompt", group: "Prompt", label: "Negative prompt", kind: "text", fallback: "",
+        maxLength: model.maxPromptCharacters,
         when: (values) => values.guidance_scale > 1, help: "What the video should not show.",
       },
     );
@@ -120,6 +121,21 @@ export function fieldsFor(model) {
   return fields;
 }
 
+/** Why the field refuses what was typed into it; "" if it does not. */
+export function problemWith(field, typed) {
+  const text = typed.trim();
+  if (field.kind === "number") {
+    const range = `${field.min} to ${field.max}`;
+    if (!text) return field.optional ? "" : `Expected a number, ${range}.`;
+    const number = Number(text);
+    if (!Number.isFinite(number) || number < field.min || number > field.max) return `Expected ${range}.`;
+    if (Number.isInteger(field.step) && !Number.isInteger(number)) return `Expected a whole number, ${range}.`;
+  }
+  if (field.kind === "text" && [...text].length > field.maxLength)
+    return `It has ${[...text].length} characters. Expected at most ${field.maxLength}.`;
+  return "";
+}
+
 /** `value` as the field allows it: clamped to its range or one of its choices, else the default. */
 export function validValue(field, value) {
   const fallback = field.fallback ?? null;
@@ -136,7 +152,7 @@ export function validValue(field, value) {
     case "switch":
       return typeof value === "boolean" ? value : fallback;
     default:
-      return typeof value === "string" ? value.slice(0, field.maxLength) : fallback;
+      return typeof value === "string" && !problemWith(field, value) ? value : fallback;
   }
 }
 

@@ -1,7 +1,9 @@
 // The advanced settings as a form, built from the fields in settings.js.
 
 import { h } from "./dom.js";
-import { allValid, fieldsFor, validValue } from "./settings.js";
+import { allValid, fieldsFor, problemWith, validValue } from "./settings.js";
+
+const LATER = "Applies at the next start.";
 
 export class SettingsForm {
   #form;
@@ -15,6 +17,7 @@ export class SettingsForm {
     this.#form = form;
     this.#store = store;
     this.#onChange = onChange;
+    form.onsubmit = (event) => event.preventDefault();
   }
 
   get fields() {
@@ -42,10 +45,16 @@ export class SettingsForm {
   }
 
   set(changes) {
+    for (const key of Object.keys(changes)) this.#refuse(key, "");
     this.#values = allValid(this.#fields, { ...this.#values, ...changes });
     this.#store.set(`values:${this.model.id}`, this.#values);
     this.#refresh();
     this.#onChange(this.#values);
+  }
+
+  /** Shows at each field for which isLater(key) is true that it waits for the next session. */
+  markLater(isLater) {
+    for (const [key, { later }] of this.#rows) later.hidden = !isLater(key);
   }
 
   reset() {
@@ -56,14 +65,18 @@ export class SettingsForm {
     const id = `set-${field.key}`;
     const input = this.#input(field, id);
     const label = h("span", {}, field.label, unitText(field));
+    const later = h("small", { className: "later", role: "status", hidden: true, textContent: LATER });
+    const problem = h("small", { className: "problem", role: "alert", hidden: true });
     const row = h(
       "label",
       { className: `field ${field.kind}`, for: id },
       label,
       input,
       h("small", { id: `${id}-help`, textContent: field.help }),
+      problem,
+      later,
     );
-    this.#rows.set(field.key, { row, input });
+    this.#rows.set(field.key, { row, input, later, problem });
     return row;
   }
 
@@ -75,7 +88,7 @@ export class SettingsForm {
         type: "checkbox",
         onchange: ({ target }) => this.set({ [field.key]: target.checked }),
       });
-    const change = ({ target }) => this.set({ [field.key]: validValue(field, target.value) });
+    const change = ({ target }) => this.#typed(field, target);
     if (field.kind === "choice")
       return h(
         "select",
@@ -83,7 +96,7 @@ export class SettingsForm {
         ...field.options.map(([value, text]) => h("option", { value, textContent: text })),
       );
     if (field.kind === "text")
-      return h("input", { ...common, type: "text", maxlength: field.maxLength, onchange: change });
+      return h("input", { ...common, type: "text", onchange: change });
     const { min, max, step, placeholder } = field;
     const empty = placeholder ?? (field.optional ? "none" : undefined);
     return h("input", {
@@ -98,12 +111,27 @@ export class SettingsForm {
     });
   }
 
+  /** Takes what the user entered, or keeps the value and says why. */
+  #typed(field, input) {
+    const problem = input.validity.badInput ? "Expected a number." : problemWith(field, input.value);
+    if (!problem) return this.set({ [field.key]: validValue(field, input.value) });
+    this.#refuse(field.key, `Refused. ${problem} Still used: ${this.#values[field.key] ?? "the default"}.`);
+  }
+
+  #refuse(key, text) {
+    const shown = this.#rows.get(key);
+    if (!shown) return; // a setting of another model
+    shown.problem.textContent = text;
+    shown.problem.hidden = !text;
+    shown.input.setAttribute("aria-invalid", String(Boolean(text)));
+  }
+
   #refresh() {
     for (const field of this.#fields) {
-      const { row, input } = this.#rows.get(field.key);
+      const { row, input, problem } = this.#rows.get(field.key);
       const value = this.#values[field.key];
       if (field.kind === "switch") input.checked = value;
-      else input.value = value ?? "";
+      else if (problem.hidden) input.value = value ?? ""; // what was refused stays to be mended
       row.hidden = !(field.when?.(this.#values) ?? true);
     }
   }

@@ -12,6 +12,8 @@ export class StartForm {
   #onImage;
   #allPresets = [];
   #preset = null;
+  #offered = null; // the preset that the page proposed
+  #isChosen = false; // by the user
 
   firstFrame = new FirstFrame({
     preview: $("first-preview"),
@@ -36,16 +38,29 @@ export class StartForm {
   }
 
   async load() {
-    this.#allPresets = await loadPresets();
+    try {
+      this.#allPresets = await loadPresets();
+    } catch (error) {
+      this.#errors.show({
+        key: "presets",
+        title: "The presets could not be loaded",
+        detail: error.message,
+        advice: "Use an image of your own, or reload the page.",
+      });
+    }
   }
 
-  /** Shows the presets for `model`. Returns the one to start with, or null if an image has been chosen already. */
-  showPresets(model) {
-    const presets = presetsFor(this.#allPresets, model.id);
+  /**
+   * Shows the presets for a model; "" stands for one that is not known yet. Returns the preset to propose, or null if
+   * the user chose a first frame or it is proposed already.
+   */
+  showPresets(modelId) {
+    const presets = presetsFor(this.#allPresets, modelId);
     $("presets").replaceChildren(...presetButtons(presets, this.#onPreset));
     markPreset($("presets"), this.#preset?.id ?? null);
-    if (this.firstFrame.isChosen) return null;
-    return presets.find(({ id }) => id === this.#store.get("preset")) ?? presets[0];
+    if (this.#isChosen || presets.includes(this.#offered)) return null;
+    this.#offered = presets.find(({ id }) => id === this.#store.get("preset")) ?? presets[0] ?? null;
+    return this.#offered;
   }
 
   /** The session's frame size, "832x480". The first frame is cropped to its aspect ratio. */
@@ -59,10 +74,13 @@ export class StartForm {
     $("first-hint").textContent = text;
   }
 
-  async usePreset(preset) {
+  /** Loads the preset's image. `isChosen`: the user wants this one, whatever the model. */
+  async usePreset(preset, { isChosen = true } = {}) {
+    this.#isChosen ||= isChosen;
     try {
       if (!(await this.firstFrame.use(presetImage(preset)))) return;
     } catch (error) {
+      this.#offered = null;
       const title = `The image of the preset “${preset.name}” could not be loaded`;
       this.#errors.show({
         key: "image",
@@ -72,11 +90,12 @@ export class StartForm {
       });
       return;
     }
-    this.#store.set("preset", preset.id);
+    if (isChosen) this.#store.set("preset", preset.id);
     this.#mark(preset);
   }
 
   async useImage(source) {
+    this.#isChosen = true;
     try {
       if (!(await this.firstFrame.use(source))) return;
     } catch (error) {

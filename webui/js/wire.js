@@ -4,26 +4,35 @@ import { decode, encode } from "./msgpack.js";
 
 const ENDPOINT = "/v1/realtime_video/generate";
 export const EXTENSIONS = ["session", "queue", "control_ack", "heartbeat", "pause", "pinned_events"];
-const STATIC_PAGE_PORT = "18080";
+export const STATIC_PAGE_PORT = "18080";
 const SERVER_PORT = "30000";
 
+const HOST = /^(\[[\da-f:.]+\]|[a-z\d_]([a-z\d_-]*[a-z\d_])?(\.[a-z\d_]([a-z\d_-]*[a-z\d_])?)*\.?)$/i;
+
 /**
- * The server's base URL, "http://host:port" without a trailing slash. `typed` may be a host, a host and port, an
- * http(s) or ws(s) URL, or the endpoint's URL; empty means the page's own host. Throws TypeError.
+ * The server's base URL, "http://host:port/path" without a trailing slash. `typed` may be a host, a host and port, an
+ * http(s) or ws(s) URL, or the endpoint's URL; empty means the folder that the page itself is in. `isStatic` says that
+ * the page comes from a server of files; the real server then has its usual port. Throws TypeError.
  */
-export function serverBase(typed, page) {
+export function serverBase(typed, page, isStatic = page.port === STATIC_PAGE_PORT) {
   const text = typed.trim();
   if (!text) {
     if (!page.protocol.startsWith("http")) return `http://127.0.0.1:${SERVER_PORT}`;
-    // `python -m http.server 18080` runs on the same host as the real server.
-    return page.port === STATIC_PAGE_PORT ? `${page.protocol}//${page.hostname}:${SERVER_PORT}` : page.origin;
+    if (isStatic) return `${page.protocol}//${page.hostname}:${SERVER_PORT}`;
+    return page.origin + withoutEnd(page.pathname.replace(/[^/]*$/, ""));
   }
   const secure = page.protocol === "https:" ? "https" : "http";
   const url = new URL(/^[a-z]+:\/\//i.test(text) ? text : `${secure}://${text}`);
   const protocol = { "http:": "http", "https:": "https", "ws:": "http", "wss:": "https" }[url.protocol];
   if (!protocol) throw new TypeError(`${url.protocol} is not supported: use http, https, ws or wss`);
-  return `${protocol}://${url.host}${url.pathname.replace(ENDPOINT, "").replace(/\/+$/, "")}`;
+  // Browsers accept hosts that no name server knows, with spaces for instance.
+  if (!HOST.test(url.hostname)) throw new TypeError(`${url.hostname} is not a host name`);
+  return `${protocol}://${url.host}${withoutEnd(url.pathname)}`;
 }
+
+/** The path without what people copy along: the page's file, the endpoint, /v1/models, /v1, slashes. */
+const withoutEnd = (path) =>
+  path.replace(/\/+$/, "").replace(/\/(index\.html|v1(\/models|\/realtime_video\/generate)?)$/, "").replace(/\/+$/, "");
 
 /** The WebSocket URL. Browsers cannot set headers on a WebSocket, so the key is in the query. */
 export function socketUrl(base, apiKey) {

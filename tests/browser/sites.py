@@ -1,0 +1,165 @@
+"""The page without its server: files over HTTP, and made-up servers whose answers a test decides."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import socketserver
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+WEBUI = Path(__file__).parents[2] / "webui"
+
+
+class _Files(SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def static_page() -> Iterator[str]:
+    """The page as any static server delivers it. Yields its address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, directory=str(WEBUI))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextmanager
+def path_proxy(port: int, prefix: str, *, passes_upgrade: bool = True) -> Iterator[str]:
+    """A reverse proxy that serves ``port`` below ``prefix`` ("/world/") and nothing beside it. Yields its address."""
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            first = self.rfile.readline().decode("latin-1").split(" ")
+            lines = list(iter(lambda: self.rfile.readline().decode("latin-1"), "\r\n"))
+            if "" in lines or len(first) != 3 or not first[1].startswith(prefix):
+                self.wfile.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                return
+            upgrades = passes_upgrade and any(line.lower().startswith("upgrade:") for line in lines)
+            hop = ("connection:", "upgrade:")
+            lines = [line for line in lines if not line.lower().startswith(hop)]
+            lines.append("Connection: Upgrade\r\nUpgrade: websocket\r\n" if upgrades else "Connection: close\r\n")
+            first[1] = first[1].replace(prefix, "/", 1)
+            with socket.create_connection(("127.0.0.1", port)) as upstream:
+                upstream.sendall("".join([" ".join(first), *lines, "\r\n"]).encode("latin-1"))
+                up = threading.Thread(target=_pump, args=(self.rfile.read1, upstream))
+                up.start()
+                _pump(lambda: upstream.recv(65536), self.connection)
+                up.join()
+
+    class Proxy(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+    with Proxy(("127.0.0.1", 0), Handler) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{proxy.server_address[1]}{prefix}"
+        finally:
+            proxy.shutdown()
+            thread.join()
+
+
+def _pump(read: Callable[[], bytes], to: socket.socket) -> None:
+    with suppress(OSError):
+        while data := read():
+            to.sendall(data)
+    with suppress(OSError):
+        to.shutdown(socket.SHUT_RDWR)
+
+
+class FakeApi:
+    """Answers ``BASE/v1/models`` inside the browser. ``is_up`` and ``key`` may change at any time."""
+
+    def __init__(self, page: Any, base: str, *, key: str | None = None) -> None:
+        self.is_up = True
+        self.key = key
+        self.model: dict[str, Any] = {"device": "cpu", "sizes": ["160x96", "832x480"], "default_size": "160x96"}
+        self.status = 200
+        self.asked: list[dict[str, str]] = []  # the headers of each request
+        page.route(f"{base}/v1/models", self._answer)
+
+    def _answer(self, route: Any) -> None:
+        self.asked.append(route.request.headers)
+        if not self.is_up:
+            route.abort("connectionrefused")
+            return
+        refused = self.key is not None and route.request.headers.get("authorization") != f"Bearer {self.key}"
+        status = 401 if refused else self.status
+        body = {"data": [{"id": "a-world", **self.model}]} if status == 200 else {"detail": "no"}
+        route.fulfill(
+            status=status,
+            body=json.dumps(body),
+            headers={"Content-Type": "application/json", "Access-Control-Allow-Origin": "*"},
+        )
+
+
+class FakeWorld:
+    """Answers the WebSocket inside the browser: every event gets a batch of frames that carries it."""
+
+    def __init__(self, page: Any, base: str) -> None:
+        self.inits: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
+        self.chunk_ms = 100.0
+        self.place_in_line = 0
+        self._picture = (WEBUI / "presets" / "snow.webp").read_bytes()
+        self._chunk = 0
+        self._route: Any = None
+        page.route_web_socket(re.compile(re.escape(base.replace("http", "ws", 1))), self._opened)
+
+    def send(self, message: dict[str, Any]) -> None:
+        self._route.send(msgspec.msgpack.encode(message))
+
+    def chunk(self, event_id: int | None = None) -> None:
+        """Sends a chunk of four frames."""
+        self.send(
+            {
+                "type": "frame_batch",
+                "content_type": "image/webp",
+                "num_frames": 4,
+                "chunk_index": self._chunk,
+                "event_id": event_id,
+                "payload_lengths": [len(self._picture)] * 4,
+                "payload": self._picture * 4,
+            }
+        )
+        stats = {"chunk_index": self._chunk, "num_frames": 4, "chunk_total_ms": self.chunk_ms, "ws_write_ms": 0.0}
+        self.send({"type": "chunk_stats", **stats})
+        self._chunk += 1
+        if self._chunk == self.inits[-1].get("max_chunks"):
+            self.close(1000, "generation complete")
+
+    def close(self, code: int, reason: str = "") -> None:
+        self._route.close(code=code, reason=reason)
+
+    def _opened(self, route: Any) -> None:
+        self._route, self._chunk = route, 0
+        route.on_message(self._heard)
+
+    def _heard(self, data: str | bytes) -> None:
+        assert isinstance(data, bytes)
+        message = msgspec.msgpack.decode(data)
+        if message["type"] == "init":
+            self.inits.append(message)
+            if self.place_in_line:
+                self.send({"type": "queue", "position": self.place_in_line})
+                return
+            self.send({"type": "session", "session_id": "x", "capabilities": {"extensions": []}})
+            self.chunk()
+        else:
+            self.events.append(message)
+            if "event_id" in message:
+                self.chunk(message["event_id"])
