@@ -114,6 +114,7 @@ class FakeWorld:
         self.inits: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self.chunk_ms = 100.0
+        self.place_in_line = 0
         self._picture = (WEBUI / "presets" / "snow.webp").read_bytes()
         self._chunk = 0
         self._route: Any = None
@@ -153,6 +154,9 @@ class FakeWorld:
         message = msgspec.msgpack.decode(data)
         if message["type"] == "init":
             self.inits.append(message)
+            if self.place_in_line:
+                self.send({"type": "queue", "position": self.place_in_line})
+                return
             self.send({"type": "session", "session_id": "x", "capabilities": {"extensions": []}})
             self.chunk()
         else:

@@ -235,3 +235,18 @@ def test_a_replay_says_so_and_ends(visitor, world, tmp_path):
     visitor.wait_for_state("ended")
     assert page.inner_text("#state-text") == "The replay is over"
     assert len(world.events) == before + 2
+
+
+def test_who_leaves_the_line_still_hears_that_somebody_else_is_inside(visitor, api, world):
+    """Only a session that the server really ran excuses its being busy for a while."""
+    page = visitor.page
+    world.place_in_line = 1
+    api.model["busy"] = True
+    page.click("#start")
+    page.wait_for_selector("#line:visible")
+    page.click("#leave-line")
+    page.wait_for_selector("#start:visible")
+    page.wait_for_selector("#start-note:has-text('in use')")
+    seen = len(api.asked)
+    visitor.wait_until(lambda: len(api.asked) > seen + 1, "not asked again")
+    assert "in use" in page.inner_text("#start-note")

@@ -62,7 +62,12 @@ const form = new SettingsForm($("settings"), store, (values) => {
   showState();
 });
 const rates = new MeasuredRates(store);
-const server = new Server({ store, onChange: showServer, onModel: useModel, isOurs: () => player.isRunning && state !== "waiting" });
+const server = new Server({
+  store,
+  onChange: showServer,
+  onModel: useModel,
+  isOurs: () => player.isRunning && holdsServer,
+});
 const startView = new StartView(server);
 const serverForm = new ServerForm($("server-form"), server, () => $("server-dialog").close());
 
@@ -81,6 +86,7 @@ new ExportMenu({
 });
 
 let state = "idle";
+let holdsServer = false; // the session is, or was until it ended, the one that the server runs
 let queuePosition = null;
 let sentPrompt = "";
 let metersShownAt = 0;
@@ -213,6 +219,8 @@ async function initFromPage() {
 
 function enter(next) {
   state = next;
+  if (["opening", "live"].includes(next)) holdsServer = true;
+  else if (["idle", "connecting", "waiting"].includes(next)) holdsServer = false;
   if (next !== "waiting") line.hide();
   if (next === "connecting") queuePosition = null;
   if (next === "idle") startForm.size = form.values.size;
@@ -225,7 +233,7 @@ async function sessionEnded(end) {
   if (document.pointerLockElement) document.exitPointerLock();
   void recording.stop();
   $("stall").hidden = true;
-  server.sessionEnded();
+  server.sessionEnded(holdsServer);
   if (end.normal) return;
   const isBlocked = !end.hasOpened && (await server.answers());
   if (player.isRunning) return; // the user was faster
@@ -466,7 +474,7 @@ function connectControls() {
   addEventListener("beforeunload", (event) => {
     if (gallery.hasUnsaved || recording.isOn) event.preventDefault();
   });
-  addEventListener("pagehide", () => player.isRunning && server.pageLeaves());
+  addEventListener("pagehide", () => player.isRunning && holdsServer && server.pageLeaves());
 }
 
 async function boot() {

@@ -237,14 +237,17 @@ export class Server {
     return this.reachable === true;
   }
 
-  /** The page is closed or reloaded while its session runs. */
+  /** The page is closed or reloaded while the server runs its session. */
   pageLeaves() {
     keepForSession(LEFT_KEY, String(Date.now()));
   }
 
-  /** This page's session ended. Shows the server as free although it may report busy until it has cleaned up. */
-  sessionEnded() {
-    this.#leftAt = Date.now();
+  /**
+   * This page's session ended. If it was the one that the server ran, the server is shown as free, although it may
+   * report busy until it has cleaned up.
+   */
+  sessionEnded(wasRunning) {
+    if (wasRunning) this.#leftAt = Date.now();
     if (this.model)
       this.#update({ reachable: this.reachable, model: this.model, problem: this.status, kind: this.kind });
     this.#poller.pollIn(CLOSING_MS);
