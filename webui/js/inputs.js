@@ -85,7 +85,7 @@ export class MouseLook {
   }
 }
 
-/** The left stick and the d-pad walk, the right stick looks. Call `poll` once per animation frame while the session is live. */
+/** The left stick and the d-pad walk, the right stick looks. Call `poll` on every animation frame of a live session. */
 export class Gamepads {
   #held;
   #connected = 0;

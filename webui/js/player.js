@@ -15,8 +15,9 @@ const clock = {
 const DRAW_AVERAGE = 0.2; // weight of the newest frame in the moving average
 
 /**
- * `on` has the callbacks state(name), queue(position, waitedMs), drawn(frame, now), latency(samples), stats(chunk_stats, drawMs),
- * tick(now, stalledMs), skipped(detail), refused(detail) and ended(end), which also has hasOpened: whether the WebSocket ever opened.
+ * `on` has the callbacks state(name), queue(position, waitedMs), drawn(frame, now), latency(samples),
+ * stats(chunk_stats, drawMs), tick(now, stalledMs), skipped(detail), refused(detail) and ended(end), which also has
+ * hasOpened: whether the WebSocket ever opened.
  */
 export class Player {
   #canvas;

@@ -117,7 +117,8 @@ export class ServerPoller {
     const body = await json(answer);
     if (answer.ok && body?.data?.[0]?.id) return { reachable: true, model: readModel(body.data[0]), problem: "" };
     if (status === 401) return failed("key", this.#apiKey ? "The server refused this key" : "This server needs a key");
-    if (GATEWAY_ERRORS.includes(status)) return failed("silent", `No server answers behind this address (HTTP ${status})`);
+    if (GATEWAY_ERRORS.includes(status))
+      return failed("silent", `No server answers behind this address (HTTP ${status})`);
     return failed("foreign", body?.error?.message ?? `This address is not a LingBot server (HTTP ${status})`);
   }
 }

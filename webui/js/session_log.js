@@ -58,7 +58,7 @@ export class SessionLog {
   }
 }
 
-/** A saved session's text -> {model, init, firstFrameType, events, chunks}. Throws SessionFileError with text for the user. */
+/** A saved session's text -> {model, init, firstFrameType, events, chunks}. Throws SessionFileError, for the user. */
 export function parseSession(text) {
   let saved;
   try {
