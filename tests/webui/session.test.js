@@ -3,7 +3,7 @@ import { beforeEach, test } from "node:test";
 
 import { decode, encode } from "../../webui/js/msgpack.js";
 import { Session } from "../../webui/js/session.js";
-import { explainEnd, stateText } from "../../webui/js/messages.js";
+import { explainEnd, inUseText, stateText } from "../../webui/js/messages.js";
 import { FakeClock } from "./helpers.js";
 
 let clock, socket, worker, seen, session;
@@ -87,6 +87,22 @@ test("the queue position is reported until the session opens", () => {
   socket.says({ type: "session", session_id: "x", capabilities: { extensions: [] } });
   assert.deepEqual(seen.states, ["opening", "waiting", "opening"]);
   assert.deepEqual(seen.queue, [2, 0]);
+});
+
+test("a line whose server falls silent is lost; opening the session may take long", () => {
+  socket.onopen();
+  const place = { type: "queue", position: 1, waited_ms: 0 };
+  for (let i = 0; i < 10; i++) {
+    socket.says({ ...place, waited_ms: 5000 * i });
+    clock.advance(5000);
+  }
+  assert.equal(session.state, "waiting");
+  socket.says({ ...place, position: 0 });
+  clock.advance(120_000);
+  assert.equal(session.state, "opening");
+  socket.says(place);
+  clock.advance(31_000);
+  assert.equal(session.state, "lost");
 });
 
 test("latency runs from the send to the frame that is drawn with the event, and its parts add up", () => {
@@ -225,6 +241,16 @@ test("a payload inside its message is copied to the worker; a separate one is tr
   socket.says({ ...batch(), type: "frame_batch_header", payload: undefined });
   socket.onmessage({ data: new Uint8Array(4).buffer });
   assert.equal(handed.length, 1);
+});
+
+test("a busy server is a mild card, and the note before the start counts who waits", () => {
+  const busy = { code: 1008, errorCode: "session_busy", wasLive: false };
+  const refused = explainEnd({ ...busy, message: "another realtime session is already active" });
+  const full = explainEnd({ ...busy, message: "another realtime session is already active, and the line is full (--max-waiting 1)" });
+  assert.ok(refused.minor && full.minor && refused.title !== full.title);
+  assert.ok(!explainEnd({ code: 1011, message: "", errorCode: "engine_failed", wasLive: true }).minor);
+  assert.match(inUseText({ waiting: 2, extensions: ["queue"] }), /2 visitors wait .* in line/);
+  assert.doesNotMatch(inUseText({ waiting: 0, extensions: [] }), /line/);
 });
 
 test("queue positions are ordinals, and every end has a title and advice", () => {

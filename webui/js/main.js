@@ -161,6 +161,7 @@ async function start({ saved = null } = {}) {
     waitsForServer = sawServerAway = true;
     return;
   }
+  if (!saved && !prompt.check()) return;
   isStarting = true;
   showState();
   try {
@@ -183,7 +184,6 @@ async function start({ saved = null } = {}) {
       prompt.focus();
       return;
     }
-    if (!saved && !prompt.check()) return;
     await recording.stop();
     meters.clear();
     sentPrompt = init.prompt;
