@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -39,3 +41,16 @@ def golden():
         return found
 
     return path
+
+
+@pytest.fixture
+def preloaded_workers(monkeypatch):
+    """The processes of the other ranks are forks of one that has imported everything."""
+    from lingbot_rt.parallel import launch
+    from tests.preloaded import PreloadedProcess
+
+    def start(command, *, env, stdin):
+        return PreloadedProcess(command, env=env)
+
+    names = {name: getattr(subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}
+    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(Popen=start, **names))

@@ -118,7 +118,8 @@ def test_models_and_health(golden_server):
 
 def test_ctrl_c_ends_the_session_with_an_error(golden, init, tmp_path):
     """After SIGINT the client gets an error and close 1001, and the process exits with code 0."""
-    with running(tmp_path, "--model-path", str(golden("e2e/model")), "--device", "cpu", "--warmup", "false") as server:
+    flags = ("--model-path", str(golden("e2e/model")), "--device", "cpu", "--dtype", "float32", "--warmup", "false")
+    with running(tmp_path, *flags, is_plain=True) as server:
         with wire(server, init) as client:
             client.chunk()
             server.process.send_signal(2)
