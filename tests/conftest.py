@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -16,9 +18,13 @@ settings.load_profile("no-deadline")
 
 GOLDEN = Path(__file__).parent / "golden"
 
+SLOW = ("parallel", "engine", "regression", "world", "e2e", "bench", "browser", "commands", "models")
+"""Folders whose files take longest. They come first, so that two processes end at about the same time."""
+
 
 def pytest_collection_modifyitems(items):
-    """Tests marked ``gpu`` are skipped where there is no accelerator; ``-m gpu`` runs them alone."""
+    """Slow folders come first. ``gpu`` tests are skipped without an accelerator; ``-m gpu`` runs them alone."""
+    items.sort(key=lambda item: SLOW.index(item.path.parent.name) if item.path.parent.name in SLOW else len(SLOW))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -39,3 +45,16 @@ def golden():
         return found
 
     return path
+
+
+@pytest.fixture
+def preloaded_workers(monkeypatch):
+    """The processes of the other ranks are forks of one that has imported everything."""
+    from lingbot_rt.parallel import launch
+    from tests.preloaded import PreloadedProcess
+
+    def start(command, *, env, stdin):
+        return PreloadedProcess(command, env=env)
+
+    names = {name: getattr(subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}
+    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(Popen=start, **names))

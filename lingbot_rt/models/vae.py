@@ -5,8 +5,9 @@ Shapes: z latent channels, h x w latent cells, H x W pixels, n pixel frames (1 f
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -201,11 +202,13 @@ class StreamingVAE:
         self._mean, self._std = self._mean.to(device), self._std.to(device)
         return self
 
-    @cached_property
+    @property
     def on_meta(self) -> StreamingVAE:
-        """The same network on the meta device: shapes only, no weights and no arithmetic."""
-        with torch.device("meta"):
-            return StreamingVAE(nn.Module.to(AutoencoderKLWan.from_config(self._vae.config), self.dtype))
+        """The same network on the meta device: shapes only, no weights and no arithmetic.
+
+        VAEs of the same configuration share it.
+        """
+        return _on_meta(json.dumps(self._vae.config, sort_keys=True), self.dtype)
 
     def new_features(self) -> FeatureCache:
         return FeatureCache(self._vae._cached_conv_counts["decoder"])
@@ -244,3 +247,9 @@ class StreamingVAE:
         # diffusers keeps the encoder's features on the module. They must not outlive the session.
         self._vae.clear_cache()
         return (mean - self._mean) / self._std
+
+
+@lru_cache(maxsize=4)
+def _on_meta(config: str, dtype: torch.dtype) -> StreamingVAE:
+    with torch.device("meta"):
+        return StreamingVAE(nn.Module.to(AutoencoderKLWan.from_config(json.loads(config)), dtype))

@@ -8,6 +8,8 @@ import pytest
 
 from lingbot_rt.cli import main
 
+pytestmark = pytest.mark.usefixtures("preloaded_workers")
+
 SMALL = "--model builtin --device cpu --size 80x80 --steps 2"
 
 

@@ -1,4 +1,4 @@
-"""A real ``lingbot-rt serve`` process on a free port, and a wire client that shares no code with the package."""
+"""A ``lingbot-rt serve`` process on a free port, and a wire client that shares no code with the package."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ import msgspec
 import numpy as np
 from websockets.sync.client import ClientConnection, connect
 
+from tests.preloaded import PreloadedProcess
+
 START_LIMIT_S = 240
 
 
@@ -29,7 +31,7 @@ class Server:
     """A running server: its port, process and log."""
 
     port: int
-    process: subprocess.Popen
+    process: subprocess.Popen | PreloadedProcess
     log: Path
 
     @property
@@ -60,19 +62,23 @@ def get_json(url: str) -> tuple[int, dict]:
 
 
 @contextmanager
-def running(folder: Path, *flags: str) -> Iterator[Server]:
-    """Starts ``lingbot-rt serve`` with ``flags`` and waits until /health is 200."""
+def running(folder: Path, *flags: str, is_plain: bool = False) -> Iterator[Server]:
+    """Starts ``lingbot-rt serve`` with ``flags`` and waits until /health is 200.
+
+    With ``is_plain`` the process is started as a user starts it, and imports everything itself.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = folder / f"serve-{port}.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lingbot_rt", "serve", "--port", str(port), *flags],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+    command = [sys.executable, "-m", "lingbot_rt", "serve", "--port", str(port), *flags]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process: subprocess.Popen | PreloadedProcess
+    if is_plain:
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, env=env, stdout=output, stderr=output)
+    else:
+        process = PreloadedProcess(command, env=env, log=log)
     try:
         deadline = time.monotonic() + START_LIMIT_S
         while True:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -30,6 +29,7 @@ from lingbot_rt.engine.progress import POLL_S, ThreadProgress
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.errors import EngineFailed, UnsoundFrames, public_text
 from lingbot_rt.session.plan import ChunkPlan
+from tests.preloaded import PreloadedProcess
 
 LIMIT_S = 60
 
@@ -83,7 +83,7 @@ async def test_a_fault_in_any_stage_ends_one_session(engine, session_plan, fault
     error, told = FAULTS[fault]
 
     async def session(session_id: str) -> np.ndarray:
-        plan = session_plan({}, session_id=session_id)
+        plan = session_plan({}, session_id=session_id, latent_frames=1, num_steps=1)
         await engine.open(plan)
         frames = await frames_of(engine, plan)
         await engine.close(session_id)
@@ -366,19 +366,16 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_hung_server_tells_its_client_and_exits_with_1(golden_config):
+def test_a_hung_server_tells_its_client_and_exits_with_1(golden_config, tmp_path):
     """The client gets the reason and close 1011, /health shows it with 503, and the exit code makes a supervisor
     restart the process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     flags = ["--port", str(port), "--model-path", golden_config.model_path, "--device", "cpu", "--warmup", "false"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", HANGING, "serve", *flags, "--chunk-timeout-s", "1"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", HANGING, "serve", *flags, "--chunk-timeout-s", "1"]
+    process = PreloadedProcess(command, log=log)
     try:
         wait_for_health(port, 200, process)
         first_frame = np.zeros((8, 8, 3), np.uint8)
@@ -394,8 +391,8 @@ def test_a_hung_server_tells_its_client_and_exits_with_1(golden_config):
         assert process.wait(LIMIT_S) == 1
     finally:
         process.kill()
-        log = process.communicate()[1]
-    assert "hangs" in log
+        process.wait()
+    assert "hangs" in log.read_text()
 
 
 def init_of(pixels: np.ndarray) -> dict:
@@ -403,7 +400,7 @@ def init_of(pixels: np.ndarray) -> dict:
     return {"type": "init", "prompt": "A street.", "first_frame": header + pixels.tobytes(), "size": "64x64", "fps": 16}
 
 
-def wait_for_health(port: int, status: int, process: subprocess.Popen) -> dict:
+def wait_for_health(port: int, status: int, process: PreloadedProcess) -> dict:
     deadline = time.monotonic() + 4 * LIMIT_S
     while True:
         assert process.poll() is None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from lingbot_rt.models.i2v_condition import MASK_CHANNELS, preprocess_image
 from lingbot_rt.models.ray_map import ray_map
 from lingbot_rt.session.camera_path import CameraPath
 from lingbot_rt.shapes import FrameSize
+from tests.preloaded import PreloadedProcess
 
 from .conftest import CPU, new_cache
 
@@ -95,12 +96,14 @@ def test_made_once_and_deterministic(cache_dir, world, tmp_path, monkeypatch):
 
 def test_processes_that_start_together(tmp_path, monkeypatch):
     """Two processes that make the folder at the same time leave one complete folder and nothing else."""
-    monkeypatch.setenv("LINGBOT_RT_CACHE", str(tmp_path))
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(2) as pool:
-        first, second = pool.starmap(builtin_folder, [(), ()])
+    cache, logs = tmp_path / "cache", [tmp_path / "first", tmp_path / "second"]
+    monkeypatch.setenv("LINGBOT_RT_CACHE", str(cache))
+    code = "from lingbot_rt.models.builtin import builtin_folder; print(builtin_folder())"
+    processes = [PreloadedProcess([sys.executable, "-c", code], log=log) for log in logs]
+    assert [process.wait() for process in processes] == [0, 0]
+    first, second = (Path(log.read_text().strip()) for log in logs)
     assert first == second
-    assert [path.name for path in tmp_path.iterdir()] == [first.name]
+    assert [path.name for path in cache.iterdir()] == [first.name]
     open_checkpoint(str(first))
 
 

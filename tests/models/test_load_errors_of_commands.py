@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from lingbot_rt.cli import main
 from lingbot_rt.models import checkpoint
+from tests.preloaded import PreloadedProcess
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -71,12 +71,13 @@ def test_commands(model, commands, verb, damage, monkeypatch, capsys, root_loggi
     assert {"no-shift": "shift is null", "pointer": "git lfs pull", "no-mmap": "No such device"}[damage] in line
 
 
-def test_serve(model):
+def test_serve(model, tmp_path):
     """serve, in a process of its own: the log names the file, the last line too, and the exit code is 2."""
     (model / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     command = [sys.executable, "-m", "lingbot_rt", "serve", "--port", "0", "--device", "cpu", "--warmup", "false"]
-    done = subprocess.run([*command, "--model-path", str(model)], capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert str(model / WEIGHTS) in done.stderr
-    assert "git lfs pull" in done.stderr
-    assert "Traceback" not in done.stderr
+    log = tmp_path / "log"
+    assert PreloadedProcess([*command, "--model-path", str(model)], log=log).wait() == 2
+    text = log.read_text()
+    assert str(model / WEIGHTS) in text
+    assert "git lfs pull" in text
+    assert "Traceback" not in text

@@ -13,6 +13,7 @@ import pytest
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine import worker
 from lingbot_rt.engine.engine import Engine
+from lingbot_rt.parallel import coordinator
 from lingbot_rt.session.plan import ChunkPlan, SessionPlan
 from lingbot_rt.shapes import FrameSize
 
@@ -34,6 +35,12 @@ def cache(tmp_path_factory):
 def config(world: int, **changes) -> ServeConfig:
     values = {"device": "cpu", "num_gpus": world, "warmup": False, "rank_timeout_s": 60.0, "log_level": "warning"}
     return ServeConfig(**values | changes)
+
+
+@pytest.fixture(autouse=True)
+def _processes(preloaded_workers, monkeypatch):
+    """Workers start fast, but for those of whole servers. A lost rank does not end the process of the tests."""
+    monkeypatch.setattr(coordinator, "_exit_now", lambda: None)
 
 
 @asynccontextmanager

@@ -42,7 +42,7 @@ def test_a_rank_killed_in_a_session(golden, tmp_path):
     flags = ("--num-gpus", "2", "--ulysses-degree", "2", "--device", "cpu", "--warmup", "false")
     # Longer than the default, for busy machines. A killed rank is noticed at once.
     flags += ("--rank-timeout-s", "120")
-    with running(tmp_path, *flags) as server, wire(server, init(golden)) as client:
+    with running(tmp_path, *flags, is_plain=True) as server, wire(server, init(golden)) as client:
         (worker,) = children(server.process.pid)
         assert len(client.chunk().frames) == 9
         os.kill(worker, signal.SIGKILL)
