@@ -157,6 +157,7 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("time of a refused connection", "server.http:REFUSED_LIMIT_S", "s", "the connection closes"),
         Limit("time to send a valid init", "--init-timeout-s", "s", "error `invalid_init`, close 1008"),
         Limit("time to wait for the slot", "--session-wait-s", "s", "error `session_busy`, close 1008"),
+        Limit("clients that wait in line", "--max-waiting", "", "as without the extension `queue`"),
         Limit(
             "more time while the session before is closing",
             "server.admission:LEAVING_LIMIT_S",
@@ -279,7 +280,10 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
 """Section of the page -> its rows."""
 
 NOT_LIMITS = {
+    "commands.animation:_GIF_MAX_FPS": "GIF has no higher rate",
     "commands.doctor:_LINE_LENGTH": "of what is printed",
+    "commands.output:_MAX_CHARACTERS": "of what is printed",
+    "commands.walk:_LINE_INTERVAL_S": "between two lines of progress",
     "commands.local_engine:_POLL_S": "between two looks of a command",
     "engine.warmup:_GUIDED_CHUNKS": "of the warm-up",
     "models.file_checks:_LISTED": "files named in an error",
@@ -287,6 +291,8 @@ NOT_LIMITS = {
     "parallel.groups:_COMMAND_BYTES": "what is longer takes a second broadcast",
     "parallel.groups:_LENGTH_BYTES": "a form",
     "postprocess.loader:_LISTED_KEYS": "names in an error",
+    "server.admission:LOOK_AGAIN_S": "between two looks at the slot",
+    "server.admission:REMINDER_S": "between two messages to a client in line",
     "server.connection:TICK_S": "between two looks at a session",
     "server.first_frame:_BAND_PIXELS": "a picture is converted in bands of it",
     "server.frame_pieces:_LENGTH": "a mask",
