@@ -69,12 +69,14 @@ def muon_and_adamw(
     weight_decay: float = 0.0,
     scale: float = 1.0,
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the parameters that ``for_muon`` chooses by name and shape, AdamW for the others.
+    """Muon for the trainable parameters that ``for_muon`` chooses by name and shape, AdamW for the others.
 
     Muon's learning rate is ``scale`` times AdamW's, for which ``betas`` and ``weight_decay`` are.
     """
     chosen, others = [], []
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         (chosen if for_muon(name, parameter) else others).append(parameter)
     muon = BatchedMuon(chosen)
     muon.param_groups[0]["scale"] = scale

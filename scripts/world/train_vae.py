@@ -124,13 +124,19 @@ def make_optimisers(vae: nn.Module) -> list[torch.optim.Optimizer]:
     return muon_and_adamw(vae, for_muon, betas=(0.9, 0.98), weight_decay=1e-3, scale=2.0)
 
 
-def train(options: Options, batch: int, clips: int, refresh: int = 4) -> float:
-    """Trains the VAE and returns its PSNR on held-out clips."""
+def train(options: Options, batch: int, clips: int, refresh: int = 4, decoder_only: bool = False) -> float:
+    """Trains the VAE and returns its PSNR on held-out clips.
+
+    ``decoder_only``: the encoder stays as it is, so latents that are stored and a DiT that is trained stay valid.
+    """
     config, device = options.config, options.device
     folder = options.model / "vae"
     from_checkpoint = (folder / "config.json").exists()
     vae = AutoencoderKLWan.from_pretrained(folder) if from_checkpoint else AutoencoderKLWan.from_config(config.vae)
     vae = use_whole_clips(vae.to(device).train())
+    if decoder_only:
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(False)
     on_cuda = device.type == "cuda"
     encoded: Callable[..., tuple[Tensor, Tensor]] = encode
     reconstructed: Callable[..., tuple[Tensor, Tensor]] = reconstruction
@@ -142,7 +148,7 @@ def train(options: Options, batch: int, clips: int, refresh: int = 4) -> float:
     optimisers = make_optimisers(vae)
     parts: dict[str, Stateful] = {"vae": vae, "average": ema}
     parts |= {f"optimiser{i}": each for i, each in enumerate(optimisers)}
-    loop = TrainingLoop("vae", options, parts)
+    loop = TrainingLoop("decoder" if decoder_only else "vae", options, parts)
     renderer = Renderer(config.size, device, config.supersample)
     ranks = options.ranks
     ranks.share_weights(vae)
@@ -188,10 +194,10 @@ def _finish(options: Options, loop: TrainingLoop, vae: Any, held_out: ClipPool) 
         latents.append(mean)
         scores += [psnr(a, b) for a, b in zip(decode(vae, mean), true, strict=True)]
     rows = torch.cat(latents).transpose(0, 1).flatten(1)
-    config = options.config.vae | {
-        "latents_mean": rows.mean(1).tolist(),
-        "latents_std": rows.std(1).clamp_min(1e-3).tolist(),
-    }
+    mean, deviation = rows.mean(1).tolist(), rows.std(1).clamp_min(1e-3).tolist()
+    if loop.name == "decoder":  # the DiT was trained with these
+        mean, deviation = vae.config.latents_mean, vae.config.latents_std
+    config = options.config.vae | {"latents_mean": mean, "latents_std": deviation}
     if options.ranks.is_first:
         save_part(options.model / "vae", config, vae.state_dict())
     score = torch.stack(scores).mean().item()
@@ -210,6 +216,7 @@ if __name__ == "__main__":
             ("--batch", {"type": int, "default": 16, "help": "clips per step"}),
             ("--clips", {"type": int, "default": 3072, "help": "clips kept on the device, 0.6 MB each"}),
             ("--refresh", {"type": int, "default": 4, "help": "clips replaced at every fourth step; 0: never"}),
+            ("--decoder-only", {"action": "store_true", "help": "keep the encoder and with it all latents"}),
         ),
     )
-    train(options, args.batch, args.clips, args.refresh)
+    train(options, args.batch, args.clips, args.refresh, args.decoder_only)

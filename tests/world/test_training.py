@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,19 @@ def test_a_stage_resumes_where_it_stopped(run, stage):
     assert [line["step"] for line in trained] == [2, 4]
     assert all(line["loss"] == line["loss"] < 1e4 for line in trained)
     assert trained[1]["seconds"] > trained[0]["seconds"]
+
+
+def test_the_decoder_alone(run, tmp_path):
+    """It learns, while the encoder and the scale of the latents stay what the DiT was trained with."""
+    shutil.copytree(run / "model" / "vae", tmp_path / "model" / "vae")
+    before = AutoencoderKLWan.from_pretrained(tmp_path / "model" / "vae")
+    train_vae.train(Options(tmp_path, TINY, CPU, minutes=60, steps=2), batch=2, clips=2, decoder_only=True)
+    after = AutoencoderKLWan.from_pretrained(tmp_path / "model" / "vae")
+    assert after.config.latents_std == before.config.latents_std
+    assert after.config.latents_mean == before.config.latents_mean
+    old, new = before.state_dict(), after.state_dict()
+    changed = {name.split(".")[0] for name, value in new.items() if not torch.equal(value, old[name])}
+    assert changed == {"decoder", "post_quant_conv"}
 
 
 def test_trajectories_are_added(run):
