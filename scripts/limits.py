@@ -226,6 +226,7 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
             "the oldest is encoded again",
         ),
         Limit("tables of rotations kept", "models.rope:lru_cache", "", "the oldest is computed again"),
+        Limit("VAEs without weights kept for memory plans", "models.vae:lru_cache", "", "the oldest is made again"),
         Limit("memory plans kept", "engine.dry_run:lru_cache", "", "the oldest is computed again"),
         Limit("compiled shapes per function", "models.dit:COMPILED_SHAPES", "", "further shapes run uncompiled"),
         Limit("pairs interpolated at once", "postprocess.interpolate:_PAIRS_AT_ONCE", "", "the others follow"),
