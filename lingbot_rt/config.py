@@ -63,6 +63,13 @@ class ServeConfig:
     pipeline_class_name: str = _option(
         PIPELINE_CLASS_NAME, "pipeline class; there is only this one", choices=(PIPELINE_CLASS_NAME,), group="model"
     )
+    schedule: str = _option(
+        "auto",
+        "few-step schedule of the model; v1: LingBot-World-Fast, v2: LingBot-World 2.0; auto: as the model's files "
+        "say, else its name, else v1",
+        choices=("auto", "v1", "v2"),
+        group="model",
+    )
     # Device
     num_gpus: int = _option(1, "number of GPUs, with one process per GPU", low=1, high=64, group="device")
     ulysses_degree: int | None = _option(

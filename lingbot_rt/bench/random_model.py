@@ -19,13 +19,15 @@ from lingbot_rt.engine.pipeline import DTYPES, Networks, Pipeline, assemble, res
 from lingbot_rt.models.attention import require_backend
 from lingbot_rt.models.checkpoint import open_checkpoint
 from lingbot_rt.models.dit import CausalDiT, DiTConfig
-from lingbot_rt.models.model_config import DISTILLED_SHIFT, DISTILLED_STEPS, TRAINED_SIZE, read_vae_config
+from lingbot_rt.models.model_config import TRAINED_SIZE, read_vae_config
+from lingbot_rt.models.schedule import SCHEDULES
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.parallel.groups import Ranks, SingleRank
 from lingbot_rt.shapes import FrameSize
 
 LINGBOT_WORLD_FAST = "lingbot-world-fast"
-"""Name of the published 14B. Its shapes are known here, so no file of it is needed."""
+PUBLISHED = {LINGBOT_WORLD_FAST: "v1", "lingbot-world-v2": "v2"}
+"""Names of the published 14B models, each with its schedule. Their shapes are known here, so no file is needed."""
 
 _SEED = 20
 
@@ -40,20 +42,21 @@ class ModelShapes:
     default_size: FrameSize
 
 
-def shapes_of(model: str) -> ModelShapes:
-    """ModelShapes of ``lingbot-world-fast`` or of anything that ``open_checkpoint`` takes. Reads no weights.
+def shapes_of(model: str, schedule: str = "auto") -> ModelShapes:
+    """ModelShapes of a model in PUBLISHED, or of anything that ``open_checkpoint`` takes. Reads no weights.
 
-    Raises CheckpointError.
+    ``schedule``: as for ``open_checkpoint``. Raises CheckpointError.
     """
-    if model == LINGBOT_WORLD_FAST:
+    if model in PUBLISHED:
         # The model's own window of 45 (sink 3) takes 57 GB. Published figures use window 18, which clients ask for.
         config = DiTConfig(sink_size=9, sliding_window_num_frames=18)
-        return ModelShapes(config, {}, FlowSchedule(DISTILLED_SHIFT, DISTILLED_STEPS), TRAINED_SIZE)
-    folder = open_checkpoint(model)
+        shift, steps = SCHEDULES[PUBLISHED[model] if schedule == "auto" else schedule]
+        return ModelShapes(config, {}, FlowSchedule(shift, steps), TRAINED_SIZE)
+    folder = open_checkpoint(model, schedule)
     return ModelShapes(
         dit=folder.dit_config,
         vae=read_vae_config(folder.path / "vae" / "config.json"),
-        schedule=FlowSchedule(folder.shift, folder.denoise_steps),
+        schedule=FlowSchedule(folder.schedule.shift, folder.schedule.steps),
         default_size=folder.default_size,
     )
 
@@ -63,7 +66,7 @@ def random_pipeline(config: ServeConfig, ranks: Ranks | None = None) -> Pipeline
 
     Raises CheckpointError for a missing model, ConfigError for what the device does not support.
     """
-    shapes = shapes_of(config.model_path)
+    shapes = shapes_of(config.model_path, config.schedule)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     require_backend(config.attention_backend, device)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lingbot_rt.bench.ranks import Job
 
 DEVICE_OPTIONS = (
+    "schedule",
     "device",
     "dtype",
     "quantization",
@@ -48,7 +49,7 @@ DEVICE_OPTIONS = (
     "attention_backend",
     "vae_parallel",
 )
-"""The options of ``serve`` that change the pipeline's speed."""
+"""The options of ``serve`` that change the pipeline's steps or speed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -200,8 +201,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         type=path_text,
         default="lingbot-world-fast",
         metavar="TEXT",
-        help="lingbot-world-fast (shapes of the published 14B), builtin, a diffusers folder, or a hub id "
-        "(default: %(default)s)",
+        help="lingbot-world-fast or lingbot-world-v2 (shapes of the published 14B), builtin, a diffusers folder, or a "
+        "hub id (default: %(default)s)",
     )
     add_size_option(parser)
 
@@ -281,7 +282,9 @@ def _measure(job: Job, workload: Workload, trace: str | None) -> PipelineReport:
         with StartupBars() as bars:
             pipeline, coordinator = stack.enter_context(pipeline_on_ranks(job, bars.show))
         took_s = time.perf_counter() - started
-        print(f"{job.config.model_path} loaded on {pipeline.model_info.device} in {took_s:.1f} s", file=sys.stderr)
+        schedule = f"shift {pipeline.schedule.shift:g}, steps {', '.join(map(str, pipeline.schedule.steps))}"
+        loaded = f"{job.config.model_path} loaded on {pipeline.model_info.device} in {took_s:.1f} s"
+        print(f"{loaded}; schedule: {schedule}", file=sys.stderr)
         plan = workload.session_plan(pipeline)
         total = workload.warm_chunks(plan) + workload.measured_chunks()
         with tqdm(total=total, unit="chunk", disable=None) as bar:
@@ -397,10 +400,10 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _job(args: argparse.Namespace, num_gpus: int) -> Job:
     """Raises ConfigError for options that don't fit together."""
-    from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST
+    from lingbot_rt.bench.random_model import PUBLISHED
     from lingbot_rt.bench.ranks import Job
 
-    if args.kind == "pipeline" and args.model == LINGBOT_WORLD_FAST and not args.random_weights:
+    if args.kind == "pipeline" and args.model in PUBLISHED and not args.random_weights:
         raise ConfigError(
             f"--model {args.model} has shapes but no weights: add --random-weights, or name a folder or a hub id",
             field="model",

@@ -7,14 +7,15 @@ import importlib.metadata
 import importlib.util
 import platform
 import shutil
+import textwrap
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lingbot_rt import __version__
-from lingbot_rt.commands.options import path_text
+from lingbot_rt.commands.options import add_options_named, given_options, path_text
 from lingbot_rt.commands.output import say
-from lingbot_rt.config import BUILTIN
+from lingbot_rt.config import BUILTIN, ServeConfig
 from lingbot_rt.shapes import FrameSize
 
 if TYPE_CHECKING:
@@ -44,15 +45,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="model whose memory is estimated (default: %(default)s)",
     )
+    add_options_named(parser, ("schedule",))
 
 
 def run(args: argparse.Namespace) -> int:
+    config = ServeConfig(**given_options(args))
     for title, lines in (
         ("versions", _versions()),
         ("optional packages", _optional()),
         ("devices", _devices()),
         ("attention kernels", _kernels()),
-        ("memory", _memory(args.model_path)),
+        ("memory", _memory(config)),
     ):
         say(title)
         for line in lines:
@@ -115,23 +118,24 @@ def _kernels() -> Iterator[str]:
             yield str(error)
 
 
-def _memory(model_path: str) -> Iterator[str]:
+def _memory(config: ServeConfig) -> Iterator[str]:
     import torch
 
     from lingbot_rt.engine.memory import GB, free_bytes, window_bytes
     from lingbot_rt.models.checkpoint import open_checkpoint
     from lingbot_rt.models.dit import DiTConfig
 
-    folder = open_checkpoint(model_path)
+    folder = open_checkpoint(config.model_path, config.schedule)
     free = min(free_bytes(device) for device in _torch_devices())
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     weights = _dit_bytes(folder.dit_config, dtype)
     window = window_bytes(folder.dit_config, folder.default_size, folder.dit_config.window_frames, dtype)
     verdict = "fits" if weights + window < free else f"does not fit in {free / GB:.1f} GB"
     yield (
-        f"{model_path} at {folder.default_size}: weights {weights / GB:.2f} GB, "
+        f"{config.model_path} at {folder.default_size}: weights {weights / GB:.2f} GB, "
         f"window {folder.dit_config.window_frames}: {window / GB:.2f} GB, {verdict}"
     )
+    yield from textwrap.wrap(str(folder.schedule), _LINE_LENGTH, subsequent_indent="  ", break_on_hyphens=False)
     large = DiTConfig()
     weights = _dit_bytes(large, torch.bfloat16)
     per_frame = window_bytes(large, _LARGE_SIZE, 1, torch.bfloat16)

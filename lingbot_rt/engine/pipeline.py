@@ -99,9 +99,11 @@ def load_pipeline(config: ServeConfig, report: Callable[[EngineStatus], None], r
     elif config.num_gpus > 1 and device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // config.num_gpus))
 
-    folder = open_checkpoint(config.model_path)
-    if folder.left_out and (ranks is None or ranks.is_first):
-        log.warning("%s: not loaded: %s", folder.path, listed(folder.left_out))
+    folder = open_checkpoint(config.model_path, config.schedule)
+    if ranks is None or ranks.is_first:
+        if folder.left_out:
+            log.warning("%s: not loaded: %s", folder.path, listed(folder.left_out))
+        log.log(logging.WARNING if folder.schedule.assumed else logging.INFO, "%s", folder.schedule)
 
     def part(name: str) -> Callable[[float], None]:
         return lambda done: report(EngineStatus("loading weights", done, name))
@@ -115,7 +117,7 @@ def load_pipeline(config: ServeConfig, report: Callable[[EngineStatus], None], r
         text_encoder = load_text_encoder(
             folder, dtype, host if config.text_encoder_cpu_offload else device, part("text encoder")
         )
-    schedule = FlowSchedule(folder.shift, folder.denoise_steps)
+    schedule = FlowSchedule(folder.schedule.shift, folder.schedule.steps)
     return assemble(config, Networks(dit, vae, text_encoder), schedule, folder.default_size, ranks)
 
 

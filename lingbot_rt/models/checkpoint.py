@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT
 
 from lingbot_rt.config import BUILTIN
 from lingbot_rt.errors import CheckpointError, one_line
-from lingbot_rt.hub_cache import newest_snapshot, repository_id
+from lingbot_rt.hub_cache import newest_snapshot, repository_id, snapshot_id
 from lingbot_rt.models.builtin import builtin_folder
 from lingbot_rt.models.dit import CausalDiT, DiTConfig, split_qkv
 from lingbot_rt.models.file_checks import broken, listed, require_file, shorten, system_error
@@ -34,11 +34,11 @@ from lingbot_rt.models.model_config import (
     read_default_size,
     read_dit_config,
     read_model_index,
-    read_schedule,
     read_text_config,
     read_vae_config,
     require_fit,
 )
+from lingbot_rt.models.schedule import DistilledSchedule, find_schedule
 from lingbot_rt.models.text_encoder import TextEncoder
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.shapes import FrameSize
@@ -77,15 +77,15 @@ class CheckpointFolder:
 
     path: Path
     dit_config: DiTConfig
-    shift: float  # of the flow-matching schedule
-    denoise_steps: tuple[int, ...]  # the distilled timesteps before the shift
+    schedule: DistilledSchedule
     default_size: FrameSize
     left_out: tuple[str, ...] = ()  # files and networks in the folder that are not loaded
 
 
-def open_checkpoint(model_path: str) -> CheckpointFolder:
+def open_checkpoint(model_path: str, schedule: str = "auto") -> CheckpointFolder:
     """Reads the configurations of ``builtin``, a folder or a hub id. A hub id is downloaded once, and can resume.
 
+    ``schedule``: ``v1``, ``v2``, or ``auto`` for the model's own; see ``find_schedule``.
     Raises CheckpointError, naming the file that is missing, unreadable or does not fit, and what to do.
     """
     path = _find(model_path)
@@ -97,15 +97,13 @@ def open_checkpoint(model_path: str) -> CheckpointFolder:
         except OSError as error:
             raise system_error(path / part, error) from None
     index = read_model_index(path / "model_index.json")
-    shift, denoise_steps = read_schedule(path / "scheduler" / "scheduler_config.json")
     dit_config = read_dit_config(path / "transformer" / "config.json")
     vae_config = read_vae_config(path / "vae" / "config.json")
     require_fit(path, dit_config, vae_config, read_text_config(path / "text_encoder" / "config.json"))
     return CheckpointFolder(
         path=path,
         dit_config=dit_config,
-        shift=shift,
-        denoise_steps=denoise_steps,
+        schedule=find_schedule(path, _names(model_path, path), schedule),
         default_size=read_default_size(index),
         left_out=(*left_out(path), *other_components(index, PARTS)),
     )
@@ -179,6 +177,11 @@ def _find(model_path: str) -> Path:
         reason = error.strerror if isinstance(error, OSError) else error
         raise broken(f"--model-path {shorten(str(path))}: {reason}") from None
     return path
+
+
+def _names(model_path: str, path: Path) -> list[str]:
+    """What the model in ``path`` is called, the best name first: its hub id, else the path, then its folder."""
+    return [snapshot_id(path.resolve()) or model_path, path.resolve().name]
 
 
 def _no_model(path: Path) -> CheckpointError:

@@ -14,8 +14,6 @@ from lingbot_rt.models.i2v_condition import MASK_CHANNELS
 from lingbot_rt.models.json_file import JsonFile, Value, flag, list_of, nullable, number, one_of, text, whole
 from lingbot_rt.shapes import PATCH_SIZE, SIZE_MULTIPLE, VAE_SPATIAL_STRIDE, VAE_TEMPORAL_STRIDE, FrameSize
 
-DISTILLED_SHIFT = 10.0
-DISTILLED_STEPS = (1000, 821, 642, 321)
 TRAINED_SIZE = FrameSize(832, 480)
 
 _WAN_Z_DIM = 16
@@ -120,16 +118,6 @@ def read_text_config(path: Path) -> JsonFile:
     file.get("architectures", nullable(list_of(text("a UMT5 class", lambda name: name.startswith("UMT5")), 1, 1)))
     file.take(_TEXT_ENCODER)
     return file
-
-
-def read_schedule(path: Path) -> tuple[float, tuple[int, ...]]:
-    """scheduler/scheduler_config.json -> shift and distilled timesteps. Without the file they are LingBot-World's."""
-    file = JsonFile(path, optional=True)
-    shift = file.get("shift", number(above=0, high=1000), DISTILLED_SHIFT)
-    steps = tuple(file.get("dmd_denoising_steps", list_of(whole(1, 1000), 1, 1000), DISTILLED_STEPS))
-    if list(steps) != sorted(set(steps), reverse=True):
-        file.refuse("dmd_denoising_steps", "timesteps from high to low, each once")
-    return shift, steps
 
 
 def read_default_size(index: JsonFile) -> FrameSize:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lingbot_rt.models.checkpoint import CheckpointFolder
 from lingbot_rt.models.i2v_condition import MASK_CHANNELS, condition_chunks, condition_video
+from lingbot_rt.models.schedule import DistilledSchedule
 from lingbot_rt.models.vae import channels_last
 from scripts.world.config import CHUNK_FRAMES
 from scripts.world.render import Renderer
@@ -41,7 +42,8 @@ ENCODED_AT_ONCE = 8  # clips
 def checkpoint(options: Options) -> CheckpointFolder:
     """The run's model/, of which some parts may not exist yet."""
     config = options.config
-    return CheckpointFolder(options.model, config.dit, config.shift, config.steps, config.size)
+    schedule = DistilledSchedule(config.shift, config.steps, "of the run")
+    return CheckpointFolder(options.model, config.dit, schedule, config.size)
 
 
 class ClipEncoder:

@@ -19,6 +19,7 @@ from lingbot_rt.errors import CheckpointError
 from lingbot_rt.models.checkpoint import CheckpointFolder, load_dit, load_text_encoder, load_vae, open_checkpoint
 from lingbot_rt.models.dit import CausalDiT, DiTConfig
 from lingbot_rt.models.kv_cache import KVCache
+from lingbot_rt.models.schedule import DistilledSchedule
 from lingbot_rt.shapes import FrameSize
 
 FRAMES = 3
@@ -76,8 +77,7 @@ def dit_folder(golden, tmp_path_factory) -> CheckpointFolder:
     return CheckpointFolder(
         path=path,
         dit_config=DiTConfig.from_dict(values),
-        shift=values["flow_shift"],
-        denoise_steps=tuple(values["dmd_denoising_steps"]),
+        schedule=DistilledSchedule(values["flow_shift"], tuple(values["dmd_denoising_steps"]), "stated"),
         default_size=FrameSize(96, 64),
     )
 

@@ -56,7 +56,10 @@ def roll_out(world, keys, prompt="a quiet street", chunks=2, size=None) -> np.nd
     cache, features, camera = new_cache(dit, 3, 12, size.tokens_per_frame), vae.new_features(), CameraPath()
     generator = torch.Generator().manual_seed(1)
     conditions = vae.encode_condition(preprocess_image(picture(size)), 3)
-    text_kv, steps = dit.text_kv(text.encode(prompt)), FlowSchedule(folder.shift, folder.denoise_steps).steps_for(4)
+    text_kv, steps = (
+        dit.text_kv(text.encode(prompt)),
+        FlowSchedule(folder.schedule.shift, folder.schedule.steps).steps_for(4),
+    )
     frames = []
     for chunk in range(chunks):
         modulation = None

@@ -23,7 +23,7 @@ def test_folder_is_read(model):
     """Configurations, schedule and the trained size come from the folder."""
     folder = open_checkpoint(str(model))
     assert (folder.dit_config.num_layers, folder.dit_config.dim, folder.dit_config.text_len) == (2, 48, 512)
-    assert (folder.shift, folder.denoise_steps) == (10.0, (1000, 821, 642, 321))
+    assert (folder.schedule.shift, folder.schedule.steps) == (10.0, (1000, 821, 642, 321))
     assert folder.default_size == FrameSize(832, 480)
 
 
@@ -33,10 +33,10 @@ def test_schedule_and_size_of_the_folder(model):
     rewrite(scheduler, lambda values: values.update(shift=5.0, dmd_denoising_steps=[1000, 750, 500, 250]))
     rewrite(model / "model_index.json", lambda values: values.update(default_size="160x96"))
     folder = open_checkpoint(str(model))
-    assert (folder.shift, folder.denoise_steps) == (5.0, (1000, 750, 500, 250))
+    assert (folder.schedule.shift, folder.schedule.steps) == (5.0, (1000, 750, 500, 250))
     assert folder.default_size == FrameSize(160, 96)
     scheduler.unlink()
-    assert open_checkpoint(str(model)).shift == 10.0
+    assert open_checkpoint(str(model)).schedule.shift == 10.0
 
 
 def test_fused_qkv_is_the_three_matrices(model):

@@ -119,7 +119,7 @@ def test_legal_forms(model):
     text = (model / INDEX).read_text()
     (model / INDEX).write_text(text, encoding="utf-8-sig")
     folder = open_checkpoint(str(model))
-    assert (folder.shift, folder.denoise_steps) == (5.0, (1000, 500))
+    assert (folder.schedule.shift, folder.schedule.steps) == (5.0, (1000, 500))
     assert folder.default_size == FrameSize(160, 96)
     assert folder.dit_config.num_layers == 2
     load_all(model)
