@@ -17,7 +17,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from lingbot_rt.config_values import environment_value, host_value, key_value, origins_value, path_value, text_value
+from lingbot_rt.config_values import (
+    environment_value,
+    host_value,
+    key_value,
+    lower_value,
+    origins_value,
+    path_value,
+    text_value,
+)
 from lingbot_rt.errors import ConfigError, quoted, reason_of
 from lingbot_rt.hub_cache import snapshot_id
 
@@ -175,7 +183,11 @@ class ServeConfig:
         group="server",
     )
     log_level: str = _option(
-        "info", "lowest level that is logged", choices=("debug", "info", "warning", "error"), group="server"
+        "info",
+        "lowest level that is logged",
+        choices=("debug", "info", "warning", "error"),
+        group="server",
+        form=lower_value,
     )
     # Limits
     max_message_mb: int = _option(64, "largest message of a client, MiB", low=1, high=1024, group="limits")

@@ -36,6 +36,11 @@ def text_value(text: str) -> str:
     return stripped
 
 
+def lower_value(text: str) -> str:
+    """A word whose case does not matter."""
+    return text_value(text).lower()
+
+
 def path_value(text: str) -> str:
     """A path. ``~`` and ``~user`` at its start become the home folder, as a shell would do."""
     path = text_value(text)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lingbot_rt.commands.output import complain
+from lingbot_rt.commands.reference_flags import translate
 from lingbot_rt.config import (
     ENV_PREFIX,
     OUTPUT_FORMATS,
@@ -85,14 +86,18 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
 def config_from(args: argparse.Namespace) -> ServeConfig:
     """The configuration from flags, environment and --config. Raises ConfigError.
 
-    Names the variables with the project's prefix that nothing reads on standard error. Sets ``args.sources``: where
+    Takes the flags of the reference's server as well. Names on standard error those without effect, and the variables
+    with the project's prefix that nothing reads. Sets ``args.sources``: where
     each field was set.
     """
     unread = unread_variables()
     if unread:
         named = (f"{name} (the nearest is {nearest})" if nearest else name for name, nearest in unread.items())
         complain(f"warning: nothing reads {', '.join(named)}")
-    settings = gather_settings(given_options(args), file=args.config)
+    translation = translate(args, given_options(args))
+    for warning in translation.warnings:
+        complain(f"warning: {warning}")
+    settings = gather_settings(translation.fields, file=args.config)
     args.sources = {name: setting.source for name, setting in settings.items()}
     return ServeConfig(**{name: setting.value for name, setting in settings.items()})
 

@@ -13,6 +13,7 @@ from lingbot_rt.client.address import ServerAddress
 from lingbot_rt.client.server_info import server_answers
 from lingbot_rt.commands.options import add_config_options, config_from, server_url
 from lingbot_rt.commands.output import say
+from lingbot_rt.commands.reference_flags import add_reference_options
 from lingbot_rt.commands.serve import local_address, serve_until_stopped
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.config_values import environment_value
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="address of the server, in place of --host and --port; one on another machine is opened, not started",
     )
     add_config_options(parser)
+    add_reference_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:

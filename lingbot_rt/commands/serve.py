@@ -20,6 +20,7 @@ from lingbot_rt.commands import exit_code
 from lingbot_rt.commands.local_engine import StartupBars, require_devices, require_folders
 from lingbot_rt.commands.options import add_config_options, config_from
 from lingbot_rt.commands.output import complain, say
+from lingbot_rt.commands.reference_flags import add_reference_options
 from lingbot_rt.config import ENDPOINT, ServeConfig
 from lingbot_rt.config_values import environment_value
 from lingbot_rt.errors import MAX_QUOTED, ConfigError, OutputFailed, printable, quoted, reason_of
@@ -41,6 +42,7 @@ _NOT_OURS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # an address of another m
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_options(parser)
+    add_reference_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
