@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lingbot_rt.bench.random_model import shapes_of
-from lingbot_rt.cli import main
+from lingbot_rt.cli import build_parser, main
+from lingbot_rt.commands.bench import _job as job_of
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.pipeline import load_pipeline
 from lingbot_rt.models.checkpoint import open_checkpoint
@@ -146,3 +147,5 @@ def test_the_bench_knows_both():
     ):
         schedule = shapes_of(name, asked).schedule
         assert (schedule.shift, schedule.steps) == (shift, steps)
+    line = "bench pipeline --model lingbot-world-v2 --random-weights --schedule v1"
+    assert job_of(build_parser("bench").parse_args(line.split()), 1).config.schedule == "v1"
