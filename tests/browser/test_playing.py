@@ -69,6 +69,21 @@ def test_keys_start_the_world_and_are_shown(visitor, world):
     assert len(world.inits) == 3
 
 
+def test_an_untrained_model_is_announced(visitor, api, static_url):
+    """The stage says before the start that the built-in model shows a blur. It says it of no other model."""
+    page, note = visitor.page, visitor.page.locator("#start-note")
+    visitor.open(static_url)
+    assert note.inner_text() == ""
+    api.model["id"] = "lingbot-rt-builtin"
+    FakeWorld(page, HOME)
+    visitor.open(static_url)
+    page.wait_for_selector("#start-note:has-text('untrained')")
+    visitor.start()
+    page.keyboard.press("Space")
+    visitor.wait_for_state("paused")
+    assert "untrained" not in note.inner_text()
+
+
 def test_the_keyboard_goes_back_to_the_world(visitor, world):
     """After words were sent, after Escape and after a click, keys steer and Space pauses."""
     page = visitor.page

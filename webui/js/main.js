@@ -9,7 +9,7 @@ import { HeldKeys } from "./held_keys.js";
 import { Gamepads } from "./inputs.js";
 import { Layout } from "./layout.js";
 import { LineView } from "./line_view.js";
-import { explainEnd, inUseText, isServerAway, stateText } from "./messages.js";
+import { explainEnd, inUseText, isServerAway, stateText, untrainedText } from "./messages.js";
 import { MetersView, latencyText } from "./meters_view.js";
 import { Player } from "./player.js";
 import { PromptField } from "./prompt_field.js";
@@ -299,9 +299,10 @@ function showHeld(actions) {
 }
 
 function startNote() {
-  if (server.isInUse) return inUseText(server.model);
-  if (!server.model?.ready || !form.model) return "";
-  return rates.note(server.base, server.model, wireValues(form.fields, form.values));
+  const { model } = server;
+  if (!model?.ready || !form.model) return "";
+  const speed = server.isInUse ? inUseText(model) : rates.note(server.base, model, wireValues(form.fields, form.values));
+  return [player.isRunning ? "" : untrainedText(model), speed].filter(Boolean).join(" ");
 }
 
 /** Says of each setting that was changed during a session that it waits for the next one. */
@@ -381,6 +382,7 @@ async function useModel(model) {
   form.build(model);
   $("advanced").hidden = false;
   startForm.size = form.values.size;
+  showState();
   await proposePreset(model.id);
 }
 
