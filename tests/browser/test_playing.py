@@ -208,6 +208,24 @@ def test_values_out_of_range_are_refused_and_not_changed(visitor, world):
     assert page.locator(".field:has(#set-fps) .problem").is_hidden()
 
 
+def test_another_server_chosen_during_a_session_leaves_the_session_alone(visitor, world):
+    """It goes on, its chunks count for its own server, and its end asks about the chosen one."""
+    page = visitor.page
+    visitor.expected = "net::ERR_"
+    FakeApi(page, "http://box.example:1").is_up = False
+    visitor.start()
+    page.click("#server-chip")
+    page.fill("#server-address", "box.example:1")
+    page.press("#server-address", "Enter")
+    page.wait_for_selector("#server-chip[data-tone=bad]")
+    page.keyboard.press("w")
+    page.wait_for_function("() => JSON.parse(localStorage['lingbot-rt.settings']).rates")
+    (played,) = page.evaluate("() => Object.keys(JSON.parse(localStorage['lingbot-rt.settings']).rates)")
+    assert HOME in played
+    page.click("#stop")
+    page.wait_for_selector("#connect:visible")
+
+
 def test_a_d_pad_walks(visitor, world):
     """The buttons of a gamepad's d-pad hold their directions. Screen readers hear which on-screen keys are held."""
     page = visitor.page

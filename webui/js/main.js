@@ -119,7 +119,7 @@ const player = new Player($("canvas"), {
   },
   stats: (stats, drawMs) => {
     meters.chunk(stats, drawMs);
-    rates.chunkCame(server.base, server.model, player.init, stats);
+    rates.chunkCame(stats);
   },
   tick,
   skipped: (detail) =>
@@ -189,6 +189,7 @@ async function start({ saved = null } = {}) {
     sentPrompt = init.prompt;
     timeline.start(init.prompt);
     startForm.size = init.size;
+    rates.sessionStarts(server.base, server.model, init);
     player.start({
       url: socketUrl(server.base, server.apiKey),
       init,
