@@ -37,7 +37,7 @@ from lingbot_rt.session.messages import (
 DEFAULT_PROMPT = "A quiet street in soft morning light, stable camera motion."
 DEFAULT_KEYS = "w*12,l*6,w*6"
 
-_KEYS_STEP = re.compile(rf"([{''.join(TOKENS)}]+|-)(?:\*(\d{{1,6}}))?")
+_KEYS_STEP = re.compile(rf"([{''.join(TOKENS)}]+|-)(?:\*([1-9]\d{{0,5}}))?")
 
 
 def add_session_options(parser: argparse.ArgumentParser, *, default_out: str | None = None) -> None:

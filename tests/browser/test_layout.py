@@ -139,6 +139,31 @@ def test_the_prompt_is_in_view_before_the_start(pages, name):
     assert sized.holds([left, top, right, top + 60])
 
 
+@pytest.mark.parametrize(
+    "name", ["small laptop", "phone on its side", "small phone on its side", "phone", "small phone"]
+)
+def test_a_long_note_fits_on_the_stage(pages, name):
+    """The start button and three sentences below it."""
+    width, height, is_touched, *_ = SIZES[name]
+    sized = Sized(pages[is_touched], width, height)
+    sized.show("idle")
+    boxes = sized.page.evaluate(
+        """() => {
+            const note = document.getElementById("start-note");
+            note.textContent = "Three sentences of a usual length may stand here. ".repeat(4);
+            const boxes = ["stage", "start", "start-note", "start-keys"].map((id) => {
+                const { top, bottom } = document.getElementById(id).getBoundingClientRect();
+                return [top, bottom];
+            });
+            note.textContent = "";
+            return boxes.filter(([top, bottom]) => bottom > top);
+        }"""
+    )
+    (top, bottom), *inside = boxes
+    assert len(inside) >= 2
+    assert all(top <= box[0] and box[1] <= bottom for box in inside), boxes
+
+
 def test_unused_keys_on_the_picture_fade(pages):
     """A key is back while it is held, and all of its side while the pointer is near."""
     page = Sized(pages[False], 1440, 900).page

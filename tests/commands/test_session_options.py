@@ -26,7 +26,7 @@ def test_keys():
     assert parse_keys("w*2, wA,-*2") == (("w",), ("w",), ("w", "a"), (), ())
 
 
-@pytest.mark.parametrize("text", ["", "w*", "q*2", "w*2,", "w2", "*3", "w*-1"])
+@pytest.mark.parametrize("text", ["", "w*", "q*2", "w*2,", "w2", "*3", "w*-1", "w*0"])
 def test_wrong_keys_are_named(text):
     """A malformed step is an error."""
     with pytest.raises(ConfigError, match="--keys"):
@@ -100,6 +100,7 @@ def test_summary(monkeypatch):
 
 def test_summary_without_frames():
     """It says so instead of dividing by zero."""
+    assert "in 1 chunk\n" in metrics.summary([stats(0, 900, 700, 100)])
     assert WalkMetrics().summary([]) == "no frames received"
 
 
