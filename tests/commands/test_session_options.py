@@ -91,6 +91,7 @@ def test_summary(monkeypatch):
     metrics.frame_received(1, None)  # at 1.5
     metrics.frame_received(1, 2)  # at 2.0
     text = metrics.summary([stats(0, 900, 700, 100), stats(1, 100, 70, 20), stats(2, 200, 140, 40)])
+    assert "in 1 chunk\n" in metrics.summary([stats(0, 900, 700, 100)])
     assert "init to first frame  0.50 s" in text
     assert "steady rate          2.0 frames/s" in text
     assert "p50 150 ms, p95 200 ms" in text
@@ -100,7 +101,6 @@ def test_summary(monkeypatch):
 
 def test_summary_without_frames():
     """It says so instead of dividing by zero."""
-    assert "in 1 chunk\n" in metrics.summary([stats(0, 900, 700, 100)])
     assert WalkMetrics().summary([]) == "no frames received"
 
 
