@@ -98,6 +98,8 @@ def prompt_text(text: str) -> str:
     """For argparse: a prompt that a session takes."""
     if not text.strip() or len(text) > MAX_PROMPT_CHARACTERS:
         raise ValueError(f"{quoted(text)}: expected a sentence of 1 to {MAX_PROMPT_CHARACTERS} characters")
+    if text.encode(errors="replace").decode() != text:  # half of a surrogate pair, from bytes that are not UTF-8
+        raise ValueError(f"{quoted(text)}: expected text in UTF-8")
     return text
 
 

@@ -55,6 +55,7 @@ def silent_server() -> Iterator[str]:
         ("--size", "16x16", "at least 64"),
         ("--size", "big", "WIDTHxHEIGHT"),
         ("--prompt", " ", "1 to 8192"),
+        ("--prompt", "a\udcff", "UTF-8"),
         ("--keys", "q", "keys of w a s d"),
         ("--first-frame", "no-such-file", "no such file"),
         ("--out", "", "not empty"),
