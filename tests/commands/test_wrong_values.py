@@ -55,7 +55,6 @@ def silent_server() -> Iterator[str]:
         ("--size", "16x16", "at least 64"),
         ("--size", "big", "WIDTHxHEIGHT"),
         ("--prompt", " ", "1 to 8192"),
-        ("--prompt", "a\udcff", "UTF-8"),
         ("--keys", "q", "keys of w a s d"),
         ("--first-frame", "no-such-file", "no such file"),
         ("--out", "", "not empty"),
@@ -73,6 +72,12 @@ def test_options_of_a_session(verb, option, value, expected, capsys, tmp_path, m
     assert expected in line
     assert value.strip() in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["client", "generate"])
+def test_a_prompt_that_is_not_utf_8(verb, capsys):
+    """Python gives bytes of the command line that are not UTF-8 as lone surrogates. They are shown escaped."""
+    assert r"--prompt: 'a\udcff': expected text in UTF-8" in refusal([verb, "--prompt", "a\udcff"], capsys)
 
 
 @pytest.mark.parametrize(
