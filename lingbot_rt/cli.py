@@ -67,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
             parser = build_parser(next((word for word in words if not word.startswith("-")), None))
-            parser.parse_args(words, args)
+            _, unknown = parser.parse_known_args(words, args)
+            if unknown:
+                Parser(prog=f"{parser.prog} {args.verb}").error(f"unrecognized arguments: {' '.join(unknown)}")
             return args.run(args)
         finally:
             flush_output()

@@ -37,7 +37,7 @@ from lingbot_rt.session.messages import (
 DEFAULT_PROMPT = "A quiet street in soft morning light, stable camera motion."
 DEFAULT_KEYS = "w*12,l*6,w*6"
 
-_KEYS_STEP = re.compile(rf"([{''.join(TOKENS)}]+|-)(?:\*(\d{{1,6}}))?")
+_KEYS_STEP = re.compile(rf"([{''.join(TOKENS)}]+|-)(?:\*([1-9]\d{{0,5}}))?")
 
 
 def add_session_options(parser: argparse.ArgumentParser, *, default_out: str | None = None) -> None:
@@ -98,6 +98,8 @@ def prompt_text(text: str) -> str:
     """For argparse: a prompt that a session takes."""
     if not text.strip() or len(text) > MAX_PROMPT_CHARACTERS:
         raise ValueError(f"{quoted(text)}: expected a sentence of 1 to {MAX_PROMPT_CHARACTERS} characters")
+    if text.encode(errors="replace").decode() != text:  # half of a surrogate pair, from bytes that are not UTF-8
+        raise ValueError(f"{quoted(text)}: expected text in UTF-8")
     return text
 
 

@@ -126,7 +126,7 @@ class WalkMetrics:
         """The text to print. ``stats``: the session's ChunkStats; the first chunk is left out if there are others."""
         if not self.frames:
             return "no frames received"
-        lines = [f"{self.frames} frames in {len(stats)} chunks"]
+        lines = [f"{self.frames} frames in {len(stats)} chunk{'s' if len(stats) != 1 else ''}"]
         lines.append(f"  init to first frame  {self._first_at - self._started:.2f} s")
         if self._steady_frames:
             rate = self._steady_frames / max(self._last_at - self._steady_from, 1e-9)

@@ -130,6 +130,60 @@ def test_the_picture_is_the_largest_thing(pages, name):
         assert not any(overlap(box, other) for other in controls[:number]), box
 
 
+@pytest.mark.parametrize("name", ["desktop", "landscape", "tablet on its side"])
+def test_the_prompt_is_in_view_before_the_start(pages, name):
+    """Its first two lines at least."""
+    width, height, is_touched, *_ = SIZES[name]
+    sized = Sized(pages[is_touched], width, height)
+    left, top, right, _ = sized.show("idle")["prompt"]
+    assert sized.holds([left, top, right, top + 60])
+
+
+@pytest.mark.parametrize(
+    "name", ["small laptop", "phone on its side", "small phone on its side", "phone", "small phone"]
+)
+def test_a_long_note_fits_on_the_stage(pages, name):
+    """The start button and three sentences below it."""
+    width, height, is_touched, *_ = SIZES[name]
+    sized = Sized(pages[is_touched], width, height)
+    sized.show("idle")
+    boxes = sized.page.evaluate(
+        """() => {
+            const note = document.getElementById("start-note");
+            note.textContent = "Three sentences of a usual length may stand here. ".repeat(4);
+            const boxes = ["stage", "start", "start-note", "start-keys"].map((id) => {
+                const { top, bottom } = document.getElementById(id).getBoundingClientRect();
+                return [top, bottom];
+            });
+            note.textContent = "";
+            return boxes.filter(([top, bottom]) => bottom > top);
+        }"""
+    )
+    (top, bottom), *inside = boxes
+    assert len(inside) >= 2
+    assert all(top <= box[0] and box[1] <= bottom for box in inside), boxes
+
+
+def test_unused_keys_on_the_picture_fade(pages):
+    """A key is back while it is held, and all of its side while the pointer is near."""
+    page = Sized(pages[False], 1440, 900).page
+    page.mouse.move(0, 0)
+    page.evaluate(ENTER, ["live", "1.7"])
+    opacities = """() => {
+        for (const animation of document.getAnimations()) if (animation.animationName === "fade") animation.finish();
+        return Object.fromEntries([...document.querySelectorAll(".pad")].map((pad) =>
+            [pad.dataset.action, Number(getComputedStyle(pad).opacity)]));
+    }"""
+    assert set(page.evaluate(opacities)) == set("wasdijkl")
+    assert set(page.evaluate(opacities).values()) == {0}
+    page.evaluate("() => document.querySelector('[data-action=w]').classList.add('held')")
+    assert {key for key, opacity in page.evaluate(opacities).items() if opacity} == {"w"}
+    page.evaluate("() => document.querySelector('[data-action=w]').classList.remove('held')")
+    page.hover("[data-action=k]", force=True)
+    assert {key for key, opacity in page.evaluate(opacities).items() if opacity} == set("ijkl")
+    page.mouse.move(0, 0)
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_everything_is_reachable_and_leaves_the_picture_its_size(pages, name):
     """During a session the prompt is in view or one click away. Meters and their details do not shrink the picture."""

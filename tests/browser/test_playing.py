@@ -69,6 +69,21 @@ def test_keys_start_the_world_and_are_shown(visitor, world):
     assert len(world.inits) == 3
 
 
+def test_an_untrained_model_is_announced(visitor, api, static_url):
+    """The stage says before the start that the built-in model shows a blur. It says it of no other model."""
+    page, note = visitor.page, visitor.page.locator("#start-note")
+    visitor.open(static_url)
+    assert note.inner_text() == ""
+    api.model["id"] = "lingbot-rt-builtin"
+    FakeWorld(page, HOME)
+    visitor.open(static_url)
+    page.wait_for_selector("#start-note:has-text('untrained')")
+    visitor.start()
+    page.keyboard.press("Space")
+    visitor.wait_for_state("paused")
+    assert "untrained" not in note.inner_text()
+
+
 def test_the_keyboard_goes_back_to_the_world(visitor, world):
     """After words were sent, after Escape and after a click, keys steer and Space pauses."""
     page = visitor.page
@@ -191,6 +206,24 @@ def test_values_out_of_range_are_refused_and_not_changed(visitor, world):
     page.fill("#set-fps", "24")
     page.press("#set-fps", "Enter")
     assert page.locator(".field:has(#set-fps) .problem").is_hidden()
+
+
+def test_another_server_chosen_during_a_session_leaves_the_session_alone(visitor, world):
+    """It goes on, its chunks count for its own server, and its end asks about the chosen one."""
+    page = visitor.page
+    visitor.expected = "net::ERR_"
+    FakeApi(page, "http://box.example:1").is_up = False
+    visitor.start()
+    page.click("#server-chip")
+    page.fill("#server-address", "box.example:1")
+    page.press("#server-address", "Enter")
+    page.wait_for_selector("#server-chip[data-tone=bad]")
+    page.keyboard.press("w")
+    page.wait_for_function("() => JSON.parse(localStorage['lingbot-rt.settings']).rates")
+    (played,) = page.evaluate("() => Object.keys(JSON.parse(localStorage['lingbot-rt.settings']).rates)")
+    assert HOME in played
+    page.click("#stop")
+    page.wait_for_selector("#connect:visible")
 
 
 def test_a_d_pad_walks(visitor, world):

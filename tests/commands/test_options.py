@@ -100,6 +100,13 @@ def test_wrong_command_lines_get_one_line_and_code_2(line, capsys):
     assert output.out == ""
 
 
+def test_an_unknown_option_names_the_help_that_lists_the_options(capsys):
+    """The help of the verb, since the help of the program lists none."""
+    with pytest.raises(SystemExit, match="2"):
+        main(["client", "--server", "http://127.0.0.1:1"])
+    assert "--server http://127.0.0.1:1 (see lingbot-rt client --help)" in capsys.readouterr().err
+
+
 def test_a_taken_port_is_one_line(capsys):
     """The port is taken before anything slow starts."""
     with socket.socket() as taken:

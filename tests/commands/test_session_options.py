@@ -26,7 +26,7 @@ def test_keys():
     assert parse_keys("w*2, wA,-*2") == (("w",), ("w",), ("w", "a"), (), ())
 
 
-@pytest.mark.parametrize("text", ["", "w*", "q*2", "w*2,", "w2", "*3", "w*-1"])
+@pytest.mark.parametrize("text", ["", "w*", "q*2", "w*2,", "w2", "*3", "w*-1", "w*0"])
 def test_wrong_keys_are_named(text):
     """A malformed step is an error."""
     with pytest.raises(ConfigError, match="--keys"):
@@ -91,6 +91,7 @@ def test_summary(monkeypatch):
     metrics.frame_received(1, None)  # at 1.5
     metrics.frame_received(1, 2)  # at 2.0
     text = metrics.summary([stats(0, 900, 700, 100), stats(1, 100, 70, 20), stats(2, 200, 140, 40)])
+    assert "in 1 chunk\n" in metrics.summary([stats(0, 900, 700, 100)])
     assert "init to first frame  0.50 s" in text
     assert "steady rate          2.0 frames/s" in text
     assert "p50 150 ms, p95 200 ms" in text

@@ -74,6 +74,12 @@ def test_options_of_a_session(verb, option, value, expected, capsys, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("verb", ["client", "generate"])
+def test_a_prompt_that_is_not_utf_8(verb, capsys):
+    """Python gives bytes of the command line that are not UTF-8 as lone surrogates. They are shown escaped."""
+    assert r"--prompt: 'a\udcff': expected text in UTF-8" in refusal([verb, "--prompt", "a\udcff"], capsys)
+
+
 @pytest.mark.parametrize(
     "words",
     [

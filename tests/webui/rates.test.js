@@ -12,9 +12,10 @@ const chunk = (index, frames, ms) => ({ chunk_index: index, num_frames: frames, 
 test("a size that played slowly says how fast it played, and so do larger ones; nothing is said without a figure", () => {
   const rates = new MeasuredRates(new SettingsStore(null));
   assert.equal(rates.note("http://a", model, init), "");
-  rates.chunkCame("http://a", model, init, chunk(0, 9, 90_000)); // the first chunk is not typical
+  rates.sessionStarts("http://a", model, init);
+  rates.chunkCame(chunk(0, 9, 90_000)); // the first chunk is not typical
   assert.equal(rates.note("http://a", model, init), "");
-  for (let i = 1; i < 4; i++) rates.chunkCame("http://a", model, init, chunk(i, 12, 12_000));
+  for (let i = 1; i < 4; i++) rates.chunkCame(chunk(i, 12, 12_000));
   assert.match(rates.note("http://a", model, init), /832 × 480 played at 1\.0 frames\/s/);
   assert.match(rates.note("http://a", model, { ...init, size: "1280x720" }), /832 × 480 played at 1\.0 .*1280 × 720 is larger/);
   assert.equal(rates.note("http://a", model, { ...init, size: "160x96" }), "");
@@ -24,7 +25,8 @@ test("a size that played slowly says how fast it played, and so do larger ones; 
 
 test("a size that keeps up, pacing not counted, is not called slow", () => {
   const rates = new MeasuredRates(new SettingsStore(null));
-  for (let i = 1; i < 4; i++) rates.chunkCame("", model, init, { ...chunk(i, 12, 4000), pace_wait_ms: 3400 });
+  rates.sessionStarts("", model, init);
+  for (let i = 1; i < 4; i++) rates.chunkCame({ ...chunk(i, 12, 4000), pace_wait_ms: 3400 });
   assert.equal(rates.note("", model, init), "");
 });
 

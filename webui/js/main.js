@@ -9,7 +9,7 @@ import { HeldKeys } from "./held_keys.js";
 import { Gamepads } from "./inputs.js";
 import { Layout } from "./layout.js";
 import { LineView } from "./line_view.js";
-import { explainEnd, inUseText, isServerAway, stateText } from "./messages.js";
+import { explainEnd, inUseText, isServerAway, stateText, untrainedText } from "./messages.js";
 import { MetersView, latencyText } from "./meters_view.js";
 import { Player } from "./player.js";
 import { PromptField } from "./prompt_field.js";
@@ -119,7 +119,7 @@ const player = new Player($("canvas"), {
   },
   stats: (stats, drawMs) => {
     meters.chunk(stats, drawMs);
-    rates.chunkCame(server.base, server.model, player.init, stats);
+    rates.chunkCame(stats);
   },
   tick,
   skipped: (detail) =>
@@ -189,6 +189,7 @@ async function start({ saved = null } = {}) {
     sentPrompt = init.prompt;
     timeline.start(init.prompt);
     startForm.size = init.size;
+    rates.sessionStarts(server.base, server.model, init);
     player.start({
       url: socketUrl(server.base, server.apiKey),
       init,
@@ -299,9 +300,10 @@ function showHeld(actions) {
 }
 
 function startNote() {
-  if (server.isInUse) return inUseText(server.model);
-  if (!server.model?.ready || !form.model) return "";
-  return rates.note(server.base, server.model, wireValues(form.fields, form.values));
+  const { model } = server;
+  if (!model?.ready || !form.model) return "";
+  const speed = server.isInUse ? inUseText(model) : rates.note(server.base, model, wireValues(form.fields, form.values));
+  return [player.isRunning ? "" : untrainedText(model), speed].filter(Boolean).join(" ");
 }
 
 /** Says of each setting that was changed during a session that it waits for the next one. */
@@ -381,6 +383,7 @@ async function useModel(model) {
   form.build(model);
   $("advanced").hidden = false;
   startForm.size = form.values.size;
+  showState();
   await proposePreset(model.id);
 }
 

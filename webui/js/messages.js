@@ -29,6 +29,12 @@ export function inUseText({ waiting, extensions }) {
   return `The server is in use.${others} You will wait in line.`;
 }
 
+/** Before the start. The built-in model ships without trained weights; this goes when it has them. */
+export const untrainedText = ({ id }) =>
+  id === "lingbot-rt-builtin"
+    ? "The built-in model is untrained: it shows a blur of colours that your keys move."
+    : "";
+
 /** Whether the end's close code says that the server, or the way to it, is gone. */
 export const isServerAway = (code) => code === 1001 || code === 1006;
 

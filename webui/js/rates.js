@@ -15,21 +15,25 @@ const perSecond = (rate) => `${rate < 10 ? Math.max(rate, 0.1).toFixed(1) : Math
 
 export class MeasuredRates {
   #store;
+  #key = ""; // of the running session: the user may choose another server meanwhile
 
   constructor(store) {
     this.#store = store;
   }
 
-  /** A chunk of a session with `init` came. The first chunk of a session is not typical. */
-  chunkCame(base, model, init, stats) {
+  sessionStarts(base, model, init) {
+    this.#key = keyOf(base, model, init);
+  }
+
+  /** A chunk of the session came. The first chunk of a session is not typical. */
+  chunkCame(stats) {
     const ms = stats.chunk_total_ms - (stats.pace_wait_ms ?? 0);
     if (!(stats.chunk_index > 0 && ms > 0 && stats.num_frames > 0)) return;
-    const key = keyOf(base, model, init);
-    const { [key]: before, ...others } = this.#all;
+    const { [this.#key]: before, ...others } = this.#all;
     const now = ms / stats.num_frames;
     const average = before === undefined ? now : before + NEWEST * (now - before);
     const kept = Object.entries(others).slice(1 - KEPT);
-    this.#store.set("rates", Object.fromEntries([...kept, [key, average]]));
+    this.#store.set("rates", Object.fromEntries([...kept, [this.#key, average]]));
   }
 
   /** What to say before a session with `init` starts; "" if it plays at its frame rate or nothing is known. */
