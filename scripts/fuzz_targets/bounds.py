@@ -29,7 +29,8 @@ _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxtuple, _SHORT.maxstri
     60,
     1000,
 )
-_LEAKS = re.compile(r" at 0x[0-9a-f]+|Traceback|<class |/work/|/home/|site-packages")
+_ROOT = Path(__file__).resolve().parents[2]
+_LEAKS = re.compile(rf" at 0x[0-9a-f]+|Traceback|<class |{re.escape(str(_ROOT))}|/home/|site-packages")
 
 
 def mutated(data: bytes, random: Random, *, others: list[bytes], most: int = 6) -> bytes:

@@ -195,7 +195,7 @@ def _finish(options: Options, loop: TrainingLoop, vae: Any, held_out: ClipPool) 
         scores += [psnr(a, b) for a, b in zip(decode(vae, mean), true, strict=True)]
     rows = torch.cat(latents).transpose(0, 1).flatten(1)
     mean, deviation = rows.mean(1).tolist(), rows.std(1).clamp_min(1e-3).tolist()
-    if loop.name == "decoder":  # the DiT was trained with these
+    if not next(vae.encoder.parameters()).requires_grad:  # the DiT was trained with these
         mean, deviation = vae.config.latents_mean, vae.config.latents_std
     config = options.config.vae | {"latents_mean": mean, "latents_std": deviation}
     if options.ranks.is_first:
