@@ -43,6 +43,13 @@ FormatName = Literal["webp", "jpeg", "raw", "delta-gzip"]
 OUTPUT_FORMATS: tuple[FormatName, ...] = typing.get_args(FormatName)
 """The formats in which frames can be sent."""
 
+FLASH_ATTENTION = {
+    "fa2": ("flash_attn",),
+    "fa3": ("fa3_fwd_interface", "flash_attn_interface"),
+    "fa4": ("flash_attn.cute",),
+}
+"""FlashAttention by generation: the modules that may have its ``flash_attn_func``. The first that imports is used."""
+
 
 def _option(
     default: Any,
@@ -109,6 +116,13 @@ class ServeConfig:
         choices=("none", "fp8"),
         group="device",
     )
+    kv_cache_dtype: str = _option(
+        "auto",
+        "number format of the attention window; auto: that of the networks; fp8: e4m3, half the memory of bfloat16, "
+        "not exact; with fa3 attention is computed in fp8 too",
+        choices=("auto", "bfloat16", "fp8"),
+        group="device",
+    )
     vae_dtype: str = _option(
         "float32",
         "number format of the VAE; bfloat16 is faster on a GPU and not exact",
@@ -140,8 +154,9 @@ class ServeConfig:
     )
     attention_backend: str = _option(
         "auto",
-        "self-attention kernel: one of torch's own, or a FlashAttention package of that version",
-        choices=("auto", "sdpa", "cudnn", "flash", "math", "flash-attn2", "flash-attn3", "flash-attn4"),
+        "attention kernel: one of torch's own, or the FlashAttention package of that generation; auto: fa3 on Hopper "
+        "if it is installed (pip install fa3-fwd), else cudnn on Hopper and newer, else torch's choice",
+        choices=("auto", "sdpa", "cudnn", "flash", "math", *FLASH_ATTENTION),
         group="device",
     )
     deterministic_noise: str = _option(

@@ -26,7 +26,7 @@ from lingbot_rt.bench.pipeline import (
 from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST, random_pipeline, random_vae
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.compilation import resolve_compile, set_compile_cache
-from lingbot_rt.engine.pipeline import Pipeline
+from lingbot_rt.engine.pipeline import Pipeline, compile_networks
 from lingbot_rt.errors import one_line
 from lingbot_rt.models.quantize import quantize_linears, require_fp8
 from lingbot_rt.session.plan import SessionPlan
@@ -122,8 +122,7 @@ def _cases(
     )
     if compiles:
         set_compile_cache(config.compile_cache)
-        pipeline.dit.compile_blocks()
-        pipeline.vae.compile()
+        compile_networks(pipeline.dit, pipeline.vae, pipeline.device)
         yield f"{dtype} compiled", lambda: _steady(pipeline, workload)
     yield "chunks 0 to 3", lambda: _steady(pipeline, replace(workload, opening=True, warm=None))
     yield (

@@ -42,6 +42,7 @@ DEVICE_OPTIONS = (
     "device",
     "dtype",
     "quantization",
+    "kv_cache_dtype",
     "vae_dtype",
     "compile",
     "compile_cache",

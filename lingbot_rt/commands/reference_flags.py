@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lingbot_rt.config import flag
+from lingbot_rt.config import FLASH_ATTENTION, flag
 from lingbot_rt.config_values import environment_value
 from lingbot_rt.errors import ConfigError, quoted
 
@@ -201,10 +201,6 @@ REFERENCE_FLAGS = (
 )
 
 _KERNELS = {"fa": "auto", "torch_sdpa": "sdpa"}
-_PACKAGES = {"fa2": ("flash-attn2", "flash_attn"), "fa3": ("flash-attn3", "flash_attn_interface")} | {
-    "fa4": ("flash-attn4", "flash_attn.cute")
-}
-
 VARIABLES = {
     "SGLANG_LINGBOT_ENABLE_INTERACTIVE_KV_WINDOW": "a session's window does not change with its keys; an init sets it "
     "by realtime_causal_kv_cache_num_frames",
@@ -254,16 +250,14 @@ def _kernel(to: Translation) -> None:
     asked = str(to.fields["attention_backend"]).strip().lower()
     if asked in _KERNELS:
         to.fields["attention_backend"] = _KERNELS[asked]
-    elif asked in _PACKAGES:
-        backend, package = _PACKAGES[asked]
-        if _is_installed(package):
-            to.fields["attention_backend"] = backend
-            return
-        to.fields["attention_backend"] = "auto"
-        to.warnings.append(
-            f"--attention-backend {asked}: the package {package.partition('.')[0]} is not installed, so torch's "
-            f"kernels are used (auto); with it, --attention-backend {backend} does what {asked} means"
-        )
+    elif asked in FLASH_ATTENTION:
+        to.fields["attention_backend"] = asked
+        if not any(map(_is_installed, FLASH_ATTENTION[asked])):
+            to.fields["attention_backend"] = "auto"
+            package = FLASH_ATTENTION[asked][0].partition(".")[0]
+            to.warnings.append(
+                f"--attention-backend {asked}: no package for it is installed ({package}), so torch's kernels are used"
+            )
 
 
 def _is_installed(package: str) -> bool:

@@ -11,7 +11,6 @@ from lingbot_rt.engine.frame_readback import FrameReadback
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.stage_clock import StageClock
-from lingbot_rt.models.ray_map import ray_map
 from lingbot_rt.session.plan import ChunkPlan, ChunkResult, ChunkTimings, FrameGroup
 
 
@@ -32,10 +31,7 @@ def run_chunk(
         text_kv = session.text_kv(plan.prompt)
 
     with clock.stage("camera"):
-        camera = None
-        if plan.relative_poses is not None:
-            rays = ray_map(plan.relative_poses, session.plan.size, pipeline.device)
-            camera = pipeline.dit.camera_modulation(rays.to(pipeline.dtype))
+        camera = session.camera(plan.relative_poses)
 
     forward = ChunkForward(pipeline.dit, session, text_kv, camera, session.condition(plan.chunk_index), start_frame)
     with clock.stage("denoise"):
@@ -43,7 +39,8 @@ def run_chunk(
 
     with FrameReadback(pipeline.device, session.postprocessor, emit) as readback:
         readback.check(latents)
-        # The frames leave before the context pass. On an accelerator, decode runs beside it on a stream of its own.
+        # The frames leave before the context pass. On an accelerator, decode runs on a stream of its own, and from the
+        # second latent frame on beside the context pass.
         with pipeline.vae_placement.on_device(), readback.decoding(latents), clock.stage("vae"):
             for i in range(session.plan.latent_frames):
                 session.raise_if_cancelled()
@@ -51,6 +48,7 @@ def run_chunk(
                 if pixels is not None:
                     readback.push(pixels, plan.chunk_index, i, session.plan.latent_frames)
 
+        readback.wait_for_first_frames()
         with clock.stage("context"):
             forward.commit(latents)
 

@@ -38,6 +38,7 @@ class FrameReadback:
         self._copies: list[Future[None]] = []
         self._bounds: tuple[Tensor, ...] = ()  # smallest and largest latent, on the device
         self._unsound: UnsoundFrames | None = None
+        self._first_copied: torch.cuda.Event | None = None
         self.num_frames = 0
 
     def __enter__(self) -> FrameReadback:
@@ -70,6 +71,15 @@ class FrameReadback:
         with torch.cuda.stream(stream):
             yield
 
+    def wait_for_first_frames(self) -> None:
+        """Work launched after this on the current stream starts when the first group pushed is on the host.
+
+        The host does not wait. Decoding alone takes a third of the time that it takes beside a forward, and its first
+        frames are what the player waits for.
+        """
+        if self._first_copied is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._first_copied)
+
     def push(self, pixels: Tensor, chunk_index: int, group_index: int, num_groups: int) -> None:
         """``pixels`` [1, 3, n, H, W] in [0, 1] -> uint8 [n, H, W, 3], interpolated and upscaled as the session asked.
 
@@ -85,6 +95,7 @@ class FrameReadback:
         # Before the frames: the event of their end stands for both copies.
         host_bounds = torch.empty(bounds.shape, pin_memory=bounds.is_cuda).copy_(bounds, non_blocking=True)
         host, copied = start_copy(frames)
+        self._first_copied = self._first_copied or copied
         if self._waiter is None:
             self._waiter = ThreadPoolExecutor(1, thread_name_prefix="frames")
         self._copies.append(self._waiter.submit(self._await_copy, host, host_bounds, copied, place))
@@ -105,7 +116,8 @@ class FrameReadback:
 
 @cache
 def _decode_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    # Of high priority: the first frames of a chunk must not wait for the context pass, which nobody sees.
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def start_copy(frames: Tensor) -> tuple[Tensor, torch.cuda.Event]:

@@ -13,7 +13,7 @@ import torch
 from lingbot_rt.engine.dry_run import peak_activations
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.errors import CapacityError
-from lingbot_rt.models.dit import RAY_CHANNELS, DiTConfig
+from lingbot_rt.models.dit import DiTConfig
 from lingbot_rt.session.plan import SessionPlan
 from lingbot_rt.shapes import FrameSize
 
@@ -72,11 +72,11 @@ def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
     # On a GPU frames are decoded while the context pass runs.
     activations = max(features + forward, decode) if pipeline.device.type == "cpu" else forward + decode
     return MemoryPlan(
-        window_bytes=branches * window_bytes(config, plan.size, plan.window_frames, pipeline.dtype) // world,
+        window_bytes=branches * window_bytes(config, plan.size, plan.window_frames, pipeline.kv_cache_dtype) // world,
         text_bytes=branches * prompt,
         condition_bytes=2 * cells * (config.in_channels - config.out_channels) * torch.float32.itemsize,
         opening_bytes=peak.encode,
-        chunk_bytes=camera + cells * RAY_CHANNELS * torch.float32.itemsize + activations,
+        chunk_bytes=camera + activations,
         postprocess_bytes=pipeline.open_postprocessor(plan).memory_bytes(),
     )
 
@@ -114,11 +114,12 @@ def describe_share(pipeline: Pipeline) -> str:
     """One line for the log: this rank's device, and the memory of its weights and of a default session's window."""
     info, ranks = pipeline.model_info, pipeline.ranks
     weights = weight_bytes(pipeline.dit)
-    window = window_bytes(pipeline.dit.config, info.default_size, info.window_frames, pipeline.dtype) // ranks.world
+    window = window_bytes(pipeline.dit.config, info.default_size, info.window_frames, pipeline.kv_cache_dtype)
     free = free_bytes(pipeline.device)
+    window_gb = window / ranks.world / GB
     return (
         f"rank {ranks.rank} of {ranks.world} on {pipeline.device}: DiT {weights / GB:.2f} GB, "
-        f"window {info.window_frames} at {info.default_size} {window / GB:.2f} GB, {free / GB:.2f} GB free"
+        f"window {info.window_frames} at {info.default_size} {window_gb:.2f} GB, {free / GB:.2f} GB free"
     )
 
 

@@ -19,7 +19,7 @@ from lingbot_rt.models.attention import require_backend, resolve_backend
 from lingbot_rt.models.checkpoint import load_dit, load_text_encoder, load_vae, open_checkpoint
 from lingbot_rt.models.dit import Block, CausalDiT, TextKV
 from lingbot_rt.models.file_checks import listed
-from lingbot_rt.models.quantize import quantize_linears, require_fp8
+from lingbot_rt.models.quantize import FP8, quantize_linears, require_fp8
 from lingbot_rt.models.text_encoder import PromptEncoder
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.parallel.groups import Ranks, SingleRank
@@ -36,6 +36,7 @@ from lingbot_rt.shapes import FrameSize
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KV_CACHE_DTYPES = {"bfloat16": torch.bfloat16, "fp8": FP8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class Pipeline:
     schedule: FlowSchedule
     device: torch.device
     dtype: torch.dtype
+    kv_cache_dtype: torch.dtype
     noise_device: torch.device
     dit: CausalDiT
     vae: StreamingVAE
@@ -148,8 +150,8 @@ def assemble(
     decode = parallelize_decoder(vae, ranks, config.vae_parallel)
     if compiled:
         set_compile_cache(config.compile_cache)
-        dit.compile_blocks()
-        vae.compile()
+        compile_networks(dit, vae, device)
+    kv_cache_dtype = KV_CACHE_DTYPES.get(config.kv_cache_dtype, dtype)
     info = ModelInfo(
         model_id=config.model_id,
         model_path=config.model_path,
@@ -162,14 +164,16 @@ def assemble(
         dtype=_name(dtype),
         num_ranks=config.num_gpus,
         attention_backend=resolve_backend(config.attention_backend, device, dtype),
+        kv_cache_dtype=_name(kv_cache_dtype),
         quantization=config.quantization,
         vae_dtype=_name(vae.dtype),
         compiled=compiled,
     )
     if ranks.is_first:
         log.info(
-            "self-attention %s, linears %s, VAE %s, %s",
+            "attention %s, window %s, linears %s, VAE %s, %s",
             info.attention_backend,
+            info.kv_cache_dtype,
             info.dtype if info.quantization == "none" else info.quantization,
             info.vae_dtype,
             "compiled" if compiled else "not compiled",
@@ -179,6 +183,7 @@ def assemble(
         schedule=schedule,
         device=device,
         dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
         noise_device=torch.device("cpu") if config.deterministic_noise == "cpu" else device,
         dit=dit,
         vae=vae,
@@ -189,6 +194,15 @@ def assemble(
         postprocess=PostprocessNetworks(device),
         ranks=ranks,
     )
+
+
+def compile_networks(dit: CausalDiT, vae: StreamingVAE, device: torch.device) -> None:
+    """Compiles what is compiled at the first use of a frame size; on a GPU the DiT has Triton kernels for all sizes."""
+    if device.type == "cuda":
+        dit.fuse_blocks()
+    else:
+        dit.compile_blocks()
+    vae.compile()
 
 
 def resolve_device(name: str) -> torch.device:

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lingbot_rt.models.attention import WindowAttention, attend, resolve_backend, text_backend
+from lingbot_rt.models.fused_blocks import BlockOps, FusedForward, camera_modulation
 from lingbot_rt.models.kv_cache import KVCache
+from lingbot_rt.models.quantize import Float8Linear
 from lingbot_rt.models.rope import rope_tables, rotate
 from lingbot_rt.shapes import PATCH_SIZE, VAE_SPATIAL_STRIDE
 
@@ -201,6 +203,10 @@ class Block(nn.Module):
     def _modulation(self, time_B6D: Tensor) -> tuple[Tensor, ...]:
         return (self.modulation.float() + time_B6D).split(1, dim=1)
 
+    def modulation_of(self, time_6D: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate [D] of attention, then those of the feed-forward network, in float32."""
+        return (self.modulation[0].float() + time_6D).unbind(0)
+
 
 class PatchEmbedding(nn.Conv3d):
     """A convolution whose kernel is its stride, computed as a linear over patches."""
@@ -231,6 +237,7 @@ class CausalDiT(nn.Module):
         dim = config.dim
         self.config = config
         self.attention_backend = "auto"
+        self.fused_ops: BlockOps | None = None
         self.window_attention = WindowAttention()
         self._camera_modulation = Block.camera_modulation
         self.before_attention = Block.before_attention
@@ -262,6 +269,14 @@ class CausalDiT(nn.Module):
         self.before_attention = compiled(Block.before_attention)
         self.after_attention = compiled(Block.after_attention)
 
+    def fuse_blocks(self, ops: BlockOps | None = None) -> None:
+        """Runs the blocks with fused operations: for inference of one session at a time. None: the Triton kernels."""
+        if ops is None:
+            from lingbot_rt.models.fused_kernels import TritonOps  # needs the package triton
+
+            ops = TritonOps()
+        self.fused_ops = ops
+
     def text_kv(self, text_BLD: Tensor) -> TextKV:
         """Prompt embeddings [B, L, text_dim] -> K/V of every block, once per prompt. Zero rows count too."""
         text = self.text_embedding(text_BLD)
@@ -276,6 +291,8 @@ class CausalDiT(nn.Module):
         """Embedded ray maps -> scale and shift of every block."""
         hidden = self.c2ws_hidden_states_layer1(embedded_BND)
         camera = embedded_BND + self.c2ws_hidden_states_layer2(F.silu(hidden))
+        if self.fused_ops is not None and isinstance(self.blocks[0].cam_scale_layer, Float8Linear):
+            return camera_modulation(self.fused_ops, self.blocks, camera)
         return [self._camera_modulation(block, camera) for block in self.blocks]
 
     def time_modulation(self, timestep: float | Tensor) -> TimeModulation:
@@ -314,29 +331,50 @@ class CausalDiT(nn.Module):
         cache.begin(start_frame, frames)
         own_tokens = self.window_attention.own_tokens
         tables = rope_tables(self.config.attention_head_dim, start_frame, frames, height, width, x_BCFhw.device)
-        rope = tuple(own_tokens(table, dim=0) for table in tables)
+        rope = own_tokens(tables[0], dim=0), own_tokens(tables[1], dim=0)
         time = timestep if isinstance(timestep, TimeModulation) else self.time_modulation(timestep)
         kernel = resolve_backend(self.attention_backend, x_BCFhw.device, x_BCFhw.dtype)
-        text_kernel = text_backend(kernel, x_BCFhw.device, x_BCFhw.dtype)
 
         # 1. Latent cells to tokens
         x_BND = own_tokens(self.patch_embedding(x_BCFhw), dim=1)
 
         # 2. Blocks
+        stop_at = len(self.blocks) - 1 if commit else -1
+        if self.fused_ops is not None:
+            assert x_BND.shape[0] == 1, "fused operations are for one session"
+            shared = FusedForward(self.fused_ops, self.window_attention, time.projection_B6D[0], rope, cache, kernel)
+            streamed = shared.run(self.blocks, x_BND, text_kv, camera, stop_at)
+        else:
+            streamed = self._run_blocks(x_BND, time.projection_B6D, text_kv, camera, rope, cache, kernel, stop_at)
+        if streamed is None:
+            return None
+
+        # 3. Tokens back to latent cells
+        tokens = self.window_attention.all_tokens(self.head(streamed, time.embedding_BD), frames * height * width)
+        return unpatchify(tokens, frames, height, width)
+
+    def _run_blocks(
+        self,
+        x_BND: Tensor,
+        time_B6D: Tensor,
+        text_kv: TextKV,
+        camera: CameraModulation | None,
+        rope: tuple[Tensor, ...],
+        cache: KVCache,
+        kernel: str,
+        stop_at: int,
+    ) -> Tensor | None:
+        """As ``FusedForward.run``, with the two halves of each block as plain or compiled functions."""
+        text_kernel = text_backend(kernel, x_BND.device, x_BND.dtype)
         for i, block in enumerate(self.blocks):
-            q, k, v = self.before_attention(block, x_BND, time.projection_B6D, *rope)
-            if commit and i + 1 == len(self.blocks):
+            q, k, v = self.before_attention(block, x_BND, time_B6D, *rope)
+            if i == stop_at:
                 self.window_attention.store(k, v, cache, i)
                 return None
             attended = self.window_attention(q, k, v, cache, i, kernel)
             modulation = None if camera is None else camera[i]
-            x_BND = self.after_attention(
-                block, x_BND, attended, time.projection_B6D, modulation, text_kv[i], text_kernel
-            )
-
-        # 3. Tokens back to latent cells
-        tokens = self.window_attention.all_tokens(self.head(x_BND, time.embedding_BD), frames * height * width)
-        return unpatchify(tokens, frames, height, width)
+            x_BND = self.after_attention(block, x_BND, attended, time_B6D, modulation, text_kv[i], text_kernel)
+        return x_BND
 
 
 def patchify(x_BCFhw: Tensor) -> Tensor:

@@ -8,13 +8,18 @@ Shapes: L layers, S the keys and the values, B batch, N tokens, H heads, D head_
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+from lingbot_rt.models.quantize import FP8, spread, to_float8
 
 
 class KVCache:
     """K/V of the first ``sink_frames`` latent frames and of the newest ``window_frames - sink_frames``.
 
+    ``dtype`` may be float8_e4m3fn: half the memory of bfloat16, and not exact.
     With ``batch`` > 1 several sessions at the same chunk share one cache, as in training.
     """
 
@@ -42,6 +47,11 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         return self._kv_LSBNHD.nbytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which keys and values are kept."""
+        return self._kv_LSBNHD.dtype
 
     @property
     def visible_frames(self) -> int:
@@ -78,11 +88,19 @@ class KVCache:
                 self._spans.append((first * tokens, slots[first] * tokens, (i - first) * tokens))
                 first = i
 
-    def write(self, layer: int, k_BNHD: Tensor, v_BNHD: Tensor) -> None:
-        """Writes the current chunk's K/V of ``layer`` into its slots."""
+    def slots(self, layer: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(tokens of the chunk, their keys [B, n, H, D], their values) of ``layer``, to be written in place."""
         for source, target, count in self._spans:
-            self._kv_LSBNHD[layer, 0, :, target : target + count] = k_BNHD[:, source : source + count]
-            self._kv_LSBNHD[layer, 1, :, target : target + count] = v_BNHD[:, source : source + count]
+            k_BNHD, v_BNHD = self._kv_LSBNHD[layer, :, :, target : target + count]
+            yield slice(source, source + count), k_BNHD, v_BNHD
+
+    def write(self, layer: int, k_BNHD: Tensor, v_BNHD: Tensor) -> None:
+        """Writes the current chunk's K/V of ``layer`` into its slots. In fp8 the keys are spread: so must the query."""
+        if self.dtype == FP8:
+            k_BNHD, v_BNHD = to_float8(spread(k_BNHD)), to_float8(v_BNHD)
+        for tokens, k_slot, v_slot in self.slots(layer):
+            k_slot.copy_(k_BNHD[:, tokens])
+            v_slot.copy_(v_BNHD[:, tokens])
 
     def view(self, layer: int) -> tuple[Tensor, Tensor]:
         """Visible keys and values of ``layer``, [B, visible tokens, H, D] each: a prefix, as slots fill in order."""

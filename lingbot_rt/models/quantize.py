@@ -6,6 +6,8 @@ The relative error is about 4 % per linear. Shapes: M rows of activations, K fea
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +17,47 @@ from lingbot_rt.errors import ConfigError
 
 FP8 = torch.float8_e4m3fn
 MAX = torch.finfo(FP8).max
-_LEAST_SCALE = 1e-12  # for a row of zeros
+LEAST_SCALE = 1e-12  # for a row of zeros
 _MULTIPLE = 16
 """The fp8 kernels take features in multiples of this."""
 
 _CAPABILITY = (8, 9)
 """The first compute capability with fp8 kernels."""
+
+
+class Rows(NamedTuple):
+    """fp8 values [M, K] and float32 scales [M, 1]: x = value * scale."""
+
+    values_MK: Tensor
+    scale_M1: Tensor
+
+
+def spread_block(head_dim: int) -> int:
+    """Size of the blocks that ``spread`` mixes: the largest power of two in ``head_dim``, at most 32; 1 below 16."""
+    block = min(head_dim & -head_dim, 32)
+    return block if block >= 16 else 1
+
+
+def spread(x: Tensor) -> Tensor:
+    """Mixes each block of a head's dimensions by a Hadamard matrix: the last dimension of ``x``, an orthogonal map.
+
+    Products of queries and keys stay the same when both are spread. But no product hangs on a few large values any
+    more, whose rounding errors do not average out: fp8 keys then cost half the error.
+    """
+    block = spread_block(x.shape[-1])
+    if block == 1:
+        return x
+    mixed = x.float().unflatten(-1, (-1, block)) @ _hadamard(block, x.device)
+    return mixed.flatten(-2).to(x.dtype)
+
+
+@lru_cache(maxsize=4)
+def _hadamard(size: int, device: torch.device) -> Tensor:
+    """The symmetric orthogonal [size, size] matrix of signs / sqrt(size); ``size`` is a power of two."""
+    matrix = torch.ones(1, 1, device=device)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / size**0.5
 
 
 class Float8Linear(nn.Module):
@@ -44,27 +81,46 @@ class Float8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        rows_MK, scale_M1 = quantize_rows(x.flatten(0, -2))
-        y_MN = product_on(x.device)(rows_MK, self.weight, scale_M1, self.scale_1N, x.dtype)
+        rows = quantize_rows(x.flatten(0, -2))
+        y_MN = product_on(x.device)(*rows, self.weight, self.scale_1N, x.dtype)
         # Not in the kernel: when compiled, the addition fuses with the operations after it.
         return (y_MN + self.bias).unflatten(0, x.shape[:-1])
 
+    def product(self, rows: Rows) -> Tensor:
+        """x W^T + b for rows that are fp8 already -> [M, N] in the dtype of the bias, which the kernel adds."""
+        if rows.values_MK.device.type == "cpu":
+            return plain_scaled_mm(*rows, self.weight, self.scale_1N, self.bias.dtype) + self.bias
+        return torch._scaled_mm(
+            rows.values_MK,
+            self.weight.T,
+            scale_a=rows.scale_M1,
+            scale_b=self.scale_1N,
+            bias=self.bias,
+            out_dtype=self.bias.dtype,
+            use_fast_accum=True,
+        )
 
-def quantize_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """fp8 values [M, K] and float32 scales [M, 1] with x = value * scale. A row's largest magnitude becomes 448."""
+
+def quantize_rows(x_MK: Tensor) -> Rows:
+    """A row's largest magnitude becomes 448."""
     x = x_MK.float()
-    scale_M1 = (x.abs().amax(dim=-1, keepdim=True) / MAX).clamp_min(_LEAST_SCALE)
-    return (x / scale_M1).clamp(-MAX, MAX).to(FP8), scale_M1
+    scale_M1 = (x.abs().amax(dim=-1, keepdim=True) / MAX).clamp_min(LEAST_SCALE)
+    return Rows(to_float8(x / scale_M1), scale_M1)
 
 
-def scaled_mm(x_MK: Tensor, w_NK: Tensor, scale_M1: Tensor, scale_1N: Tensor, dtype: torch.dtype) -> Tensor:
+def to_float8(x: Tensor) -> Tensor:
+    """Values beyond 448 become 448; torch alone would make them NaN."""
+    return x.clamp(-MAX, MAX).to(FP8)
+
+
+def scaled_mm(x_MK: Tensor, scale_M1: Tensor, w_NK: Tensor, scale_1N: Tensor, dtype: torch.dtype) -> Tensor:
     """x w^T times the scales, by the device's fp8 kernel -> [M, N]."""
     return torch._scaled_mm(
         x_MK, w_NK.T, scale_a=scale_M1, scale_b=scale_1N, out_dtype=dtype, use_fast_accum=x_MK.is_cuda
     )
 
 
-def plain_scaled_mm(x_MK: Tensor, w_NK: Tensor, scale_M1: Tensor, scale_1N: Tensor, dtype: torch.dtype) -> Tensor:
+def plain_scaled_mm(x_MK: Tensor, scale_M1: Tensor, w_NK: Tensor, scale_1N: Tensor, dtype: torch.dtype) -> Tensor:
     """``scaled_mm`` in float32, for devices without an fp8 kernel and for tests."""
     return (F.linear(x_MK.float(), w_NK.float()) * scale_M1 * scale_1N).to(dtype)
 

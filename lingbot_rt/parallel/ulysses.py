@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lingbot_rt.models.attention import WindowAttention
+from lingbot_rt.models.attention import ProjectedChunk, WindowAttention
 from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.parallel.groups import RankGroup
 
@@ -41,6 +41,19 @@ class UlyssesAttention(WindowAttention):
     ) -> Tensor:
         q, k, v = self.to_heads(cache.chunk_tokens, q_BnHD, k_BnHD, v_BnHD)
         return self.to_tokens(super().__call__(q, k, v, cache, layer, backend))
+
+    def store_projected(self, chunk: ProjectedChunk, cache: KVCache, layer: int) -> None:
+        _, k, v = self._own(chunk)
+        self.store(k, v, cache, layer)
+
+    def attend_projected(self, chunk: ProjectedChunk, cache: KVCache, layer: int, backend: str) -> Tensor:
+        return self(*self._own(chunk), cache, layer, backend)
+
+    def _own(self, chunk: ProjectedChunk) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v [1, n, H, D] of this rank's tokens."""
+        q, k, v = torch.empty(3, 1, *chunk.shape, dtype=chunk.dtype, device=chunk.device)
+        chunk.write(slice(None), q[0], k[0], v[0])
+        return q, k, v
 
     def to_heads(self, count: int, *own_BnHD: Tensor) -> tuple[Tensor, ...]:
         """Tensors [1, n, H, D] of this rank's tokens -> [1, N, H / P, D] of its heads, in one exchange."""

@@ -74,6 +74,7 @@ def _of_model(info: ModelInfo, max_pixels: int) -> dict[str, Any]:
         "vae_dtype": info.vae_dtype,
         "quantization": info.quantization,
         "attention_backend": info.attention_backend,
+        "kv_cache_dtype": info.kv_cache_dtype,
         "compiled": info.compiled,
         "num_ranks": info.num_ranks,
         "default_size": str(info.default_size),

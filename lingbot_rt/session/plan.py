@@ -69,6 +69,7 @@ class ModelInfo:
     dtype: str
     num_ranks: int = 1
     attention_backend: str = "sdpa"  # the self-attention kernel in use
+    kv_cache_dtype: str = "float32"  # of the attention window
     quantization: str = "none"
     vae_dtype: str = "float32"
     compiled: bool = False

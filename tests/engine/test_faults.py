@@ -19,7 +19,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from lingbot_rt.config import ENDPOINT
-from lingbot_rt.engine import chunk_runner, compilation
+from lingbot_rt.engine import chunk_runner, compilation, session_state
 from lingbot_rt.engine import engine as engine_module
 from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.engine import Engine
@@ -53,7 +53,7 @@ async def frames_of(engine, plan, index: int = 0) -> np.ndarray:
 
 STAGES = {
     "text": (SessionState, "text_kv"),
-    "camera": (chunk_runner, "ray_map"),
+    "camera": (session_state, "ray_map"),
     "denoise": (chunk_runner.ChunkForward, "flow"),
     "readback": (FrameReadback, "push"),
     "context": (chunk_runner.ChunkForward, "commit"),

@@ -33,7 +33,7 @@ def test_backends_agree(backend):
 
 
 @pytest.mark.parametrize("with_sums", [False, True])
-@pytest.mark.parametrize("backend", ["flash-attn2", "flash-attn3", "flash-attn4"])
+@pytest.mark.parametrize("backend", ["fa2", "fa3", "fa4"])
 def test_flash_attention_packages(monkeypatch, backend, with_sums):
     """A package's function gets B N H D tensors, and may return the softmax's sums beside its output."""
     module = types.ModuleType("package")
@@ -45,7 +45,7 @@ def test_flash_attention_packages(monkeypatch, backend, with_sums):
     module.flash_attn_func = flash_attn_func
     q, k, v = torch.randn(3, 1, 6, 2, 8).unbind(0)
     assert available_backends(CPU)[backend] != "ok"
-    for part in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
+    for part in ("flash_attn", "flash_attn.cute", "fa3_fwd_interface"):
         monkeypatch.setitem(sys.modules, part, module)
     assert torch.equal(attend(q, k, v, backend), attend(q, k, v, "math"))
     assert available_backends(CPU)[backend] == "ok"
@@ -58,7 +58,7 @@ def test_choice_of_the_kernel(monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     assert resolve_backend("auto", device, torch.bfloat16) == "cudnn"
     assert resolve_backend("auto", device, torch.float32) == "sdpa"
-    assert text_backend("flash-attn3", device, torch.bfloat16) == "cudnn"
+    assert text_backend("fa3", device, torch.bfloat16) == "cudnn"
     assert text_backend("math", device, torch.bfloat16) == "math"
     resolve_backend.cache_clear()
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 9))

@@ -43,10 +43,10 @@ def test_plain_product_is_the_kernels(dtype):
     x, x_scale = quantize_rows(torch.randn(40, 96))
     w, w_scale = quantize_rows(torch.randn(48, 96))
     try:
-        expected = scaled_mm(x, w, x_scale, w_scale.T.contiguous(), dtype)
+        expected = scaled_mm(x, x_scale, w, w_scale.T.contiguous(), dtype)
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"this torch has no fp8 product with row scales on a CPU: {error}")
-    got = plain_scaled_mm(x, w, x_scale, w_scale.T.contiguous(), dtype)
+    got = plain_scaled_mm(x, x_scale, w, w_scale.T.contiguous(), dtype)
     assert relative_rms(got, expected) <= (1e-6 if dtype == torch.float32 else 2**-8)
 
 

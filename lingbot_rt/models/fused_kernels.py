@@ -1,0 +1,264 @@
+"""Triton kernels for what lies between the matrix products of a block: one pass over memory each.
+
+``fused_blocks.PlainOps`` says in plain torch what each computes. No kernel depends on the number of rows, so another
+frame size compiles nothing. One program has one row of activations in its registers.
+
+Shapes: N rows (tokens), D model width, H heads, d head_dim, K features.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lingbot_rt.models.fused_blocks import Activation, Affine, NormTarget, Residual
+from lingbot_rt.models.quantize import FP8, LEAST_SCALE, MAX, Rows, spread_block
+
+_FP8_MAX = tl.constexpr(MAX)
+_LEAST_SCALE = tl.constexpr(LEAST_SCALE)
+
+
+@triton.jit
+def _store_quantized(x, x_type, at, inside, out_ptr, scale_ptr):
+    """Rounds a row to ``x_type``, then to fp8 with one scale for the row."""
+    x = tl.where(inside, x.to(x_type).to(tl.float32), 0.0)
+    scale = tl.maximum(tl.max(tl.abs(x), axis=0) / _FP8_MAX, _LEAST_SCALE)
+    tl.store(out_ptr + at, (x / scale).to(tl.float8e4nv), inside)
+    tl.store(scale_ptr, scale)
+
+
+@triton.jit
+def _residual_norm(
+    x_ptr,
+    y_ptr,
+    gate_ptr,
+    camera_scale_ptr,
+    camera_shift_ptr,
+    gain_ptr,
+    shift_ptr,
+    out_ptr,
+    scale_ptr,
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_CAMERA: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < D
+    x_type = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + row * D + at, inside, other=0.0).to(tl.float32)
+    if HAS_Y:
+        y = tl.load(y_ptr + row * D + at, inside, other=0.0).to(tl.float32)
+        if HAS_GATE:
+            y *= tl.load(gate_ptr + at, inside, other=0.0)
+        x += y
+        if HAS_CAMERA:
+            scale = tl.load(camera_scale_ptr + row * D + at, inside, other=0.0).to(tl.float32)
+            x = (1 + scale) * x + tl.load(camera_shift_ptr + row * D + at, inside, other=0.0).to(tl.float32)
+        rounded = x.to(x_type)
+        tl.store(x_ptr + row * D + at, rounded, inside)
+        x = rounded.to(tl.float32)
+    mean = tl.sum(x, axis=0) / D
+    centred = tl.where(inside, x - mean, 0.0)
+    inverse = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / D + eps)
+    gain = tl.load(gain_ptr + at, inside, other=0.0).to(tl.float32)
+    if PLUS_ONE:
+        gain += 1
+    normed = centred * inverse * gain + tl.load(shift_ptr + at, inside, other=0.0).to(tl.float32)
+    if QUANTIZE:
+        _store_quantized(normed, x_type, row * D + at, inside, out_ptr, scale_ptr + row)
+    else:
+        tl.store(out_ptr + row * D + at, normed.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _quantize_rows(
+    x_ptr,
+    y_ptr,
+    out_ptr,
+    scale_ptr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_Y: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < K
+    x = tl.load(x_ptr + row * K + at, inside, other=0.0).to(tl.float32)
+    if ACTIVATION == "gelu":
+        # x / 2 (1 + tanh(u)) = x sigmoid(2 u)
+        x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "silu":
+        x *= tl.sigmoid(x)
+    if HAS_Y:
+        x += tl.load(y_ptr + row * K + at, inside, other=0.0).to(tl.float32)
+    _store_quantized(x, x_ptr.dtype.element_ty, row * K + at, inside, out_ptr, scale_ptr + row)
+
+
+@triton.jit
+def _project_heads(
+    x_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_stride,
+    k_stride,
+    v_stride,
+    eps,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROTATE: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPREAD: tl.constexpr,
+    SPREAD_SCALE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    at = tl.arange(0, BLOCK)
+    inside = at < D
+    x = tl.load(x_ptr + row * (PARTS * D) + part * D + at, inside, other=0.0).to(tl.float32)
+    if part == 2:
+        tl.store(v_ptr + row * v_stride + at, x.to(v_ptr.dtype.element_ty), inside)
+    else:
+        weight_ptr = q_weight_ptr
+        if part == 1:
+            weight_ptr = k_weight_ptr
+        weight = tl.load(weight_ptr + at, inside, other=0.0).to(tl.float32)
+        x = x / tl.sqrt(tl.sum(x * x, axis=0) / D + eps) * weight
+        if ROTATE:
+            # Neighbours stay in one thread's registers: a tile with a dimension of 2 was ten times as slow.
+            x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+            even, odd = tl.split(tl.reshape(x, [BLOCK // 2, 2]))
+            pair = tl.arange(0, BLOCK // 2)
+            cos = tl.load(cos_ptr + row * PAIRS + pair % PAIRS)
+            sin = tl.load(sin_ptr + row * PAIRS + pair % PAIRS)
+            x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [BLOCK])
+        if SPREAD > 1:
+            # The sign of a Hadamard matrix at (i, j) is the parity of the bits that both have.
+            common = tl.arange(0, SPREAD)[:, None] & tl.arange(0, SPREAD)[None, :]
+            common ^= common >> 4
+            common ^= common >> 2
+            common ^= common >> 1
+            signs = (1 - 2 * (common & 1)).to(tl.float16)
+            # Normed values are far from float16's limit, and it is finer than bfloat16.
+            mixed = tl.dot(tl.reshape(x, [BLOCK // SPREAD, SPREAD]).to(tl.float16), signs)
+            x = tl.reshape(mixed, [BLOCK]) * SPREAD_SCALE
+        if part == 0:
+            tl.store(q_ptr + row * q_stride + at, x.to(q_ptr.dtype.element_ty), inside)
+        else:
+            tl.store(k_ptr + row * k_stride + at, x.to(k_ptr.dtype.element_ty), inside)
+
+
+def _warps(features: int) -> int:
+    """A row stays in registers. On an H100 4 to 8 warps are the fastest for the rows of the 14B."""
+    return max(1, min(8, triton.next_power_of_2(features) // 512))
+
+
+class TritonOps:
+    """``fused_blocks.PlainOps`` as Triton kernels. Rows must be contiguous."""
+
+    def residual_norm(
+        self, x_ND: Tensor, residual: Residual | None, affine: Affine, eps: float, target: NormTarget
+    ) -> Tensor | Rows:
+        rows, width = x_ND.shape
+        quantize = target == "fp8"
+        out = torch.empty_like(x_ND, dtype=FP8 if quantize else x_ND.dtype)
+        scale = torch.empty(rows, 1, dtype=torch.float32, device=x_ND.device) if quantize else out
+        y, gate, camera = residual or Residual(x_ND)
+        camera_scale, camera_shift = (x_ND, x_ND) if camera is None else camera
+        _residual_norm[(rows,)](
+            x_ND,
+            y,
+            x_ND if gate is None else gate,
+            camera_scale,
+            camera_shift,
+            affine.gain_D,
+            affine.shift_D,
+            out,
+            scale,
+            eps,
+            D=width,
+            BLOCK=triton.next_power_of_2(width),
+            HAS_Y=residual is not None,
+            HAS_GATE=gate is not None,
+            HAS_CAMERA=camera is not None,
+            PLUS_ONE=affine.plus_one,
+            QUANTIZE=quantize,
+            num_warps=_warps(width),
+        )
+        return Rows(out, scale) if quantize else out
+
+    def quantize(self, x_MK: Tensor, activation: Activation = "none", plus: Tensor | None = None) -> Rows:
+        rows, features = x_MK.shape
+        out = torch.empty_like(x_MK, dtype=FP8)
+        scale = torch.empty(rows, 1, dtype=torch.float32, device=x_MK.device)
+        _quantize_rows[(rows,)](
+            x_MK,
+            x_MK if plus is None else plus,
+            out,
+            scale,
+            K=features,
+            BLOCK=triton.next_power_of_2(features),
+            ACTIVATION=activation,
+            HAS_Y=plus is not None,
+            num_warps=_warps(features),
+        )
+        return Rows(out, scale)
+
+    def project_heads(
+        self,
+        qkv_N3D: Tensor,
+        weights: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor],
+        eps: float,
+        out: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        self._launch(qkv_N3D, weights, rope, eps, out, rotate=True, parts=3)
+
+    def head_norm(self, q_ND: Tensor, weight: Tensor, eps: float, heads: int) -> Tensor:
+        out = torch.empty_like(q_ND).unflatten(-1, (heads, -1))
+        self._launch(q_ND, (weight, weight), (weight, weight), eps, (out, out, out), rotate=False, parts=1)
+        return out
+
+    def _launch(
+        self,
+        x: Tensor,
+        weights: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor],
+        eps: float,
+        out: tuple[Tensor, ...],
+        *,
+        rotate: bool,
+        parts: int,
+    ) -> None:
+        rows, heads, head_dim = out[0].shape
+        block = spread_block(head_dim) if out[1].dtype == FP8 else 1
+        _project_heads[(rows, parts)](
+            x,
+            *weights,
+            *rope,
+            *out,
+            *(tensor.stride(0) for tensor in out),
+            eps,
+            D=heads * head_dim,
+            PAIRS=head_dim // 2,
+            BLOCK=triton.next_power_of_2(heads * head_dim),
+            ROTATE=rotate,
+            PARTS=parts,
+            SPREAD=block,
+            SPREAD_SCALE=block**-0.5,
+            num_warps=_warps(heads * head_dim),
+        )

@@ -1,0 +1,196 @@
+"""The fused path of the DiT's blocks: the reference's roll-outs again, and each kernel against plain torch."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+
+from lingbot_rt.models.attention import attend
+from lingbot_rt.models.dit import CausalDiT, DiTConfig
+from lingbot_rt.models.fused_blocks import Affine, PlainOps, Residual
+from lingbot_rt.models.kv_cache import KVCache
+from lingbot_rt.models.quantize import FP8, quantize_linears, spread
+
+from .conftest import CPU, Rollout, new_cache
+from .test_dit import TOLERANCE, worst
+
+
+def relative_rms(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.fixture
+def fused(dit) -> CausalDiT:
+    fused = copy.deepcopy(dit)
+    fused.fuse_blocks(PlainOps())
+    return fused
+
+
+def test_the_reference_rollout(fused, arrays):
+    """Fused blocks give the reference's flow and latents over five chunks, with the window sliding."""
+    expected = arrays("dit/rollout_main_outputs")
+    rollout = Rollout(fused, arrays("dit/rollout_main_inputs"), new_cache(fused))
+    for chunk in range(5):
+        assert worst(rollout.step(), expected["latents"][chunk]) <= TOLERANCE
+        assert worst(torch.stack(rollout.flows), expected["model_out"][chunk]) <= TOLERANCE
+
+
+def random_dit() -> CausalDiT:
+    torch.manual_seed(3)
+    config = DiTConfig(
+        num_layers=2, num_attention_heads=2, attention_head_dim=32, ffn_dim=128, in_channels=8, out_channels=4,
+        text_dim=16, text_len=8, freq_dim=16,
+    )  # fmt: skip
+    dit = CausalDiT(config).requires_grad_(False)
+    for parameter in dit.parameters():
+        parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5))
+    return dit
+
+
+def window(dit: CausalDiT, dtype: torch.dtype) -> KVCache:
+    heads = dit.config.num_attention_heads
+    return KVCache(
+        num_layers=2, num_heads=heads, head_dim=dit.config.attention_head_dim, tokens_per_frame=4, sink_frames=1,
+        window_frames=4, dtype=dtype, device=CPU,
+    )  # fmt: skip
+
+
+def two_chunks(dit: CausalDiT, cache: KVCache) -> torch.Tensor:
+    """Flows of two chunks with camera and prompt, a context pass after each. The second's slots are in two runs."""
+    generator = torch.Generator().manual_seed(5)
+    flows = []
+    for chunk in range(2):
+        x = torch.randn(1, 8, 2, 4, 4, generator=generator)
+        text_kv = dit.text_kv(torch.randn(1, 8, 16, generator=generator))
+        camera = dit.camera_modulation(torch.randn(1, 384, 2, 4, 4, generator=generator)) if chunk else None
+        flows.append(dit(x, 700.0, text_kv, camera, cache, 2 * chunk))
+        assert dit(x, 0.0, text_kv, camera, cache, 2 * chunk, commit=True) is None
+    return torch.cat(flows)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("kept", [torch.float32, FP8])
+def test_fused_blocks_are_the_plain_ones(quantized, kept):
+    """The same flows and window, with linears in fp8 or not, and the window in fp8 or not."""
+    dit = random_dit()
+    if quantized:
+        for block in dit.blocks:
+            quantize_linears(block)
+    plain_cache, cache = window(dit, kept), window(dit, kept)
+    plain = two_chunks(dit, plain_cache)
+    dit.fuse_blocks(PlainOps())
+    got = two_chunks(dit, cache)
+    # Values at the border of two fp8 steps may round either way.
+    limit = 1e-2 if quantized or kept == FP8 else 1e-5
+    assert relative_rms(got, plain) <= limit
+    for layer in range(2):
+        for ours, theirs in zip(cache.view(layer), plain_cache.view(layer), strict=True):
+            assert ours.dtype == kept
+            assert relative_rms(ours.float(), theirs.float()) <= limit
+
+
+def test_a_window_in_fp8_is_close_and_half_as_large():
+    """Three significant bits: flows within 3 % of those with a float32 window; values beyond 448 are kept finite."""
+    dit = random_dit()
+    exact, rounded = window(dit, torch.float32), window(dit, FP8)
+    assert rounded.nbytes * 4 == exact.nbytes
+    assert 1e-4 <= relative_rms(two_chunks(dit, rounded), two_chunks(dit, exact)) <= 0.03
+    v = torch.full((1, 8, 2, 32), 1000.0)
+    rounded.begin(0, 2)
+    rounded.write(0, v, -v)
+    assert rounded.view(0)[1][:, :8].float().eq(-448).all()
+    assert rounded.view(0)[0].float().abs().max() == 448
+
+
+def test_spread_keys_keep_their_products():
+    """Products of queries and keys stay, and one large dimension is shared out over its block."""
+    q, k = torch.randn(2, 6, 2, 96).unbind(0)
+    assert worst(spread(q) @ spread(k).mT, q @ k.mT) <= 1e-4
+    one = torch.zeros(64)
+    one[5] = 8.0
+    assert spread(one).abs().max() <= 8 / 32**0.5 + 1e-6
+    assert torch.equal(spread(one[:12]), one[:12])
+
+
+def test_attention_over_keys_in_fp8(monkeypatch):
+    """Kernels without fp8 compute in the query's type. fa3 gets all three in fp8."""
+    q, k, v = torch.randn(3, 1, 6, 2, 16).unbind(0)
+    rounded = k.to(FP8), v.to(FP8)
+    for backend in ("sdpa", "math"):
+        assert torch.equal(attend(q, *rounded, backend), attend(q, *(x.float() for x in rounded), backend))
+    seen = []
+    monkeypatch.setattr("lingbot_rt.models.attention._flash_attention", lambda name: lambda *qkv: seen.append(qkv))
+    attend(q, *rounded, "fa3")
+    attend(q.to(FP8), *rounded, "fa3")
+    assert [[x.dtype for x in qkv] for qkv in seen] == [[FP8] * 3] * 2
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""With this variable Triton's kernels run on a CPU, slowly."""
+
+FP8_NEAR = 0.2 if INTERPRETED else 1e-2
+"""A few values round the other way. The interpreter rounds to fp8 wrongly."""
+
+
+@pytest.fixture
+def triton_ops():
+    pytest.importorskip("triton")
+    from lingbot_rt.models.fused_kernels import TritonOps
+
+    return TritonOps()
+
+
+@pytest.mark.skipif(INTERPRETED and torch.cuda.is_available(), reason="the interpreter is for CPUs")
+@(lambda test: test if INTERPRETED else pytest.mark.gpu(test))
+@pytest.mark.parametrize(("width", "heads"), [(48, 3), (256, 4), (5120, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_are_the_plain_operations(triton_ops, dtype, width, heads):
+    """Every kernel, with and without its parts, on rows that are views of larger tensors where that is allowed."""
+    device = "cpu" if INTERPRETED else "cuda"
+    plain, rows = PlainOps(), 5
+
+    def draw(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, device=device).to(kind)
+
+    near = 1e-5 if dtype == torch.float32 else 1e-2
+    gain, shift, gate = (draw(width, kind=torch.float32) for _ in range(3))
+    camera = (draw(rows, width), draw(rows, width))
+    residuals = (None, Residual(draw(rows, width)), Residual(draw(rows, width), gate, camera))
+    for residual in residuals:
+        for affine in (Affine(gain, shift, plus_one=True), Affine(gain.to(dtype), shift.to(dtype))):
+            for target in ("same", "fp8") if width % 16 == 0 else ("same",):
+                x = draw(rows, width)
+                mine, theirs = x.clone(), x.clone()
+                got = triton_ops.residual_norm(mine, residual, affine, 1e-6, target)
+                expected = plain.residual_norm(theirs, residual, affine, 1e-6, target)
+                assert relative_rms(mine, theirs) <= near
+                assert_close(got, expected, near)
+    x = draw(rows, width)
+    for activation, plus in (("none", None), ("gelu", None), ("silu", None), ("none", draw(rows, width))):
+        assert_close(triton_ops.quantize(x, activation, plus), plain.quantize(x, activation, plus), near)
+    weights = (draw(width), draw(width))
+    head_dim = width // heads
+    rope = (draw(rows, head_dim // 2, kind=torch.float32), draw(rows, head_dim // 2, kind=torch.float32))
+    qkv = draw(rows, 3 * width)
+    for kinds in ((dtype, dtype, dtype), (dtype, FP8, FP8), (FP8, FP8, FP8)):
+        pair = [[torch.zeros(rows, heads, head_dim, device=device).to(kind) for kind in kinds] for _ in range(2)]
+        triton_ops.project_heads(qkv, weights, rope, 1e-6, tuple(pair[0]))
+        plain.project_heads(qkv, weights, rope, 1e-6, tuple(pair[1]))
+        for got, expected, kind in zip(*pair, kinds, strict=True):
+            assert relative_rms(got.float(), expected.float()) <= (near if kind == dtype else FP8_NEAR)
+    got = triton_ops.head_norm(x, weights[0], 1e-6, heads)
+    assert relative_rms(got, plain.head_norm(x, weights[0], 1e-6, heads)) <= near
+
+
+def assert_close(got, expected, near: float) -> None:
+    """Tensors, or fp8 rows, of which a few values may round the other way."""
+    if isinstance(expected, torch.Tensor):
+        assert relative_rms(got, expected) <= near
+        return
+    assert relative_rms(got.scale_M1, expected.scale_M1) <= near
+    assert (
+        relative_rms(got.values_MK.float() * got.scale_M1, expected.values_MK.float() * expected.scale_M1) <= FP8_NEAR
+    )
