@@ -75,6 +75,7 @@ def _of_model(info: ModelInfo, max_pixels: int) -> dict[str, Any]:
         "quantization": info.quantization,
         "attention_backend": info.attention_backend,
         "compiled": info.compiled,
+        "load_format": info.load_format,
         "num_ranks": info.num_ranks,
         "default_size": str(info.default_size),
         "sizes": sizes,

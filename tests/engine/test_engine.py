@@ -14,9 +14,9 @@ import torch
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine import chunk_runner
 from lingbot_rt.engine import engine as engine_module
+from lingbot_rt.engine.device import resolve_device
 from lingbot_rt.engine.engine import Engine
 from lingbot_rt.engine.memory import plan_memory, window_bytes
-from lingbot_rt.engine.pipeline import resolve_device
 from lingbot_rt.engine.placement import Placement
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import warm_up

@@ -1,0 +1,215 @@
+"""Memory of a model's weights, known from its configuration: what does not fit is refused before any of it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import nn
+
+from lingbot_rt.config import ServeConfig, flag
+from lingbot_rt.config_values import environment_value
+from lingbot_rt.engine.device import resolve_device, resolve_dtype
+from lingbot_rt.engine.memory import GB, free_bytes, known_host_bytes, window_bytes
+from lingbot_rt.errors import ConfigError
+from lingbot_rt.models.checkpoint import (
+    CheckpointFolder,
+    empty_dit,
+    empty_text_encoder,
+    empty_vae,
+    open_checkpoint,
+)
+from lingbot_rt.models.quantize import require_fp8
+from lingbot_rt.session.settings import MIN_SIDE
+from lingbot_rt.shapes import FrameSize
+
+_RESIDENT_BLOCKS = 2
+"""Blocks of an offloaded network that are on the device."""
+
+_FP8_MULTIPLE = 16
+
+REMEDIES = ("text_encoder_cpu_offload", "quantization", "dtype", "dit_cpu_offload", "num_gpus")
+"""Options that make the weights smaller in one place, those that cost least first."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayeredBytes:
+    """Bytes of a network whose equal layers may be offloaded."""
+
+    layers: int  # how many
+    layer: int  # of each
+    outside: int  # of everything else
+
+    @property
+    def total(self) -> int:
+        return self.layers * self.layer + self.outside
+
+    @property
+    def streamed(self) -> int:
+        """On the device while the layers are on the host."""
+        return min(_RESIDENT_BLOCKS, self.layers) * self.layer + self.outside
+
+    @property
+    def pinned(self) -> int:
+        """Host memory of offloaded layers. torch takes pinned memory in powers of two."""
+        return self.layers * (1 << (self.layer - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True)
+class ModelBytes:
+    """Bytes of one copy of each network of a model."""
+
+    dit: LayeredBytes
+    vae: int
+    text_encoder: LayeredBytes
+
+
+def model_bytes(
+    folder: CheckpointFolder, dtype: torch.dtype, vae_dtype: torch.dtype, quantization: str = "none"
+) -> ModelBytes:
+    """Counted on the meta device: nothing is allocated. Raises CheckpointError for networks that cannot be built."""
+    dit = empty_dit(replace(folder, dit_config=replace(folder.dit_config, num_layers=1)))
+    layer = _bytes(dit.blocks[0], dtype, fp8=quantization == "fp8")
+    text = empty_text_encoder(folder)
+    layers = text.encoder.block
+    # The table of embeddings has two names.
+    text_outside = _bytes(text.shared, dtype) + _bytes(text.encoder.final_layer_norm, dtype)
+    return ModelBytes(
+        dit=LayeredBytes(folder.dit_config.num_layers, layer, _bytes(dit, dtype) - _bytes(dit.blocks[0], dtype)),
+        vae=_bytes(empty_vae(folder), vae_dtype),
+        text_encoder=LayeredBytes(len(layers), _bytes(layers[0], dtype), text_outside),
+    )
+
+
+def _bytes(module: nn.Module, dtype: torch.dtype, *, fp8: bool = False) -> int:
+    """Bytes of a module's parameters; with ``fp8`` its linears have a byte per weight and a float32 per row."""
+    total = sum(value.numel() for value in module.parameters()) * dtype.itemsize
+    linears = [each.weight for each in module.modules() if type(each) is nn.Linear] if fp8 else []
+    saved = sum(weight.numel() * (dtype.itemsize - 1) for weight in linears)
+    return total - saved + sum(weight.shape[0] * torch.float32.itemsize for weight in linears)
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes of the weights and of the smallest session: on the first rank's device, and on the host for all ranks."""
+
+    device: int
+    host: int
+    parts: str  # the networks, for a message
+
+
+def needed_memory(folder: CheckpointFolder, config: ServeConfig, device_type: str, *, text_encoder: bool) -> Need:
+    """Pure but for the configurations that it reads. ``device_type``: cuda or cpu, where ``device`` is 0.
+
+    ``text_encoder``: False when the model's own is not loaded.
+    """
+    device = torch.device(device_type)
+    dtype = resolve_dtype(config.dtype, device)
+    found = model_bytes(folder, dtype, resolve_dtype(config.vae_dtype, device), config.quantization)
+    dit, text = found.dit, found.text_encoder if text_encoder else LayeredBytes(0, 1, 0)
+    session = _smallest_session(folder, dtype)
+    ranks = int(environment_value("LOCAL_WORLD_SIZE") or config.num_gpus)
+    parts = f"transformer {dit.total / GB:.1f}, VAE {found.vae / GB:.1f}"
+    parts += f", text encoder {text.total / GB:.1f}" if text_encoder else ""
+    if device_type == "cpu":
+        parts += f", on {ranks} ranks" if ranks > 1 else ""
+        return Need(0, ranks * (dit.total + found.vae) + text.total + session, parts)
+    host = ranks * dit.pinned if config.dit_cpu_offload else 0
+    host += ranks * found.vae if config.vae_cpu_offload else 0
+    on_device = (dit.streamed if config.dit_cpu_offload else dit.total) + found.vae
+    if config.text_encoder_cpu_offload:
+        host += text.pinned + text.outside
+        on_device += text.streamed - text.outside
+    else:
+        on_device += text.total
+    return Need(on_device + session, host, parts)
+
+
+def _smallest_session(folder: CheckpointFolder, dtype: torch.dtype) -> int:
+    """Window and prompt of the smallest session that a client may ask for."""
+    config = folder.dit_config
+    window = window_bytes(config, FrameSize(MIN_SIDE, MIN_SIDE), config.latent_frames, dtype)
+    return window + config.text_len * (2 * config.num_layers * config.dim + config.text_dim) * dtype.itemsize
+
+
+def require_memory(config: ServeConfig, *, text_encoder: bool = True, offered: Collection[str] = REMEDIES) -> None:
+    """Raises ConfigError if the weights and the smallest session do not fit in the memory that is free now.
+
+    ``offered``: options that the command has, of which the message names those that would help. Memory that is not
+    known to be too small passes. Call it before any rank loads: on a CPU all ranks share the memory.
+    """
+    device = resolve_device(config.device)
+    folder = open_checkpoint(config.model_path, config.schedule, config.load_format)
+    free = {"device": free_bytes(device) if device.type == "cuda" else None, "host": known_host_bytes()}
+
+    def lack(changed: ServeConfig) -> tuple[str, int, int, str] | None:
+        """Where memory is missing, needed and free bytes there, and the networks; None if all fits."""
+        need = needed_memory(folder, changed, device.type, text_encoder=text_encoder)
+        for place, needed in (("device", need.device), ("host", need.host)):
+            available = free[place]
+            if available is not None and needed > available:
+                return str(device) if place == "device" else "the host", needed, available, need.parts
+        return None
+
+    lacking = lack(config)
+    if lacking is None:
+        return
+    where, needed, available, parts = lacking
+    helpful = next(
+        (names for names, changed in _changes(config, device, folder, offered) if lack(changed) is None), None
+    )
+    fix = f"use {helpful}" if helpful else "no option makes it fit: use a smaller model or more memory"
+    raise ConfigError(
+        f"--model-path {config.model_path} needs {needed / GB:.1f} GB on {where} ({parts}), "
+        f"{available / GB:.1f} GB is free: {fix}",
+        field="model_path",
+    )
+
+
+def _changes(
+    config: ServeConfig, device: torch.device, folder: CheckpointFolder, offered: Collection[str]
+) -> Iterator[tuple[str, ServeConfig]]:
+    """Options that could help, one alone first, then several: as text, and the configuration with them."""
+    possible = [(name, value) for name, value in _remedies(config, device, folder) if name in offered]
+    for count in range(1, len(possible) + 1):
+        for chosen in combinations(possible, count):
+            try:
+                changed = replace(config, **dict(chosen))
+            except ConfigError:
+                continue
+            if changed.quantization == "fp8" and not _takes_fp8(changed, device):
+                continue
+            text = " ".join(flag(name) + ("" if value is True else f" {value}") for name, value in chosen)
+            yield text, changed
+
+
+def _remedies(config: ServeConfig, device: torch.device, folder: CheckpointFolder) -> Iterator[tuple[str, Any]]:
+    """(option, value) of everything in REMEDIES that is not set already and may save memory here."""
+    dit = folder.dit_config
+    on_gpu = device.type == "cuda"
+    for name in REMEDIES:
+        match name:
+            case "text_encoder_cpu_offload" | "dit_cpu_offload":
+                if on_gpu and not getattr(config, name):
+                    yield name, True
+            case "quantization":
+                if config.quantization == "none" and not (dit.dim % _FP8_MULTIPLE or dit.ffn_dim % _FP8_MULTIPLE):
+                    yield name, "fp8"
+            case "dtype":
+                if resolve_dtype(config.dtype, device) == torch.float32:
+                    yield name, "bfloat16"
+            case "num_gpus":
+                # Each rank has all weights of the DiT. On a CPU they share one memory.
+                if config.num_gpus > 1 and not on_gpu:
+                    yield name, 1
+
+
+def _takes_fp8(config: ServeConfig, device: torch.device) -> bool:
+    try:
+        require_fp8(device, resolve_dtype(config.dtype, device))
+    except ConfigError:
+        return False
+    return True
