@@ -1,4 +1,7 @@
-"""Random weights for measurements: speed does not depend on weights. The text encoder, which is not measured, is left out."""
+"""A pipeline with random weights for measurements: speed does not depend on weights.
+
+The text encoder, which is not measured, is left out.
+"""
 
 from __future__ import annotations
 
