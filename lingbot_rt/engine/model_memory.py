@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Any
 
 import torch
@@ -31,8 +30,8 @@ _RESIDENT_BLOCKS = 2
 
 _FP8_MULTIPLE = 16
 
-REMEDIES = ("text_encoder_cpu_offload", "quantization", "dtype", "dit_cpu_offload", "num_gpus")
-"""Options that make the weights smaller in one place, those that cost least first."""
+REMEDIES = ("text_encoder_cpu_offload", "dtype", "quantization", "num_gpus", "dit_cpu_offload")
+"""Options that make the weights smaller in one place. Each costs more speed or exactness than those before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,18 +171,14 @@ def require_memory(config: ServeConfig, *, text_encoder: bool = True, offered: C
 def _changes(
     config: ServeConfig, device: torch.device, folder: CheckpointFolder, offered: Collection[str]
 ) -> Iterator[tuple[str, ServeConfig]]:
-    """Options that could help, one alone first, then several: as text, and the configuration with them."""
+    """Options that could help, as text, and the configuration with them. What costs least comes first."""
     possible = [(name, value) for name, value in _remedies(config, device, folder) if name in offered]
-    for count in range(1, len(possible) + 1):
-        for chosen in combinations(possible, count):
-            try:
-                changed = replace(config, **dict(chosen))
-            except ConfigError:
-                continue
-            if changed.quantization == "fp8" and not _takes_fp8(changed, device):
-                continue
-            text = " ".join(flag(name) + ("" if value is True else f" {value}") for name, value in chosen)
-            yield text, changed
+    # Counts in binary: each option costs more than all those before it together.
+    for mask in range(1, 1 << len(possible)):
+        chosen = [option for i, option in enumerate(possible) if mask >> i & 1]
+        changed = replace(config, **dict(chosen))
+        if changed.quantization == "none" or _takes_fp8(changed, device):
+            yield " ".join(flag(name) + ("" if value is True else f" {value}") for name, value in chosen), changed
 
 
 def _remedies(config: ServeConfig, device: torch.device, folder: CheckpointFolder) -> Iterator[tuple[str, Any]]:
@@ -203,7 +198,7 @@ def _remedies(config: ServeConfig, device: torch.device, folder: CheckpointFolde
                     yield name, "bfloat16"
             case "num_gpus":
                 # Each rank has all weights of the DiT. On a CPU they share one memory.
-                if config.num_gpus > 1 and not on_gpu:
+                if config.num_gpus > 1 and not on_gpu and config.ulysses_degree is None and config.vae_parallel == "none":
                     yield name, 1
 
 
