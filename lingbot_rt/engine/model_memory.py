@@ -183,23 +183,18 @@ def _changes(
 
 def _remedies(config: ServeConfig, device: torch.device, folder: CheckpointFolder) -> Iterator[tuple[str, Any]]:
     """(option, value) of everything in REMEDIES that is not set already and may save memory here."""
-    dit = folder.dit_config
-    on_gpu = device.type == "cuda"
-    for name in REMEDIES:
-        match name:
-            case "text_encoder_cpu_offload" | "dit_cpu_offload":
-                if on_gpu and not getattr(config, name):
-                    yield name, True
-            case "quantization":
-                if config.quantization == "none" and not (dit.dim % _FP8_MULTIPLE or dit.ffn_dim % _FP8_MULTIPLE):
-                    yield name, "fp8"
-            case "dtype":
-                if resolve_dtype(config.dtype, device) == torch.float32:
-                    yield name, "bfloat16"
-            case "num_gpus":
-                # Each rank has all weights of the DiT. On a CPU they share one memory.
-                if config.num_gpus > 1 and not on_gpu and config.ulysses_degree is None and config.vae_parallel == "none":
-                    yield name, 1
+    dit, on_gpu = folder.dit_config, device.type == "cuda"
+    multiples = dit.dim % _FP8_MULTIPLE == 0 == dit.ffn_dim % _FP8_MULTIPLE
+    # Each rank has all weights of the DiT. On a CPU they share one memory.
+    fewer_ranks = not on_gpu and config.num_gpus > 1 and config.ulysses_degree is None and config.vae_parallel == "none"
+    values = {
+        "text_encoder_cpu_offload": True if on_gpu and not config.text_encoder_cpu_offload else None,
+        "dtype": "bfloat16" if resolve_dtype(config.dtype, device) == torch.float32 else None,
+        "quantization": "fp8" if config.quantization == "none" and multiples else None,
+        "num_gpus": 1 if fewer_ranks else None,
+        "dit_cpu_offload": True if on_gpu and not config.dit_cpu_offload else None,
+    }
+    yield from ((name, values[name]) for name in REMEDIES if values[name] is not None)
 
 
 def _takes_fp8(config: ServeConfig, device: torch.device) -> bool:
