@@ -22,7 +22,7 @@ from lingbot_rt.engine.worker import run_worker, worker_loop
 from lingbot_rt.models.dummy import DUMMY
 from lingbot_rt.parallel.coordinator import Coordinator, Stop, create_coordinator
 from lingbot_rt.parallel.groups import RankGroup, Ranks
-from lingbot_rt.parallel.launch import RankInfo
+from lingbot_rt.parallel.launch import RankInfo, require_ranks
 from lingbot_rt.session.plan import EngineStatus
 
 
@@ -57,6 +57,7 @@ def pipeline_on_ranks(job: Job, report: Callable[[EngineStatus], None]) -> Itera
     """
     if job.config.num_gpus > 1:
         config = replace(job.config, load_format=DUMMY) if job.random_weights else job.config
+        require_ranks(config)
         require_memory(config, text_encoder=not job.random_weights)
     with _started_ranks(job) as coordinator:
 

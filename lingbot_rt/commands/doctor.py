@@ -118,14 +118,14 @@ def _kernels() -> Iterator[str]:
 def _memory(config: ServeConfig) -> Iterator[str]:
     from lingbot_rt.engine.device import resolve_dtype
     from lingbot_rt.engine.memory import GB, free_bytes, window_bytes
-    from lingbot_rt.engine.model_memory import model_bytes
+    from lingbot_rt.engine.model_memory import ModelCounts
     from lingbot_rt.models.checkpoint import open_checkpoint
 
     folder = open_checkpoint(config.model_path, config.schedule, config.load_format)
     free = min(free_bytes(device) for device in _torch_devices())
     device = _torch_devices()[0]
     dtype = resolve_dtype("auto", device)
-    weights = model_bytes(folder, dtype, dtype).dit.total
+    weights = ModelCounts.of(folder).nbytes(dtype, dtype).dit.total
     window = window_bytes(folder.dit_config, folder.default_size, folder.dit_config.window_frames, dtype)
     verdict = "fits" if weights + window < free else f"does not fit in {free / GB:.1f} GB"
     yield (

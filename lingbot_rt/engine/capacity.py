@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lingbot_rt.engine.memory import Setup, session_memory
-from lingbot_rt.engine.model_memory import model_bytes
+from lingbot_rt.engine.model_memory import ModelCounts
 from lingbot_rt.models.checkpoint import CheckpointFolder, empty_vae, open_checkpoint
 from lingbot_rt.models.dit import DiTConfig
 from lingbot_rt.models.dummy import DUMMY, LINGBOT_WORLD_FAST
@@ -47,7 +47,7 @@ class Estimate:
     @classmethod
     def of(cls, folder: CheckpointFolder, precision: Precision, vae_dtype: torch.dtype = torch.bfloat16) -> Estimate:
         """With the text encoder on the host. Reads configurations and allocates nothing."""
-        found = model_bytes(folder, torch.bfloat16, vae_dtype, precision.quantization)
+        found = ModelCounts.of(folder).nbytes(torch.bfloat16, vae_dtype, precision.quantization)
         with torch.device("meta"):
             vae = StreamingVAE(torch.nn.Module.to(empty_vae(folder), vae_dtype))
         setup = Setup(

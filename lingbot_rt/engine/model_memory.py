@@ -21,11 +21,12 @@ from lingbot_rt.models.checkpoint import (
     empty_vae,
     open_checkpoint,
 )
+from lingbot_rt.models.dit import DiTConfig
 from lingbot_rt.models.quantize import require_fp8
 from lingbot_rt.session.settings import MIN_SIDE
 from lingbot_rt.shapes import FrameSize
 
-_RESIDENT_BLOCKS = 2
+_RESIDENT = 2
 """Blocks of an offloaded network that are on the device."""
 
 _FP8_MULTIPLE = 16
@@ -49,7 +50,7 @@ class LayeredBytes:
     @property
     def streamed(self) -> int:
         """On the device while the layers are on the host."""
-        return min(_RESIDENT_BLOCKS, self.layers) * self.layer + self.outside
+        return min(_RESIDENT, self.layers) * self.layer + self.outside
 
     @property
     def pinned(self) -> int:
@@ -66,29 +67,70 @@ class ModelBytes:
     text_encoder: LayeredBytes
 
 
-def model_bytes(
-    folder: CheckpointFolder, dtype: torch.dtype, vae_dtype: torch.dtype, quantization: str = "none"
-) -> ModelBytes:
-    """Counted on the meta device: nothing is allocated. Raises CheckpointError for networks that cannot be built."""
-    dit = empty_dit(replace(folder, dit_config=replace(folder.dit_config, num_layers=1)))
-    layer = _bytes(dit.blocks[0], dtype, fp8=quantization == "fp8")
-    text = empty_text_encoder(folder)
-    layers = text.encoder.block
-    # The table of embeddings has two names.
-    text_outside = _bytes(text.shared, dtype) + _bytes(text.encoder.final_layer_norm, dtype)
-    return ModelBytes(
-        dit=LayeredBytes(folder.dit_config.num_layers, layer, _bytes(dit, dtype) - _bytes(dit.blocks[0], dtype)),
-        vae=_bytes(empty_vae(folder), vae_dtype),
-        text_encoder=LayeredBytes(len(layers), _bytes(layers[0], dtype), text_outside),
-    )
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Parameters of a module."""
+
+    parameters: int
+    linear_weights: int = 0  # those of them that are weights of linears
+    linear_rows: int = 0
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Count:
+        linears = [each.weight for each in module.modules() if type(each) is nn.Linear]
+        return cls(
+            sum(value.numel() for value in module.parameters()),
+            sum(weight.numel() for weight in linears),
+            sum(weight.shape[0] for weight in linears),
+        )
+
+    def nbytes(self, dtype: torch.dtype, *, fp8: bool = False) -> int:
+        """With ``fp8`` linears have a byte per weight and a float32 scale per row."""
+        if not fp8:
+            return self.parameters * dtype.itemsize
+        rest = self.parameters - self.linear_weights
+        return self.linear_weights + self.linear_rows * torch.float32.itemsize + rest * dtype.itemsize
 
 
-def _bytes(module: nn.Module, dtype: torch.dtype, *, fp8: bool = False) -> int:
-    """Bytes of a module's parameters; with ``fp8`` its linears have a byte per weight and a float32 per row."""
-    total = sum(value.numel() for value in module.parameters()) * dtype.itemsize
-    linears = [each.weight for each in module.modules() if type(each) is nn.Linear] if fp8 else []
-    saved = sum(weight.numel() * (dtype.itemsize - 1) for weight in linears)
-    return total - saved + sum(weight.shape[0] * torch.float32.itemsize for weight in linears)
+@dataclass(frozen=True, slots=True)
+class ModelCounts:
+    """Parameters of a model's networks."""
+
+    layers: int
+    layer: Count
+    outside: int
+    vae: int
+    text_layers: int
+    text_layer: int
+    text_outside: int
+
+    @classmethod
+    def of(cls, folder: CheckpointFolder) -> ModelCounts:
+        """Counted on the meta device: nothing is allocated. Raises CheckpointError for what cannot be built."""
+        dit = empty_dit(replace(folder, dit_config=replace(folder.dit_config, num_layers=1)))
+        layer = Count.of(dit.blocks[0])
+        text = empty_text_encoder(folder)
+        stack = text.encoder
+        return cls(
+            layers=folder.dit_config.num_layers,
+            layer=layer,
+            outside=Count.of(dit).parameters - layer.parameters,
+            vae=Count.of(empty_vae(folder)).parameters,
+            text_layers=len(stack.block),
+            text_layer=Count.of(stack.block[0]).parameters,
+            # The table of embeddings has two names.
+            text_outside=Count.of(text.shared).parameters + Count.of(stack.final_layer_norm).parameters,
+        )
+
+    def nbytes(self, dtype: torch.dtype, vae_dtype: torch.dtype, quantization: str = "none") -> ModelBytes:
+        layer = self.layer.nbytes(dtype, fp8=quantization == "fp8")
+        return ModelBytes(
+            dit=LayeredBytes(self.layers, layer, self.outside * dtype.itemsize),
+            vae=self.vae * vae_dtype.itemsize,
+            text_encoder=LayeredBytes(
+                self.text_layers, self.text_layer * dtype.itemsize, self.text_outside * dtype.itemsize
+            ),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,25 +142,24 @@ class Need:
     parts: str  # the networks, for a message
 
 
-def needed_memory(folder: CheckpointFolder, config: ServeConfig, device_type: str, *, text_encoder: bool) -> Need:
-    """Pure but for the configurations that it reads. ``device_type``: cuda or cpu, where ``device`` is 0.
-
-    ``text_encoder``: False when the model's own is not loaded.
-    """
+def needed_memory(
+    counts: ModelCounts, dit: DiTConfig, config: ServeConfig, device_type: str, *, text_encoder: bool
+) -> Need:
+    """``device_type``: cuda or cpu, where ``device`` is 0. ``text_encoder``: False when it is not loaded."""
     device = torch.device(device_type)
     dtype = resolve_dtype(config.dtype, device)
-    found = model_bytes(folder, dtype, resolve_dtype(config.vae_dtype, device), config.quantization)
-    dit, text = found.dit, found.text_encoder if text_encoder else LayeredBytes(0, 1, 0)
-    session = _smallest_session(folder, dtype)
+    found = counts.nbytes(dtype, resolve_dtype(config.vae_dtype, device), config.quantization)
+    weights, text = found.dit, found.text_encoder if text_encoder else LayeredBytes(0, 1, 0)
+    session = _smallest_session(dit, dtype)
     ranks = int(environment_value("LOCAL_WORLD_SIZE") or config.num_gpus)
-    parts = f"transformer {dit.total / GB:.1f}, VAE {found.vae / GB:.1f}"
+    parts = f"transformer {weights.total / GB:.1f}, VAE {found.vae / GB:.1f}"
     parts += f", text encoder {text.total / GB:.1f}" if text_encoder else ""
     if device_type == "cpu":
         parts += f", on {ranks} ranks" if ranks > 1 else ""
-        return Need(0, ranks * (dit.total + found.vae) + text.total + session, parts)
-    host = ranks * dit.pinned if config.dit_cpu_offload else 0
+        return Need(0, ranks * (weights.total + found.vae) + text.total + session, parts)
+    host = ranks * weights.pinned if config.dit_cpu_offload else 0
     host += ranks * found.vae if config.vae_cpu_offload else 0
-    on_device = (dit.streamed if config.dit_cpu_offload else dit.total) + found.vae
+    on_device = (weights.streamed if config.dit_cpu_offload else weights.total) + found.vae
     if config.text_encoder_cpu_offload:
         host += text.pinned + text.outside
         on_device += text.streamed - text.outside
@@ -127,26 +168,33 @@ def needed_memory(folder: CheckpointFolder, config: ServeConfig, device_type: st
     return Need(on_device + session, host, parts)
 
 
-def _smallest_session(folder: CheckpointFolder, dtype: torch.dtype) -> int:
+def _smallest_session(config: DiTConfig, dtype: torch.dtype) -> int:
     """Window and prompt of the smallest session that a client may ask for."""
-    config = folder.dit_config
     window = window_bytes(config, FrameSize(MIN_SIDE, MIN_SIDE), config.latent_frames, dtype)
     return window + config.text_len * (2 * config.num_layers * config.dim + config.text_dim) * dtype.itemsize
 
 
-def require_memory(config: ServeConfig, *, text_encoder: bool = True, offered: Collection[str] = REMEDIES) -> None:
+def require_memory(
+    config: ServeConfig,
+    folder: CheckpointFolder | None = None,
+    *,
+    text_encoder: bool = True,
+    offered: Collection[str] = REMEDIES,
+) -> None:
     """Raises ConfigError if the weights and the smallest session do not fit in the memory that is free now.
 
+    ``folder``: the model of ``config``, if it is open already. ``text_encoder``: False when it is not loaded.
     ``offered``: options that the command has, of which the message names those that would help. Memory that is not
     known to be too small passes. Call it before any rank loads: on a CPU all ranks share the memory.
     """
     device = resolve_device(config.device)
-    folder = open_checkpoint(config.model_path, config.schedule, config.load_format)
+    folder = folder or open_checkpoint(config.model_path, config.schedule, config.load_format)
+    counts, dit = ModelCounts.of(folder), folder.dit_config
     free = {"device": free_bytes(device) if device.type == "cuda" else None, "host": known_host_bytes()}
 
     def lack(changed: ServeConfig) -> tuple[str, int, int, str] | None:
         """Where memory is missing, needed and free bytes there, and the networks; None if all fits."""
-        need = needed_memory(folder, changed, device.type, text_encoder=text_encoder)
+        need = needed_memory(counts, dit, changed, device.type, text_encoder=text_encoder)
         for place, needed in (("device", need.device), ("host", need.host)):
             available = free[place]
             if available is not None and needed > available:
@@ -157,9 +205,7 @@ def require_memory(config: ServeConfig, *, text_encoder: bool = True, offered: C
     if lacking is None:
         return
     where, needed, available, parts = lacking
-    helpful = next(
-        (names for names, changed in _changes(config, device, folder, offered) if lack(changed) is None), None
-    )
+    helpful = next((names for names, changed in _changes(config, device, dit, offered) if lack(changed) is None), None)
     fix = f"use {helpful}" if helpful else "no option makes it fit: use a smaller model or more memory"
     raise ConfigError(
         f"--model-path {config.model_path} needs {needed / GB:.1f} GB on {where} ({parts}), "
@@ -169,10 +215,10 @@ def require_memory(config: ServeConfig, *, text_encoder: bool = True, offered: C
 
 
 def _changes(
-    config: ServeConfig, device: torch.device, folder: CheckpointFolder, offered: Collection[str]
+    config: ServeConfig, device: torch.device, dit: DiTConfig, offered: Collection[str]
 ) -> Iterator[tuple[str, ServeConfig]]:
     """Options that could help, as text, and the configuration with them. What costs least comes first."""
-    possible = [(name, value) for name, value in _remedies(config, device, folder) if name in offered]
+    possible = [(name, value) for name, value in _remedies(config, device, dit) if name in offered]
     # Counts in binary: each option costs more than all those before it together.
     for mask in range(1, 1 << len(possible)):
         chosen = [option for i, option in enumerate(possible) if mask >> i & 1]
@@ -181,9 +227,9 @@ def _changes(
             yield " ".join(flag(name) + ("" if value is True else f" {value}") for name, value in chosen), changed
 
 
-def _remedies(config: ServeConfig, device: torch.device, folder: CheckpointFolder) -> Iterator[tuple[str, Any]]:
+def _remedies(config: ServeConfig, device: torch.device, dit: DiTConfig) -> Iterator[tuple[str, Any]]:
     """(option, value) of everything in REMEDIES that is not set already and may save memory here."""
-    dit, on_gpu = folder.dit_config, device.type == "cuda"
+    on_gpu = device.type == "cuda"
     multiples = dit.dim % _FP8_MULTIPLE == 0 == dit.ffn_dim % _FP8_MULTIPLE
     # Each rank has all weights of the DiT. On a CPU they share one memory.
     fewer_ranks = not on_gpu and config.num_gpus > 1 and config.ulysses_degree is None and config.vae_parallel == "none"

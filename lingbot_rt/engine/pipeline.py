@@ -111,7 +111,7 @@ def load_pipeline(
             log.warning("%s: random weights (--load-format dummy): the frames are noise", config.model_path)
         log.log(logging.WARNING if folder.schedule.assumed else logging.INFO, "%s", folder.schedule)
     if ranks.world == 1:
-        require_memory(config, text_encoder=prompts is None)
+        require_memory(config, folder, text_encoder=prompts is None)
 
     def part(name: str) -> Callable[[float], None]:
         return lambda done: report(EngineStatus("loading weights", done, name))

@@ -11,7 +11,7 @@ from lingbot_rt.cli import main
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine import memory, model_memory
 from lingbot_rt.engine.memory import GB, weight_bytes
-from lingbot_rt.engine.model_memory import model_bytes, needed_memory, require_memory
+from lingbot_rt.engine.model_memory import ModelCounts, needed_memory, require_memory
 from lingbot_rt.engine.pipeline import load_pipeline
 from lingbot_rt.errors import ConfigError
 from lingbot_rt.models.checkpoint import load_dit, load_text_encoder, load_vae, open_checkpoint
@@ -49,7 +49,7 @@ def on_gpu(monkeypatch):
 def test_the_count_is_what_loading_takes(quantization, dtype):
     """Of every network exactly the bytes of its parameters and buffers once it is loaded."""
     folder = open_checkpoint("builtin", load_format="dummy")
-    found = model_bytes(folder, dtype, torch.float32, quantization)
+    found = ModelCounts.of(folder).nbytes(dtype, torch.float32, quantization)
     dit = load_dit(folder, dtype, CPU, quantization=quantization)
     assert found.dit.total == weight_bytes(dit)
     assert found.dit.layer == weight_bytes(dit.blocks[0])
@@ -62,10 +62,11 @@ def test_the_count_is_what_loading_takes(quantization, dtype):
 def test_where_weights_are():
     """On a GPU everything, or what each offload option leaves there; on a CPU all ranks share the host."""
     folder = open_checkpoint(LINGBOT_WORLD_FAST, load_format="dummy")
+    counts = ModelCounts.of(folder)
 
     def need(kind: str, **options) -> tuple[float, float]:
         config = dataclasses.replace(LARGE, **({"device": "auto"} | options))
-        found = needed_memory(folder, config, kind, text_encoder=True)
+        found = needed_memory(counts, folder.dit_config, config, kind, text_encoder=True)
         return found.device / GB, found.host / GB
 
     device, host = need("cuda")
