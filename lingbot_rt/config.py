@@ -140,7 +140,9 @@ class ServeConfig:
         group="device",
     )
     text_encoder_cpu_offload: bool = _option(
-        False, "keep the text encoder on the CPU and move it to the device when it is used", group="device"
+        False,
+        "keep the text encoder on the CPU and move its layers to the device, two at a time, per prompt",
+        group="device",
     )
     vae_cpu_offload: bool = _option(
         False, "keep the VAE on the CPU and move it to the device when it is used", group="device"

@@ -28,6 +28,11 @@ sink 3, which takes 57 GB.
 
 _SEED = 20
 
+_SAMPLES = 2**22 - 3
+"""Values that are drawn on a CPU, which takes minutes for all of the 14B. Larger tensors repeat them; the number is
+prime, so that rows do not repeat each other.
+"""
+
 
 class RandomWeights:
     """Fills a network with random weights, the same ones at every start on the same kind of device.
@@ -38,6 +43,7 @@ class RandomWeights:
     def __init__(self, device: torch.device) -> None:
         """``device``: where the tensors are that will be filled."""
         self._generator = torch.Generator(device).manual_seed(_SEED)
+        self._samples: Tensor | None = None
 
     def fill(self, targets: Mapping[str, Tensor]) -> None:
         for name, tensor in targets.items():
@@ -46,7 +52,20 @@ class RandomWeights:
             elif tensor.numel() == tensor.shape[0]:
                 tensor.fill_(1.0)
             else:
-                tensor.normal_(std=1 / math.sqrt(tensor.shape[1:].numel()), generator=self._generator)
+                self._draw(tensor)
+                tensor.mul_(1 / math.sqrt(tensor.shape[1:].numel()))
+
+    def _draw(self, tensor: Tensor) -> None:
+        """Standard normal values."""
+        if tensor.device.type != "cpu" or tensor.numel() <= _SAMPLES:
+            tensor.normal_(generator=self._generator)
+            return
+        if self._samples is None:
+            self._samples = torch.empty(_SAMPLES, dtype=tensor.dtype).normal_(generator=self._generator)
+        start = int(torch.randint(_SAMPLES, (), generator=self._generator))
+        values = self._samples.roll(-start)
+        for part in tensor.view(-1).split(_SAMPLES):
+            part.copy_(values[: part.numel()])
 
 
 _END = 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lingbot_rt.errors import CheckpointError
-from lingbot_rt.models import builtin, hub
+from lingbot_rt.models import builtin, dummy, hub
 from lingbot_rt.models.checkpoint import (
     empty_dit,
     empty_text_encoder,
@@ -78,8 +78,8 @@ def test_a_tokenizer_that_is_there_is_used(model, golden):
     for path in model.rglob("*.safetensors"):
         path.unlink()
     real = load_text_encoder(open_checkpoint(str(golden("e2e/model"))), torch.float32, CPU)
-    dummy = load_text_encoder(open_checkpoint(str(model), load_format="dummy"), torch.float32, CPU)
-    assert dummy.token_ids("A quiet street.") == real.token_ids("A quiet street.")
+    stand_in = load_text_encoder(open_checkpoint(str(model), load_format="dummy"), torch.float32, CPU)
+    assert stand_in.token_ids("A quiet street.") == real.token_ids("A quiet street.")
     (model / "tokenizer" / "tokenizer.json").unlink()
     other = load_text_encoder(open_checkpoint(str(model), load_format="dummy"), torch.float32, CPU)
     assert other.token_ids("A quiet street.") != real.token_ids("A quiet street.")
@@ -113,6 +113,17 @@ def test_random_weights_keep_the_scale_of_activations():
     assert tensors["a.weight"].norm(dim=1).mean().item() == pytest.approx(1, abs=0.05)
     assert tensors["a.bias"].eq(0).all()
     assert tensors["norm.gamma"].eq(1).all()
+
+
+def test_large_tensors_are_as_random_as_small_ones(monkeypatch):
+    """A tensor of more values than are drawn has the same scale, and no two of its rows, or tensors, are alike."""
+    monkeypatch.setattr(dummy, "_SAMPLES", 997)
+    first, second = torch.empty(64, 256), torch.empty(64, 256)
+    RandomWeights(CPU).fill({"a.weight": first, "b.weight": second})
+    for tensor in (first, second):
+        assert tensor.norm(dim=1).mean().item() == pytest.approx(1, abs=0.05)
+        assert torch.linalg.matrix_rank(tensor) == 64
+    assert not torch.equal(first, second)
 
 
 def test_ids_from_words():
