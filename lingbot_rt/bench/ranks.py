@@ -25,6 +25,9 @@ from lingbot_rt.parallel.groups import RankGroup, Ranks
 from lingbot_rt.parallel.launch import RankInfo, require_ranks
 from lingbot_rt.session.plan import EngineStatus
 
+_OFFERED = ("dtype", "quantization", "num_gpus", "dit_cpu_offload")
+"""Options of the command that save memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -55,10 +58,9 @@ def pipeline_on_ranks(job: Job, report: Callable[[EngineStatus], None]) -> Itera
 
     Raises EngineFailed if a rank is lost, ConfigError if the weights do not fit in memory.
     """
-    if job.config.num_gpus > 1:
-        config = replace(job.config, load_format=DUMMY) if job.random_weights else job.config
-        require_ranks(config)
-        require_memory(config, text_encoder=not job.random_weights)
+    config = replace(job.config, load_format=DUMMY) if job.random_weights else job.config
+    require_ranks(config)
+    require_memory(config, text_encoder=not job.random_weights, offered=_OFFERED)
     with _started_ranks(job) as coordinator:
 
         def on_progress(status: EngineStatus) -> None:

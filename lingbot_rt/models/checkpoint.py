@@ -1,7 +1,7 @@
 """Loads the networks of a folder in diffusers' layout, a hub id or the built-in world, or gives them random weights.
 
 A network is built on the meta device. Then its modules get their memory on the final device and their weights, one by
-one, and those that are quantized are quantized at once: at no time are there two copies of more than one module.
+one. A block of the DiT that is quantized is quantized at once: at no time are there two copies of more than one block.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,7 +39,7 @@ from lingbot_rt.models.model_config import (
     read_vae_config,
     require_fit,
 )
-from lingbot_rt.models.quantize import Float8Linear
+from lingbot_rt.models.quantize import quantize_linears
 from lingbot_rt.models.schedule import DistilledSchedule, find_schedule
 from lingbot_rt.models.text_encoder import TextEncoder, Tokenizer
 from lingbot_rt.models.vae import StreamingVAE
@@ -277,15 +278,23 @@ def _materialize(
 ) -> None:
     """Gives each parameter of a network of the meta device its memory and its value, module by module.
 
-    ``quantize``: the linears of the DiT's blocks, each as soon as it is filled.
+    ``quantize``: the linears of the DiT's blocks, of each block as soon as it is filled.
     """
     names = [name for name, module in network.named_modules() if module._parameters]
-    for done, name in enumerate(names, 1):
-        _fill(network, name, weights, allocate)
-        if quantize and name.startswith("blocks.") and type(network.get_submodule(name)) is nn.Linear:
-            network.set_submodule(name, Float8Linear(network.get_submodule(name)))  # type: ignore[arg-type]
-        if progress is not None:
-            progress(done / len(names))
+    done = 0
+    for block, members in groupby(names, _block_of):
+        for name in members:
+            _fill(network, name, weights, allocate)
+            done += 1
+            if progress is not None:
+                progress(done / len(names))
+        if quantize and block:
+            quantize_linears(network.get_submodule(block))
+
+
+def _block_of(name: str) -> str:
+    """``blocks.3.ffn.0`` -> ``blocks.3``; empty for a module outside the DiT's blocks."""
+    return ".".join(name.split(".")[:2]) if name.startswith("blocks.") else ""
 
 
 def _fill(network: nn.Module, name: str, weights: Weights, allocate: Callable[[Tensor], Tensor]) -> None:
