@@ -198,15 +198,15 @@ def known_host_bytes() -> int | None:
 
 def _container_bytes(root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
     """What is left of a container's limit, by either version of control groups. Files in memory can be dropped."""
-    for folder, limit, used, droppable in (
-        (root, "memory.max", "memory.current", "inactive_file"),
-        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    for folder, limit, used, prefix in (
+        (root, "memory.max", "memory.current", ""),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
         try:
             # A group without a limit says "max", which is no number.
             left = int((folder / limit).read_text()) - int((folder / used).read_text())
             counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            yield left + int(counts.get(droppable, 0))
+            yield left + sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
         except (OSError, ValueError):
             continue
 

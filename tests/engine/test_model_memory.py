@@ -163,7 +163,7 @@ def test_a_container_has_less_than_the_host(tmp_path):
     """Both versions of control groups; files in memory count as free, and no limit is no limit."""
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("5000\n")
-    (tmp_path / "memory.stat").write_text("anon 4000\ninactive_file 700\n")
+    (tmp_path / "memory.stat").write_text("anon 4000\nactive_file 300\ninactive_file 400\n")
     assert list(memory._container_bytes(tmp_path)) == []
     (tmp_path / "memory.max").write_text("8000\n")
     assert list(memory._container_bytes(tmp_path)) == [3700]
