@@ -17,7 +17,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
 from lingbot_rt.bench.figures import number, significant, table
-from lingbot_rt.bench.random_model import ModelShapes
+from lingbot_rt.models.checkpoint import CheckpointFolder
+from lingbot_rt.models.model_config import read_vae_config
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.parallel.groups import RankGroup
 from lingbot_rt.parallel.ulysses import UlyssesAttention
@@ -46,8 +47,10 @@ class CollectivesSpec:
     repeats: int  # calls per round; the median of the rounds is reported
 
     @classmethod
-    def of(cls, shapes: ModelShapes, size: FrameSize, steps: int, dtype: torch.dtype, repeats: int) -> CollectivesSpec:
-        dit = shapes.dit
+    def of(
+        cls, folder: CheckpointFolder, size: FrameSize, steps: int, dtype: torch.dtype, repeats: int
+    ) -> CollectivesSpec:
+        dit = folder.dit_config
         return cls(
             size=size,
             latent_frames=dit.latent_frames,
@@ -55,7 +58,7 @@ class CollectivesSpec:
             heads=dit.num_attention_heads,
             head_dim=dit.attention_head_dim,
             out_channels=dit.out_channels,
-            vae=shapes.vae,
+            vae=read_vae_config(folder.path / "vae" / "config.json"),
             steps=steps,
             dtype=dtype,
             repeats=repeats,

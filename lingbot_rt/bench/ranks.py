@@ -9,18 +9,24 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from lingbot_rt.bench.collectives import CollectivesSpec, Exchange, measure
-from lingbot_rt.bench.random_model import random_pipeline, shapes_of
+from lingbot_rt.bench.random_model import random_model, random_pipeline
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.engine.pipeline import Pipeline, load_pipeline, resolve_device
+from lingbot_rt.engine.device import resolve_device
+from lingbot_rt.engine.model_memory import require_memory
+from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
 from lingbot_rt.engine.worker import run_worker, worker_loop
+from lingbot_rt.models.dummy import DUMMY
 from lingbot_rt.parallel.coordinator import Coordinator, Stop, create_coordinator
 from lingbot_rt.parallel.groups import RankGroup, Ranks
-from lingbot_rt.parallel.launch import RankInfo
+from lingbot_rt.parallel.launch import RankInfo, require_ranks
 from lingbot_rt.session.plan import EngineStatus
+
+_OFFERED = ("dtype", "quantization", "num_gpus", "dit_cpu_offload")
+"""Options of the command that save memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +49,18 @@ class Job:
         """Raises CheckpointError for a missing model, ConfigError for a missing device or attention kernel."""
         if not self.random_weights:
             return load_pipeline(self.config, report, ranks)
-        return random_pipeline(self.config, ranks)
+        return random_pipeline(self.config, report, ranks)
 
 
 @contextmanager
 def pipeline_on_ranks(job: Job, report: Callable[[EngineStatus], None]) -> Iterator[tuple[Pipeline, Coordinator]]:
-    """A pipeline on all ranks of the job, and what commands the others. Raises EngineFailed if a rank is lost."""
+    """A pipeline on all ranks of the job, and what commands the others.
+
+    Raises EngineFailed if a rank is lost, ConfigError if the weights do not fit in memory.
+    """
+    config = replace(job.config, load_format=DUMMY) if job.random_weights else job.config
+    require_ranks(config)
+    require_memory(config, text_encoder=not job.random_weights, offered=_OFFERED)
     with _started_ranks(job) as coordinator:
 
         def on_progress(status: EngineStatus) -> None:
@@ -73,7 +85,7 @@ def measure_on_ranks(job: Job, spec: CollectivesSpec) -> list[Exchange]:
 @contextmanager
 def _started_ranks(job: Job) -> Iterator[Coordinator]:
     command = [sys.executable, "-m", "lingbot_rt.bench.ranks", job.to_json()]
-    heads = shapes_of(job.config.model_path).dit.num_attention_heads
+    heads = random_model(job.config).dit_config.num_attention_heads
     # A lost rank needs no callback here: it is logged, and raised where rank 0 waits for it.
     coordinator = create_coordinator(job.config, lambda failure: None, command, heads)
     try:

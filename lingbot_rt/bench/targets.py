@@ -23,11 +23,13 @@ from lingbot_rt.bench.pipeline import (
     reset_peak_memory,
     run_chunks,
 )
-from lingbot_rt.bench.random_model import LINGBOT_WORLD_FAST, random_pipeline, random_vae
+from lingbot_rt.bench.random_model import random_pipeline, random_vae
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.compilation import resolve_compile, set_compile_cache
+from lingbot_rt.engine.model_memory import require_memory
 from lingbot_rt.engine.pipeline import Pipeline, compile_networks
 from lingbot_rt.errors import one_line
+from lingbot_rt.models.dummy import DUMMY, LINGBOT_WORLD_FAST
 from lingbot_rt.models.quantize import quantize_linears, require_fp8
 from lingbot_rt.session.plan import SessionPlan
 
@@ -87,6 +89,7 @@ def measure_targets(
     Raises what ``random_pipeline`` raises. Later errors become rows of the report.
     """
     started = time.perf_counter()
+    require_memory(replace(config, load_format=DUMMY), text_encoder=False, offered=("dtype", "dit_cpu_offload"))
     pipeline = random_pipeline(replace(config, compile="false", quantization="none"))
     plan = workload.session_plan(pipeline)
     report = TargetsReport(

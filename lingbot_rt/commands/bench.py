@@ -300,17 +300,17 @@ def _measure(job: Job, workload: Workload, trace: str | None) -> PipelineReport:
 def _collectives(args: argparse.Namespace) -> int:
     from lingbot_rt.bench.collectives import CollectivesReport, CollectivesSpec, as_text
     from lingbot_rt.bench.figures import write_json
-    from lingbot_rt.bench.random_model import shapes_of
+    from lingbot_rt.bench.random_model import random_model
     from lingbot_rt.bench.ranks import measure_on_ranks
-    from lingbot_rt.engine.pipeline import describe_device, resolve_device, resolve_dtype
+    from lingbot_rt.engine.device import describe_device, resolve_device, resolve_dtype
 
     if args.ranks == 1:
         raise ConfigError("--num-gpus 1 has nothing to exchange: use 2 or more", field="num_gpus")
     job = _job(args, args.ranks)
-    shapes, device = shapes_of(args.model), resolve_device(job.config.device)
-    size = args.size or shapes.default_size
-    steps = args.steps or len(shapes.schedule.steps)
-    spec = CollectivesSpec.of(shapes, size, steps, resolve_dtype(job.config.dtype, device), args.repeats)
+    model, device = random_model(job.config), resolve_device(job.config.device)
+    size = args.size or model.default_size
+    steps = args.steps or len(model.schedule.steps)
+    spec = CollectivesSpec.of(model, size, steps, resolve_dtype(job.config.dtype, device), args.repeats)
     report = CollectivesReport.of(
         spec,
         measure_on_ranks(job, spec),
@@ -401,8 +401,8 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _job(args: argparse.Namespace, num_gpus: int) -> Job:
     """Raises ConfigError for options that don't fit together."""
-    from lingbot_rt.bench.random_model import PUBLISHED
     from lingbot_rt.bench.ranks import Job
+    from lingbot_rt.models.dummy import PUBLISHED
 
     if args.kind == "pipeline" and args.model in PUBLISHED and not args.random_weights:
         raise ConfigError(

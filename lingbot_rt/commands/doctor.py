@@ -16,12 +16,9 @@ from lingbot_rt import __version__
 from lingbot_rt.commands.options import add_options_named, given_options, path_text
 from lingbot_rt.commands.output import say
 from lingbot_rt.config import BUILTIN, ServeConfig
-from lingbot_rt.shapes import FrameSize
 
 if TYPE_CHECKING:
     import torch
-
-    from lingbot_rt.models.dit import DiTConfig
 
 _PACKAGES = ("torch", "diffusers", "transformers", "fastapi", "uvicorn", "websockets", "msgspec", "pillow", "numpy")
 _OPTIONAL = {
@@ -33,7 +30,6 @@ _OPTIONAL = {
     "flash_attn": "FlashAttention kernels",
 }
 _LARGE_MODEL = "LingBot-World-Fast 14B"
-_LARGE_SIZE = FrameSize(832, 480)
 _LINE_LENGTH = 90
 
 
@@ -45,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="model whose memory is estimated (default: %(default)s)",
     )
-    add_options_named(parser, ("schedule",))
+    add_options_named(parser, ("schedule", "load_format"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         ("devices", _devices()),
         ("attention kernels", _kernels()),
         ("memory", _memory(config)),
+        (f"{_LARGE_MODEL} on one GPU", _cards()),
     ):
         say(title)
         for line in lines:
@@ -119,16 +116,16 @@ def _kernels() -> Iterator[str]:
 
 
 def _memory(config: ServeConfig) -> Iterator[str]:
-    import torch
-
+    from lingbot_rt.engine.device import resolve_dtype
     from lingbot_rt.engine.memory import GB, free_bytes, window_bytes
+    from lingbot_rt.engine.model_memory import ModelCounts
     from lingbot_rt.models.checkpoint import open_checkpoint
-    from lingbot_rt.models.dit import DiTConfig
 
-    folder = open_checkpoint(config.model_path, config.schedule)
+    folder = open_checkpoint(config.model_path, config.schedule, config.load_format)
     free = min(free_bytes(device) for device in _torch_devices())
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    weights = _dit_bytes(folder.dit_config, dtype)
+    device = _torch_devices()[0]
+    dtype = resolve_dtype("auto", device)
+    weights = ModelCounts.of(folder).nbytes(dtype, dtype).dit.total
     window = window_bytes(folder.dit_config, folder.default_size, folder.dit_config.window_frames, dtype)
     verdict = "fits" if weights + window < free else f"does not fit in {free / GB:.1f} GB"
     yield (
@@ -136,36 +133,18 @@ def _memory(config: ServeConfig) -> Iterator[str]:
         f"window {folder.dit_config.window_frames}: {window / GB:.2f} GB, {verdict}"
     )
     yield from textwrap.wrap(str(folder.schedule), _LINE_LENGTH, subsequent_indent="  ", break_on_hyphens=False)
-    large = DiTConfig()
-    weights = _dit_bytes(large, torch.bfloat16)
-    per_frame = window_bytes(large, _LARGE_SIZE, 1, torch.bfloat16)
-    frames = (free - weights - _other_bytes(large)) // per_frame
-    smallest = large.sink_frames + large.latent_frames
-    verdict = f"window up to {min(frames, large.window_frames)}" if frames >= smallest else "does not fit"
-    yield f"{_LARGE_MODEL} at {_LARGE_SIZE}: weights {weights / GB:.1f} GB, {per_frame / GB:.2f} GB per latent frame"
-    yield f"  on one device, text encoder on the CPU: {verdict} ({free / GB:.1f} GB free)"
 
 
-def _other_bytes(large: DiTConfig) -> int:
-    """What a session of the 14B needs besides weights and window. Counted on the meta device: nothing is allocated."""
-    import torch
-    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+def _cards() -> Iterator[str]:
+    from lingbot_rt.engine.capacity import CARDS_GB, PRECISIONS, SIZES, capacity_table
+    from lingbot_rt.engine.memory import GB, free_bytes
 
-    from lingbot_rt.engine.dry_run import peak_activations
-    from lingbot_rt.engine.memory import camera_bytes
-    from lingbot_rt.models.vae import StreamingVAE
-
-    with torch.device("meta"):
-        vae = StreamingVAE(AutoencoderKLWan())
-    taken = peak_activations(large, vae, _LARGE_SIZE, large.latent_frames, torch.bfloat16, "none")
-    return camera_bytes(large, _LARGE_SIZE, large.latent_frames, torch.bfloat16) + taken.forward + taken.decode
-
-
-def _dit_bytes(config: DiTConfig, dtype: torch.dtype) -> int:
-    """Counted on the meta device: nothing is allocated."""
-    import torch
-
-    from lingbot_rt.models.dit import CausalDiT
-
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in CausalDiT(config).parameters()) * dtype.itemsize
+    gpus = [device for device in _torch_devices() if device.type == "cuda"]
+    here = {f"{device}, {free_bytes(device) / GB:.1f} GB free": free_bytes(device) for device in gpus}
+    _, *rows = capacity_table(here | {f"{size} GB": int(size * GB) for size in CARDS_GB})
+    yield "largest window in latent frames, - is none; text encoder on the CPU, VAE bfloat16"
+    first, width = max(len(row[0]) for row in rows), 10
+    yield " " * first + "".join(f"  {precision.name:<{2 * width - 2}}" for precision in PRECISIONS)
+    yield " " * first + "".join(f"{size!s:>{width}}" for size in SIZES) * len(PRECISIONS)
+    for name, *cells in rows:
+        yield f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells)

@@ -120,8 +120,9 @@ def _serve(config: ServeConfig, listeners: Sequence[socket.socket], on_ready: Ca
         if engine.status.ready:
             model_info = engine.model_info
             address = shown_address(listeners)
+            weights = ", random weights (--load-format dummy)" if model_info.load_format == "dummy" else ""
             show_banner(
-                f"lingbot-rt {__version__}: {model_info.model_id} on {model_info.device}, {model_info.dtype}",
+                f"lingbot-rt {__version__}: {model_info.model_id} on {model_info.device}, {model_info.dtype}{weights}",
                 f"  page       http://{address}",
                 f"  WebSocket  ws://{address}{ENDPOINT}",
             )

@@ -82,14 +82,14 @@ def peak_activations(
 ) -> PeakActivations:
     """For chunks of ``latent_frames`` at ``size``. Takes some tenths of a second, once per size."""
     # The cache's key is the VAE without weights: the real one would stay alive after its pipeline is gone.
-    return _peak_activations(config, vae.on_meta, size, latent_frames, dtype, quantization)
+    of_vae = _peaks_of_vae(vae.on_meta, size, latent_frames)
+    return replace(of_vae, forward=_peak_of_forward(config, size, latent_frames, dtype, quantization))
 
 
 @lru_cache(maxsize=8)
 @torch.inference_mode()
-def _peak_activations(
-    config: DiTConfig, vae: StreamingVAE, size: FrameSize, latent_frames: int, dtype: torch.dtype, quantization: str
-) -> PeakActivations:
+def _peaks_of_vae(vae: StreamingVAE, size: FrameSize, latent_frames: int) -> PeakActivations:
+    """Without the forward."""
     features = vae.new_features()
     latent = torch.empty(1, vae.z_dim, 1, size.latent_height, size.latent_width, device=_META)
     for _ in range(STEADY_FROM + 1):
@@ -103,10 +103,18 @@ def _peak_activations(
     image = torch.empty(1, 3, size.height, size.width, device=_META)
     return PeakActivations(
         features=features.nbytes,
-        forward=_peak(_forward(config, size, latent_frames, dtype, quantization)),
+        forward=0,
         decode=_peak(decode_two),
         encode=_peak(lambda: vae.encode_condition(image, latent_frames)),
     )
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode()
+def _peak_of_forward(
+    config: DiTConfig, size: FrameSize, latent_frames: int, dtype: torch.dtype, quantization: str
+) -> int:
+    return _peak(_forward(config, size, latent_frames, dtype, quantization))
 
 
 def _peak(work: Callable[[], object]) -> int:

@@ -17,6 +17,7 @@ from lingbot_rt.engine.chunk_run import Emit, ThreadedChunkRun
 from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.compilation import compilations
 from lingbot_rt.engine.memory import describe_share, release_unused, require_room
+from lingbot_rt.engine.model_memory import require_memory
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
 from lingbot_rt.engine.progress import POLL_S, ThreadProgress
 from lingbot_rt.engine.session_state import SessionState
@@ -157,6 +158,9 @@ class Engine:
         return replace(result, timings=timings)
 
     def _load(self) -> None:
+        if self._config.num_gpus > 1:
+            # Before the ranks start: on a CPU they take from one memory.
+            require_memory(self._config)
         with self._coordinator.starting():
             pipeline = load_pipeline(self._config, self._report, self._coordinator.ranks)
             if pipeline.ranks.world > 1:

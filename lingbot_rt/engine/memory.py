@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from lingbot_rt.engine.dry_run import peak_activations
-from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.errors import CapacityError
 from lingbot_rt.models.dit import DiTConfig
+from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.session.plan import SessionPlan
 from lingbot_rt.shapes import FrameSize
+
+if TYPE_CHECKING:
+    from lingbot_rt.engine.pipeline import Pipeline
 
 GB = 1e9
 
@@ -53,32 +58,64 @@ def camera_bytes(config: DiTConfig, size: FrameSize, latent_frames: int, dtype: 
     return 2 * config.num_layers * latent_frames * size.tokens_per_frame * config.dim * dtype.itemsize
 
 
-def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
-    """The memory of rank 0, which decodes. The other ranks need less, as they do not.
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a session's memory depends on beside its own settings."""
 
-    Loads the upscaling and interpolation networks of ``plan``. Raises InvalidInit when they do not load.
+    config: DiTConfig
+    vae: StreamingVAE  # only its configuration and dtype count: it may be on the meta device
+    dtype: torch.dtype
+    window_dtype: torch.dtype
+    quantization: str = "none"
+    ranks: int = 1
+    decode_shards: int = 1  # ranks over which a decode is spread
+    converts_window: bool = False  # the attention kernel needs another format than the window's, a layer at a time
+
+
+def session_memory(
+    setup: Setup, size: FrameSize, latent_frames: int, window_frames: int, branches: int = 1
+) -> MemoryPlan:
+    """The memory of rank 0, which decodes. The other ranks need less, as they do not. Nothing is allocated.
+
+    ``branches``: 2 with guidance. Upscaling and interpolation are not counted.
     """
-    config, itemsize = pipeline.dit.config, pipeline.dtype.itemsize
-    branches = 2 if plan.guidance_scale > 1 else 1
-    world = pipeline.ranks.world
-    camera = camera_bytes(config, plan.size, plan.latent_frames, pipeline.dtype) // world
-    cells = plan.latent_frames * plan.size.latent_height * plan.size.latent_width
+    config, itemsize = setup.config, setup.dtype.itemsize
+    camera = camera_bytes(config, size, latent_frames, setup.dtype) // setup.ranks
+    cells = latent_frames * size.latent_height * size.latent_width
     prompt = config.text_len * (2 * config.num_layers * config.dim + config.text_dim) * itemsize
-    peak = peak_activations(
-        config, pipeline.vae, plan.size, plan.latent_frames, pipeline.dtype, pipeline.model_info.quantization
-    )
-    shards = pipeline.decode.shards
-    forward, decode, features = peak.forward // world, peak.decode // shards, peak.features // shards
-    # On a GPU frames are decoded while the context pass runs.
-    activations = max(features + forward, decode) if pipeline.device.type == "cpu" else forward + decode
+    peak = peak_activations(config, setup.vae, size, latent_frames, setup.dtype, setup.quantization)
+    forward = peak.forward // setup.ranks
+    decode, features = (part // setup.decode_shards for part in (peak.decode, peak.features))
+    if setup.converts_window:
+        forward += window_bytes(config, size, window_frames, setup.dtype) // config.num_layers // setup.ranks
     return MemoryPlan(
-        window_bytes=branches * window_bytes(config, plan.size, plan.window_frames, pipeline.kv_cache_dtype) // world,
+        window_bytes=branches * window_bytes(config, size, window_frames, setup.window_dtype) // setup.ranks,
         text_bytes=branches * prompt,
         condition_bytes=2 * cells * (config.in_channels - config.out_channels) * torch.float32.itemsize,
         opening_bytes=peak.encode,
-        chunk_bytes=camera + activations,
-        postprocess_bytes=pipeline.open_postprocessor(plan).memory_bytes(),
+        chunk_bytes=camera + max(features + forward, decode),
+        postprocess_bytes=0,
     )
+
+
+def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
+    """``session_memory`` of a session of ``pipeline``, with its upscaling and interpolation.
+
+    Loads the networks of these. Raises InvalidInit when they do not load.
+    """
+    setup = Setup(
+        config=pipeline.dit.config,
+        vae=pipeline.vae,
+        dtype=pipeline.dtype,
+        window_dtype=pipeline.kv_cache_dtype,
+        quantization=pipeline.model_info.quantization,
+        ranks=pipeline.ranks.world,
+        decode_shards=pipeline.decode.shards,
+        converts_window=pipeline.kv_cache_dtype != pipeline.dtype and pipeline.model_info.attention_backend != "fa3",
+    )
+    branches = 2 if plan.guidance_scale > 1 else 1
+    planned = session_memory(setup, plan.size, plan.latent_frames, plan.window_frames, branches)
+    return replace(planned, postprocess_bytes=pipeline.open_postprocessor(plan).memory_bytes())
 
 
 def require_room(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
@@ -139,16 +176,40 @@ def free_bytes(device: torch.device) -> int:
 
 
 def available_host_bytes() -> int:
-    """MemAvailable on Linux, else the free or, without Linux's /proc, all physical pages."""
+    """``known_host_bytes``, else the free or, without Linux's /proc, all physical pages."""
+    known = known_host_bytes()
+    if known is not None:
+        return known
+    pages = "SC_AVPHYS_PAGES" if os.path.exists("/proc/meminfo") else "SC_PHYS_PAGES"
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages)
+
+
+def known_host_bytes() -> int | None:
+    """Host memory that programs can still take: Linux's MemAvailable, or less in a container with a limit.
+
+    None where the system does not say.
+    """
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        # Not Linux: the standard library knows only the total.
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+            found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except (OSError, ValueError):
+        return None
+    return min([found[0], *_container_bytes()]) if found else None
+
+
+def _container_bytes(root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """What is left of a container's limit, by either version of control groups. Files in memory can be dropped."""
+    for folder, limit, used, prefix in (
+        (root, "memory.max", "memory.current", ""),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ):
+        try:
+            # A group without a limit says "max", which is no number.
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            yield left + sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+        except (OSError, ValueError):
+            continue
 
 
 def release_unused(device: torch.device) -> None:

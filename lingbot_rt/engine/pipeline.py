@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -12,14 +11,17 @@ import torch
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.compilation import resolve_compile, set_compile_cache
+from lingbot_rt.engine.device import describe_device, resolve_device, resolve_dtype, resolve_kv_cache_dtype
 from lingbot_rt.engine.flow_match import FlowSchedule
+from lingbot_rt.engine.memory import release_unused
+from lingbot_rt.engine.model_memory import require_memory
 from lingbot_rt.engine.placement import Placement, StreamedBlocks
-from lingbot_rt.errors import CheckpointError, ConfigError, InvalidInit
+from lingbot_rt.errors import CheckpointError, InvalidInit
 from lingbot_rt.models.attention import require_backend, resolve_backend
-from lingbot_rt.models.checkpoint import load_dit, load_text_encoder, load_vae, open_checkpoint
+from lingbot_rt.models.checkpoint import CheckpointFolder, load_dit, load_text_encoder, load_vae, open_checkpoint
 from lingbot_rt.models.dit import Block, CausalDiT, TextKV
 from lingbot_rt.models.file_checks import listed
-from lingbot_rt.models.quantize import FP8, quantize_linears, require_fp8
+from lingbot_rt.models.quantize import require_fp8
 from lingbot_rt.models.text_encoder import PromptEncoder
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.parallel.groups import Ranks, SingleRank
@@ -31,12 +33,8 @@ from lingbot_rt.parallel.parallelize import (
 )
 from lingbot_rt.postprocess.stage import PostprocessNetworks, PostProcessor
 from lingbot_rt.session.plan import EngineStatus, ModelInfo, SessionPlan
-from lingbot_rt.shapes import FrameSize
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-KV_CACHE_DTYPES = {"bfloat16": torch.bfloat16, "fp8": FP8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,6 @@ class Pipeline:
     vae_placement: Placement
     decode: FrameDecoder
     text_encoder: PromptEncoder
-    text_encoder_placement: Placement
     postprocess: PostprocessNetworks
     ranks: Ranks = field(default_factory=SingleRank)
 
@@ -81,68 +78,70 @@ class Pipeline:
 
     def text_kv(self, prompt: str) -> TextKV:
         """Cross-attention K/V of ``prompt`` for every block of the DiT."""
-        # An offloaded encoder is not moved for a prompt that it knows: the 14B's encoder is 11 GB.
-        with nullcontext() if self.text_encoder.knows(prompt) else self.text_encoder_placement.on_device():
-            text_BLD = self.text_encoder.encode(prompt)
-        return self.dit.text_kv(text_BLD.to(self.device, self.dtype))
+        return self.dit.text_kv(self.text_encoder.encode(prompt).to(self.device, self.dtype))
 
 
-def load_pipeline(config: ServeConfig, report: Callable[[EngineStatus], None], ranks: Ranks | None = None) -> Pipeline:
-    """Loads the model of ``config``. ``report`` gets the progress. ``ranks``: None for a single process.
+def load_pipeline(
+    config: ServeConfig,
+    report: Callable[[EngineStatus], None],
+    ranks: Ranks | None = None,
+    prompts: PromptEncoder | None = None,
+) -> Pipeline:
+    """Loads the model of ``config`` and sets it up: quantization, offload, several ranks and compilation.
 
-    Raises CheckpointError when the model's folder is incomplete, ConfigError when the device is missing or cannot do
-    what ``config`` asks.
+    ``report`` gets the progress. ``ranks``: None for a single process. ``prompts`` takes the place of the model's text
+    encoder, which is then not loaded. Raises CheckpointError when the model's folder is incomplete, ConfigError when
+    the device is missing, too small for the weights, or cannot do what ``config`` asks.
     """
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
+    dtype, vae_dtype = resolve_dtype(config.dtype, device), resolve_dtype(config.vae_dtype, device)
     require_backend(config.attention_backend, device)
+    if config.quantization == "fp8":
+        require_fp8(device, dtype)
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
     elif config.num_gpus > 1 and device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // config.num_gpus))
 
-    folder = open_checkpoint(config.model_path, config.schedule)
-    if ranks is None or ranks.is_first:
+    ranks = ranks or SingleRank()
+    folder = open_checkpoint(config.model_path, config.schedule, config.load_format)
+    if ranks.is_first:
         if folder.left_out:
             log.warning("%s: not loaded: %s", folder.path, listed(folder.left_out))
+        if folder.is_dummy:
+            log.warning("%s: random weights (--load-format dummy): the frames are noise", config.model_path)
         log.log(logging.WARNING if folder.schedule.assumed else logging.INFO, "%s", folder.schedule)
+    if ranks.world == 1:
+        require_memory(config, folder, text_encoder=prompts is None)
 
     def part(name: str) -> Callable[[float], None]:
         return lambda done: report(EngineStatus("loading weights", done, name))
 
-    host = torch.device("cpu")
-    dit = load_dit(folder, dtype, host if config.dit_cpu_offload else device, part("transformer"))
-    vae = load_vae(folder, DTYPES[config.vae_dtype], host if config.vae_cpu_offload else device, part("vae"))
-    ranks = ranks or SingleRank()
-    text_encoder = None
-    if ranks.is_first:
-        text_encoder = load_text_encoder(
-            folder, dtype, host if config.text_encoder_cpu_offload else device, part("text encoder")
-        )
-    schedule = FlowSchedule(folder.schedule.shift, folder.schedule.steps)
-    return assemble(config, Networks(dit, vae, text_encoder), schedule, folder.default_size, ranks)
+    def place(offload: bool) -> torch.device:
+        return torch.device("cpu") if offload else device
 
-
-def assemble(
-    config: ServeConfig, networks: Networks, schedule: FlowSchedule, default_size: FrameSize, ranks: Ranks
-) -> Pipeline:
-    """Loaded networks -> a pipeline, with quantization, offload, several ranks and compilation as ``config`` says.
-
-    Raises ConfigError when the device cannot do it.
-    """
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
-    compiled = resolve_compile(config.compile, device)
-    dit, vae = networks.dit, networks.vae
-    if config.quantization == "fp8":
-        require_fp8(device, dtype)
-        for block in dit.blocks:
-            quantize_linears(block)
+    dit = load_dit(folder, dtype, place(config.dit_cpu_offload), part("transformer"), config.quantization)
     if config.dit_cpu_offload and device.type != "cpu":
         blocks = StreamedBlocks(dit.blocks, device)
         dit.blocks = cast("Sequence[Block]", blocks)
         log.info("DiT offloaded: each forward copies %.1f GB to the device", blocks.bytes_per_forward / 1e9)
     dit.to(device)
+    vae = load_vae(folder, vae_dtype, place(config.vae_cpu_offload), part("vae"))
+    if ranks.is_first and prompts is None:
+        text_encoder = load_text_encoder(folder, dtype, place(config.text_encoder_cpu_offload), part("text encoder"))
+        if config.text_encoder_cpu_offload and device.type != "cpu":
+            text_encoder.offload(device, lambda layers: StreamedBlocks(layers, device))
+        prompts = text_encoder
+    release_unused(device)
+    return _assembled(config, folder, Networks(dit, vae, prompts if ranks.is_first else None), ranks)
+
+
+def _assembled(config: ServeConfig, folder: CheckpointFolder, networks: Networks, ranks: Ranks) -> Pipeline:
+    """Loaded networks in their places -> a pipeline, with several ranks and compilation as ``config`` says."""
+    dit, vae = networks.dit, networks.vae
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    compiled = resolve_compile(config.compile, device)
     dit.attention_backend = config.attention_backend
     parallelize_dit(dit, ranks)
     text_shape = (1, dit.config.text_len, dit.config.text_dim)
@@ -151,11 +150,12 @@ def assemble(
     if compiled:
         set_compile_cache(config.compile_cache)
         compile_networks(dit, vae, device)
-    kv_cache_dtype = KV_CACHE_DTYPES.get(config.kv_cache_dtype, dtype)
+    schedule = FlowSchedule(folder.schedule.shift, folder.schedule.steps)
+    kv_cache_dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, dtype)
     info = ModelInfo(
         model_id=config.model_id,
         model_path=config.model_path,
-        default_size=default_size,
+        default_size=folder.default_size,
         latent_frames=dit.config.latent_frames,
         sink_frames=dit.config.sink_frames,
         window_frames=dit.config.window_frames,
@@ -168,6 +168,7 @@ def assemble(
         quantization=config.quantization,
         vae_dtype=_name(vae.dtype),
         compiled=compiled,
+        load_format=config.load_format,
     )
     if ranks.is_first:
         log.info(
@@ -190,7 +191,6 @@ def assemble(
         vae_placement=Placement(vae, device, offload=config.vae_cpu_offload),
         decode=decode,
         text_encoder=text_encoder,
-        text_encoder_placement=Placement(text_encoder, device, offload=config.text_encoder_cpu_offload),
         postprocess=PostprocessNetworks(device),
         ranks=ranks,
     )
@@ -205,28 +205,5 @@ def compile_networks(dit: CausalDiT, vae: StreamingVAE, device: torch.device) ->
     vae.compile()
 
 
-def resolve_device(name: str) -> torch.device:
-    """``auto`` is cuda when there is a CUDA device, else cpu. Raises ConfigError for ``cuda`` without one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu", field="device")
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 on a GPU and float32 on a CPU."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    return DTYPES[name]
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def describe_device(device: torch.device) -> str:
-    """``cuda: NVIDIA H100 80GB HBM3`` or ``cpu: 2 threads``."""
-    if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
-    return f"cpu: {torch.get_num_threads()} threads"

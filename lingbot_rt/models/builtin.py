@@ -24,7 +24,9 @@ from lingbot_rt.models import procedural_world
 from lingbot_rt.models.dit import CausalDiT, DiTConfig, split_qkv
 from lingbot_rt.models.file_checks import broken
 
-_SOURCE = Path(__file__).parent.parent / "builtin"
+BUILTIN_CONFIGS = Path(__file__).parent.parent / "builtin"
+"""The package data: a model folder without weights."""
+
 _SEED = 20
 
 CACHE_VARIABLE = "LINGBOT_RT_CACHE"
@@ -92,7 +94,7 @@ def _make_once(folder: Path) -> None:
 
 def _package_files() -> list[Path]:
     """The configuration files. Names that begin with a dot are the system's own."""
-    return [path for path in sorted(_SOURCE.rglob("*.json")) if not path.name.startswith(".")]
+    return [path for path in sorted(BUILTIN_CONFIGS.rglob("*.json")) if not path.name.startswith(".")]
 
 
 def _key() -> str:
@@ -105,7 +107,7 @@ def _key() -> str:
 
 def _make(folder: Path) -> None:
     for source in _package_files():
-        target = folder / source.relative_to(_SOURCE)
+        target = folder / source.relative_to(BUILTIN_CONFIGS)
         target.parent.mkdir(parents=True, exist_ok=True)
         # Only the content: an installed package may be read-only, its copy must not be.
         shutil.copyfile(source, target)

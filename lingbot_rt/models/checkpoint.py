@@ -1,33 +1,34 @@
-"""Loads the networks of a folder in diffusers' layout, a hub id or the built-in world.
+"""Loads the networks of a folder in diffusers' layout, a hub id or the built-in world, or gives them random weights.
 
-The names, shapes and types in the headers of the weight files are compared with the network before any weight is read.
-A network is built on the meta device. Its memory is allocated once, on its final device, and each tensor of the
-safetensors files is copied into it.
+A network is built on the meta device. Then its modules get their memory on the final device and their weights, one by
+one. A block of the DiT that is quantized is quantized at once: at no time are there two copies of more than one block.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from lingbot_rt.config import BUILTIN
 from lingbot_rt.errors import CheckpointError, one_line
 from lingbot_rt.hub_cache import newest_snapshot, repository_id, snapshot_id
-from lingbot_rt.models.builtin import builtin_folder
+from lingbot_rt.models.builtin import BUILTIN_CONFIGS, builtin_folder
 from lingbot_rt.models.dit import CausalDiT, DiTConfig, split_qkv
-from lingbot_rt.models.file_checks import broken, listed, require_file, shorten, system_error
-from lingbot_rt.models.folder import PARTS, TOKENIZER, WeightFiles, left_out, tokenizer_files, weight_files
+from lingbot_rt.models.dummy import DUMMY, PUBLISHED, PUBLISHED_FOLDER, HashTokenizer, RandomWeights
+from lingbot_rt.models.file_checks import broken, listed, shorten, system_error
+from lingbot_rt.models.folder import PARTS, TOKENIZER, WEIGHTS, has_tokenizer, left_out, tokenizer_files
+from lingbot_rt.models.folder_weights import FolderWeights, original_name
 from lingbot_rt.models.hub import fetch
 from lingbot_rt.models.model_config import (
     other_components,
@@ -38,37 +39,21 @@ from lingbot_rt.models.model_config import (
     read_vae_config,
     require_fit,
 )
+from lingbot_rt.models.quantize import quantize_linears
 from lingbot_rt.models.schedule import DistilledSchedule, find_schedule
-from lingbot_rt.models.text_encoder import TextEncoder
+from lingbot_rt.models.text_encoder import TextEncoder, Tokenizer
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.shapes import FrameSize
 
 Progress = Callable[[float], None]
 """Called with the share done, 0 to 1."""
 
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-"""Types of tensors that weights are copied from. Whole numbers are quantized weights, which need more than a copy."""
 
-_DIFFUSERS_NAMES = [
-    (r"condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
-    (r"condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
-    (r"condition_embedder\.time_proj\.", "time_projection.1."),
-    (r"condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
-    (r"condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
-    (r"(blocks\.\d+)\.attn1\.to_out\.0\.", r"\1.self_attn.o."),
-    (r"(blocks\.\d+)\.attn2\.to_out\.0\.", r"\1.cross_attn.o."),
-    (r"(blocks\.\d+)\.attn1\.to_([qkv])\.", r"\1.self_attn.\2."),
-    (r"(blocks\.\d+)\.attn2\.to_([qkv])\.", r"\1.cross_attn.\2."),
-    (r"(blocks\.\d+)\.attn1\.(norm_[qk])\.", r"\1.self_attn.\2."),
-    (r"(blocks\.\d+)\.attn2\.(norm_[qk])\.", r"\1.cross_attn.\2."),
-    (r"(blocks\.\d+)\.norm2\.", r"\1.norm3."),
-    (r"(blocks\.\d+)\.ffn\.net\.0\.proj\.", r"\1.ffn.0."),
-    (r"(blocks\.\d+)\.ffn\.net\.2\.", r"\1.ffn.2."),
-    (r"(blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
-    (r"scale_shift_table$", "head.modulation"),
-    (r"proj_out\.", "head.head."),
-]
-"""diffusers' parameter names -> the original checkpoint's."""
+class Weights(Protocol):
+    """Where the weights of one network come from."""
+
+    def fill(self, targets: Mapping[str, Tensor]) -> None:
+        """Writes the values of the network's tensors, which are given by their names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +65,23 @@ class CheckpointFolder:
     schedule: DistilledSchedule
     default_size: FrameSize
     left_out: tuple[str, ...] = ()  # files and networks in the folder that are not loaded
+    is_dummy: bool = False  # random weights: none of its weight files is read
 
 
-def open_checkpoint(model_path: str, schedule: str = "auto") -> CheckpointFolder:
+def open_checkpoint(model_path: str, schedule: str = "auto", load_format: str = "auto") -> CheckpointFolder:
     """Reads the configurations of ``builtin``, a folder or a hub id. A hub id is downloaded once, and can resume.
 
-    ``schedule``: ``v1``, ``v2``, or ``auto`` for the model's own; see ``find_schedule``.
+    ``schedule``: ``v1``, ``v2``, or ``auto`` for the model's own; see ``find_schedule``. ``load_format``: ``auto``, or
+    ``dummy`` for random weights, which also takes a name of PUBLISHED and needs no files but the configurations.
     Raises CheckpointError, naming the file that is missing, unreadable or does not fit, and what to do.
     """
-    path = _find(model_path)
-    for part in PARTS:
+    dummy = load_format == DUMMY
+    path = _find(model_path, dummy=dummy)
+    for part in WEIGHTS if dummy else PARTS:
         try:
             os.listdir(path / part)
         except (FileNotFoundError, NotADirectoryError):
-            raise _no_model(path) from None
+            raise _no_model(path, tuple(WEIGHTS) if dummy else PARTS) from None
         except OSError as error:
             raise system_error(path / part, error) from None
     index = read_model_index(path / "model_index.json")
@@ -105,72 +93,109 @@ def open_checkpoint(model_path: str, schedule: str = "auto") -> CheckpointFolder
         dit_config=dit_config,
         schedule=find_schedule(path, _names(model_path, path), schedule),
         default_size=read_default_size(index),
-        left_out=(*left_out(path), *other_components(index, PARTS)),
+        left_out=() if dummy else (*left_out(path), *other_components(index, PARTS)),
+        is_dummy=dummy,
     )
 
 
-def load_dit(
-    folder: CheckpointFolder, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
-) -> CausalDiT:
-    """The DiT, with q, k and v of self-attention in one fused linear. Raises CheckpointError."""
+def empty_dit(folder: CheckpointFolder) -> CausalDiT:
+    """The DiT on the meta device."""
     with torch.device("meta"):
-        dit = CausalDiT(folder.dit_config)
-    copies = _match(split_qkv(dit.state_dict()), folder.path / "transformer", _original_name)
-    state = _allocate(dit, dtype, device, folder.path / "transformer")
-    _fill(split_qkv(state), copies, progress)
-    return _assign(dit, state)
+        return CausalDiT(folder.dit_config)
+
+
+def empty_vae(folder: CheckpointFolder) -> Any:
+    """diffusers' VAE on the meta device. Raises CheckpointError."""
+    path = folder.path / "vae" / "config.json"
+    config = read_vae_config(path)
+    with torch.device("meta"), _library_errors(path):
+        return AutoencoderKLWan(**config)
+
+
+def empty_text_encoder(folder: CheckpointFolder) -> UMT5EncoderModel:
+    """UMT5's encoder on the meta device. Raises CheckpointError."""
+    config = read_text_config(folder.path / "text_encoder" / "config.json")
+    with torch.device("meta"), _library_errors(config.path):
+        return UMT5EncoderModel(UMT5Config.from_dict(dict(config.values)))
+
+
+def load_dit(
+    folder: CheckpointFolder,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+    quantization: str = "none",
+) -> CausalDiT:
+    """The DiT, with q, k and v of self-attention in one fused linear. Raises CheckpointError.
+
+    ``quantization``: as ``--quantization``. With ``fp8`` raises ConfigError for a model that fp8 kernels do not take.
+    """
+    dit, path = empty_dit(folder), folder.path / "transformer"
+    weights: Weights
+    if folder.is_dummy:
+        weights = RandomWeights(device)
+    else:
+        weights = _SplitQKV(FolderWeights(split_qkv(dit.state_dict()), path, original_name))
+    _materialize(dit, weights, partial(_allocate, dit, dtype, device, path), progress, quantize=quantization == "fp8")
+    return _ready(dit)
 
 
 def load_vae(
     folder: CheckpointFolder, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
 ) -> StreamingVAE:
     """The VAE. Raises CheckpointError."""
-    path = folder.path / "vae"
-    config = read_vae_config(path / "config.json")
-    with torch.device("meta"), _library_errors(path / "config.json"):
-        vae = AutoencoderKLWan(**config)
-    copies = _match(vae.state_dict(), path, lambda name: name)
-    state = _allocate(vae, dtype, device, path)
-    _fill(state, copies, progress)
-    return StreamingVAE(_assign(vae, state))
+    vae, path = empty_vae(folder), folder.path / "vae"
+    weights: Weights = RandomWeights(device) if folder.is_dummy else FolderWeights(vae.state_dict(), path)
+    _materialize(vae, weights, partial(_allocate, vae, dtype, device, path), progress)
+    return StreamingVAE(_ready(vae))
 
 
 def load_text_encoder(
     folder: CheckpointFolder, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
 ) -> TextEncoder:
     """UMT5's encoder and its tokenizer. Raises CheckpointError."""
-    path = folder.path / "text_encoder"
-    config = read_text_config(path / "config.json")
-    with torch.device("meta"), _library_errors(config.path):
-        encoder = UMT5EncoderModel(UMT5Config.from_dict(dict(config.values)))
-    tokenizer = _tokenizer(folder.path, encoder.config.vocab_size)
+    encoder, path = empty_text_encoder(folder), folder.path / "text_encoder"
+    vocab_size = encoder.config.vocab_size
+    tokenizer: Tokenizer
+    if folder.is_dummy and not has_tokenizer(folder.path):
+        tokenizer = HashTokenizer(vocab_size)
+    else:
+        tokenizer = _tokenizer(folder.path, vocab_size)
     # One table with two names. A checkpoint has it under either name; the first is read if it has both.
     shared, alias = "shared.weight", "encoder.embed_tokens.weight"
-    targets = {name: tensor for name, tensor in encoder.state_dict().items() if name != alias}
-    copies = _match(targets, path, lambda name: shared if name == alias else name, aliases={alias: shared})
-    state = _allocate(encoder, dtype, device, path)
-    state[alias] = state[shared]
-    _fill(state, copies, progress)
-    encoder = _assign(encoder, state)
-    encoder.tie_weights()
-    return TextEncoder(tokenizer, encoder, folder.dit_config.text_len)
+    weights: Weights
+    if folder.is_dummy:
+        weights = RandomWeights(device)
+    else:
+        targets = {name: tensor for name, tensor in encoder.state_dict().items() if name != alias}
+        weights = FolderWeights(targets, path, lambda name: shared if name == alias else name, {alias: shared})
+    encoder.encoder.embed_tokens = encoder.shared
+    _materialize(encoder, weights, partial(_allocate, encoder, dtype, device, path), progress)
+    return TextEncoder(tokenizer, _ready(encoder), folder.dit_config.text_len)
 
 
-def _find(model_path: str) -> Path:
+def _find(model_path: str, *, dummy: bool) -> Path:
     """The folder that ``model_path`` names. Raises CheckpointError."""
     if model_path == BUILTIN:
-        return builtin_folder()
+        return BUILTIN_CONFIGS if dummy else builtin_folder()
     if not model_path.strip():
         raise broken("--model-path is empty: name builtin, a folder or a hub id")
     path = Path(os.path.expanduser(model_path))
     try:
         os.listdir(path)
     except FileNotFoundError:
+        if model_path in PUBLISHED:
+            if dummy:
+                return PUBLISHED_FOLDER
+            raise broken(
+                f"--model-path {model_path}: only the shapes of this model are known, not where its weights are: name "
+                "a folder or a hub id, for example OWNER/NAME, or add --load-format dummy for random weights"
+            ) from None
         # A hub id has one slash at most, and no part of it begins like a path.
         if path.is_absolute() or model_path.startswith(("./", "../", "~")) or model_path.count("/") > 1:
             shown = path if model_path.startswith("~") else model_path
             raise broken(f"--model-path {shown}: there is no such folder, and a hub id is OWNER/NAME") from None
-        return fetch(model_path)
+        return fetch(model_path, weights=not dummy)
     except NotADirectoryError:
         raise broken(f"--model-path {path} is a file, expected the folder of a model") from None
     except (OSError, ValueError) as error:
@@ -184,7 +209,7 @@ def _names(model_path: str, path: Path) -> list[str]:
     return [snapshot_id(path.resolve()) or model_path, path.resolve().name]
 
 
-def _no_model(path: Path) -> CheckpointError:
+def _no_model(path: Path, parts: tuple[str, ...]) -> CheckpointError:
     """The error for a folder without the parts of a model. It names the folder that was meant, if there is one."""
     repository = path.parent if path.name == "snapshots" else path
     model_id = repository_id(repository)
@@ -193,13 +218,13 @@ def _no_model(path: Path) -> CheckpointError:
             snapshot = newest_snapshot(repository)
             name = f"{snapshot}, or the id {model_id}" if snapshot else f"one of the folders in {repository}/snapshots"
             return broken(f"{path} is the hub cache's folder of {model_id}, not a model: name {name}")
-        inside = [child for child in sorted(path.iterdir()) if all((child / part).is_dir() for part in PARTS)]
+        inside = [child for child in sorted(path.iterdir()) if all((child / part).is_dir() for part in parts)]
         cached = sorted(filter(None, map(repository_id, (*path.glob("models--*"), *path.glob("hub/models--*")))))
         if cached:
             return broken(f"{path} is a cache of the hub, not a model: name the id of one, of {listed(cached)}")
     except OSError as error:
         return system_error(path, error)
-    missing = ", ".join(f"{part}/" for part in PARTS if not (path / part).is_dir())
+    missing = ", ".join(f"{part}/" for part in parts if not (path / part).is_dir())
     remedy = f"name {inside[0]}" if len(inside) == 1 else "name a folder that has them, or fetch the model again"
     return broken(f"{path} is not a diffusers model folder: it has no {missing}: {remedy}")
 
@@ -233,126 +258,69 @@ def _tokenizer(path: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _allocate(module: nn.Module, dtype: torch.dtype, device: torch.device, folder: Path) -> dict[str, Tensor]:
-    """Allocates every parameter of a module that was built on the meta device. Raises CheckpointError."""
-    values = module.state_dict()
+class _SplitQKV:
+    """Weights under the original checkpoint's names for a network with a fused qkv."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+
+    def fill(self, targets: Mapping[str, Tensor]) -> None:
+        self._weights.fill(split_qkv(dict(targets)))
+
+
+def _materialize(
+    network: nn.Module,
+    weights: Weights,
+    allocate: Callable[[Tensor], Tensor],
+    progress: Progress | None,
+    *,
+    quantize: bool = False,
+) -> None:
+    """Gives each parameter of a network of the meta device its memory and its value, module by module.
+
+    ``quantize``: the linears of the DiT's blocks, of each block as soon as it is filled.
+    """
+    names = [name for name, module in network.named_modules() if module._parameters]
+    done = 0
+    for block, members in groupby(names, _block_of):
+        for name in members:
+            _fill(network, name, weights, allocate)
+            done += 1
+            if progress is not None:
+                progress(done / len(names))
+        if quantize and block:
+            quantize_linears(network.get_submodule(block))
+
+
+def _block_of(name: str) -> str:
+    """``blocks.3.ffn.0`` -> ``blocks.3``; empty for a module outside the DiT's blocks."""
+    return ".".join(name.split(".")[:2]) if name.startswith("blocks.") else ""
+
+
+def _fill(network: nn.Module, name: str, weights: Weights, allocate: Callable[[Tensor], Tensor]) -> None:
+    """Memory and values for the parameters of the network's module ``name``, without those of its children."""
+    module = network.get_submodule(name)
+    own = {key: allocate(value) for key, value in module._parameters.items() if value is not None}
+    weights.fill({f"{name}.{key}" if name else key: tensor for key, tensor in own.items()})
+    for key, tensor in own.items():
+        setattr(module, key, nn.Parameter(tensor, requires_grad=False))
+
+
+def _allocate(network: nn.Module, dtype: torch.dtype, device: torch.device, folder: Path, value: Tensor) -> Tensor:
+    """Memory for one parameter of a network. Raises CheckpointError."""
     try:
-        return {name: torch.empty_like(value, dtype=dtype, device=device) for name, value in values.items()}
+        return torch.empty_like(value, dtype=dtype, device=device)
     except (RuntimeError, MemoryError):
         # torch has no error of its own for a CPU without memory, and nothing else can fail here.
-        gigabytes = sum(value.numel() for value in values.values()) * dtype.itemsize / 1e9
+        gigabytes = sum(value.numel() for value in network.state_dict().values()) * dtype.itemsize / 1e9
         raise broken(
             f"{folder}: its weights take {gigabytes:.1f} GB, more than {device} has free: free some, or use a smaller "
             "--dtype or one of the offload options"
         ) from None
 
 
-def _assign(module: Any, state: dict[str, Tensor]) -> Any:
-    """Makes the tensors of ``state`` the module's own, without a copy."""
-    module.load_state_dict(state, assign=True)
-    unfilled = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+def _ready(network: Any) -> Any:
+    """The network for inference, all of whose tensors have to have values."""
+    unfilled = [name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta]
     assert not unfilled, f"tensors that no checkpoint file has: {unfilled}"
-    return module.requires_grad_(False).eval()
-
-
-def _original_name(name: str) -> str:
-    for pattern, replacement in _DIFFUSERS_NAMES:
-        renamed, count = re.subn("^" + pattern, replacement, name)
-        if count:
-            return renamed
-    return name
-
-
-@dataclass(frozen=True, slots=True)
-class _Copy:
-    """One tensor of a file, and the tensor of the network that gets its values."""
-
-    path: Path
-    name: str
-    target: str
-
-
-def _match(
-    targets: dict[str, Tensor], folder: Path, rename: Callable[[str], str], aliases: dict[str, str] | None = None
-) -> list[_Copy]:
-    """Which tensor of which file each target gets. Only headers are read.
-
-    ``aliases``: names that are passed over if the files also have the other name. Raises CheckpointError unless every
-    target has one tensor of its shape, and every tensor is for a target.
-    """
-    files = weight_files(folder)
-    found: dict[str, Path] = {}
-    headers: dict[str, tuple[list[int], str]] = {}
-    for path in files.paths:
-        with _open_weights(path) as file:
-            for name in list(file.keys()):
-                if name in found:
-                    raise broken(f"{path} and {found[name].name} both have {shorten(name)}: fetch the model again")
-                found[name] = path
-                header = file.get_slice(name)
-                headers[name] = (header.get_shape(), header.get_dtype())
-    _require_listed(files, found)
-    copies: dict[str, _Copy] = {}
-    extra, misshapen = [], []
-    for name, (shape, dtype) in headers.items():
-        if aliases and aliases.get(name) in headers:
-            continue
-        target = rename(name)
-        if target not in targets:
-            extra.append(name)
-        elif target in copies:
-            raise broken(
-                f"{found[name]}: {shorten(name)} and {shorten(copies[target].name)} are the same tensor of the network:"
-                " remove one"
-            )
-        else:
-            copies[target] = _Copy(found[name], name, target)
-            if list(targets[target].shape) != shape:
-                misshapen.append(f"{name} {shape} for {list(targets[target].shape)}")
-            elif dtype not in _FLOATS:
-                misshapen.append(f"{name} of type {dtype}")
-    problems = (("missing", sorted(targets.keys() - copies)), ("unexpected", extra), ("misshapen", misshapen))
-    parts = [f"{len(names)} {what}: {listed(names)}" for what, names in problems if names]
-    if parts:
-        raise broken(f"{folder} does not fit its config.json: {'; '.join(parts)}; fetch both of the same model")
-    return list(copies.values())
-
-
-def _require_listed(files: WeightFiles, found: dict[str, Path]) -> None:
-    """Raises CheckpointError unless the index, if there is one, lists each tensor under the file that has it."""
-    if files.weight_map is None:
-        return
-    wrong = [name for name, shard in files.weight_map.items() if name not in found or found[name].name != shard]
-    wrong += [name for name in found if name not in files.weight_map]
-    if wrong:
-        raise broken(
-            f"{files.index} does not fit its files: {len(wrong)} tensors are in another file than it says, or in none: "
-            f"{listed(wrong)}; fetch the index and the weights again"
-        )
-
-
-@contextmanager
-def _open_weights(path: Path) -> Iterator[Any]:
-    """An open safetensors file. Raises CheckpointError, also for what goes wrong while it is read."""
-    require_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise broken(f"{path} is incomplete or damaged ({error}): fetch it again") from None
-    except OSError as error:
-        raise system_error(path, error) from None
-
-
-def _fill(targets: dict[str, Tensor], copies: list[_Copy], progress: Progress | None) -> None:
-    """Copies the tensors into the targets, one at a time in memory."""
-    paths = list(dict.fromkeys(copy.path for copy in copies))
-    done = 0
-    for path in paths:
-        with _open_weights(path) as file:
-            for copy in copies:
-                if copy.path == path:
-                    targets[copy.target].copy_(file.get_tensor(copy.name))
-                    done += 1
-                    if progress is not None:
-                        progress(done / len(copies))
+    return network.requires_grad_(False).eval()

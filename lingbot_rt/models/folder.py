@@ -132,6 +132,13 @@ def left_out(path: Path) -> list[str]:
     return found
 
 
+def has_tokenizer(path: Path) -> bool:
+    """Whether the model folder ``path`` has all files of a tokenizer, damaged or not."""
+    folder = path / TOKENIZER
+    has_vocabulary = any(os.path.lexists(folder / name) for name in ("tokenizer.json", TOKENIZER_MODEL))
+    return has_vocabulary and os.path.lexists(folder / "tokenizer_config.json")
+
+
 def tokenizer_files(path: Path) -> list[Path]:
     """The files that the tokenizer is read from. Raises CheckpointError for one that is missing or damaged."""
     folder = path / TOKENIZER

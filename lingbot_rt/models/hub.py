@@ -30,42 +30,43 @@ _PROXY_VARIABLES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 _OPTIONAL = ("model_index.json", "scheduler/scheduler_config.json")
 
 
-def fetch(model_id: str) -> Path:
+def fetch(model_id: str, *, weights: bool = True) -> Path:
     """The snapshot of a hub id: the newest one if the hub answers, else the one in the cache. Downloads can resume.
 
-    Raises CheckpointError.
+    Without ``weights`` only the small files are fetched and needed. Raises CheckpointError.
     """
     try:
         validate_repo_id(model_id)
     except HFValidationError:
         raise broken(f"--model-path {model_id!r}: neither a folder that exists nor a hub id") from None
     if constants.HF_HUB_OFFLINE:
-        return _cached(model_id, "HF_HUB_OFFLINE is set")
+        return _cached(model_id, "HF_HUB_OFFLINE is set", weights=weights)
     try:
-        return _download(model_id)
+        return _download(model_id, weights=weights)
     except CheckpointError:
         raise
     except Exception as error:
         # The libraries under the download raise errors of every kind: of the hub, HTTP, proxies, files and values.
         reason = _reason(error)
-    path = _cached(model_id, reason)
+    path = _cached(model_id, reason, weights=weights)
     log.warning("%s: nothing fetched from the hub (%s); loading the copy in the cache, %s", model_id, reason, path)
     return path
 
 
-def _download(model_id: str) -> Path:
+def _download(model_id: str, *, weights: bool) -> Path:
     """First the small files, then the weights that they name, of the same revision."""
     path = Path(snapshot_download(model_id, allow_patterns=list(SMALL_FILES)))
     if not path.is_dir():
         raise broken(f"--model-path {model_id}: the repository has none of {listed(CONFIGS)}: it is no diffusers model")
-    wanted = [f"{part}/{name}" for part in WEIGHTS for name in weight_names(path / part)]
+    wanted = [f"{part}/{name}" for part in WEIGHTS for name in weight_names(path / part)] if weights else []
     if not os.path.lexists(path / TOKENIZER / "tokenizer.json"):
         wanted.append(f"{TOKENIZER}/{TOKENIZER_MODEL}")
-    snapshot_download(model_id, revision=path.name, allow_patterns=wanted)
+    if wanted:
+        snapshot_download(model_id, revision=path.name, allow_patterns=wanted)
     return path
 
 
-def _cached(model_id: str, reason: str) -> Path:
+def _cached(model_id: str, reason: str, *, weights: bool) -> Path:
     """The complete snapshot in the cache. ``reason``: why nothing can be fetched. Raises CheckpointError."""
     cache = Path(constants.HF_HUB_CACHE)
     try:
@@ -77,7 +78,7 @@ def _cached(model_id: str, reason: str) -> Path:
             f"--model-path {model_id}: no such folder, and the hub's cache {cache} has no copy of the model, which "
             f"cannot be fetched ({reason}); {_way_out(model_id)}"
         )
-    absent = list(_absent(path))
+    absent = list(_absent(path, weights=weights))
     if absent:
         raise broken(
             f"--model-path {model_id}: {path} misses {len(absent)} files, which cannot be fetched ({reason}): "
@@ -86,15 +87,16 @@ def _cached(model_id: str, reason: str) -> Path:
     return path
 
 
-def _absent(path: Path) -> Iterator[str]:
+def _absent(path: Path, *, weights: bool) -> Iterator[str]:
     """Files that the loader needs and a snapshot does not have."""
     needed = [name for name in CONFIGS if name not in _OPTIONAL]
-    needed += [f"{part}/{name}" for part in WEIGHTS for name in weight_names(path / part)]
-    needed.append(f"{TOKENIZER}/tokenizer_config.json")
+    if weights:
+        needed += [f"{part}/{name}" for part in WEIGHTS for name in weight_names(path / part)]
+        needed.append(f"{TOKENIZER}/tokenizer_config.json")
     for name in needed:
         if not (path / name).exists():
             yield name
-    if not any((path / TOKENIZER / name).exists() for name in (TOKENIZER_FILES[0], TOKENIZER_MODEL)):
+    if weights and not any((path / TOKENIZER / name).exists() for name in (TOKENIZER_FILES[0], TOKENIZER_MODEL)):
         yield f"{TOKENIZER}/{TOKENIZER_FILES[0]}"
 
 

@@ -9,11 +9,12 @@ import html
 import importlib.util
 import re
 from collections import OrderedDict
-from typing import Protocol, Self
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+from torch import Tensor, nn
+from transformers import UMT5EncoderModel
 
 from lingbot_rt.models import to_device
 
@@ -31,13 +32,15 @@ def clean_prompt(text: str) -> str:
     return _SPACE.sub(" ", html.unescape(html.unescape(text))).strip()
 
 
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer."""
+
+    def __call__(self, text: str, *, truncation: bool, max_length: int) -> Any:
+        """A mapping with ``input_ids``, at most ``max_length`` of them with ``truncation``."""
+
+
 class PromptEncoder(Protocol):
     """What the pipeline asks of a text encoder."""
-
-    def to(self, device: torch.device) -> Self: ...
-
-    def knows(self, prompt: str) -> bool:
-        """Whether ``encode`` runs no network for this prompt."""
 
     def encode(self, prompt: str) -> Tensor:
         """Embeddings [1, L, D]."""
@@ -46,34 +49,38 @@ class PromptEncoder(Protocol):
 class TextEncoder:
     """UMT5 with its tokenizer. It caches the embeddings of the newest prompts."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, text_len: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, encoder: UMT5EncoderModel, text_len: int) -> None:
         self._tokenizer = tokenizer
         self._encoder = encoder.requires_grad_(False).eval()
+        self._device = encoder.device
         self._text_len = text_len
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
-    def to(self, device: torch.device) -> TextEncoder:
-        self._encoder.to(device)
-        return self
+    def offload(self, device: torch.device, stream: Callable[[Sequence[nn.Module]], nn.Module]) -> None:
+        """Encodes on ``device`` and keeps the weights on the host. ``stream`` makes of the layers what copies them.
+
+        The table of embeddings is looked up on the host: a prompt takes few of its rows.
+        """
+        stack: Any = self._encoder.encoder
+        stack.block = stream(stack.block)
+        stack.final_layer_norm.to(device)
+        self._device = device
 
     def token_ids(self, prompt: str) -> list[int]:
         """At most L ids, with the end token."""
         return self._tokenizer(clean_prompt(prompt), truncation=True, max_length=self._text_len)["input_ids"]
 
-    def knows(self, prompt: str) -> bool:
-        return clean_prompt(prompt) in self._cache
-
     def encode(self, prompt: str) -> Tensor:
         """Embeddings [1, L, D] on the encoder's device. Rows after the prompt's tokens are zeros."""
         cleaned = clean_prompt(prompt)
-        device = self._encoder.device
         if cleaned in self._cache:
             self._cache.move_to_end(cleaned)
-            return self._cache[cleaned].to(device)
-        ids = to_device(torch.tensor([self.token_ids(prompt)]), device)
+            return self._cache[cleaned]
+        table = self._encoder.shared
+        ids = to_device(torch.tensor([self.token_ids(prompt)]), table.weight.device)
         # The padding rows, which would be masked and then zeroed, are not computed. So no mask is needed, which
         # transformers would read on the host.
-        rows = self._encoder(input_ids=ids).last_hidden_state
+        rows = self._encoder.encoder(inputs_embeds=to_device(table(ids), self._device)).last_hidden_state
         embeddings = rows.new_zeros(1, self._text_len, rows.shape[-1])
         embeddings[:, : rows.shape[1]] = rows
         self._cache[cleaned] = embeddings

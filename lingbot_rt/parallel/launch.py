@@ -114,7 +114,9 @@ def require_ranks(config: ServeConfig, heads: int | None = None) -> None:
         raise ConfigError(
             f"--num-gpus {config.num_gpus}: this machine has {found} CUDA device{'s' * (found != 1)}", field="num_gpus"
         )
-    heads = heads or open_checkpoint(config.model_path).dit_config.num_attention_heads
+    if heads is None:
+        folder = open_checkpoint(config.model_path, load_format=config.load_format)
+        heads = folder.dit_config.num_attention_heads
     if heads % config.num_gpus:
         fitting = ", ".join(str(n) for n in range(1, config.num_gpus) if heads % n == 0)
         raise ConfigError(

@@ -49,14 +49,6 @@ class BroadcastTextEncoder:
         self._own = own
         self._like = like
 
-    def to(self, device: torch.device) -> BroadcastTextEncoder:
-        if self._own is not None:
-            self._own.to(device)
-        return self
-
-    def knows(self, prompt: str) -> bool:
-        return self._own is None or self._own.knows(prompt)
-
     def encode(self, prompt: str) -> Tensor:
         """Embeddings [1, L, D] on the rank's device. All ranks must ask for the same prompts in the same order."""
         text = torch.empty_like(self._like)

@@ -76,6 +76,7 @@ def _of_model(info: ModelInfo, max_pixels: int) -> dict[str, Any]:
         "attention_backend": info.attention_backend,
         "kv_cache_dtype": info.kv_cache_dtype,
         "compiled": info.compiled,
+        "load_format": info.load_format,
         "num_ranks": info.num_ranks,
         "default_size": str(info.default_size),
         "sizes": sizes,

@@ -73,6 +73,7 @@ class ModelInfo:
     quantization: str = "none"
     vae_dtype: str = "float32"
     compiled: bool = False
+    load_format: str = "auto"  # "dummy": the weights are random, and the frames are noise
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ class ServedWorld:
     """
 
     def __init__(self, folder: Path, device: str, renderer: Renderer, ablation: str | None = None) -> None:
-        config = ServeConfig(model_path=str(folder), device=device, dtype="float32")
+        config = ServeConfig(model_path=str(folder), device=device, dtype="float32", vae_dtype="float32")
         self.pipeline = load_pipeline(config, lambda status: None)
         self.folder, self.renderer, self.ablation = folder, renderer, ablation
 

@@ -19,7 +19,10 @@ from lingbot_rt.shapes import FrameSize, latent_frames_for
 
 @pytest.fixture(scope="session")
 def golden_config(golden) -> ServeConfig:
-    return ServeConfig(model_path=str(golden("e2e/model")), device="cpu", dtype="float32", warmup=False)
+    # The VAE too: a test may set the device to cuda, where its own default is bfloat16.
+    return ServeConfig(
+        model_path=str(golden("e2e/model")), device="cpu", dtype="float32", vae_dtype="float32", warmup=False
+    )
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,9 @@ import torch
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine import chunk_runner
 from lingbot_rt.engine import engine as engine_module
+from lingbot_rt.engine.device import resolve_device, resolve_dtype
 from lingbot_rt.engine.engine import Engine
 from lingbot_rt.engine.memory import plan_memory, window_bytes
-from lingbot_rt.engine.pipeline import resolve_device
 from lingbot_rt.engine.placement import Placement
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import warm_up
@@ -260,6 +260,14 @@ def test_cuda_without_cuda_is_one_clear_error(monkeypatch):
     with pytest.raises(ConfigError, match="use --device cpu"):
         resolve_device("cuda")
     assert resolve_device("auto").type == "cpu"
+
+
+def test_the_vae_is_bfloat16_on_a_gpu_only():
+    """Unless --vae-dtype says otherwise."""
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert resolve_dtype(ServeConfig().vae_dtype, gpu) == torch.bfloat16
+    assert resolve_dtype(ServeConfig().vae_dtype, cpu) == torch.float32
+    assert resolve_dtype(ServeConfig(vae_dtype="float32").vae_dtype, gpu) == torch.float32
 
 
 def test_placement_keeps_an_offloaded_network_on_the_cpu_between_visits(monkeypatch):

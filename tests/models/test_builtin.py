@@ -214,11 +214,11 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path, function, error):
 
 def test_a_read_only_package(monkeypatch, tmp_path):
     """Files copied from a read-only package can be written by their owner, and only the model's files are copied."""
-    source = Path(shutil.copytree(builtin._SOURCE, tmp_path / "package"))
+    source = Path(shutil.copytree(builtin.BUILTIN_CONFIGS, tmp_path / "package"))
     (source / "vae" / "._config.json").write_bytes(b"\0\x05\x16\x07")
     for path in (source, *source.rglob("*")):
         path.chmod(path.stat().st_mode & ~0o222)
-    monkeypatch.setattr(builtin, "_SOURCE", source)
+    monkeypatch.setattr(builtin, "BUILTIN_CONFIGS", source)
     monkeypatch.setenv("LINGBOT_RT_CACHE", str(tmp_path / "cache"))
     folder = builtin_folder()
     for path in (folder, *folder.rglob("*")):

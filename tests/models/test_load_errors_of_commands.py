@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lingbot_rt.cli import main
-from lingbot_rt.models import checkpoint
+from lingbot_rt.models import folder_weights
 from tests.preloaded import PreloadedProcess
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -63,7 +63,7 @@ def test_commands(model, commands, verb, damage, monkeypatch, capsys, root_loggi
         def refuse(path, framework):
             raise OSError("No such device (os error 19)")
 
-        monkeypatch.setattr(checkpoint, "safe_open", refuse)
+        monkeypatch.setattr(folder_weights, "safe_open", refuse)
     option = "--model" if verb == "bench" else "--model-path"
     assert main([*commands[verb], option, str(model)]) == 2
     line = one_line(capsys.readouterr().err)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.pipeline import load_pipeline
-from lingbot_rt.models import checkpoint
+from lingbot_rt.models import checkpoint, folder_weights
 from lingbot_rt.models.checkpoint import load_dit, load_text_encoder, load_vae, open_checkpoint
 
 from .conftest import CPU, load_all, refusal, rewrite
@@ -152,7 +152,7 @@ def test_a_file_system_that_does_not_map_files(model, monkeypatch):
     def refuse(path, framework):
         raise OSError(19, "No such device")
 
-    monkeypatch.setattr(checkpoint, "safe_open", refuse)
+    monkeypatch.setattr(folder_weights, "safe_open", refuse)
     message = refusal(model)
     assert str(model / "transformer" / WEIGHTS) in message
     assert "No such device" in message

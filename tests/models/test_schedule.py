@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from lingbot_rt.bench.random_model import shapes_of
 from lingbot_rt.cli import build_parser, main
 from lingbot_rt.commands.bench import _job as job_of
 from lingbot_rt.config import ServeConfig
@@ -145,7 +144,7 @@ def test_the_bench_knows_both():
         ("lingbot-world-v2", "auto", V2),
         ("lingbot-world-fast", "v2", V2),
     ):
-        schedule = shapes_of(name, asked).schedule
+        schedule = open_checkpoint(name, asked, "dummy").schedule
         assert (schedule.shift, schedule.steps) == (shift, steps)
     line = "bench pipeline --model lingbot-world-v2 --random-weights --schedule v1"
     assert job_of(build_parser("bench").parse_args(line.split()), 1).config.schedule == "v1"

@@ -64,8 +64,9 @@ def test_long_prompts_are_cut(encoder):
 def test_prompts_that_clean_alike_are_one(encoder, monkeypatch):
     """A prompt seen before is not encoded again, whatever its white space; the cache is bounded."""
     calls = []
-    forward = encoder._encoder.forward
-    monkeypatch.setattr(encoder._encoder, "forward", lambda **kwargs: (calls.append(1), forward(**kwargs))[1])
+    stack = encoder._encoder.encoder
+    forward = stack.forward
+    monkeypatch.setattr(stack, "forward", lambda **kwargs: (calls.append(1), forward(**kwargs))[1])
     first = encoder.encode("a quiet lake")
     assert encoder.encode("  a  quiet lake\n") is first
     assert len(calls) == 1
