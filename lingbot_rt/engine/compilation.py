@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 import shutil
 import sysconfig
@@ -61,17 +62,18 @@ def set_compile_cache(folder: str | None) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder).resolve())
 
 
-_compiling: set[int] = set()
+_compiling: dict[int, float] = {}  # thread: since when
 
 
-def compilations() -> object:
-    """A value that changes while torch.compile is at work, and stays the same otherwise."""
+def compilations(limit_s: float = math.inf) -> object:
+    """A value that changes while torch.compile is at work, for ``limit_s`` at most, and stays the same otherwise."""
     _observe_compilation()
-    return time.monotonic() if _compiling else None
+    now = time.monotonic()
+    return now if any(now - since < limit_s for since in list(_compiling.values())) else None
 
 
 @cache
 def _observe_compilation() -> None:
     handler = importlib.import_module("torch._dynamo.callback").callback_handler
-    handler.register_start_callback(lambda *args: _compiling.add(threading.get_ident()))
-    handler.register_end_callback(lambda *args: _compiling.discard(threading.get_ident()))
+    handler.register_start_callback(lambda *args: _compiling.setdefault(threading.get_ident(), time.monotonic()))
+    handler.register_end_callback(lambda *args: _compiling.pop(threading.get_ident(), None))
