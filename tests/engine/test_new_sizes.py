@@ -36,7 +36,7 @@ async def engine(golden_config):
 
 @pytest.fixture
 def warmed(monkeypatch):
-    """The chunks of warm-ups as (size, latent frames, index, with camera), and what has ``before``, called before each."""
+    """The chunks of warm-ups as (size, latent frames, index, with camera); ``before`` of the second is called first."""
     seen = []
 
     def recorded(pipeline, session, plan, emit):
