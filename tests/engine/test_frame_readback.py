@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,9 +10,7 @@ import pytest
 import torch
 
 from lingbot_rt.engine import frame_readback
-from lingbot_rt.engine.frame_readback import FrameReadback, to_uint8
-from lingbot_rt.engine.pipeline import load_pipeline
-from lingbot_rt.engine.session_state import SessionState
+from lingbot_rt.engine.frame_readback import FrameReadback
 from lingbot_rt.errors import UnsoundFrames
 from lingbot_rt.postprocess.stage import PostProcessor
 from lingbot_rt.session.plan import PostprocessPlan
@@ -209,26 +206,3 @@ def test_a_decode_that_raises_leaves_its_stream(monkeypatch):
     with pytest.raises(ValueError, match="broke"), readback(lambda group: None) as leaving, leaving.decoding(streams):
         raise ValueError("broke")
     assert streams.calls[-2:] == ["enter", "leave"]
-
-
-@pytest.mark.gpu
-def test_frames_are_those_of_a_plain_decode(golden_config, session_plan):
-    """Latents that are written late, on the caller's stream, and overwritten by nobody give the pixels of a decode that
-    has waited for everything."""
-    pipeline = load_pipeline(dataclasses.replace(golden_config, device="cuda"), lambda status: None)
-    plain, streamed = (SessionState(pipeline, session_plan({}, session_id=name)) for name in ("plain", "streamed"))
-    drawn, out = plain.draw((1, 16, 3, 8, 8)), []
-    with torch.inference_mode():
-        decoded = [pipeline.decode(drawn[:, :, i : i + 1], plain.features) for i in range(3)]
-        expected = [to_uint8(pixels).cpu().numpy() for pixels in decoded]
-        latents = torch.zeros_like(drawn)
-        torch.cuda.synchronize()
-        torch.cuda._sleep(200_000_000)  # cycles of the device: about a tenth of a second
-        latents.copy_(drawn)
-        with FrameReadback(pipeline.device, streamed.postprocessor, out.append) as leaving:
-            leaving.check(latents)
-            with leaving.decoding(latents):
-                for i in range(3):
-                    leaving.push(pipeline.decode(latents[:, :, i : i + 1], streamed.features), 0, i, 3)
-    for group, pixels in zip(out, expected, strict=True):
-        assert abs(group.pixels.astype(int) - pixels).max() <= 1
