@@ -88,7 +88,8 @@ def random_vae(config: ServeConfig) -> StreamingVAE:
     with torch.device("meta"):
         empty = AutoencoderKLWan.from_config(shapes_of(config.model_path).vae)
     generator = torch.Generator(device).manual_seed(_SEED)
-    return StreamingVAE(fill_random(empty, DTYPES[config.vae_dtype], device, generator))
+    filled = fill_random(empty, torch.float32, device, generator)  # the same weights in every dtype
+    return StreamingVAE(nn.Module.to(filled, DTYPES[config.vae_dtype]))
 
 
 def fill_random(module: Any, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Any:
