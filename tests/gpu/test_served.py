@@ -22,7 +22,7 @@ pytest.importorskip("prometheus_client")
 msgspec = pytest.importorskip("msgspec")
 connect = pytest.importorskip("websockets.sync.client").connect
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("ieee")]
 
 LIMIT_S = 120
 CHUNKS = 3
