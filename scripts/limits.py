@@ -232,7 +232,7 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
             "compiling for a new size",
             "--session-warmup-limit-s",
             "s",
-            "error `capacity` when the compilation in work ends; as long again without progress counts as a hang",
+            "error `capacity` when the compilation in work ends; one that does not end counts as a hang",
         ),
         Limit("compiled shapes per function", "models.dit:COMPILED_SHAPES", "", "further shapes run uncompiled"),
         Limit("pairs interpolated at once", "postprocess.interpolate:_PAIRS_AT_ONCE", "", "the others follow"),
