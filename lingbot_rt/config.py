@@ -246,7 +246,16 @@ class ServeConfig:
     chunk_timeout_s: float = _option(
         120.0,
         "seconds without progress after which the engine counts as hung: clients are told and the process ends with "
-        "exit code 1; start and compilation do not count; several GPUs have --rank-timeout-s instead",
+        "exit code 1; start does not count, nor does a compilation for --session-warmup-limit-s; several GPUs have "
+        "--rank-timeout-s instead",
+        low=0.1,
+        high=86400,
+        group="limits",
+    )
+    session_warmup_limit_s: float = _option(
+        300.0,
+        "seconds that compiling for a session of a new size may take; such a session is then refused, as soon as the "
+        "compilation in work ends: it cannot be interrupted",
         low=0.1,
         high=86400,
         group="limits",

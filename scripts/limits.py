@@ -228,6 +228,12 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("tables of rotations kept", "models.rope:lru_cache", "", "the oldest is computed again"),
         Limit("VAEs without weights kept for memory plans", "models.vae:lru_cache", "", "the oldest is made again"),
         Limit("memory plans kept", "engine.dry_run:lru_cache", "", "the oldest is computed again"),
+        Limit(
+            "compiling for a new size",
+            "--session-warmup-limit-s",
+            "s",
+            "error `capacity` when the compilation in work ends; one that does not end counts as a hang",
+        ),
         Limit("compiled shapes per function", "models.dit:COMPILED_SHAPES", "", "further shapes run uncompiled"),
         Limit("pairs interpolated at once", "postprocess.interpolate:_PAIRS_AT_ONCE", "", "the others follow"),
     ),

@@ -1,4 +1,8 @@
-"""For all tests: the path of golden data, one torch thread per process, and no deadlines in hypothesis."""
+"""For all tests: the path of golden data, one torch thread per process, and no deadlines in hypothesis.
+
+``pytest -m gpu`` collects tests/gpu alone, and needs neither pytest-asyncio nor pytest-timeout: a machine with an
+accelerator may not have all that the other tests import.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,24 @@ GOLDEN = Path(__file__).parent / "golden"
 
 SLOW = ("parallel", "engine", "regression", "world", "e2e", "bench", "browser", "commands", "models")
 """Folders whose files take longest. They come first, so that two processes end at about the same time."""
+
+
+GPU_TESTS = Path(__file__).parent / "gpu"
+
+
+def pytest_addoption(parser, pluginmanager):
+    """Makes known what pyproject.toml sets for plugins that are not there."""
+    for plugin, setting in (("asyncio", "asyncio_mode"), ("timeout", "timeout")):
+        if not pluginmanager.has_plugin(plugin):
+            parser.addini(setting, f"not in use: pytest-{plugin} is not installed")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With ``-m gpu`` nothing else is imported."""
+    is_within = collection_path == GPU_TESTS.parent or collection_path.is_relative_to(GPU_TESTS)
+    if config.option.markexpr == "gpu" and collection_path.is_relative_to(GPU_TESTS.parent) and not is_within:
+        return True
+    return None
 
 
 def pytest_collection_modifyitems(items):

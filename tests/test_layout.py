@@ -203,3 +203,10 @@ def test_parameter_lists_stay_short():
         if len(parameters(function)) > MAX_PARAMETERS
     }
     assert long <= MANY_PARAMETERS
+
+
+def test_tests_for_an_accelerator_are_in_one_folder():
+    """``pytest -m gpu`` looks nowhere else."""
+    tests = PACKAGE.parent / "tests"
+    marked = {path for path in tests.rglob("*.py") if "pytest.mark." + "gpu" in path.read_text(encoding="utf-8")}
+    assert {path.parent for path in marked} == {tests / "gpu"}

@@ -11,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lingbot_rt.engine.chunk_runner import run_chunk
+from lingbot_rt.engine.compilation import tuned_convolutions
 from lingbot_rt.engine.memory import GB, require_room
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.engine.session_state import SessionState
@@ -173,9 +174,10 @@ def run_chunks(
     warm, measured = workload.warm_chunks(plan), workload.measured_chunks()
     session_length = OPENING_CHUNKS if workload.opening else warm + measured
     chunks = _chunks(pipeline, plan, session_length, coordinator)
-    for _ in range(warm):
-        next(chunks)
-        on_chunk()
+    with tuned_convolutions():  # as in the server's warm-up
+        for _ in range(warm):
+            next(chunks)
+            on_chunk()
     reset_peak_memory(pipeline.device)
     timed = []
     for _ in range(measured):
@@ -202,8 +204,9 @@ def profile_chunk(pipeline: Pipeline, workload: Workload, path: str, coordinator
     """
     plan = workload.session_plan(pipeline)
     session = SyntheticSession(pipeline, plan, coordinator)
-    for _ in range(workload.warm_chunks(plan)):
-        session.step()
+    with tuned_convolutions():
+        for _ in range(workload.warm_chunks(plan)):
+            session.step()
     activities = [ProfilerActivity.CPU]
     if pipeline.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)

@@ -64,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             _collectives,
         ),
         ("targets", "every performance target for one GPU, beside the measured value", _add_targets, _targets),
+        (
+            "fidelity",
+            "how far faster settings are from the exact one: errors of latents, PSNR of frames",
+            _add_fidelity,
+            _fidelity,
+        ),
         ("transport", "encoding time and size of each transport, beside plain Pillow", _add_transport, _transport),
         ("serve", "a running server as its client sees it: rate, latency, jitter, underruns", _add_serve, _serve),
     ):
@@ -153,6 +159,24 @@ def _add_targets(parser: argparse.ArgumentParser) -> None:
         help="chunk index that is compared with the first chunks of a full window (default: %(default)s)",
     )
     # The cases set the first two themselves; the third needs several GPUs.
+    excluded = ("quantization", "vae_dtype", "vae_parallel")
+    add_options_named(parser, [name for name in DEVICE_OPTIONS if name not in excluded])
+
+
+def _add_fidelity(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    _add_steps(parser)
+    _add_window(parser)
+    _add_chunks(parser, 12, "chunks of each session")
+    parser.add_argument(
+        "--frames-model",
+        type=path_text,
+        default="builtin",
+        metavar="TEXT",
+        help="model with weights whose frames are compared: builtin, a diffusers folder, or a hub id (default: "
+        "%(default)s)",
+    )
+    # The variants set the first two; the third needs several GPUs.
     excluded = ("quantization", "vae_dtype", "vae_parallel")
     add_options_named(parser, [name for name in DEVICE_OPTIONS if name not in excluded])
 
@@ -347,6 +371,36 @@ def _targets(args: argparse.Namespace) -> int:
     measure_targets(config, workload, args.far, on_case)
     say(as_text(reports[0]))
     return 1 if any(row.error for row in reports[0].rows) else 0
+
+
+def _fidelity(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from lingbot_rt.bench.fidelity import SESSIONS, FidelityReport, as_text, measure_fidelity
+    from lingbot_rt.bench.figures import write_json
+    from lingbot_rt.bench.pipeline import Workload
+
+    workload = Workload(
+        size=args.size,
+        sink_frames=args.sink,
+        window_frames=args.window,
+        num_steps=args.steps,
+        chunks=args.chunks,
+    )
+    reports: list[FidelityReport] = []
+
+    def on_variant(report: FidelityReport) -> None:
+        # Written after every variant, so that a crash in the next one loses nothing.
+        write_json(args.json, report)
+        reports[:] = [report]
+
+    options = given_options(args)
+    config = ServeConfig(model_path=args.model, **options)
+    frames_config = ServeConfig(model_path=args.frames_model, **options)
+    with tqdm(total=SESSIONS * args.chunks, unit="chunk", disable=None) as bar:
+        measure_fidelity(config, workload, frames_config, bar.update, on_variant)
+    say(as_text(reports[0]))
+    return 0 if all(row.latent_error or row.note.startswith("skipped") for row in reports[0].rows) else 1
 
 
 def _transport(args: argparse.Namespace) -> int:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 import shutil
 import sysconfig
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -61,17 +64,29 @@ def set_compile_cache(folder: str | None) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder).resolve())
 
 
-_compiling: set[int] = set()
+@contextmanager
+def tuned_convolutions() -> Iterator[None]:
+    """Convolutions of new shapes inside try cuDNN's kernels and keep the fastest, also after this. For warm-ups."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
-def compilations() -> object:
-    """A value that changes while torch.compile is at work, and stays the same otherwise."""
+_compiling: dict[int, float] = {}  # thread: since when
+
+
+def compilations(limit_s: float = math.inf) -> object:
+    """A value that changes while torch.compile is at work, for ``limit_s`` at most, and stays the same otherwise."""
     _observe_compilation()
-    return time.monotonic() if _compiling else None
+    now = time.monotonic()
+    return now if any(now - since < limit_s for since in list(_compiling.values())) else None
 
 
 @cache
 def _observe_compilation() -> None:
     handler = importlib.import_module("torch._dynamo.callback").callback_handler
-    handler.register_start_callback(lambda *args: _compiling.add(threading.get_ident()))
-    handler.register_end_callback(lambda *args: _compiling.discard(threading.get_ident()))
+    handler.register_start_callback(lambda *args: _compiling.setdefault(threading.get_ident(), time.monotonic()))
+    handler.register_end_callback(lambda *args: _compiling.pop(threading.get_ident(), None))

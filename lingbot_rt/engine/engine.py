@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +22,12 @@ from lingbot_rt.engine.model_memory import require_memory
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
 from lingbot_rt.engine.progress import POLL_S, ThreadProgress
 from lingbot_rt.engine.session_state import SessionState
-from lingbot_rt.engine.warmup import warm_up
+from lingbot_rt.engine.warmup import LimitedWarmUp, warm_up
 from lingbot_rt.engine.worker import worker_command
-from lingbot_rt.errors import EngineFailed, LingbotError, UnsoundFrames, one_line
-from lingbot_rt.parallel.coordinator import Close, create_coordinator
-from lingbot_rt.session.plan import ChunkPlan, ChunkResult, EngineStatus, ModelInfo, SessionPlan
+from lingbot_rt.errors import CapacityError, ChunkCancelled, EngineFailed, LingbotError, UnsoundFrames, one_line
+from lingbot_rt.models.dit import COMPILED_SHAPES
+from lingbot_rt.parallel.coordinator import Close, WarmUpShape, create_coordinator
+from lingbot_rt.session.plan import ChunkPlan, ChunkResult, EngineStatus, ModelInfo, SessionPlan, WarmUp
 from lingbot_rt.shapes import FrameSize
 
 log = logging.getLogger(__name__)
@@ -48,7 +50,10 @@ class Engine:
         self._status = EngineStatus()
         self._pipeline: Pipeline | None = None
         self._sessions: dict[str, SessionState] = {}
-        self._compiled: set[tuple[FrameSize, int]] = set()  # shapes that compiled code is there for
+        # Sizes and latent frames per chunk that compiled code is there for. The engine thread replaces it as a whole.
+        self._compiled: tuple[tuple[FrameSize, int], ...] = ()
+        self._warm_up: LimitedWarmUp | None = None  # of the session that opens
+        self._warm_up_took_s: float | None = None  # the newest one
         self._coordinator = create_coordinator(config, self._lose, worker_command(config))
         self._loss: asyncio.Future[str] | None = None  # why the engine is lost; None before ``start``
         self._progress = ThreadProgress(self._marks)
@@ -89,19 +94,40 @@ class Engine:
             # With several ranks the coordinator watches all of them, this one too.
             self._watch = asyncio.create_task(self._watch_thread(), name="engine watch")
 
-    async def open(self, plan: SessionPlan) -> None:
-        """Encodes the prompt and the picture and allocates the session's window.
+    @property
+    def warm_sizes(self) -> tuple[FrameSize, ...] | None:
+        """Sizes at which a session opens without a warm-up, with the model's latent frames; None: all of them."""
+        if self._pipeline is None or not self.model_info.compiled:
+            return None
+        return tuple(size for size, frames in self._compiled if frames == self.model_info.latent_frames)
 
-        Raises CapacityError, with nothing allocated, if the session does not fit in the memory that is free now.
-        Raises InvalidInit if an upscaling or interpolation model does not load.
+    def warm_up_of(self, plan: SessionPlan) -> WarmUp | None:
+        """The warm-up that ``open`` begins with: of the first session of a shape, while any more may be compiled."""
+        is_known = (plan.size, plan.latent_frames) in self._compiled
+        if not self.model_info.compiled or is_known or len(self._compiled) >= COMPILED_SHAPES:
+            return None
+        return WarmUp(plan.size, plan.latent_frames, self._warm_up_took_s)
+
+    async def open(self, plan: SessionPlan) -> None:
+        """Compiles for the session's shape if need be, encodes prompt and picture, allocates the session's window.
+
+        Raises CapacityError, with nothing allocated, if the session does not fit in the memory that is free now, or if
+        compiling took longer than --session-warmup-limit-s. Raises InvalidInit if an upscaling or interpolation model
+        does not load, ChunkCancelled if ``close`` came before compiling ended.
         """
+        if self.warm_up_of(plan) is not None:
+            warm_up = self._warm_up = LimitedWarmUp(plan.session_id)
+            try:
+                await self._on_thread(lambda: self._compile_for(plan, warm_up))
+            finally:
+                warm_up.stop()  # the client may be gone
+                self._warm_up = None
 
         def build() -> None:
             if not self._loaded.postprocess.loaded(plan.postprocess):
                 log.info("first use of upscaling or interpolation: loading its networks")
             # Checked before the other ranks are told: what does not load or fit concerns this client only.
             require_room(self._loaded, plan)
-            self._tell_of_compilation(plan)
             with self._coordinator.command(plan):
                 self._sessions[plan.session_id] = SessionState(self._loaded, plan)
 
@@ -119,6 +145,8 @@ class Engine:
         session = self._sessions.get(session_id)
         if session is not None:
             session.cancel()
+        if self._warm_up is not None and self._warm_up.session_id == session_id:
+            self._warm_up.stop()
         # The thread works in order: this comes after the interrupted chunk and after an `open` that has not run yet.
         try:
             await self._on_thread(lambda: self._release(session_id))
@@ -168,21 +196,37 @@ class Engine:
             self._pipeline = pipeline
             if self._config.warmup:
                 self._report(EngineStatus("warming up", 0.0))
-                warm_up(
+                if warm_up(
                     pipeline,
                     lambda done: self._report(EngineStatus("warming up", done)),
                     postprocess=self._config.enable_upscaling_warmup,
-                )
-                self._compiled.add((pipeline.model_info.default_size, pipeline.model_info.latent_frames))
+                ):
+                    self._compiled = ((pipeline.model_info.default_size, pipeline.model_info.latent_frames),)
         self._report(EngineStatus("ready"))
 
-    def _tell_of_compilation(self, plan: SessionPlan) -> None:
+    def _compile_for(self, plan: SessionPlan, warm_up: LimitedWarmUp) -> None:
+        # What does not fit is not compiled for either.
+        require_room(self._loaded, plan)
+        limit_s = self._config.session_warmup_limit_s
         shape = (plan.size, plan.latent_frames)
-        if self.model_info.compiled and shape not in self._compiled:
-            log.info(
-                "first session of %s with %d latent frames per chunk: its first chunks compile and are slow", *shape
-            )
-            self._compiled.add(shape)
+        log.info("first session of %s with %d latent frames per chunk: compiling", *shape)
+        begun = time.monotonic()
+        try:
+            with self._coordinator.command(WarmUpShape(plan), limit_s):
+                warm_up.run(self._loaded, plan, limit_s)
+        except ChunkCancelled:
+            if not warm_up.is_late:
+                raise
+            ready = ", ".join(map(str, self.warm_sizes or ()))
+            raise CapacityError(
+                f"compiling for {plan.size} with {plan.latent_frames} latent frames per chunk took longer than "
+                f"{limit_s:g} s (--session-warmup-limit-s): try again, compiled parts are kept"
+                + (f", or use {ready}" if ready else ""),
+                field="size",
+            ) from None
+        self._warm_up_took_s = time.monotonic() - begun
+        self._compiled += (shape,)
+        log.info("compiled for %s with %d latent frames per chunk in %.0f s", *shape, self._warm_up_took_s)
 
     def _report(self, status: EngineStatus) -> None:
         self._coordinator.ranks.tick()
@@ -219,7 +263,9 @@ class Engine:
         pipeline = self._loaded
         # On a GPU the thread may use CPU time while it waits for the device.
         cpu_s = self._progress.cpu_s() if pipeline.device.type == "cpu" else 0.0
-        return pipeline.ranks.heartbeat.progress, cpu_s, compilations() if pipeline.model_info.compiled else None
+        limit_s = self._config.session_warmup_limit_s
+        compiling = compilations(limit_s) if pipeline.model_info.compiled else None
+        return pipeline.ranks.heartbeat.progress, cpu_s, compiling
 
     async def _on_thread(self, job: Callable[[], Result]) -> Result:
         """``job``'s result. Raises EngineFailed as soon as the engine is lost: the thread may be stuck for good."""

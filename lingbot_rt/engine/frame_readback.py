@@ -1,17 +1,15 @@
 """Pixels of a decoded latent frame -> uint8 on the host, in order, without blocking the device.
 
-On a CPU, ``push`` hands out the frames itself. On an accelerator, ``push`` starts the copy to pinned memory on the
-decode stream. A thread waits for each copy in turn and hands out the frames. The engine thread cannot: it launches the
+On a CPU, ``push`` hands out the frames itself. On an accelerator, ``push`` starts the copy to pinned memory. A thread
+waits for each copy in turn and hands out the frames. The engine thread cannot: it launches the
 context pass meanwhile, and it blocks whenever the launch queue is full, which is after about one forward.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cache
 from types import TracebackType
 
 import torch
@@ -38,7 +36,6 @@ class FrameReadback:
         self._copies: list[Future[None]] = []
         self._bounds: tuple[Tensor, ...] = ()  # smallest and largest latent, on the device
         self._unsound: UnsoundFrames | None = None
-        self._first_copied: torch.cuda.Event | None = None
         self.num_frames = 0
 
     def __enter__(self) -> FrameReadback:
@@ -59,27 +56,6 @@ class FrameReadback:
         """The groups that follow are decoded from ``latents``: they are held back if these are not sound."""
         self._bounds = torch.aminmax(latents)
 
-    @contextmanager
-    def decoding(self, latents: Tensor) -> Iterator[None]:
-        """Work launched inside runs on the decode stream, after ``latents`` are complete."""
-        if self._device.type != "cuda":
-            yield
-            return
-        stream = _decode_stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        latents.record_stream(stream)
-        with torch.cuda.stream(stream):
-            yield
-
-    def wait_for_first_frames(self) -> None:
-        """Work launched after this on the current stream starts when the first group pushed is on the host.
-
-        The host does not wait. Decoding alone takes a third of the time that it takes beside a forward, and its first
-        frames are what the player waits for.
-        """
-        if self._first_copied is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._first_copied)
-
     def push(self, pixels: Tensor, chunk_index: int, group_index: int, num_groups: int) -> None:
         """``pixels`` [1, 3, n, H, W] in [0, 1] -> uint8 [n, H, W, 3], interpolated and upscaled as the session asked.
 
@@ -95,7 +71,6 @@ class FrameReadback:
         # Before the frames: the event of their end stands for both copies.
         host_bounds = torch.empty(bounds.shape, pin_memory=bounds.is_cuda).copy_(bounds, non_blocking=True)
         host, copied = start_copy(frames)
-        self._first_copied = self._first_copied or copied
         if self._waiter is None:
             self._waiter = ThreadPoolExecutor(1, thread_name_prefix="frames")
         self._copies.append(self._waiter.submit(self._await_copy, host, host_bounds, copied, place))
@@ -112,12 +87,6 @@ class FrameReadback:
             self._unsound = UnsoundFrames(f"chunk {place[0]}: {fault}; its frames are not sent")
             return
         self._emit(FrameGroup(*place, pixels=frames.numpy()))
-
-
-@cache
-def _decode_stream(device: torch.device) -> torch.cuda.Stream:
-    # Of high priority: the first frames of a chunk must not wait for the context pass, which nobody sees.
-    return torch.cuda.Stream(device, priority=-1)
 
 
 def start_copy(frames: Tensor) -> tuple[Tensor, torch.cuda.Event]:

@@ -24,9 +24,9 @@ from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.memory import describe_share, release_unused
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
 from lingbot_rt.engine.session_state import SessionState
-from lingbot_rt.engine.warmup import warm_up
+from lingbot_rt.engine.warmup import warm_up, warm_up_shape
 from lingbot_rt.errors import ChunkCancelled, PeerLost, UnsoundFrames, one_line
-from lingbot_rt.parallel.coordinator import Close, Stop
+from lingbot_rt.parallel.coordinator import Close, Stop, WarmUpShape
 from lingbot_rt.parallel.groups import RankGroup
 from lingbot_rt.parallel.launch import RankInfo, require_ranks, uses_cuda
 from lingbot_rt.parallel.watchdog import START_PATIENCE, HeartbeatSender
@@ -86,6 +86,9 @@ def worker_loop(pipeline: Pipeline, group: RankGroup) -> None:
     sessions: dict[str, SessionState] = {}
     while True:
         match group.receive():
+            case WarmUpShape(plan):
+                with suppress(ChunkCancelled):
+                    warm_up_shape(pipeline, plan)
             case SessionPlan() as plan:
                 # The session that this one replaces goes first: there may be memory for one window only.
                 _close(sessions, plan.session_id)

@@ -24,6 +24,7 @@ from lingbot_rt.parallel.launch import (
     uses_cuda,
 )
 from lingbot_rt.parallel.watchdog import PERIOD_S, START_PATIENCE, Watchdog, shutdown_s
+from lingbot_rt.session.plan import SessionPlan
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,13 @@ class Close:
     """Command: free what the session holds."""
 
     session_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUpShape:
+    """Command: compile for the shape of a session that opens next."""
+
+    plan: SessionPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +61,11 @@ class Coordinator(Protocol):
     def starting(self) -> AbstractContextManager[None]:
         """Loading and warming up run inside. Every rank does both by itself."""
 
-    def command(self, command: Any) -> AbstractContextManager[None]:
-        """Rank 0's own part of ``command`` runs inside. The workers receive it first."""
+    def command(self, command: Any, patience_s: float = 0.0) -> AbstractContextManager[None]:
+        """Rank 0's own part of ``command`` runs inside. The workers receive it first.
+
+        A rank may go without progress for ``patience_s``, or for the usual limit if that is longer.
+        """
 
     def stop(self) -> None:
         """Ends all workers and waits until they have exited."""
@@ -73,7 +84,7 @@ class SingleCoordinator:
     def starting(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def command(self, command: Any) -> AbstractContextManager[None]:
+    def command(self, command: Any, patience_s: float = 0.0) -> AbstractContextManager[None]:
         return nullcontext()
 
     def stop(self) -> None: ...
@@ -133,10 +144,10 @@ class GroupCoordinator:
             self._group.agree(True)
 
     @contextmanager
-    def command(self, command: Any) -> Iterator[None]:
+    def command(self, command: Any, patience_s: float = 0.0) -> Iterator[None]:
         """Raises EngineFailed, naming the rank, when any rank broke: the ranks are then out of step for good."""
         assert self._watchdog is not None
-        with self._watched(self._watchdog):
+        with self._watched(self._watchdog, max(1.0, patience_s / self._watchdog.limit_s)):
             self._group.send(command)
             yield
 
@@ -167,7 +178,7 @@ class GroupCoordinator:
         self._on_failure(failure)
 
     @contextmanager
-    def _watched(self, watchdog: Watchdog, patience: int = 1) -> Iterator[None]:
+    def _watched(self, watchdog: Watchdog, patience: float = 1) -> Iterator[None]:
         """Expects progress inside. All ranks agree on a cancelled chunk; any other error ends the service."""
         with watchdog.expect_progress(patience):
             try:

@@ -138,7 +138,7 @@ class Watchdog:
         self._on_failure = on_failure
         self._processes: Mapping[int, subprocess.Popen[bytes]] = {}
         self._is_busy = False
-        self._patience = 1
+        self._patience = 1.0
         self._progress: list[tuple[int, int]] = []
         self._moved_at = self._clock()
         self._peer_lost_at: float | None = None
@@ -169,7 +169,7 @@ class Watchdog:
             self._thread.join()
 
     @contextmanager
-    def expect_progress(self, patience: int = 1) -> Iterator[None]:
+    def expect_progress(self, patience: float = 1) -> Iterator[None]:
         """Inside, the ranks must make progress within ``patience`` times the limit. Outside they may stand still."""
         self._moved_at = self._clock()
         self._patience = patience

@@ -168,6 +168,7 @@ def _keyed_routes(service: Service, app: FastAPI) -> APIRouter:
             service.config,
             _info(engine),
             _public_status(engine),
+            warm_sizes=engine.warm_sizes,
             busy=admission.is_busy,
             waiting=admission.waiting,
         )

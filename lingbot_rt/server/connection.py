@@ -43,7 +43,16 @@ from lingbot_rt.server.admission import Admission
 from lingbot_rt.server.first_frame import load_first_frame
 from lingbot_rt.server.stream import Stream
 from lingbot_rt.server.websocket import NOT_UTF8, TOO_LARGE
-from lingbot_rt.session.messages import EXTENSIONS, Event, Init, decode, error_message, queue_message, session_message
+from lingbot_rt.session.messages import (
+    EXTENSIONS,
+    Event,
+    Init,
+    decode,
+    error_message,
+    queue_message,
+    session_message,
+    warming_message,
+)
 from lingbot_rt.session.plan import EnginePort, SessionPlan
 from lingbot_rt.session.session import Session
 from lingbot_rt.session.settings import resolve
@@ -211,7 +220,7 @@ class Connection:
                     replies = await self._take(message)
                 except (RequestError, NotReady) as error:
                     replies = (self._refusal(error),)
-            if self._stream is not None and self._session is not None:
+            if self._session is not None and (self._stream is not None or self._session.is_warming):
                 replies += self._session.tick(time.monotonic())
             for reply in replies:
                 await self._outbox.send(reply)
@@ -313,7 +322,7 @@ class Connection:
             async with AsyncExitStack() as at_last:
                 service.metrics.active.inc()
                 try:
-                    await service.engine.open(plan)
+                    await self._open(session, plan)
                     recorder = await at_last.enter_async_context(self._recorded(init, plan))
                     service.metrics.sessions.inc()
                     log.info("session %s: %s, %d latent frames", session.id, settings.size, settings.latent_frames)
@@ -324,6 +333,19 @@ class Connection:
                     service.metrics.active.dec()
                     await _to_the_end(service.engine.close(session.id))
         return Close(1000, "generation complete")
+
+    async def _open(self, session: Session, plan: SessionPlan) -> None:
+        """Opens the session on the engine. A client that asked for it hears when that begins with a warm-up."""
+        engine = self._service.engine
+        warm_up = engine.warm_up_of(plan)
+        session.is_warming = warm_up is not None
+        if warm_up is not None and "warming" in session.settings.extensions:
+            expected_ms = None if warm_up.expected_s is None else 1000 * warm_up.expected_s
+            await self._outbox.send(warming_message(session.id, str(warm_up.size), expected_ms))
+        try:
+            await engine.open(plan)
+        finally:
+            session.is_warming = False
 
     async def _stream_session(self, session: Session, recorder: SessionRecorder | None) -> None:
         extensions = session.settings.extensions

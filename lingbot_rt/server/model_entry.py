@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from lingbot_rt.config import OUTPUT_FORMATS, ServeConfig
@@ -16,11 +17,18 @@ _COMMON_SIZES = ("832x480", "480x832", "640x640", "1280x720", "720x1280", "448x2
 
 
 def model_entry(
-    config: ServeConfig, info: ModelInfo | None, status: EngineStatus, *, busy: bool, waiting: int
+    config: ServeConfig,
+    info: ModelInfo | None,
+    status: EngineStatus,
+    *,
+    warm_sizes: Iterable[FrameSize] | None,
+    busy: bool,
+    waiting: int,
 ) -> dict[str, Any]:
     """``info`` is None while the model loads. The fields that depend on it are then missing.
 
-    ``waiting``: the clients in line.
+    ``warm_sizes``: those whose code is compiled; None when every session starts at once. ``waiting``: the clients in
+    line.
     """
     entry: dict[str, Any] = {
         "id": config.model_id if info is None else info.model_id,
@@ -59,6 +67,8 @@ def model_entry(
     }
     if info is not None:
         entry |= _of_model(info, config.max_pixels)
+    if warm_sizes is not None:
+        entry["warm_sizes"] = [str(size) for size in warm_sizes]
     return entry
 
 

@@ -29,7 +29,7 @@ DELTA_GZIP_TYPE = "application/x-raw-rgb-delta-gzip"
 ENCODED_TYPES = {"webp": "image/webp", "jpeg": "image/jpeg"}
 """Content types of frame batches."""
 
-EXTENSIONS = ("session", "queue", "control_ack", "heartbeat", "pause", "pinned_events")
+EXTENSIONS = ("session", "queue", "warming", "control_ack", "heartbeat", "pause", "pinned_events")
 """Names an init may list in ``protocol_extensions``. Other names are ignored."""
 
 AckState = Literal["received", "applied", "dropped"]
@@ -473,6 +473,12 @@ def queue_message(position: int, waited_ms: float) -> bytes:
     return _ENCODER.encode({"type": "queue", "position": _count(position), "waited_ms": _ms(waited_ms)})
 
 
+def warming_message(session_id: str, size: str, expected_ms: float | None) -> bytes:
+    """Extension ``warming``: the session opens once code is compiled for its ``size``. None: no telling how long."""
+    expected = {} if expected_ms is None else {"expected_ms": _ms(expected_ms)}
+    return _ENCODER.encode({"type": "warming", "session_id": session_id, "size": size} | expected)
+
+
 def control_ack_message(event_id: int | None, state: AckState, chunk_index: int | None) -> bytes:
     """Extension ``control_ack``: an event was received, applies from chunk ``chunk_index`` on, or was dropped."""
     message: dict[str, Any] = {"type": "control_ack", "state": state}
@@ -484,7 +490,7 @@ def control_ack_message(event_id: int | None, state: AckState, chunk_index: int 
 
 
 def heartbeat_message(uptime_ms: float, state: str, chunk_index: int) -> bytes:
-    """Extension ``heartbeat``: the session is alive even when no frames come. ``state``: "running" or "paused"."""
+    """Extension ``heartbeat``: the session is alive even when no frames come. ``state``: running, paused, warming."""
     return _ENCODER.encode(
         {"type": "heartbeat", "uptime_ms": _ms(uptime_ms), "state": state, "chunk_index": _count(chunk_index)}
     )

@@ -95,6 +95,15 @@ class SessionPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class WarmUp:
+    """What has to happen before a session opens: code is compiled for its frame size and chunk length."""
+
+    size: FrameSize
+    latent_frames: int  # F
+    expected_s: float | None  # what the newest one of another shape took; None before any
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkPlan:
     """The conditions of one chunk, sampled when its denoise starts."""
 
@@ -187,6 +196,13 @@ class EnginePort(Protocol):
         """Loads and warms up; returns when ready."""
 
     async def stop(self) -> None: ...
+
+    @property
+    def warm_sizes(self) -> tuple[FrameSize, ...] | None:
+        """Sizes at which a session opens without a warm-up, with the model's latent frames; None: all of them."""
+
+    def warm_up_of(self, plan: SessionPlan) -> WarmUp | None:
+        """The warm-up that ``open`` begins with; None when the session's shape needs none."""
 
     async def open(self, plan: SessionPlan) -> None:
         """Raises CapacityError or InvalidInit when the session cannot be opened."""

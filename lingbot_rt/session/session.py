@@ -70,6 +70,7 @@ class Session:
     ) -> None:
         self.id = session_id
         self.settings = settings
+        self.is_warming = False  # the engine compiles for its size before it opens
         self._queue = ConditionQueue(settings.prompt, settings.script)
         self._camera = CameraPath()
         self._next_index = 0
@@ -119,6 +120,8 @@ class Session:
             return ()
         self._heartbeat_at = now
         state = "paused" if self.is_paused else "running"
+        if self.is_warming and "warming" in self.settings.extensions:
+            state = "warming"
         return (heartbeat_message(1000 * (now - self._opened_at), state, self._next_index),)
 
     # --- what goes out, chunk by chunk ---

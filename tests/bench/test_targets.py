@@ -21,7 +21,7 @@ CASES = [
     "float32 not compiled",
     "chunks 0 to 3",
     "chunk 2000 beside chunk 6",
-    "fp8 not compiled",
+    "fp8 linears and window, not compiled",
     "VAE alone, float32 not compiled",
     "VAE alone, bfloat16 not compiled",
 ]
@@ -32,7 +32,7 @@ def test_one_command(line, tmp_path, capsys):
     assert main([*line.split(), "--json", str(tmp_path / "targets.json")]) == 0
     written = json.loads((tmp_path / "targets.json").read_text())
     assert list(dict.fromkeys(row["case"] for row in written["rows"])) == CASES
-    assert {row["figure"] for row in written["rows"] if row["case"] == "fp8 not compiled"} == {
+    assert {row["figure"] for row in written["rows"] if row["case"] == "fp8 linears and window, not compiled"} == {
         "DiT",
         "VAE",
         "after denoise",

@@ -115,6 +115,7 @@ class FakeWorld:
         self.events: list[dict[str, Any]] = []
         self.chunk_ms = 100.0
         self.place_in_line = 0
+        self.compiles = False  # before a session opens; ``open_session`` then opens it
         self._picture = (WEBUI / "presets" / "snow.webp").read_bytes()
         self._chunk = 0
         self._route: Any = None
@@ -142,6 +143,10 @@ class FakeWorld:
         if self._chunk == self.inits[-1].get("max_chunks"):
             self.close(1000, "generation complete")
 
+    def open_session(self) -> None:
+        self.send({"type": "session", "session_id": "x", "capabilities": {"extensions": []}})
+        self.chunk()
+
     def close(self, code: int, reason: str = "") -> None:
         self._route.close(code=code, reason=reason)
 
@@ -157,8 +162,10 @@ class FakeWorld:
             if self.place_in_line:
                 self.send({"type": "queue", "position": self.place_in_line})
                 return
-            self.send({"type": "session", "session_id": "x", "capabilities": {"extensions": []}})
-            self.chunk()
+            if self.compiles:
+                self.send({"type": "warming", "session_id": "x", "size": message["size"], "expected_ms": 41300})
+                return
+            self.open_session()
         else:
             self.events.append(message)
             if "event_id" in message:

@@ -147,6 +147,30 @@ def test_a_size_that_plays_slowly_says_so_before_the_start(visitor, world):
     page.wait_for_selector("#start-note:has-text('played at 1.0 frames/s')")
 
 
+def test_a_size_that_compiles_first_says_so(visitor, api, world):
+    """Before the start and while the server compiles the page says what it waits for. The session can be left."""
+    page, note = visitor.page, visitor.page.locator("#start-note")
+    api.model["warm_sizes"] = ["160x96"]
+    visitor.open(page.url)
+    page.wait_for_selector("#server-chip[data-tone=good]")
+    assert "prepares" not in note.inner_text()
+    page.click("#advanced summary")
+    page.select_option("#set-size", "832x480")
+    page.wait_for_selector("#start-note:has-text('first prepares 832 × 480')")
+    world.compiles = True
+    page.click("#start")
+    page.wait_for_selector("#start-note:has-text('The last size took 42 s')")
+    assert page.inner_text("#start") == "Preparing this size"
+    assert page.get_attribute("body", "data-state") == "connecting"
+    page.click("#stop")
+    visitor.wait_for_state("ended")
+    page.click("#start")
+    page.wait_for_selector("#start-note:has-text('The last size took 42 s')")
+    world.open_session()
+    visitor.wait_for_state("live")
+    assert "prepares" not in note.inner_text()
+
+
 def test_the_page_asks_before_it_loses_a_clip(visitor, world):
     """A screenshot that was not downloaded makes the browser ask. One that was does not."""
     page = visitor.page

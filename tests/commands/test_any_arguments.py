@@ -59,6 +59,7 @@ def nothing_runs(monkeypatch):
         "bench.ranks.pipeline_on_ranks",
         "bench.ranks.measure_on_ranks",
         "bench.targets.measure_targets",
+        "bench.fidelity.measure_fidelity",
         "bench.transport.measure_transport",
     ):
         monkeypatch.setattr(f"lingbot_rt.{place}", stop)

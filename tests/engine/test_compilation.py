@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 
 import numpy as np
@@ -14,13 +13,11 @@ from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.compilation import resolve_compile, set_compile_cache
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
 from lingbot_rt.engine.session_state import SessionState
-from lingbot_rt.engine.warmup import default_plan, warm_up
+from lingbot_rt.engine.warmup import warm_up
 from lingbot_rt.errors import ConfigError
 from lingbot_rt.session.camera_path import CameraPath
 from lingbot_rt.session.plan import ChunkPlan
-from lingbot_rt.shapes import pixel_frames_of_chunk
 
-from .test_golden_sessions import psnr
 from .test_placement import CPU, tiny_dit, two_chunks
 
 BACKEND = "inductor" if shutil.which("g++") else "aot_eager"
@@ -137,45 +134,3 @@ def test_modulation_of_known_timesteps(monkeypatch):
         dit, "forward", lambda x, timestep, *args, **more: forward(x, beforehand[timestep], *args, **more)
     )
     assert all(torch.equal(got, expected) for got, expected in zip(two_chunks(dit), plain, strict=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_no_wait_inside_a_chunk(golden_config):
-    """On a GPU no operation of a warm chunk makes the host wait for the device, and compiled chunks equal eager ones.
-
-    40 dB: on a CPU, bfloat16 frames of these six chunks are at 52 dB of float32 ones, frames of another prompt at 25.
-    """
-    config = dataclasses.replace(golden_config, device="cuda", dtype="auto")
-    eager = load_pipeline(dataclasses.replace(config, compile="false"), lambda status: None)
-    plan = default_plan(eager)
-    expected = six_chunks(eager)
-    del eager
-    pipeline = load_pipeline(config, lambda status: None)
-    with torch.inference_mode():
-        warm_up(pipeline, lambda done: None)
-    got = six_chunks(pipeline, sync_is_error_from=3)
-    for index, (frames, eager_frames) in enumerate(zip(got, expected, strict=True)):
-        assert len(frames) == pixel_frames_of_chunk(index, plan.latent_frames)
-        assert psnr(frames, eager_frames) >= 40
-
-
-@torch.inference_mode()
-def six_chunks(pipeline: Pipeline, sync_is_error_from: int = 6) -> list[np.ndarray]:
-    """The frames of a default session by chunk, with a new prompt at chunk 4.
-
-    From chunk ``sync_is_error_from`` on, an operation that waits for the device raises.
-    """
-    plan = default_plan(pipeline)
-    session, camera, chunks = SessionState(pipeline, plan), CameraPath(), []
-    for index in range(6):
-        prompt = plan.prompt if index < 4 else "a forest at night"
-        poses = camera.extend((("w",),) * plan.latent_frames)
-        groups = []
-        torch.cuda.set_sync_debug_mode("error" if index >= sync_is_error_from else "default")
-        try:
-            run_chunk(pipeline, session, ChunkPlan(plan.session_id, index, prompt, poses, None), groups.append)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        chunks.append(np.concatenate([group.pixels for group in groups]))
-    return chunks

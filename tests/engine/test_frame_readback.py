@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
 import torch
 
 from lingbot_rt.engine import frame_readback
-from lingbot_rt.engine.frame_readback import FrameReadback, to_uint8
-from lingbot_rt.engine.pipeline import load_pipeline
-from lingbot_rt.engine.session_state import SessionState
+from lingbot_rt.engine.frame_readback import FrameReadback
 from lingbot_rt.errors import UnsoundFrames
 from lingbot_rt.postprocess.stage import PostProcessor
 from lingbot_rt.session.plan import PostprocessPlan
@@ -150,85 +146,7 @@ def test_a_cancelled_chunk_waits_for_no_more_than_one_group(arrivals, monkeypatc
 def test_on_a_cpu_a_group_leaves_inside_push():
     """Without an accelerator there is neither a stream nor a thread."""
     out = []
-    with readback(out.append, torch.device("cpu")) as leaving, leaving.decoding(torch.zeros(1)):
+    with readback(out.append, torch.device("cpu")) as leaving:
         for index in range(2):
             push(leaving, index)
             assert [int(group.pixels.max()) for group in out] == list(range(index + 1))
-
-
-class Streams:
-    """Records what is asked of streams, in the place of an accelerator's."""
-
-    def __init__(self, monkeypatch):
-        self.calls: list[str] = []
-        monkeypatch.setattr(frame_readback, "_decode_stream", lambda device: self)
-        monkeypatch.setattr(frame_readback, "start_copy", self.start_copy)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the caller's stream")
-        monkeypatch.setattr(torch.cuda, "stream", self.stream)
-
-    def wait_stream(self, other):
-        self.calls.append(f"wait for {other}")
-
-    def record_stream(self, stream):
-        """The latents' method."""
-        assert stream is self
-        self.calls.append("keep the latents")
-
-    @contextmanager
-    def stream(self, entered):
-        assert entered is self
-        self.calls.append("enter")
-        try:
-            yield
-        finally:
-            self.calls.append("leave")
-
-    def start_copy(self, frames):
-        self.calls.append("copy")
-        arrival = Arrival()
-        arrival.arrived.set()
-        return frames, arrival
-
-
-def test_decode_and_copy_are_on_the_decode_stream(monkeypatch):
-    """The decode stream waits for the latents, whose memory is kept for it. Decode and copy run there, in this order,
-    and what follows does not."""
-    streams = Streams(monkeypatch)
-    with readback(lambda group: None) as leaving:
-        with leaving.decoding(streams):
-            streams.calls.append("decode")
-            push(leaving, 0)
-        streams.calls.append("context pass")
-    begin = ["wait for the caller's stream", "keep the latents", "enter"]
-    assert streams.calls == [*begin, "decode", "copy", "leave", "context pass"]
-
-
-def test_a_decode_that_raises_leaves_its_stream(monkeypatch):
-    """The error comes out, and the engine thread is back on the stream that it came from."""
-    streams = Streams(monkeypatch)
-    with pytest.raises(ValueError, match="broke"), readback(lambda group: None) as leaving, leaving.decoding(streams):
-        raise ValueError("broke")
-    assert streams.calls[-2:] == ["enter", "leave"]
-
-
-@pytest.mark.gpu
-def test_frames_are_those_of_a_plain_decode(golden_config, session_plan):
-    """Latents that are written late, on the caller's stream, and overwritten by nobody give the pixels of a decode that
-    has waited for everything."""
-    pipeline = load_pipeline(dataclasses.replace(golden_config, device="cuda"), lambda status: None)
-    plain, streamed = (SessionState(pipeline, session_plan({}, session_id=name)) for name in ("plain", "streamed"))
-    drawn, out = plain.draw((1, 16, 3, 8, 8)), []
-    with torch.inference_mode():
-        decoded = [pipeline.decode(drawn[:, :, i : i + 1], plain.features) for i in range(3)]
-        expected = [to_uint8(pixels).cpu().numpy() for pixels in decoded]
-        latents = torch.zeros_like(drawn)
-        torch.cuda.synchronize()
-        torch.cuda._sleep(200_000_000)  # cycles of the device: about a tenth of a second
-        latents.copy_(drawn)
-        with FrameReadback(pipeline.device, streamed.postprocessor, out.append) as leaving:
-            leaving.check(latents)
-            with leaving.decoding(latents):
-                for i in range(3):
-                    leaving.push(pipeline.decode(latents[:, :, i : i + 1], streamed.features), 0, i, 3)
-    for group, pixels in zip(out, expected, strict=True):
-        assert abs(group.pixels.astype(int) - pixels).max() <= 1

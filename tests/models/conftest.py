@@ -107,7 +107,7 @@ def new_cache(dit: CausalDiT, sink: int = 3, window: int = 9, tokens: int = 24) 
         sink_frames=sink,
         window_frames=window,
         dtype=next(dit.parameters()).dtype,
-        device=CPU,
+        device=next(dit.parameters()).device,
     )
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
 
 from lingbot_rt.models.attention import attend
 from lingbot_rt.models.dit import CausalDiT, DiTConfig
-from lingbot_rt.models.fused_blocks import Affine, PlainOps, Residual
+from lingbot_rt.models.fused_blocks import PlainOps
 from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.models.quantize import FP8, quantize_linears, spread
 
@@ -126,72 +125,3 @@ def test_attention_over_keys_in_fp8(monkeypatch):
     attend(q, *rounded, "fa3")
     attend(q.to(FP8), *rounded, "fa3")
     assert [[x.dtype for x in qkv] for qkv in seen] == [[FP8] * 3] * 2
-
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""With this variable Triton's kernels run on a CPU, slowly."""
-
-FP8_NEAR = 0.2 if INTERPRETED else 1e-2
-"""A few values round the other way. The interpreter rounds to fp8 wrongly."""
-
-
-@pytest.fixture
-def triton_ops():
-    pytest.importorskip("triton")
-    from lingbot_rt.models.fused_kernels import TritonOps
-
-    return TritonOps()
-
-
-@pytest.mark.skipif(INTERPRETED and torch.cuda.is_available(), reason="the interpreter is for CPUs")
-@(lambda test: test if INTERPRETED else pytest.mark.gpu(test))
-@pytest.mark.parametrize(("width", "heads"), [(48, 3), (256, 4), (5120, 40)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_are_the_plain_operations(triton_ops, dtype, width, heads):
-    """Every kernel, with and without its parts, on rows that are views of larger tensors where that is allowed."""
-    device = "cpu" if INTERPRETED else "cuda"
-    plain, rows = PlainOps(), 5
-
-    def draw(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(*shape, device=device).to(kind)
-
-    near = 1e-5 if dtype == torch.float32 else 1e-2
-    gain, shift, gate = (draw(width, kind=torch.float32) for _ in range(3))
-    camera = (draw(rows, width), draw(rows, width))
-    residuals = (None, Residual(draw(rows, width)), Residual(draw(rows, width), gate, camera))
-    for residual in residuals:
-        for affine in (Affine(gain, shift, plus_one=True), Affine(gain.to(dtype), shift.to(dtype))):
-            for target in ("same", "fp8") if width % 16 == 0 else ("same",):
-                x = draw(rows, width)
-                mine, theirs = x.clone(), x.clone()
-                got = triton_ops.residual_norm(mine, residual, affine, 1e-6, target)
-                expected = plain.residual_norm(theirs, residual, affine, 1e-6, target)
-                assert relative_rms(mine, theirs) <= near
-                assert_close(got, expected, near)
-    x = draw(rows, width)
-    for activation, plus in (("none", None), ("gelu", None), ("silu", None), ("none", draw(rows, width))):
-        assert_close(triton_ops.quantize(x, activation, plus), plain.quantize(x, activation, plus), near)
-    weights = (draw(width), draw(width))
-    head_dim = width // heads
-    rope = (draw(rows, head_dim // 2, kind=torch.float32), draw(rows, head_dim // 2, kind=torch.float32))
-    qkv = draw(rows, 3 * width)
-    for kinds in ((dtype, dtype, dtype), (dtype, FP8, FP8), (FP8, FP8, FP8)):
-        pair = [[torch.zeros(rows, heads, head_dim, device=device).to(kind) for kind in kinds] for _ in range(2)]
-        triton_ops.project_heads(qkv, weights, rope, 1e-6, tuple(pair[0]))
-        plain.project_heads(qkv, weights, rope, 1e-6, tuple(pair[1]))
-        for got, expected, kind in zip(*pair, kinds, strict=True):
-            # Spread values pass through float16.
-            assert relative_rms(got.float(), expected.float()) <= (max(near, 1e-3) if kind == dtype else FP8_NEAR)
-    got = triton_ops.head_norm(x, weights[0], 1e-6, heads)
-    assert relative_rms(got, plain.head_norm(x, weights[0], 1e-6, heads)) <= near
-
-
-def assert_close(got, expected, near: float) -> None:
-    """Tensors, or fp8 rows, of which a few values may round the other way."""
-    if isinstance(expected, torch.Tensor):
-        assert relative_rms(got, expected) <= near
-        return
-    assert relative_rms(got.scale_M1, expected.scale_M1) <= near
-    assert (
-        relative_rms(got.values_MK.float() * got.scale_M1, expected.values_MK.float() * expected.scale_M1) <= FP8_NEAR
-    )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
-from lingbot_rt.engine import chunk_runner
+from lingbot_rt.engine import chunk_runner, warmup
 from lingbot_rt.errors import ChunkCancelled, EngineFailed
 from tests.parallel.conftest import SIZE, chunk, engine_of, session_plan
 
@@ -104,3 +105,29 @@ async def test_ranks_leave_a_chunk_together_or_not_at_all(monkeypatch):
         with pytest.raises(EngineFailed, match=r"^rank 0 failed: ValueError: the readback broke$"):
             await count_frames(engine.run(chunk(1)))
         assert engine.is_lost
+
+
+async def test_ranks_compile_for_a_new_size_together(monkeypatch):
+    """A warm-up that is stopped ends on every rank at the same place, and the next session runs one whole. Meanwhile
+    the ranks may stand still for --session-warmup-limit-s."""
+    patience = []
+
+    def recorded(pipeline, session, plan, emit):
+        patience.append(engine._coordinator._watchdog._patience)
+        if len(patience) == 2:
+            engine._warm_up.stop()
+        return run_chunk(pipeline, session, plan, emit)
+
+    run_chunk = warmup.run_chunk
+    monkeypatch.setattr(warmup, "run_chunk", recorded)
+    async with engine_of(2, session_warmup_limit_s=540) as engine:
+        info = dataclasses.replace(engine._pipeline.model_info, compiled=True)
+        engine._pipeline = dataclasses.replace(engine._pipeline, model_info=info)
+        with pytest.raises(ChunkCancelled):
+            await engine.open(session_plan())
+        await engine.close("s")
+        await engine.open(session_plan())
+        assert engine.warm_sizes == (SIZE,)
+        assert patience == [10] * 4
+        assert await count_frames(engine.run(chunk(0, camera=True))) == 9
+        assert engine._coordinator._watchdog._patience == 1

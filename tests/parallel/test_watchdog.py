@@ -72,6 +72,18 @@ def test_rank_0_can_be_the_one_that_stalls(workers):
         assert workers.check_for(3 * LIMIT_S).startswith("rank 0 stalled")
 
 
+def test_what_takes_long_is_no_stall_until_its_own_limit(workers):
+    """Compiling for a new size shows no progress: the ranks have that long, and afterwards the usual time again. A rank
+    that falls silent meanwhile is lost as soon as ever."""
+    workers.own.exchanges, workers.heartbeats[1].exchanges, workers.heartbeats[2].exchanges = 8, 8, 7
+    with workers.watchdog.expect_progress(patience=2.5):
+        assert workers.check_for(2.5 * LIMIT_S) == ""
+    with workers.watchdog.expect_progress():
+        assert workers.check_for(LIMIT_S) == ""
+    with workers.watchdog.expect_progress(patience=2.5):
+        assert workers.check_for(LIMIT_S + 2, alive=(1,)).startswith("rank 2 gave no sign of life")
+
+
 def test_any_progress_is_no_stall(workers):
     """Loading or decoding without an exchange counts as progress."""
     with workers.watchdog.expect_progress():

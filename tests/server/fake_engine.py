@@ -20,6 +20,7 @@ from lingbot_rt.session.plan import (
     FrameGroup,
     ModelInfo,
     SessionPlan,
+    WarmUp,
 )
 from lingbot_rt.shapes import FrameSize, pixel_frames_of_latent
 
@@ -51,6 +52,7 @@ class FakeEngine:
     start_error: LingbotError | None = None
     loading: EngineStatus | None = None  # stays in this status until ``finish_loading``
     max_open_pixels: int = 10**9
+    warm_up: WarmUp | None = None  # of every session until one has opened
     plans: list[ChunkPlan] = field(default_factory=list)
     emitted_at: list[float] = field(default_factory=list)  # time.monotonic() of each latent frame's frames
     opening: list[SessionPlan] = field(default_factory=list)  # those that the thread has begun to open
@@ -94,6 +96,13 @@ class FakeEngine:
         for session_id in list(self._sessions):
             await self.close(session_id)
         self._thread.shutdown(wait=True)
+
+    @property
+    def warm_sizes(self) -> tuple[FrameSize, ...] | None:
+        return None if self.warm_up is None else (CARD.default_size,)
+
+    def warm_up_of(self, plan: SessionPlan) -> WarmUp | None:
+        return None if self.opened else self.warm_up
 
     async def open(self, plan: SessionPlan) -> None:
         if plan.size.pixels > self.max_open_pixels:

@@ -163,10 +163,10 @@ async def test_the_line_ends_when_the_server_stops():
         assert len(engine.opened) == 1
 
 
-async def test_a_wait_in_line_does_not_use_up_the_time_for_an_init(serve, monkeypatch):
+async def test_a_wait_in_line_does_not_use_up_the_time_for_an_init(monkeypatch, serve):
     """A session that is refused when its turn comes may be replaced on the same socket, however long the line was."""
     loop, jump_s = asyncio.get_running_loop(), 0
-    now = loop.time
+    now = loop.time  # the server ends before the clock is set back, or its timers would be late by the jump
     monkeypatch.setattr(loop, "time", lambda: now() + jump_s)
     server = await serve(FakeEngine(group_s=SLOW, max_open_pixels=256 * 256), init_timeout_s=60)
     async with server.client(init()) as first:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+from lingbot_rt.session.plan import WarmUp
 from lingbot_rt.session.session import Session
+from lingbot_rt.shapes import FrameSize
 from tests.server.conftest import LIMIT_S, event, init, state, wait_until
 from tests.server.fake_engine import FakeEngine
 
@@ -94,3 +96,50 @@ async def test_a_heartbeat_comes_while_nothing_else_does(serve, monkeypatch):
     async with server.client(init(protocol_extensions=["heartbeat", "pause"]), event("pause")) as client:
         beat = await client.until("heartbeat")
     assert beat["state"] == "paused"
+
+
+async def test_a_session_that_compiles_first_says_so(serve, monkeypatch):
+    """Whoever asked hears of it with size and usual time, and heartbeats come meanwhile; events count from the first
+    chunk. Others hear nothing that they do not know, and later sessions nothing at all."""
+    monkeypatch.setattr("lingbot_rt.session.session.HEARTBEAT_S", 0.02)
+    monkeypatch.setattr("lingbot_rt.server.connection.TICK_S", 0.01)
+    engine = FakeEngine(warm_up=WarmUp(FrameSize(64, 64), 3, 12.5))
+    engine.may_open.clear()
+    server = await serve(engine)
+    asked = init(max_chunks=1, protocol_extensions=["session", "heartbeat", "warming"])
+    async with server.client(asked) as client:
+        told, _ = await client.receive()
+        assert told == {
+            "type": "warming",
+            "session_id": told["session_id"],
+            "size": "64x64",
+            "expected_ms": 12500,
+        }
+        assert (await client.receive())[0]["state"] == "warming"
+        await client.send(event("camera_actions", state("w"), 7))
+        engine.may_open.set()
+        assert (await client.until("session"))["session_id"] == told["session_id"]
+        assert (await client.chunk()).stats["event_id"] == 7
+    engine.opened.clear()
+    engine.may_open.clear()
+    async with server.client(init(max_chunks=1, protocol_extensions=["heartbeat"])) as client:
+        assert (await client.receive())[0]["state"] == "running"
+        engine.may_open.set()
+        await client.chunk()
+        assert {message["type"] for message in client.seen} <= {"heartbeat"}
+    async with server.client(asked) as client:
+        assert (await client.receive())[0]["type"] == "session"
+        await client.chunk()
+
+
+async def test_a_refused_warm_up_leaves_the_socket_open(serve):
+    """The client may send an init of another size on it."""
+    engine = FakeEngine(warm_up=WarmUp(FrameSize(128, 64), 3, None), max_open_pixels=64 * 64)
+    server = await serve(engine)
+    async with server.client(init(size="128x64", protocol_extensions=["warming", "session"])) as client:
+        told, _ = await client.receive()
+        assert (told["type"], "expected_ms" in told) == ("warming", False)
+        assert (await client.error())["code"] == "capacity"
+        engine.opened.append(None)
+        await client.send(init(max_chunks=1))
+        assert len((await client.chunk()).frames) == 9

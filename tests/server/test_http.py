@@ -13,7 +13,8 @@ from websockets.exceptions import InvalidStatus
 from lingbot_rt.config import ENDPOINT, ServeConfig
 from lingbot_rt.errors import CheckpointError, EngineFailed
 from lingbot_rt.server.app import Server, create_app, page_folder
-from lingbot_rt.session.plan import EngineStatus
+from lingbot_rt.session.plan import EngineStatus, WarmUp
+from lingbot_rt.shapes import FrameSize
 from lingbot_rt.telemetry import HideKeys, configure_logging
 from tests.server.conftest import LIMIT_S, event, init, running, state, wait_until
 from tests.server.fake_engine import FakeEngine
@@ -35,6 +36,13 @@ def page(tmp_path: Path) -> Path:
     (tmp_path / "secret.txt").write_text("secret")
     (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
     return folder
+
+
+async def test_models_tells_which_sizes_start_at_once(serve):
+    """A server that compiles lists the sizes it has code for; any other has no such list."""
+    assert "warm_sizes" not in (await get(await serve(), "/v1/models")).json()["data"][0]
+    engine = FakeEngine(warm_up=WarmUp(FrameSize(128, 64), 3, None))
+    assert (await get(await serve(engine), "/v1/models")).json()["data"][0]["warm_sizes"] == ["64x64"]
 
 
 async def test_models_tells_what_the_page_can_offer(serve):

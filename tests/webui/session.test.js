@@ -3,7 +3,7 @@ import { beforeEach, test } from "node:test";
 
 import { decode, encode } from "../../webui/js/msgpack.js";
 import { Session } from "../../webui/js/session.js";
-import { explainEnd, inUseText, stateText } from "../../webui/js/messages.js";
+import { coldSizeText, explainEnd, inUseText, stateText, warmUpText } from "../../webui/js/messages.js";
 import { FakeClock } from "./helpers.js";
 
 let clock, socket, worker, seen, session;
@@ -41,7 +41,7 @@ beforeEach(() => {
   clock = new FakeClock();
   socket = new FakeSocket();
   worker = new FakeWorker();
-  seen = { states: [], ended: [], frames: [], stats: [], applied: [], skipped: [], refused: [], queue: [] };
+  seen = { states: [], ended: [], frames: [], stats: [], applied: [], skipped: [], refused: [], queue: [], warming: [] };
   let eventId = 40;
   session = new Session({
     socket,
@@ -52,6 +52,7 @@ beforeEach(() => {
     on: {
       state: (state) => seen.states.push(state),
       queue: (position) => seen.queue.push(position),
+      warming: (warmUp) => seen.warming.push(warmUp),
       frames: (frames) => seen.frames.push(...frames),
       stats: (stats) => seen.stats.push(stats),
       applied: (...applied) => seen.applied.push(applied),
@@ -143,6 +144,31 @@ test("a batch that cannot be read is skipped and reported, and the session conti
   worker.done();
   assert.equal(session.state, "live");
   assert.equal(seen.frames.length, 8);
+});
+
+test("while the server compiles for a new size the page says so, and still notices a broken connection", () => {
+  socket.onopen();
+  socket.says({ type: "warming", session_id: "x", size: "1280x720", expected_ms: 41_300 });
+  assert.equal(session.state, "warming");
+  assert.deepEqual(seen.warming, [{ size: "1280x720", expectedMs: 41_300 }]);
+  assert.match(warmUpText(seen.warming[0]), /1280 × 720.*The last size took 42 s/);
+  assert.match(warmUpText({ size: "640x640", expectedMs: null }), /may take minutes/);
+  for (let i = 0; i < 20; i++) {
+    clock.advance(5000);
+    socket.says({ type: "heartbeat", uptime_ms: 1, state: "warming", chunk_index: 0 });
+  }
+  assert.equal(session.state, "warming");
+  socket.says({ type: "session", session_id: "x", capabilities: { extensions: ["heartbeat"] } });
+  assert.equal(session.state, "opening");
+  socket.says({ type: "warming", session_id: "x", size: "1280x720" });
+  clock.advance(31_000);
+  assert.equal(session.state, "lost");
+});
+
+test("a size that the server has no code for is named before the start", () => {
+  assert.equal(coldSizeText({ warmSizes: null }, "64x64"), "");
+  assert.equal(coldSizeText({ warmSizes: ["64x64"] }, "64x64"), "");
+  assert.match(coldSizeText({ warmSizes: ["64x64"] }, "96x64"), /prepares 96 × 64/);
 });
 
 test("unknown messages are ignored", () => {

@@ -1,7 +1,7 @@
 // The page: creates its parts, connects them, and handles its controls.
 
 import { chosenBindings } from "./bindings.js";
-import { $, ask, closeButtons, h, setIcon, setText } from "./dom.js";
+import { $, ask, closeButtons, setIcon, setText } from "./dom.js";
 import { ErrorCards } from "./errors_view.js";
 import { ExportMenu } from "./export.js";
 import { Gallery } from "./gallery.js";
@@ -9,7 +9,7 @@ import { HeldKeys } from "./held_keys.js";
 import { Gamepads } from "./inputs.js";
 import { Layout } from "./layout.js";
 import { LineView } from "./line_view.js";
-import { explainEnd, inUseText, isServerAway, stateText, untrainedText } from "./messages.js";
+import { coldSizeText, explainEnd, inUseText, isServerAway, stateText, untrainedText, warmUpText } from "./messages.js";
 import { MetersView, latencyText } from "./meters_view.js";
 import { Player } from "./player.js";
 import { PromptField } from "./prompt_field.js";
@@ -18,6 +18,7 @@ import { RecordButton } from "./record_button.js";
 import { SeedField } from "./seed_field.js";
 import { Server } from "./server.js";
 import { ServerForm } from "./server_form.js";
+import { showServerFacts } from "./server_view.js";
 import { SettingsStore, browserStorage, wireValues } from "./settings.js";
 import { SettingsForm } from "./settings_form.js";
 import { StartForm } from "./start_form.js";
@@ -28,6 +29,7 @@ import { socketUrl } from "./wire.js";
 import { focusWorld, keepKeyboardOnWorld } from "./world_focus.js";
 
 const METERS_INTERVAL_MS = 400;
+const OPENING = ["connecting", "waiting", "opening", "warming"];
 
 const store = new SettingsStore(browserStorage());
 const held = new HeldKeys((actions) => {
@@ -88,6 +90,7 @@ new ExportMenu({
 let state = "idle";
 let holdsServer = false; // the session is, or was until it ended, the one that the server runs
 let queuePosition = null;
+let warmUp = null; // what the server prepares before the session opens
 let sentPrompt = "";
 let metersShownAt = 0;
 let isStarting = false; // between the click on Start and the connection
@@ -104,6 +107,9 @@ const player = new Player($("canvas"), {
     queuePosition = position;
     if (position > 0) line.show(position, waitedMs);
     showState();
+  },
+  warming: (said) => {
+    warmUp = said;
   },
   drawn: (frame, now) => {
     if (now === player.firstDrawnAt) showState();
@@ -220,12 +226,12 @@ async function initFromPage() {
 
 function enter(next) {
   state = next;
-  if (["opening", "live"].includes(next)) holdsServer = true;
+  if (["opening", "warming", "live"].includes(next)) holdsServer = true;
   else if (["idle", "connecting", "waiting"].includes(next)) holdsServer = false;
   if (next !== "waiting") line.hide();
   if (next === "connecting") queuePosition = null;
   if (next === "idle") startForm.size = form.values.size;
-  document.body.dataset.state = next === "opening" || next === "waiting" ? "connecting" : next;
+  document.body.dataset.state = OPENING.includes(next) ? "connecting" : next;
   showState();
 }
 
@@ -257,7 +263,7 @@ function tick(now, stalledMs) {
 }
 
 function showState() {
-  const isOpening = ["connecting", "waiting", "opening"].includes(state);
+  const isOpening = OPENING.includes(state);
   const isLive = state === "live" || state === "paused";
   const text = stateText(state, queuePosition, player.isReplay);
   document.body.toggleAttribute("data-replay", isLive && player.isReplay);
@@ -302,8 +308,10 @@ function showHeld(actions) {
 function startNote() {
   const { model } = server;
   if (!model?.ready || !form.model) return "";
+  if (state === "warming") return warmUpText(warmUp);
   const speed = server.isInUse ? inUseText(model) : rates.note(server.base, model, wireValues(form.fields, form.values));
-  return [player.isRunning ? "" : untrainedText(model), speed].filter(Boolean).join(" ");
+  const before = player.isRunning ? [] : [untrainedText(model), coldSizeText(model, form.values.size)];
+  return [...before, speed].filter(Boolean).join(" ");
 }
 
 /** Says of each setting that was changed during a session that it waits for the next one. */
@@ -398,27 +406,12 @@ async function proposePreset(modelId) {
 // --- server ---
 
 function showServer() {
-  const chip = $("server-chip");
-  chip.dataset.tone = server.tone;
-  $("server-chip-text").textContent = server.status;
+  showServerFacts(server);
   sawServerAway ||= server.reachable === false;
   if (waitsForServer && sawServerAway && server.model?.ready) {
     errors.dismiss("session");
     waitsForServer = false;
   }
-  const model = server.model;
-  const facts = model
-    ? [
-        ["Model", model.id],
-        ["Device", model.device || "unknown"],
-        ["State", server.status],
-        ["Frame size", model.defaultSize.replace("x", " × ")],
-      ]
-    : [["State", server.status]];
-  facts.unshift(["Address", server.base ?? server.address]);
-  $("server-facts").replaceChildren(
-    ...facts.flatMap(([name, value]) => [h("dt", { textContent: name }), h("dd", { textContent: value })]),
-  );
   showState();
 }
 

@@ -5,6 +5,7 @@ const ordinalRule = new Intl.PluralRules("en", { type: "ordinal" });
 const STATES = {
   connecting: "Connecting",
   opening: "Starting the session",
+  warming: "Preparing this size",
   live: "Live",
   paused: "Paused",
   ended: "Ended",
@@ -27,6 +28,20 @@ export function inUseText({ waiting, extensions }) {
   if (!extensions.includes("queue")) return "The server is in use.";
   const others = waiting ? ` ${waiting} ${waiting === 1 ? "visitor waits" : "visitors wait"} already.` : "";
   return `The server is in use.${others} You will wait in line.`;
+}
+
+const sizeText = (size) => size.replace("x", " × ");
+
+/** Before the start, for a frame size that the server has no compiled code for yet. */
+export const coldSizeText = ({ warmSizes }, size) =>
+  warmSizes === null || warmSizes.includes(size)
+    ? ""
+    : `The server first prepares ${sizeText(size)}, once. That may take minutes.`;
+
+/** While the server compiles. `expectedMs` is what that took for another size, or null. */
+export function warmUpText({ size, expectedMs }) {
+  const last = expectedMs === null ? "It may take minutes." : `The last size took ${Math.ceil(expectedMs / 1000)} s.`;
+  return `The server prepares ${sizeText(size)}, once for all sessions of this size. ${last}`;
 }
 
 /** Before the start. The built-in model ships without trained weights; this goes when it has them. */

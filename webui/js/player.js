@@ -15,9 +15,9 @@ const clock = {
 const DRAW_AVERAGE = 0.2; // weight of the newest frame in the moving average
 
 /**
- * `on` has the callbacks state(name), queue(position, waitedMs), drawn(frame, now), latency(samples),
- * stats(chunk_stats, drawMs), tick(now, stalledMs), skipped(detail), refused(detail) and ended(end), which also has
- * hasOpened: whether the WebSocket ever opened.
+ * `on` has the callbacks state(name), queue(position, waitedMs), warming({size, expectedMs}), drawn(frame, now),
+ * latency(samples), stats(chunk_stats, drawMs), tick(now, stalledMs), skipped(detail), refused(detail) and ended(end),
+ * which also has hasOpened: whether the WebSocket ever opened.
  */
 export class Player {
   #canvas;
@@ -169,6 +169,7 @@ export class Player {
         this.#on.state(state);
       },
       queue: (position, waitedMs) => this.#on.queue(position, waitedMs),
+      warming: (warmUp) => this.#on.warming(warmUp),
       frames: (frames) => {
         for (const event of this.#replay?.takeDue(frames.at(-1).chunkIndex) ?? [])
           this.#session.sendEvent(event.kind, event.payload);

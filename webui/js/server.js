@@ -29,6 +29,7 @@ export function readModel(entry) {
     waiting: entry.waiting ?? 0,
     defaultSize,
     sizes: entry.sizes ?? [defaultSize],
+    warmSizes: entry.warm_sizes ?? null, // those that start at once; null: all
     frames: entry.num_frames ?? { default: 9, choices: [9] },
     steps: entry.num_inference_steps ?? { default: 4, min: 1, max: 4 },
     fps: entry.fps ?? { default: 16, min: 1, max: 120 },
@@ -295,6 +296,7 @@ export class Server {
       ...model,
       busy: null,
       waiting: null,
+      warmSizes: null,
       progress: null,
       stage: null,
       detail: null,

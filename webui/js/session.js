@@ -8,11 +8,11 @@ const SILENCE_LIMIT_MS = 30_000; // six heartbeats
 const SLEPT_MS = 5_000; // a timer this late means that the computer slept; received messages may still be unread
 
 /**
- * States: connecting -> (waiting) -> opening -> live <-> paused -> ended | lost.
+ * States: connecting -> (waiting) -> opening -> (warming -> opening) -> live <-> paused -> ended | lost.
  *
- * `on` has the callbacks state(name), queue(position, waitedMs), frames(frames), stats(chunk_stats),
- * applied(eventId, chunkIndex), skipped(detail) for data that could not be read, refused(detail) for an event that the
- * server refused, and ended({normal, code, message, errorCode, wasLive}).
+ * `on` has the callbacks state(name), queue(position, waitedMs), warming({size, expectedMs}), frames(frames),
+ * stats(chunk_stats), applied(eventId, chunkIndex), skipped(detail) for data that could not be read, refused(detail)
+ * for an event that the server refused, and ended({normal, code, message, errorCode, wasLive}).
  */
 export class Session {
   #socket;
@@ -132,7 +132,7 @@ export class Session {
     const now = this.#clock.now();
     const eventId = header.event_id ?? null;
     this.latency.decoded(eventId, now);
-    if (this.#state === "opening" || this.#state === "waiting") this.#enter("live");
+    if (["opening", "waiting", "warming"].includes(this.#state)) this.#enter("live");
     const shared = { eventId, chunkIndex: header.chunk_index, decodedAt: now };
     this.#on.frames(images.map((image) => ({ image, ...shared })));
   }
@@ -144,7 +144,7 @@ export class Session {
         break;
       case "session":
         this.capabilities = message.capabilities ?? {};
-        if (this.#state === "waiting") this.#enter("opening");
+        if (this.#state === "waiting" || this.#state === "warming") this.#enter("opening");
         if (this.capabilities.extensions?.includes("heartbeat")) this.#watchSilence();
         break;
       case "queue":
@@ -153,6 +153,11 @@ export class Session {
         // A server that says how long it was repeats the place every few seconds. Opening may take long in silence.
         if (message.position === 0) this.#stopWatching();
         else if (message.waited_ms !== undefined) this.#watchSilence();
+        break;
+      case "warming":
+        this.#on.warming({ size: message.size, expectedMs: message.expected_ms ?? null });
+        this.#enter("warming");
+        this.#watchSilence(); // heartbeats come meanwhile
         break;
       case "control_ack":
         if (message.state === "applied" && message.event_id !== undefined) {

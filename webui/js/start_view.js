@@ -28,7 +28,8 @@ export class StartView {
 
   /**
    * `state` is the session's. `progress` is text while it opens, else "". `isLoading`: the first frame still loads.
-   * `note` is shown below a button that can be pressed, and so are the `keys`: the bindings, or null for sticks.
+   * `note` is shown below a button that can be pressed or while the server prepares the size. The `keys`, the bindings
+   * or null for sticks, are shown below a button that can be pressed.
    */
   show({ state, isRunning, progress, isLoading, note, keys }) {
     const { model } = this.#server;
@@ -41,7 +42,7 @@ export class StartView {
     $("start-text").textContent =
       progress || (isLoading ? "Loading the image" : isReady ? (ACTIONS[state] ?? "Start") : this.#server.status);
     const canPress = !button.disabled && !button.hidden;
-    setText($("start-note"), canPress ? note : "");
+    setText($("start-note"), canPress || state === "warming" ? note : "");
     this.#showKeys(canPress && state !== "paused", keys);
   }
 
