@@ -1,4 +1,4 @@
-"""The configuration of ``lingbot-rt serve``: one frozen object, merged from defaults < TOML file < environment < flags.
+"""The configuration of ``lingbot-rt serve``: one frozen object. ``config_sources`` merges it from where it is set.
 
 Each field of ``ServeConfig`` is a flag (``--model-path``), a key of the TOML file (``model_path``) and an environment
 variable (``LINGBOT_RT_MODEL_PATH``). Its help text, range, choices and the form of its texts are beside it.
@@ -7,18 +7,14 @@ variable (``LINGBOT_RT_MODEL_PATH``). Its help text, range, choices and the form
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import os
-import tomllib
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from lingbot_rt.config_values import (
-    environment_value,
     host_value,
     key_value,
     lower_value,
@@ -26,14 +22,11 @@ from lingbot_rt.config_values import (
     path_value,
     text_value,
 )
-from lingbot_rt.errors import ConfigError, quoted, reason_of
+from lingbot_rt.errors import ConfigError, quoted
 from lingbot_rt.hub_cache import snapshot_id
 
 PIPELINE_CLASS_NAME = "LingBotWorldCausalDMDPipeline"
 ENV_PREFIX = "LINGBOT_RT_"
-OTHER_VARIABLES = ("LINGBOT_RT_CACHE",)
-"""Variables with the prefix that are no option. Other modules read them."""
-
 BUILTIN = "builtin"
 
 ENDPOINT = "/v1/realtime_video/generate"
@@ -370,54 +363,6 @@ def value_type(field: dataclasses.Field[Any]) -> type:
     return next((part for part in typing.get_args(hint) if part is not type(None)), hint)
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """A value of one field and where it was set: a flag, a variable, or a key of the configuration file."""
-
-    value: Any
-    source: str
-
-
-def load_config(
-    flags: Mapping[str, Any], *, file: str | None = None, environment: Mapping[str, str] = os.environ
-) -> ServeConfig:
-    """The configuration from all sources. Arguments and errors as for ``gather_settings``."""
-    settings = gather_settings(flags, file=file, environment=environment)
-    return ServeConfig(**{name: setting.value for name, setting in settings.items()})
-
-
-def gather_settings(
-    flags: Mapping[str, Any], *, file: str | None = None, environment: Mapping[str, str] = os.environ
-) -> dict[str, Setting]:
-    """Merges the sources; flags win over the environment, and the environment wins over the TOML ``file``.
-
-    ``flags`` holds only the flags that were given. An empty variable counts as unset.
-    Raises ConfigError that names the source, the field, the value and what is valid.
-    """
-    fields = {field.name: field for field in dataclasses.fields(ServeConfig)}
-    settings = {} if file is None else _from_file(path_of(file, "--config"), fields)
-    for variable in environment:
-        field = fields.get(_field_of(variable))
-        text = environment_value(variable, environment)
-        if field is not None and text is not None and field.name not in flags:
-            settings[field.name] = Setting(_from_variable(field, text, variable), variable)
-    settings |= {name: Setting(value, flag(name)) for name, value in flags.items()}
-    return {
-        name: Setting(checked_value(fields[name], setting.value, source=setting.source), setting.source)
-        for name, setting in settings.items()
-    }
-
-
-def unread_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str | None]:
-    """The variables with the project's prefix that nothing reads, each with the known name that is most like it."""
-    known = {ENV_PREFIX + field.name.upper() for field in dataclasses.fields(ServeConfig)} | set(OTHER_VARIABLES)
-    return {
-        name: _nearest(name, known)
-        for name in sorted(environment)
-        if name.startswith(ENV_PREFIX) and name not in known and environment_value(name, environment)
-    }
-
-
 def parse_value(field: dataclasses.Field[Any], text: str, *, source: str) -> Any:
     """The text of a flag or variable as the field's type. Raises ConfigError that says what is expected."""
     kind = value_type(field)
@@ -429,7 +374,7 @@ def parse_value(field: dataclasses.Field[Any], text: str, *, source: str) -> Any
     try:
         return kind(text)
     except ValueError:
-        raise ConfigError(f"{source} {quoted(text)}: expected {_expected_number(field)}", field=field.name) from None
+        raise ConfigError(f"{source} {quoted(text)}: expected {expected_number(field)}", field=field.name) from None
 
 
 def checked_value(field: dataclasses.Field[Any], value: Any, *, source: str) -> Any:
@@ -445,7 +390,7 @@ def checked_value(field: dataclasses.Field[Any], value: Any, *, source: str) -> 
     if rule["choices"] and value not in rule["choices"]:
         raise ConfigError(f"{source} {quoted(value)}: choose from {', '.join(rule['choices'])}", field=field.name)
     if rule["low"] is not None and not rule["low"] <= value <= rule["high"]:
-        raise ConfigError(f"{source} {value}: expected {_expected_number(field)}", field=field.name)
+        raise ConfigError(f"{source} {value}: expected {expected_number(field)}", field=field.name)
     return float(value) if value_type(field) is float else value
 
 
@@ -457,58 +402,7 @@ def path_of(text: str, source: str) -> Path:
         raise ConfigError(f"{source} {error}") from None
 
 
-def _expected_number(field: dataclasses.Field[Any]) -> str:
+def expected_number(field: dataclasses.Field[Any]) -> str:
+    """What a number of this field may be, for a message."""
     kind = "a whole number" if value_type(field) is int else "a number"
     return f"{kind} between {field.metadata['low']} and {field.metadata['high']}"
-
-
-def _field_of(variable: str) -> str:
-    """``LINGBOT_RT_MODEL_PATH`` -> ``model_path``; empty for a variable without the prefix or in lower case."""
-    name = variable.removeprefix(ENV_PREFIX)
-    return name.lower() if variable.startswith(ENV_PREFIX) and name.isupper() else ""
-
-
-def _nearest(name: str, known: Iterable[str]) -> str | None:
-    """The one of ``known`` that is most like ``name``, if any is."""
-    found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.7)
-    return found[0] if found else None
-
-
-def _from_variable(field: dataclasses.Field[Any], text: str, variable: str) -> Any:
-    try:
-        return parse_value(field, text, source=variable)
-    except ConfigError as error:
-        if field.name == "port" and "://" in text:
-            raise ConfigError(
-                f"{error}; Kubernetes sets this variable for a service named lingbot-rt: "
-                "set enableServiceLinks: false in the pod, or pass --port",
-                field=field.name,
-            ) from None
-        raise
-
-
-def _from_file(path: Path, fields: Mapping[str, dataclasses.Field[Any]]) -> dict[str, Setting]:
-    where = f"--config {path}"
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"{where}: {reason_of(error)}", field="config") from None
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, a number of 5,000 digits
-        raise ConfigError(f"{where} is not TOML: {error}", field="config") from None
-    settings: dict[str, Setting] = {}
-    for key, value in table.items():
-        name = key.replace("-", "_")
-        if name not in fields:
-            nearest = _nearest(name, fields)
-            hint = f"the nearest is {nearest}" if nearest else f"known: {', '.join(sorted(fields))}"
-            raise ConfigError(f"{where}: unknown key {quoted(key)}; {hint}", field=name)
-        if name in settings:
-            raise ConfigError(f"{where}: {name} is set twice, with - and with _", field=name)
-        kind = value_type(fields[name])
-        kinds = (int, float) if kind is float else (kind,)
-        if not isinstance(value, kinds) or (kind is not bool and isinstance(value, bool)):
-            shown = "(not shown)" if name == "api_key" else quoted(str(value))
-            expected = {str: "a string", bool: "true or false"}.get(kind) or _expected_number(fields[name])
-            raise ConfigError(f"{where}: {name} = {shown}: expected {expected}", field=name)
-        settings[name] = Setting(value, f"{where}: {name}")
-    return settings

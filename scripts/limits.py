@@ -226,6 +226,7 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
             "the oldest is encoded again",
         ),
         Limit("tables of rotations kept", "models.rope:lru_cache", "", "the oldest is computed again"),
+        Limit("mixing matrices of fp8 keys kept", "models.quantize:lru_cache", "", "the oldest is computed again"),
         Limit("VAEs without weights kept for memory plans", "models.vae:lru_cache", "", "the oldest is made again"),
         Limit("memory plans kept", "engine.dry_run:lru_cache", "", "the oldest is computed again"),
         Limit(

@@ -30,6 +30,7 @@ class Setting:
     dtype: str
     vae_dtype: str
     quantization: str
+    kv_cache_dtype: str  # of the window
     compiled: bool
     attention_backend: str
     size: str
@@ -50,7 +51,7 @@ class Setting:
             f"{self.model} ({self.weights} weights), {self.device}{ranks}, torch {self.torch}\n"
             f"{self.size}, {self.latent_frames} latent frames per chunk, window {self.window_frames} "
             f"(sink {self.sink_frames}, visible {visible}), {self.steps} steps, DiT {self.dtype} "
-            f"(quantization {self.quantization}, attention {self.attention_backend}), VAE {self.vae_dtype}, "
+            f"(quantization {self.quantization}, window {self.kv_cache_dtype}, attention {self.attention_backend}), VAE {self.vae_dtype}, "
             f"{'compiled' if self.compiled else 'not compiled'}\n"
             f"{self.case}: {self.chunks} chunks measured after {self.warm_chunks} warm-up chunks"
         )
@@ -153,6 +154,7 @@ def _setting(pipeline: Pipeline, weights: str, run: Run) -> Setting:
         dtype=pipeline.model_info.dtype,
         vae_dtype=pipeline.model_info.vae_dtype,
         quantization=pipeline.model_info.quantization,
+        kv_cache_dtype=pipeline.model_info.kv_cache_dtype,
         compiled=pipeline.model_info.compiled,
         attention_backend=pipeline.model_info.attention_backend,
         size=str(plan.size),

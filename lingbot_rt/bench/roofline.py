@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from lingbot_rt.bench.flops import ChunkShape, Flops, block_flops
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.models.attention import attend
-from lingbot_rt.models.quantize import product_on, quantize_rows
+from lingbot_rt.models.quantize import FP8, product_on, quantize_rows, to_float8
 
 _ROUNDS = 3
 _ROUND_S = 0.2  # long enough for the accelerator's clock to settle under load
@@ -54,6 +54,8 @@ def measure_roofline(pipeline: Pipeline, shape: ChunkShape) -> Roofline:
     heads = (config.num_attention_heads, config.attention_head_dim)
     q = random(1, shape.tokens, *heads)
     k, v = random(1, shape.keys, *heads), random(1, shape.keys, *heads)
+    if pipeline.kv_cache_dtype == FP8:
+        k, v = to_float8(k), to_float8(v)
     attention_s = seconds_of(lambda: attend(q, k, v, pipeline.dit.attention_backend), device)
     attention_flops = block_flops(config, shape.tokens, shape.keys).self_attention
     return Roofline(linears=linear_flops / linears_s / 1e12, attention=attention_flops / attention_s / 1e12)
@@ -63,7 +65,7 @@ def _fp8_products(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[]
     """The fp8 products without the quantization of their inputs, which compiled code fuses into earlier kernels."""
     dtype, product = pairs[0][0].dtype, product_on(pairs[0][0].device)
     quantized = [(*quantize_rows(x), *quantize_rows(weight)) for x, weight in pairs]
-    operands = [(x, weight, x_scale, scale.T.contiguous(), dtype) for x, x_scale, weight, scale in quantized]
+    operands = [(x, x_scale, weight, scale.T.contiguous(), dtype) for x, x_scale, weight, scale in quantized]
     return lambda: [product(*each) for each in operands]
 
 

@@ -23,11 +23,10 @@ from lingbot_rt.config import (
     ServeConfig,
     checked_value,
     flag,
-    gather_settings,
     parse_value,
-    unread_variables,
     value_type,
 )
+from lingbot_rt.config_sources import gather_settings, unread_variables
 from lingbot_rt.config_values import environment_value, path_value, text_value
 from lingbot_rt.errors import ConfigError, quoted, reason_of
 from lingbot_rt.shapes import SIZE_MULTIPLE, FrameSize

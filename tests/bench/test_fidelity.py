@@ -24,8 +24,8 @@ def model(golden, tmp_path) -> str:
 
 
 def test_command_line(model, tmp_path, capsys, monkeypatch):
-    """The exact session repeats bit for bit, fp8 linears and an fp8 window differ a little in every chunk, and a variant
-    that cannot run says why and makes the command fail."""
+    """The exact session repeats bit for bit, fp8 linears and an fp8 window differ a little in every chunk, and a
+    variant that cannot run says why and makes the command fail."""
     variants = {name: fidelity.VARIANTS[name] for name in ("exact", "fp8 linears", "fp8 window")}
     variants |= {"broken": {"vae_dtype": "float99"}}
     monkeypatch.setattr(fidelity, "VARIANTS", variants)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from lingbot_rt.cli import main
-from lingbot_rt.config import OTHER_VARIABLES, ServeConfig, load_config, unread_variables
+from lingbot_rt.config import ServeConfig
+from lingbot_rt.config_sources import OTHER_VARIABLES, load_config, unread_variables
 from lingbot_rt.config_values import environment_value, host_value, origins_value
 from lingbot_rt.errors import ConfigError
 from lingbot_rt.parallel.launch import RankInfo

@@ -12,7 +12,8 @@ import pytest
 from lingbot_rt.cli import joined, main
 from lingbot_rt.commands import VERBS
 from lingbot_rt.commands.options import GROUPS, add_config_options, config_from
-from lingbot_rt.config import ServeConfig, load_config
+from lingbot_rt.config import ServeConfig
+from lingbot_rt.config_sources import load_config
 from lingbot_rt.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

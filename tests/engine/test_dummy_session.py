@@ -47,4 +47,4 @@ async def test_frames_are_noise_but_sound(configurations, golden, quantization):
     assert np.isin(first, (0, 255)).mean() < 0.5
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
-    assert model_entry(config, info, engine.status, busy=False, waiting=0)["load_format"] == "dummy"
+    assert model_entry(config, info, engine.status, busy=False, waiting=0, warm_sizes=())["load_format"] == "dummy"

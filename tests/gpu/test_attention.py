@@ -1,4 +1,4 @@
-"""Attention kernels on the accelerator, in bfloat16 and over a window in fp8, and a session of the 14B on a small card."""
+"""Attention kernels, in bfloat16 and over a window in fp8, and a session of the 14B on a small card."""
 
 from __future__ import annotations
 
