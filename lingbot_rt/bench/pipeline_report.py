@@ -51,7 +51,8 @@ class Setting:
             f"{self.model} ({self.weights} weights), {self.device}{ranks}, torch {self.torch}\n"
             f"{self.size}, {self.latent_frames} latent frames per chunk, window {self.window_frames} "
             f"(sink {self.sink_frames}, visible {visible}), {self.steps} steps, DiT {self.dtype} "
-            f"(quantization {self.quantization}, window {self.kv_cache_dtype}, attention {self.attention_backend}), VAE {self.vae_dtype}, "
+            f"(quantization {self.quantization}, window {self.kv_cache_dtype}, "
+            f"attention {self.attention_backend}), VAE {self.vae_dtype}, "
             f"{'compiled' if self.compiled else 'not compiled'}\n"
             f"{self.case}: {self.chunks} chunks measured after {self.warm_chunks} warm-up chunks"
         )
