@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from lingbot_rt.errors import ConfigError
@@ -15,7 +17,11 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu", field="device")
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    # Read at the first allocation. Sessions of many sizes would leave gaps in segments of fixed size.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    return torch.device(name, torch.cuda.current_device())
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -39,6 +39,11 @@ _compiled_onednn_conv = torch.library.custom_op("lingbot_rt::onednn_conv", _oned
 _compiled_onednn_conv.register_fake(lambda x, weight, bias, padding, stride: F.conv3d(x, weight, bias, stride, padding))
 
 
+# Compiled code leaves out the copy of a slice, and would keep every convolution's whole input until the decode ends.
+_own_copy = torch.library.custom_op("lingbot_rt::own_copy", torch.clone, mutates_args=(), schema="(Tensor x) -> Tensor")
+_own_copy.register_fake(torch.clone)
+
+
 class CausalConv3d(WanCausalConv3d):
     """diffusers' causal convolution, which lets the kernel pad height and width, and uses oneDNN on a CPU.
 
@@ -235,6 +240,8 @@ class StreamingVAE:
         pixels = self._vae.decoder(self._vae.post_quant_conv(z), feat_cache=slots, feat_idx=[0], first_chunk=is_first)
         if self._patch_size is not None:
             pixels = unpatchify(pixels, patch_size=self._patch_size)
+        if torch.compiler.is_compiling():
+            slots = [_own_copy(slot) if isinstance(slot, Tensor) else slot for slot in slots]
         return (pixels.float().clamp(-1, 1) / 2 + 0.5).clamp(0, 1), slots
 
     def encode_condition(self, image: Tensor, latent_frames: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from tests.models.test_fused import relative_rms
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """With this variable Triton's kernels run on a CPU, slowly."""
 
-FP8_NEAR = 0.2 if INTERPRETED else 1e-2
+FP8_NEAR = 0.2 if INTERPRETED else 2.5e-2
 """A few values round the other way. The interpreter rounds to fp8 wrongly."""
 
 
