@@ -27,7 +27,8 @@ _OPTIONAL = {
     "isal": "fast lossless encoding",
     "ftfy": "repairs broken characters in prompts",
     "uvloop": "a faster event loop",
-    "flash_attn": "FlashAttention kernels",
+    "flash_attn": "FlashAttention 2 kernels",
+    "fa3_fwd_interface": "FlashAttention 3 kernels, for Hopper",
 }
 _LARGE_MODEL = "LingBot-World-Fast 14B"
 _LINE_LENGTH = 90
@@ -69,7 +70,7 @@ def _versions() -> Iterator[str]:
 def _optional() -> Iterator[str]:
     for name, purpose in _OPTIONAL.items():
         installed = importlib.util.find_spec(name) is not None
-        yield f"{name:<11} {'installed' if installed else 'missing'}: {purpose}"
+        yield f"{name:<17} {'installed' if installed else 'missing'}: {purpose}"
 
 
 def _torch_devices() -> list[torch.device]:
@@ -96,7 +97,7 @@ def _kernels() -> Iterator[str]:
     import torch
 
     from lingbot_rt.errors import ConfigError
-    from lingbot_rt.models.attention import available_backends, resolve_backend
+    from lingbot_rt.models.attention import available_backends, missing_package, resolve_backend
     from lingbot_rt.models.quantize import require_fp8
 
     for device in _torch_devices()[:1]:
@@ -107,7 +108,11 @@ def _kernels() -> Iterator[str]:
             states = available_backends(device)
         for name, state in states.items():
             yield f"{device.type}: {name:<11} {state}"
-        yield f"{device.type}: auto selects {resolve_backend('auto', device, dtype)}"
+        selected = resolve_backend("auto", device, dtype)
+        hint = missing_package(selected, device)
+        yield f"{device.type}: auto selects {selected}"
+        if hint:
+            yield hint
         try:
             require_fp8(device, dtype)
             yield f"{device.type}: fp8 linears {'emulated' if device.type == 'cpu' else 'ok'}"

@@ -69,6 +69,7 @@ class Setup:
     quantization: str = "none"
     ranks: int = 1
     decode_shards: int = 1  # ranks over which a decode is spread
+    compiled: bool = False  # on a GPU
     converts_window: bool = False  # the attention kernel needs another format than the window's, a layer at a time
 
 
@@ -86,6 +87,9 @@ def session_memory(
     peak = peak_activations(config, setup.vae, size, latent_frames, setup.dtype, setup.quantization)
     forward = peak.forward // setup.ranks
     decode, features = (part // setup.decode_shards for part in (peak.decode, peak.features))
+    if setup.compiled:
+        # Measured on an H200: compiled code holds the old features until the new ones are complete.
+        decode += features
     if setup.converts_window:
         forward += window_bytes(config, size, window_frames, setup.dtype) // config.num_layers // setup.ranks
     return MemoryPlan(
@@ -111,6 +115,7 @@ def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
         quantization=pipeline.model_info.quantization,
         ranks=pipeline.ranks.world,
         decode_shards=pipeline.decode.shards,
+        compiled=pipeline.model_info.compiled and pipeline.device.type != "cpu",
         converts_window=pipeline.kv_cache_dtype != pipeline.dtype and pipeline.model_info.attention_backend != "fa3",
     )
     branches = 2 if plan.guidance_scale > 1 else 1

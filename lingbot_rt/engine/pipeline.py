@@ -17,7 +17,7 @@ from lingbot_rt.engine.memory import release_unused
 from lingbot_rt.engine.model_memory import require_memory
 from lingbot_rt.engine.placement import Placement, StreamedBlocks
 from lingbot_rt.errors import CheckpointError, InvalidInit
-from lingbot_rt.models.attention import require_backend, resolve_backend
+from lingbot_rt.models.attention import missing_package, require_backend, resolve_backend
 from lingbot_rt.models.checkpoint import CheckpointFolder, load_dit, load_text_encoder, load_vae, open_checkpoint
 from lingbot_rt.models.dit import Block, CausalDiT, TextKV
 from lingbot_rt.models.file_checks import listed
@@ -179,6 +179,9 @@ def _assembled(config: ServeConfig, folder: CheckpointFolder, networks: Networks
             info.vae_dtype,
             "compiled" if compiled else "not compiled",
         )
+        hint = missing_package(info.attention_backend, device)
+        if hint and config.attention_backend == "auto":
+            log.info("%s", hint)
     return Pipeline(
         model_info=info,
         schedule=schedule,

@@ -49,6 +49,25 @@ def test_window_grows_then_stays(pipeline, session_plan):
     assert [result.window_frames for result in walk.results] == [3, 6, 9, 9, 9]
 
 
+def test_held_keys_keep_their_camera(pipeline, session_plan, monkeypatch):
+    """Camera modulation is computed for new keys and after a chunk without camera, and not while the same are held."""
+    walk, computed = Walk(pipeline, session_plan({}), keys=("w", "l")), []
+    modulation = pipeline.dit.camera_modulation
+    monkeypatch.setattr(
+        pipeline.dit, "camera_modulation", lambda rays: (computed.append(walk.index), modulation(rays))[1]
+    )
+    for index in range(7):
+        walk.keys = ("w",) if index == 4 else ("w", "l")
+        walk.step()
+    # The session's first pose has none before it, so chunk 1 differs from chunk 0.
+    assert computed == [0, 1, 4, 5]
+    without = ChunkPlan(walk.plan.session_id, 7, walk.plan.prompt, None, None)
+    run_chunk(pipeline, walk.session, without, walk.groups.append)
+    walk.index = 8
+    walk.step()
+    assert computed == [0, 1, 4, 5, 8]
+
+
 def test_sessions_interleave_without_touching_each_other(pipeline, session_plan):
     """Two sessions run chunk by chunk in turn give the frames that each gives alone."""
     plans = [session_plan({}, session_id="a", seed=1), session_plan({}, session_id="b", seed=2)]

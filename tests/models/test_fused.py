@@ -49,8 +49,7 @@ def random_dit() -> CausalDiT:
     return dit
 
 
-def window(dit: CausalDiT, dtype: torch.dtype) -> KVCache:
-    heads = dit.config.num_attention_heads
+def window(dit: CausalDiT, dtype: torch.dtype, heads: int = 2) -> KVCache:
     return KVCache(
         num_layers=2, num_heads=heads, head_dim=dit.config.attention_head_dim, tokens_per_frame=4, sink_frames=1,
         window_frames=4, dtype=dtype, device=CPU,
