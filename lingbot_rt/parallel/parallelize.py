@@ -68,7 +68,7 @@ class FrameDecoder(Protocol):
 
 
 class FirstRankDecoder:
-    """Rank 0 decodes, on a GPU beside the context pass. The other ranks go on with the context pass at once."""
+    """Rank 0 decodes. The other ranks begin the context pass and wait for it there."""
 
     shards = 1
 
