@@ -11,6 +11,7 @@ import torch
 from lingbot_rt.engine.placement import StreamedBlocks
 from lingbot_rt.models.checkpoint import load_text_encoder, open_checkpoint
 from lingbot_rt.models.dit import CausalDiT, DiTConfig
+from lingbot_rt.models.fused_blocks import PlainOps
 from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.models.quantize import quantize_linears
 
@@ -99,6 +100,21 @@ def test_streamed_blocks_share_a_compilation():
         for got, expected in zip(two_chunks(streamed), two_chunks(resident), strict=True):
             assert torch.allclose(got, expected, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_streamed_blocks_with_fused_operations(quantized):
+    """Nothing of a block is used after its buffer holds the next: bit for bit the resident blocks."""
+    resident = tiny_dit(4)
+    if quantized:
+        for block in resident.blocks:
+            quantize_linears(block)
+    resident.fuse_blocks(PlainOps())
+    streamed = copy.deepcopy(resident)
+    streamed.blocks = StreamedBlocks(streamed.blocks, CPU)
+    with torch.inference_mode():
+        for got, expected in zip(two_chunks(streamed), two_chunks(resident), strict=True):
+            assert torch.equal(got, expected)
 
 
 def test_a_streamed_text_encoder_computes_the_same(golden):
