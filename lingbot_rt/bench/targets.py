@@ -128,7 +128,7 @@ def _cases(
     )
     if compiles:
         set_compile_cache(config.compile_cache)
-        compile_networks(pipeline.dit, pipeline.vae, pipeline.device)
+        compile_networks(pipeline.dit, pipeline.vae, pipeline.device, pipeline.kv_cache_dtype)
         yield f"{dtype} compiled", lambda: _steady(pipeline, workload)
     yield "chunks 0 to 3", lambda: _steady(pipeline, replace(workload, opening=True, warm=None))
     yield (

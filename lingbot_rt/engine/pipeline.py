@@ -21,7 +21,7 @@ from lingbot_rt.models.attention import missing_package, require_backend, resolv
 from lingbot_rt.models.checkpoint import CheckpointFolder, load_dit, load_text_encoder, load_vae, open_checkpoint
 from lingbot_rt.models.dit import Block, CausalDiT, TextKV
 from lingbot_rt.models.file_checks import listed
-from lingbot_rt.models.quantize import require_fp8
+from lingbot_rt.models.quantize import FP8, require_fp8, takes_fp8
 from lingbot_rt.models.text_encoder import PromptEncoder
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.parallel.groups import Ranks, SingleRank
@@ -141,6 +141,7 @@ def _assembled(config: ServeConfig, folder: CheckpointFolder, networks: Networks
     dit, vae = networks.dit, networks.vae
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
+    kv_cache_dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, dtype)
     compiled = resolve_compile(config.compile, device)
     dit.attention_backend = config.attention_backend
     parallelize_dit(dit, ranks)
@@ -149,9 +150,8 @@ def _assembled(config: ServeConfig, folder: CheckpointFolder, networks: Networks
     decode = parallelize_decoder(vae, ranks, config.vae_parallel)
     if compiled:
         set_compile_cache(config.compile_cache)
-        compile_networks(dit, vae, device)
+        compile_networks(dit, vae, device, kv_cache_dtype)
     schedule = FlowSchedule(folder.schedule.shift, folder.schedule.steps)
-    kv_cache_dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, dtype)
     info = ModelInfo(
         model_id=config.model_id,
         model_path=config.model_path,
@@ -199,9 +199,13 @@ def _assembled(config: ServeConfig, folder: CheckpointFolder, networks: Networks
     )
 
 
-def compile_networks(dit: CausalDiT, vae: StreamingVAE, device: torch.device) -> None:
-    """Compiles what is compiled at the first use of a frame size; on a GPU the DiT has Triton kernels for all sizes."""
-    if device.type == "cuda":
+def compile_networks(dit: CausalDiT, vae: StreamingVAE, device: torch.device, kv_cache_dtype: torch.dtype) -> None:
+    """Compiles what is compiled at the first use of a frame size; on a GPU the DiT has Triton kernels for all sizes.
+
+    Older GPUs, whose kernels cannot write a window in fp8, compile the DiT too.
+    """
+    writes_window = kv_cache_dtype != FP8 or takes_fp8(device)
+    if device.type == "cuda" and writes_window:
         dit.fuse_blocks()
     else:
         dit.compile_blocks()

@@ -21,8 +21,8 @@ LEAST_SCALE = 1e-12  # for a row of zeros
 _MULTIPLE = 16
 """The fp8 kernels take features in multiples of this."""
 
-_CAPABILITY = (8, 9)
-"""The first compute capability with fp8 kernels."""
+FP8_CAPABILITY = (8, 9)
+"""The first compute capability whose kernels can read and write fp8."""
 
 
 class Rows(NamedTuple):
@@ -137,15 +137,20 @@ def quantize_linears(module: nn.Module) -> None:
                 setattr(parent, name, Float8Linear(child))
 
 
+def takes_fp8(device: torch.device) -> bool:
+    """Whether kernels of this device read and write fp8. A CPU emulates it."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+
+
 def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
     """Raises ConfigError when fp8 linears cannot run. On a CPU they are emulated, and slower than plain ones."""
     if device.type != "cuda":
         return
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _CAPABILITY:
+    if not takes_fp8(device):
+        capability = torch.cuda.get_device_capability(device)
         raise ConfigError(
             "--quantization fp8 needs a GPU of compute capability {}.{} or later, this one has {}.{}: use "
-            "--quantization none".format(*_CAPABILITY, *capability),
+            "--quantization none".format(*FP8_CAPABILITY, *capability),
             field="quantization",
         )
     if dtype != torch.bfloat16:
