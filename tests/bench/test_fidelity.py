@@ -12,6 +12,7 @@ import torch
 from lingbot_rt.bench import fidelity
 from lingbot_rt.bench.fidelity import Row, psnr_db, relative_rms
 from lingbot_rt.cli import main
+from lingbot_rt.commands.bench import VARIED_OPTIONS
 
 
 @pytest.fixture
@@ -49,6 +50,16 @@ def test_variants_are_options_of_serve():
     *single, together = fidelity.VARIANTS.values()
     assert together == {name: value for options in single for name, value in options.items()}
     assert single[0] == {}
+    assert sorted(together) == sorted(VARIED_OPTIONS)
+
+
+@pytest.mark.parametrize("kind", ["fidelity", "targets"])
+@pytest.mark.parametrize("option", ["--quantization fp8", "--kv-cache-dtype fp8", "--vae-dtype bfloat16"])
+def test_what_the_cases_set_is_no_option(kind, option, capsys):
+    """It would be accepted and change nothing."""
+    with pytest.raises(SystemExit):
+        main(["bench", kind, "--model", "builtin", *option.split()])
+    assert f"unrecognized arguments: {option}" in capsys.readouterr().err
 
 
 def test_figures():
