@@ -205,10 +205,12 @@ class Engine:
         self._report(EngineStatus("ready"))
 
     def _compile_for(self, plan: SessionPlan, warm_up: LimitedWarmUp) -> None:
+        shape = (plan.size, plan.latent_frames)
+        if shape in self._compiled:  # by the session before, while this one waited for the thread
+            return
         # What does not fit is not compiled for either.
         require_room(self._loaded, plan)
         limit_s = self._config.session_warmup_limit_s
-        shape = (plan.size, plan.latent_frames)
         log.info("first session of %s with %d latent frames per chunk: compiling", *shape)
         begun = time.monotonic()
         try:

@@ -75,8 +75,8 @@ class SessionState:
     def camera(self, relative_poses: Pose | None) -> CameraModulation | None:
         """Camera modulation of a chunk; that of the chunk before while the same keys are held."""
         if relative_poses is None or self._poses is None or not np.allclose(relative_poses, self._poses, 0, _SAME_POSE):
-            # Freed before the next one is computed: 3.8 GB for the 14B.
-            self._camera = None
+            # Freed before the next one is computed: 3.8 GB for the 14B. Should that fail, nothing is kept.
+            self._camera = self._poses = None
             if relative_poses is not None:
                 rays = ray_map(relative_poses, self.plan.size, self._pipeline.device)
                 self._camera = self._pipeline.dit.camera_modulation(rays.to(self.dtype))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from lingbot_rt.engine import session_state
 from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.errors import ChunkCancelled
@@ -39,6 +41,33 @@ def test_frames_a_chunk_follow_num_frames(pipeline, session_plan, latent_frames)
         assert len(frames) == pixel_frames_of_chunk(index, latent_frames)
         assert [group.group_index for group in walk.groups] == list(range(latent_frames))
         assert frames.shape[1:] == (64, 64, 3)
+
+
+@torch.inference_mode()
+def test_the_camera_is_computed_when_the_keys_change(pipeline, session_plan, monkeypatch):
+    """While the same keys are held a chunk takes the modulation of the one before. A failure leaves none behind."""
+    computed = []
+
+    def counted(poses, *args):
+        computed.append(poses)
+        if poses is turned:
+            raise RuntimeError("no memory")
+        return ray_map(poses, *args)
+
+    ray_map = session_state.ray_map
+    monkeypatch.setattr(session_state, "ray_map", counted)
+    session, path = SessionState(pipeline, session_plan({})), CameraPath()
+    first, walked, held, turned = (path.extend((keys,) * 3) for keys in (("w",), ("w",), ("w",), ("w", "l")))
+    session.camera(first)
+    kept = session.camera(walked)
+    assert session.camera(held) is kept
+    assert len(computed) == 2
+    with pytest.raises(RuntimeError):
+        session.camera(turned)
+    assert session.camera(held) is not None
+    assert session.camera(None) is None
+    assert session.camera(held) is not None
+    assert len(computed) == 5
 
 
 def test_window_grows_then_stays(pipeline, session_plan):

@@ -138,6 +138,13 @@ async def test_a_session_that_ends_while_it_compiles(engine, new_plan, warmed, e
     assert len(seen) == 3
 
 
+async def test_two_sessions_of_a_new_size(engine, new_plan, warmed):
+    """The second waits for the first one's warm-up and has none of its own: a size is warm once."""
+    await asyncio.gather(engine.open(new_plan("first")), engine.open(new_plan("second")))
+    assert len(warmed[0]) == 2
+    assert engine.warm_sizes == (OWN, NEW)
+
+
 async def test_no_more_shapes_are_compiled_than_are_kept(engine, new_plan, warmed, monkeypatch):
     """Further ones run uncompiled, so they open at once."""
     monkeypatch.setattr(engine_module, "COMPILED_SHAPES", 1)
