@@ -85,7 +85,7 @@ class TimedChunk:
     exchange_ms: float | None  # time in collectives, waits for other ranks included; None with one rank
 
     def stages(self) -> dict[str, float]:
-        """Milliseconds by reported name, in report order. The stages overlap.
+        """Milliseconds by reported name, in report order.
 
         ``prepare`` includes ``camera``. ``DiT`` is ``denoise`` + ``context``. ``first frames`` counts from the chunk's
         start; ``after denoise`` is the part of it after the last denoise step. ``exchange`` is included in the others.

@@ -81,7 +81,7 @@ def gated_sum(x_ND: Tensor, residual: Residual) -> Tensor:
 
 
 class PlainOps:
-    """BlockOps in plain torch: for tests, and for the count of memory."""
+    """BlockOps in plain torch: what the kernels are tested against."""
 
     def residual_norm(
         self, x_ND: Tensor, residual: Residual | None, affine: Affine, eps: float, target: NormTarget

@@ -116,11 +116,6 @@ class RankGroup:
     def leave(self) -> None:
         dist.destroy_process_group()
 
-    def new_group(self) -> dist.ProcessGroup:
-        """A second group of all ranks, for exchanges on another stream. Every rank must call this."""
-        with self._exchange():
-            return dist.new_group(timeout=_UNLIMITED)
-
     def split(self, count: int) -> list[int]:
         """How many of ``count`` tokens or columns each rank gets: as even as possible, the first ranks get one more."""
         each, remainder = divmod(count, self.world)
@@ -173,16 +168,12 @@ class RankGroup:
         received: Tensor,
         sent_rows: Sequence[int],
         received_rows: Sequence[int],
-        group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Sends ``sent_rows[r]`` rows of the contiguous ``sent`` to rank r and fills ``received`` in rank order.
-
-        ``group``: one of ``new_group``, for an exchange on another stream than the chunk's.
-        """
+        """Sends ``sent_rows[r]`` rows of the contiguous ``sent`` to rank r and fills ``received`` in rank order."""
         row_bytes = sent[:1].nbytes
         self.moved_bytes += row_bytes * max(sum(rows) - rows[self.rank] for rows in (sent_rows, received_rows))
-        with self._exchange(sent.is_cuda, on_other_stream=group is not None):
-            dist.all_to_all_single(received, sent, list(received_rows), list(sent_rows), group)
+        with self._exchange(sent.is_cuda):
+            dist.all_to_all_single(received, sent, list(received_rows), list(sent_rows))
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrites every rank's ``tensor`` with rank 0's."""
@@ -202,14 +193,11 @@ class RankGroup:
         return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
 
     @contextmanager
-    def _exchange(self, on_gpu: bool = False, *, on_other_stream: bool = False) -> Iterator[None]:
-        """Counts the exchange, times the wait and turns a failure into PeerLost.
-
-        A wait on another stream is not timed: the chunk's stream does not wait for it.
-        """
+    def _exchange(self, on_gpu: bool = False) -> Iterator[None]:
+        """Counts the exchange, times the wait and turns a failure into PeerLost."""
         self.heartbeat.exchanges += 1
         begun = time.perf_counter()
-        begin = self._mark() if on_gpu and not on_other_stream else None
+        begin = self._mark() if on_gpu else None
         try:
             yield
         except RuntimeError as error:

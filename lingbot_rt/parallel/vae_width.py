@@ -28,9 +28,6 @@ class WidthShards:
 
     def __init__(self, decoder: Any, ranks: RankGroup) -> None:
         self._ranks = ranks
-        # On a GPU a decode runs on its own stream: its exchanges must not queue behind the context pass's. One thread
-        # issues both, in the same order on every rank, so no two ranks can wait for each other.
-        self._group = ranks.new_group()
         self._columns: list[int] | None = None  # of each rank, at the latents' size; None outside ``decoding``
         self._number = len(_by_number)
         _by_number.append(self)
@@ -71,7 +68,7 @@ class WidthShards:
         edges += [own[..., -1]] if rank + 1 < world else []
         sent = torch.stack(edges)
         received = torch.empty_like(sent)
-        self._ranks.all_to_all(sent, received, rows, rows, self._group)
+        self._ranks.all_to_all(sent, received, rows, rows)
         wide = F.pad(own, (1, 1))
         if rank > 0:
             wide[..., 0] = received[0]
@@ -91,7 +88,7 @@ class WidthShards:
         to_first = [len(sent) if rank == 0 else 0 for rank in range(self._ranks.world)]
         rows = self._joined_rows(own)
         received = sent.new_empty(sum(rows), *sent.shape[1:])
-        self._ranks.all_to_all(sent, received, to_first, rows, self._group)
+        self._ranks.all_to_all(sent, received, to_first, rows)
         # A new tensor, used on every rank: a compiler drops an operation whose result is not used.
         return received.movedim(0, -1).contiguous() if self._ranks.is_first else own.clone().contiguous()
 
