@@ -105,7 +105,7 @@ def _kernels() -> Iterator[str]:
         with warnings.catch_warnings():
             # torch warns about every kernel it can't use; the table below already says so.
             warnings.simplefilter("ignore")
-            states = available_backends(device)
+            states = available_backends(device, dtype)
         for name, state in states.items():
             yield f"{device.type}: {name:<11} {state}"
         selected = resolve_backend("auto", device, dtype)

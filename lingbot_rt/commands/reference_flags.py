@@ -254,9 +254,10 @@ def _kernel(to: Translation) -> None:
         to.fields["attention_backend"] = asked
         if not any(map(_is_installed, FLASH_ATTENTION[asked])):
             to.fields["attention_backend"] = "auto"
-            package = FLASH_ATTENTION[asked][0].partition(".")[0]
+            package = "fa3-fwd" if asked == "fa3" else "flash-attn"
             to.warnings.append(
-                f"--attention-backend {asked}: no package for it is installed ({package}), so torch's kernels are used"
+                f"--attention-backend {asked}: its package is not installed (pip install {package}), so torch's "
+                "kernels are used"
             )
 
 

@@ -95,7 +95,7 @@ def load_pipeline(
     """
     device = resolve_device(config.device)
     dtype, vae_dtype = resolve_dtype(config.dtype, device), resolve_dtype(config.vae_dtype, device)
-    require_backend(config.attention_backend, device)
+    require_backend(config.attention_backend, device, dtype)
     if config.quantization == "fp8":
         require_fp8(device, dtype)
     if config.cpu_threads is not None:
@@ -109,7 +109,7 @@ def load_pipeline(
         if folder.left_out:
             log.warning("%s: not loaded: %s", folder.path, listed(folder.left_out))
         if folder.is_dummy:
-            log.warning("%s: random weights (--load-format dummy): the frames are noise", config.model_path)
+            log.info("%s: random weights: the frames are noise", config.model_path)
         log.log(logging.WARNING if folder.schedule.assumed else logging.INFO, "%s", folder.schedule)
     if ranks.world == 1:
         require_memory(config, folder, text_encoder=prompts is None)

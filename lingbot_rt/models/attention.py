@@ -21,6 +21,9 @@ from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.models.quantize import FP8, spread, to_float8
 
 _SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+_NO_PACKAGE = (ImportError, AttributeError, OSError, RuntimeError)
+"""What importing a package's function raises that is missing, or was built for another torch."""
+
 BACKENDS = ("auto", "sdpa", *_SDPA, *FLASH_ATTENTION)
 
 
@@ -29,15 +32,14 @@ def attend(q_BNHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, backend: str = "auto"
 
     ``sdpa`` lets torch choose its kernel. ``cudnn``, ``flash`` and ``math`` are torch's kernels of that name. ``fa2``
     to ``fa4`` are the FlashAttention packages. ``auto``: see ``resolve_backend``. With keys and values in fp8, ``fa3``
-    computes in fp8 too, on a query in fp8 or not, and returns bfloat16; the others compute in the query's type.
+    computes in fp8 too, on a query in fp8 or not, and returns bfloat16; else the query's type is that of the product.
     """
     if backend == "auto":
         backend = resolve_backend(backend, q_BNHD.device, q_BNHD.dtype)
-    if k_BMHD.dtype == FP8:
-        if backend == "fa3":
-            q_BNHD = q_BNHD if q_BNHD.dtype == FP8 else to_float8(q_BNHD)
-        else:
-            k_BMHD, v_BMHD = k_BMHD.to(q_BNHD.dtype), v_BMHD.to(q_BNHD.dtype)
+    if k_BMHD.dtype == FP8 and backend == "fa3":
+        q_BNHD = q_BNHD if q_BNHD.dtype == FP8 else to_float8(q_BNHD)
+    elif k_BMHD.dtype != q_BNHD.dtype:
+        k_BMHD, v_BMHD = k_BMHD.to(q_BNHD.dtype), v_BMHD.to(q_BNHD.dtype)
     if backend in FLASH_ATTENTION:
         out = _flash_attention(backend)(q_BNHD, k_BMHD, v_BMHD)
         return out[0] if isinstance(out, tuple) else out  # some versions return the softmax's sums too
@@ -56,7 +58,7 @@ def _flash_attention(backend: str) -> Callable[..., Any]:
     for name in others:
         try:
             return importlib.import_module(name).flash_attn_func
-        except ImportError:
+        except _NO_PACKAGE:
             continue
     return importlib.import_module(last).flash_attn_func
 
@@ -148,7 +150,7 @@ def missing_package(backend: str, device: torch.device) -> str:
 def _imports(backend: str) -> bool:
     try:
         _flash_attention(backend)
-    except (ImportError, AttributeError, OSError, RuntimeError):
+    except _NO_PACKAGE:
         return False
     return True
 
@@ -162,26 +164,26 @@ def text_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return "cudnn" if on_hopper and dtype in (torch.bfloat16, torch.float16) else "sdpa"
 
 
-def available_backends(device: torch.device) -> dict[str, str]:
-    """Each backend -> ``ok``, or the error of running it on a tiny input."""
+def available_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Each backend -> ``ok``, or the error of running it on a tiny input of ``dtype``."""
     found = {}
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x = torch.randn(1, 8, 2, 64, device=device, dtype=dtype)
     for backend in BACKENDS:
         try:
             attend(x, x, x, backend)
             found[backend] = "ok"
-        except (ImportError, RuntimeError, AttributeError) as error:
+        except (*_NO_PACKAGE, ValueError, TypeError) as error:
             found[backend] = one_line(error)
     return found
 
 
-def require_backend(backend: str, device: torch.device) -> None:
-    """Raises ConfigError, with the backends that run, when ``backend`` does not run on ``device``."""
-    found = available_backends(device)
+def require_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ConfigError, with the backends that run, when ``backend`` does not run on ``device`` in ``dtype``."""
+    found = available_backends(device, dtype)
     if found[backend] != "ok":
         working = ", ".join(name for name, state in found.items() if state == "ok")
         raise ConfigError(
-            f"--attention-backend {backend} does not run on {device.type} ({found[backend]}); use one of: {working}",
+            f"--attention-backend {backend} does not run on {device.type} in {str(dtype).removeprefix('torch.')} "
+            f"({found[backend]}); use one of: {working}",
             field="attention_backend",
         )

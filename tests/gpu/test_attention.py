@@ -31,7 +31,7 @@ def drawn(queries: int, keys: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 @pytest.mark.parametrize("backend", ["sdpa", "cudnn", "flash", "fa2", "fa3", "fa4"])
 def test_every_kernel_that_runs_is_softmax(backend):
     """Within bfloat16's rounding of float32, keys in a view of a longer window included."""
-    if available_backends(DEVICE)[backend] != "ok":
+    if available_backends(DEVICE, BF16)[backend] != "ok":
         pytest.skip(f"{backend} does not run here")
     q, k, v = drawn(300, 2000)
     expected = attend(q.float(), k[:, :1500].float(), v[:, :1500].float(), "math")
@@ -41,7 +41,7 @@ def test_every_kernel_that_runs_is_softmax(backend):
 @pytest.mark.parametrize("backend", ["sdpa", "cudnn", "fa3"])
 def test_a_window_in_fp8(backend):
     """Keys and values in fp8 cost a few percent, whether the kernel computes in fp8 (fa3) or in bfloat16."""
-    if available_backends(DEVICE)[backend] != "ok":
+    if available_backends(DEVICE, BF16)[backend] != "ok":
         pytest.skip(f"{backend} does not run here")
     q, k, v = drawn(300, 2000)
     got = attend(spread(q), to_float8(spread(k)), to_float8(v), backend)

@@ -44,11 +44,11 @@ def test_flash_attention_packages(monkeypatch, backend, with_sums):
 
     module.flash_attn_func = flash_attn_func
     q, k, v = torch.randn(3, 1, 6, 2, 8).unbind(0)
-    assert available_backends(CPU)[backend] != "ok"
+    assert available_backends(CPU, torch.float32)[backend] != "ok"
     for part in ("flash_attn", "flash_attn.cute", "fa3_fwd_interface"):
         monkeypatch.setitem(sys.modules, part, module)
     assert torch.equal(attend(q, k, v, backend), attend(q, k, v, "math"))
-    assert available_backends(CPU)[backend] == "ok"
+    assert available_backends(CPU, torch.float32)[backend] == "ok"
 
 
 def test_choice_of_the_kernel(monkeypatch):
@@ -70,7 +70,7 @@ def test_choice_of_the_kernel(monkeypatch):
 
 def test_available_backends():
     """Every backend is listed as ok or with its error; the defaults run everywhere."""
-    found = available_backends(CPU)
+    found = available_backends(CPU, torch.float32)
     assert set(found) == set(BACKENDS)
     assert found["auto"] == found["sdpa"] == found["math"] == "ok"
     assert found["cudnn"] != "ok"
@@ -78,9 +78,11 @@ def test_available_backends():
 
 def test_a_backend_that_does_not_run_is_refused():
     """Asking for cuDNN on a CPU is one line that names the backends that run."""
-    require_backend("math", CPU)
-    with pytest.raises(ConfigError, match=r"--attention-backend cudnn does not run on cpu .*use one of: auto, sdpa"):
-        require_backend("cudnn", CPU)
+    require_backend("math", CPU, torch.float32)
+    with pytest.raises(
+        ConfigError, match=r"--attention-backend cudnn does not run on cpu in float32 .*use one of: auto, sdpa"
+    ):
+        require_backend("cudnn", CPU, torch.float32)
 
 
 def test_window_attention_can_be_replaced(dit, arrays):
