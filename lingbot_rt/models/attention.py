@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lingbot_rt.config import FLASH_ATTENTION
 from lingbot_rt.errors import ConfigError, one_line
 from lingbot_rt.models.kv_cache import KVCache
-from lingbot_rt.models.quantize import FP8, spread, to_float8
+from lingbot_rt.models.quantize import FP8, hadamard, to_float8
 
 _SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 _NO_PACKAGE = (ImportError, AttributeError, OSError, RuntimeError)
@@ -104,7 +104,7 @@ class WindowAttention:
     ) -> Tensor:
         """Writes the chunk's keys and values, then attends to the visible window -> [B, N, H, D]."""
         cache.write(layer, k_BNHD, v_BNHD)
-        return attend(spread(q_BNHD) if cache.dtype == FP8 else q_BNHD, *cache.view(layer), backend)
+        return attend(hadamard(q_BNHD) if cache.dtype == FP8 else q_BNHD, *cache.view(layer), backend)
 
     def store_projected(self, chunk: ProjectedChunk, cache: KVCache, layer: int) -> None:
         """``store`` without a copy: keys and values are written where they stay."""

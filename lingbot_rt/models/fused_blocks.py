@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lingbot_rt.models.attention import WindowAttention, attend
 from lingbot_rt.models.kv_cache import KVCache
-from lingbot_rt.models.quantize import FP8, Float8Linear, Rows, quantize_rows, spread, to_float8
+from lingbot_rt.models.quantize import FP8, Float8Linear, Rows, hadamard, quantize_rows, to_float8
 from lingbot_rt.models.rope import rotate
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class BlockOps(Protocol):
     ) -> None:
         """q and k, RMS-normed over D with ``weights`` and rotated, and v, into ``out``: [N, H, d] of any float type.
 
-        If the keys are in fp8, q and k are spread.
+        If the keys are in fp8, q and k are mixed by ``hadamard``.
         """
 
     def head_norm(self, q_ND: Tensor, weight: Tensor, eps: float, heads: int) -> Tensor:
@@ -115,7 +115,7 @@ class PlainOps:
         heads = out[0].shape[1]
         for part, weight, target in zip(parts, weights, out, strict=False):
             rotated = rotate(self.head_norm(part, weight, eps, heads), *rope)
-            _fill(target, spread(rotated) if out[1].dtype == FP8 else rotated)
+            _fill(target, hadamard(rotated) if out[1].dtype == FP8 else rotated)
         _fill(out[2], parts[2].unflatten(-1, (heads, -1)))
 
     def head_norm(self, q_ND: Tensor, weight: Tensor, eps: float, heads: int) -> Tensor:
@@ -150,19 +150,19 @@ class FusedForward(NamedTuple):
         for i, block in enumerate(blocks):
             shift, gain, gate, ffn_shift, ffn_gain, ffn_gate = block.modulation_of(self.time_6D)
             normed = self._norm(x, pending, Affine(gain, shift, plus_one=True), block.eps, block.self_attn.qkv)
-            project = _Projection(self, block, _linear(block.self_attn.qkv, normed))
+            projected = _Projection(self, block, _linear(block.self_attn.qkv, normed))
             if i == stop_at:
-                self.attention.store_projected(project, self.cache, i)
+                self.attention.store_projected(projected, self.cache, i)
                 return None
-            attended = self.attention.attend_projected(project, self.cache, i, self.kernel)
+            attended = self.attention.attend_projected(projected, self.cache, i, self.kernel)
             o = self._project(block.self_attn.o, attended[0].flatten(1))
             residual = Residual(o, gate, None if camera is None else (camera[i][0][0], camera[i][1][0]))
             cross = block.cross_attn
             normed = self._norm(x, residual, Affine(block.norm3.weight, block.norm3.bias), block.eps, cross.q)
             q = self.ops.head_norm(_linear(cross.q, normed), cross.norm_q.weight, cross.norm_q.eps, cross.heads)
-            told = self._project(cross.o, attend(q[None], *text_kv[i], self.kernel)[0].flatten(1))
+            from_text = self._project(cross.o, attend(q[None], *text_kv[i], self.kernel)[0].flatten(1))
             first, _, second = block.ffn
-            normed = self._norm(x, Residual(told), Affine(ffn_gain, ffn_shift, plus_one=True), block.eps, first)
+            normed = self._norm(x, Residual(from_text), Affine(ffn_gain, ffn_shift, plus_one=True), block.eps, first)
             pending = Residual(self._feed_forward(first, second, normed), ffn_gate)
         assert pending is not None, "a DiT has at least one block"
         return gated_sum(x, pending).to(x.dtype)[None]

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lingbot_rt.models.fused_blocks import Activation, Affine, NormTarget, Residual
-from lingbot_rt.models.quantize import FP8, LEAST_SCALE, MAX, Rows, spread_block
+from lingbot_rt.models.quantize import FP8, LEAST_SCALE, MAX, Rows, hadamard_block
 
 _FP8_MAX = tl.constexpr(MAX)
 _LEAST_SCALE = tl.constexpr(LEAST_SCALE)
@@ -122,8 +122,8 @@ def _project_heads(
     BLOCK: tl.constexpr,
     ROTATE: tl.constexpr,
     PARTS: tl.constexpr,
-    SPREAD: tl.constexpr,
-    SPREAD_SCALE: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    HADAMARD_SCALE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -146,16 +146,16 @@ def _project_heads(
             cos = tl.load(cos_ptr + row * PAIRS + pair % PAIRS)
             sin = tl.load(sin_ptr + row * PAIRS + pair % PAIRS)
             x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [BLOCK])
-        if SPREAD > 1:
+        if HADAMARD > 1:
             # The sign of a Hadamard matrix at (i, j) is the parity of the bits that both have.
-            common = tl.arange(0, SPREAD)[:, None] & tl.arange(0, SPREAD)[None, :]
+            common = tl.arange(0, HADAMARD)[:, None] & tl.arange(0, HADAMARD)[None, :]
             common ^= common >> 4
             common ^= common >> 2
             common ^= common >> 1
             signs = (1 - 2 * (common & 1)).to(tl.float16)
             # Normed values are far from float16's limit, and it is finer than bfloat16.
-            mixed = tl.dot(tl.reshape(x, [BLOCK // SPREAD, SPREAD]).to(tl.float16), signs)
-            x = tl.reshape(mixed, [BLOCK]) * SPREAD_SCALE
+            mixed = tl.dot(tl.reshape(x, [BLOCK // HADAMARD, HADAMARD]).to(tl.float16), signs)
+            x = tl.reshape(mixed, [BLOCK]) * HADAMARD_SCALE
         if part == 0:
             tl.store(q_ptr + row * q_stride + at, x.to(q_ptr.dtype.element_ty), inside)
         else:
@@ -245,7 +245,7 @@ class TritonOps:
         parts: int,
     ) -> None:
         rows, heads, head_dim = out[0].shape
-        block = spread_block(head_dim) if out[1].dtype == FP8 else 1
+        block = hadamard_block(head_dim) if out[1].dtype == FP8 else 1
         _project_heads[(rows, parts)](
             x,
             *weights,
@@ -258,7 +258,7 @@ class TritonOps:
             BLOCK=triton.next_power_of_2(heads * head_dim),
             ROTATE=rotate,
             PARTS=parts,
-            SPREAD=block,
-            SPREAD_SCALE=block**-0.5,
+            HADAMARD=block,
+            HADAMARD_SCALE=block**-0.5,
             num_warps=_warps(heads * head_dim),
         )

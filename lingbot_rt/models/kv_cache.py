@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lingbot_rt.models.quantize import FP8, spread, to_float8
+from lingbot_rt.models.quantize import FP8, hadamard, to_float8
 
 
 class KVCache:
@@ -91,13 +91,13 @@ class KVCache:
     def slots(self, layer: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(tokens of the chunk, their keys [B, n, H, D], their values) of ``layer``, to be written in place."""
         for source, target, count in self._spans:
-            k_BNHD, v_BNHD = self._kv_LSBNHD[layer, :, :, target : target + count]
-            yield slice(source, source + count), k_BNHD, v_BNHD
+            kv_SBNHD = self._kv_LSBNHD[layer, :, :, target : target + count]
+            yield slice(source, source + count), kv_SBNHD[0], kv_SBNHD[1]
 
     def write(self, layer: int, k_BNHD: Tensor, v_BNHD: Tensor) -> None:
-        """Writes the current chunk's K/V of ``layer`` into its slots. In fp8 the keys are spread: so must the query."""
+        """Writes the current chunk's K/V of ``layer`` into its slots. In fp8 keys are mixed by ``hadamard``."""
         if self.dtype == FP8:
-            k_BNHD, v_BNHD = to_float8(spread(k_BNHD)), to_float8(v_BNHD)
+            k_BNHD, v_BNHD = to_float8(hadamard(k_BNHD)), to_float8(v_BNHD)
         for tokens, k_slot, v_slot in self.slots(layer):
             k_slot.copy_(k_BNHD[:, tokens])
             v_slot.copy_(v_BNHD[:, tokens])

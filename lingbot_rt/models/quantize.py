@@ -32,27 +32,27 @@ class Rows(NamedTuple):
     scale_M1: Tensor
 
 
-def spread_block(head_dim: int) -> int:
-    """Size of the blocks that ``spread`` mixes: the largest power of two in ``head_dim``, at most 32; 1 below 16."""
+def hadamard_block(head_dim: int) -> int:
+    """Size of the blocks that ``hadamard`` mixes: the largest power of two in ``head_dim``, at most 32; 1 below 16."""
     block = min(head_dim & -head_dim, 32)
     return block if block >= 16 else 1
 
 
-def spread(x: Tensor) -> Tensor:
+def hadamard(x: Tensor) -> Tensor:
     """Mixes each block of a head's dimensions by a Hadamard matrix: the last dimension of ``x``, an orthogonal map.
 
-    Products of queries and keys stay the same when both are spread. But no product hangs on a few large values any
+    Products of queries and keys stay the same when both are mixed. But no product hangs on a few large values any
     more, whose rounding errors do not average out: fp8 keys then cost half the error.
     """
-    block = spread_block(x.shape[-1])
+    block = hadamard_block(x.shape[-1])
     if block == 1:
         return x
-    mixed = x.float().unflatten(-1, (-1, block)) @ _hadamard(block, x.device)
+    mixed = x.float().unflatten(-1, (-1, block)) @ _hadamard_matrix(block, x.device)
     return mixed.flatten(-2).to(x.dtype)
 
 
 @lru_cache(maxsize=4)
-def _hadamard(size: int, device: torch.device) -> Tensor:
+def _hadamard_matrix(size: int, device: torch.device) -> Tensor:
     """The symmetric orthogonal [size, size] matrix of signs / sqrt(size); ``size`` is a power of two."""
     matrix = torch.ones(1, 1, device=device)
     while len(matrix) < size:
@@ -88,17 +88,8 @@ class Float8Linear(nn.Module):
 
     def product(self, rows: Rows) -> Tensor:
         """x W^T + b for rows that are fp8 already -> [M, N] in the dtype of the bias, which the kernel adds."""
-        if rows.values_MK.device.type == "cpu":
-            return plain_scaled_mm(*rows, self.weight, self.scale_1N, self.bias.dtype) + self.bias
-        return torch._scaled_mm(
-            rows.values_MK,
-            self.weight.T,
-            scale_a=rows.scale_M1,
-            scale_b=self.scale_1N,
-            bias=self.bias,
-            out_dtype=self.bias.dtype,
-            use_fast_accum=True,
-        )
+        multiply = product_on(rows.values_MK.device)
+        return multiply(*rows, self.weight, self.scale_1N, self.bias.dtype, self.bias)
 
 
 def quantize_rows(x_MK: Tensor) -> Rows:
@@ -113,19 +104,30 @@ def to_float8(x: Tensor) -> Tensor:
     return x.clamp(-MAX, MAX).to(FP8)
 
 
-def scaled_mm(x_MK: Tensor, scale_M1: Tensor, w_NK: Tensor, scale_1N: Tensor, dtype: torch.dtype) -> Tensor:
-    """x w^T times the scales, by the device's fp8 kernel -> [M, N]."""
+def scaled_mm(
+    x_MK: Tensor, scale_M1: Tensor, w_NK: Tensor, scale_1N: Tensor, dtype: torch.dtype, bias_N: Tensor | None = None
+) -> Tensor:
+    """x w^T times the scales, plus the bias, by the device's fp8 kernel -> [M, N]."""
     return torch._scaled_mm(
-        x_MK, w_NK.T, scale_a=scale_M1, scale_b=scale_1N, out_dtype=dtype, use_fast_accum=x_MK.is_cuda
+        x_MK,
+        w_NK.T,
+        scale_a=scale_M1,
+        scale_b=scale_1N,
+        bias=bias_N,
+        out_dtype=dtype,
+        use_fast_accum=x_MK.is_cuda,
     )
 
 
-def plain_scaled_mm(x_MK: Tensor, scale_M1: Tensor, w_NK: Tensor, scale_1N: Tensor, dtype: torch.dtype) -> Tensor:
+def plain_scaled_mm(
+    x_MK: Tensor, scale_M1: Tensor, w_NK: Tensor, scale_1N: Tensor, dtype: torch.dtype, bias_N: Tensor | None = None
+) -> Tensor:
     """``scaled_mm`` in float32, for devices without an fp8 kernel and for tests."""
-    return (F.linear(x_MK.float(), w_NK.float()) * scale_M1 * scale_1N).to(dtype)
+    y_MN = (F.linear(x_MK.float(), w_NK.float()) * scale_M1 * scale_1N).to(dtype)
+    return y_MN if bias_N is None else y_MN + bias_N
 
 
-def product_on(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]:
+def product_on(device: torch.device) -> Callable[..., Tensor]:
     return plain_scaled_mm if device.type == "cpu" else scaled_mm
 
 

@@ -116,4 +116,5 @@ def poison_pinned(like: torch.Tensor, count: int = 8) -> None:
 def _nothing_left() -> Iterator[None]:
     """What one test has left in work on the device ends before the next."""
     yield
-    synchronize()
+    if torch.cuda.is_available():  # Triton's interpreter runs without
+        synchronize()

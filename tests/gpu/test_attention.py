@@ -10,7 +10,7 @@ from lingbot_rt.bench.random_model import random_pipeline
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.memory import require_room
 from lingbot_rt.models.attention import attend, available_backends
-from lingbot_rt.models.quantize import spread, to_float8
+from lingbot_rt.models.quantize import hadamard, to_float8
 from lingbot_rt.shapes import FrameSize
 from tests.models.test_fused import relative_rms
 
@@ -44,7 +44,7 @@ def test_a_window_in_fp8(backend):
     if available_backends(DEVICE, BF16)[backend] != "ok":
         pytest.skip(f"{backend} does not run here")
     q, k, v = drawn(300, 2000)
-    got = attend(spread(q), to_float8(spread(k)), to_float8(v), backend)
+    got = attend(hadamard(q), to_float8(hadamard(k)), to_float8(v), backend)
     assert got.dtype == BF16
     assert 1e-3 <= relative_rms(got, attend(q.float(), k.float(), v.float(), "math")) <= 0.08
 

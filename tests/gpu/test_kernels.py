@@ -63,7 +63,7 @@ def test_kernels_are_the_plain_operations(triton_ops, dtype, width, heads):
         triton_ops.project_heads(qkv, weights, rope, 1e-6, tuple(pair[0]))
         plain.project_heads(qkv, weights, rope, 1e-6, tuple(pair[1]))
         for got, expected, kind in zip(*pair, kinds, strict=True):
-            # Spread values pass through float16.
+            # Mixed values pass through float16.
             assert relative_rms(got.float(), expected.float()) <= (max(near, 1e-3) if kind == dtype else FP8_NEAR)
     got = triton_ops.head_norm(x, weights[0], 1e-6, heads)
     assert relative_rms(got, plain.head_norm(x, weights[0], 1e-6, heads)) <= near

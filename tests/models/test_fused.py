@@ -11,7 +11,7 @@ from lingbot_rt.models.attention import attend
 from lingbot_rt.models.dit import CausalDiT, DiTConfig
 from lingbot_rt.models.fused_blocks import PlainOps
 from lingbot_rt.models.kv_cache import KVCache
-from lingbot_rt.models.quantize import FP8, quantize_linears, spread
+from lingbot_rt.models.quantize import FP8, hadamard, quantize_linears
 
 from .conftest import CPU, Rollout, new_cache
 from .test_dit import TOLERANCE, worst
@@ -103,14 +103,14 @@ def test_a_window_in_fp8_is_close_and_half_as_large():
     assert rounded.view(0)[0].float().abs().max() == 448
 
 
-def test_spread_keys_keep_their_products():
+def test_mixed_keys_keep_their_products():
     """Products of queries and keys stay, and one large dimension is shared out over its block."""
     q, k = torch.randn(2, 6, 2, 96).unbind(0)
-    assert worst(spread(q) @ spread(k).mT, q @ k.mT) <= 1e-4
+    assert worst(hadamard(q) @ hadamard(k).mT, q @ k.mT) <= 1e-4
     one = torch.zeros(64)
     one[5] = 8.0
-    assert spread(one).abs().max() <= 8 / 32**0.5 + 1e-6
-    assert torch.equal(spread(one[:12]), one[:12])
+    assert hadamard(one).abs().max() <= 8 / 32**0.5 + 1e-6
+    assert torch.equal(hadamard(one[:12]), one[:12])
 
 
 def test_attention_over_keys_in_fp8(monkeypatch):
