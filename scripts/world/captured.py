@@ -41,6 +41,7 @@ class Captured:
                 self._function()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # NCCL has a thread of its own, which may ask for events meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._results = self._function()
         self._graph = graph

@@ -24,12 +24,12 @@ class WorldConfig:
     vae_decoder_width: int = 24
     dit_heads: int = 4
     dit_head_dim: int = 64
-    dit_layers: int = 8
+    dit_layers: int = 12
     text_dim: int = 128
     text_len: int = 64
     vocabulary: int = 1200
     shift: float = 2.0
-    steps: tuple[int, ...] = (1000, 800, 500, 200)
+    steps: tuple[int, ...] = (1000, 500)
     sample_chunks: int = 9  # per training sample: the first of its session and eight in a row
     supersample: int = 2
 

@@ -7,6 +7,7 @@ Every trajectory is rendered in two looks. A file of the run's latents/ holds, f
     first     [N, 2, z, 3, h, w]   float16, the latents of the image condition in the first chunk
     later     [N, 2, z, 3, h, w]   float16, those in later chunks
     relative  [N, n, 4, 4]         float32, relative poses, scaled as in serving
+    places    [N, n, 4]            float32, x, z, yaw and pitch (degrees) in the world
     looks     [N, 2]
 """
 
@@ -90,6 +91,7 @@ def encode_trajectories(
     tensors = {name: torch.stack(tensors, 1).half().cpu() for name, tensors in parts.items()}
     return tensors | {
         "relative": torch.from_numpy(np.stack([one.relative for one in trajectories])).float(),
+        "places": torch.from_numpy(np.stack([one.view.as_rows() for one in trajectories])).float(),
         "looks": looks,
     }
 

@@ -28,10 +28,10 @@ from scripts.world.shading import LookTables, PaintTables, ground_colour, sky_co
 FOCAL_OF_WIDTH = 500 / 832
 """Focal length divided by width: 500 pixels at 832x480, a horizontal view of 80 degrees."""
 
-FAR = 3.7
+FAR = 3.0
 """The fog hides everything beyond. Within this distance nine copies of the torus suffice."""
 
-_FOG_FROM = 1.1
+_FOG_FROM = 1.0
 _TEXELS = 768  # side of a shadow map
 _SHADOWS: dict[torch.device, Tensor] = {}  # [looks, texels, texels]; the world never changes
 _LOWEST_SUN = 0.42  # least height of the sun for shadows: longer ones would cover everything

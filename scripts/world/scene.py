@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-PERIOD = 3.0
+PERIOD = 4.0
 EYE_HEIGHT = 0.35
 
 Colour = tuple[float, float, float]
@@ -254,21 +254,17 @@ def _castle() -> tuple[Shape, ...]:
 
 
 LANDMARKS = (
-    Landmark(0.0, 1.5, _fountain(), 0.36),
-    Landmark(1.02, 0.4, _lighthouse(), 0.5),
-    Landmark(2.2, 0.98, _house(), 0.66),
-    Landmark(0.72, 2.3, _windmill(), 0.5),
-    Landmark(2.4, 2.2, _tree(PINK, 1.15), 0.52),
-    Landmark(1.45, 2.05, _pavilion(), 0.56),
-    Landmark(0.52, 0.98, _balloon(), 0.28),
-    Landmark(2.02, 2.72, _mushroom(), 0.48),
-    Landmark(2.62, 0.28, _pine(1.1), 0.44),
-    Landmark(2.42, 0.5, _pine(0.8), 0.36),
-    Landmark(1.28, 2.72, _pine(0.95), 0.4),
-    Landmark(0.5, 0.12, _tree(ORANGE, 0.85), 0.42),
-    Landmark(1.36, 1.12, _castle(), 0.55),
-    Landmark(-0.24, 0.42, _post(lintel=True), 0.14),
-    Landmark(0.24, 0.42, _post(lintel=False), 0.14),
+    Landmark(3.3, 0.7, _lighthouse(), 0.5),
+    Landmark(0.85, 2.85, _house(), 0.66),
+    Landmark(2.75, 2.65, _windmill(), 0.5),
+    Landmark(1.95, 1.35, _balloon(), 0.28),
+    Landmark(0.9, 1.3, _mushroom(), 0.48),
+    Landmark(2.0, 3.4, _castle(), 0.55),
+    Landmark(3.2, 1.6, _tree(PINK, 1.2), 0.52),
+    Landmark(3.3, 3.45, _tree(ORANGE, 1.0), 0.46),
+    Landmark(1.2, 0.25, _pine(1.2), 0.46),
+    Landmark(-0.24, 0.5, _post(lintel=True), 0.14),
+    Landmark(0.24, 0.5, _post(lintel=False), 0.14),
 )
 
 

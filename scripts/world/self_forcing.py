@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,10 @@ class Rollout:
 
     inputs: Tensor  # [B, S, steps, z, 3, h, w]
     latents: Tensor  # [B, S, z, 3, h, w]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rollout]) -> Rollout:
+        return cls(torch.cat([part.inputs for part in parts]), torch.cat([part.latents for part in parts]))
 
 
 @dataclass(slots=True)
@@ -50,9 +55,24 @@ class _BatchForward:
         return self.dit(channels, timestep, self.text_kv, self.camera, self.cache, self.start_frame, commit=commit)
 
 
+FAR_POSITION = 121
+"""Chunk 1 of a far session is this one: a position at which the window's ring begins anew."""
+
+
 @torch.no_grad()
-def roll_out(dit: CausalDiT, batch: TrajectoryBatch, schedule: FlowSchedule) -> Rollout:
-    """Generates B sessions with the conditions, rays and prompts of ``batch``, chunk by chunk."""
+def roll_out(
+    dit: CausalDiT,
+    batch: TrajectoryBatch,
+    schedule: FlowSchedule,
+    *,
+    given_B: Tensor | None = None,
+    position: int = 1,
+) -> Rollout:
+    """Generates B sessions with the conditions, rays and prompts of ``batch``, chunk by chunk.
+
+    The first ``given_B`` chunks of each session are replaced by the true ones after they were generated, so that the
+    later ones continue from the truth in the middle of a walk. ``position``: of chunk 1 in its session.
+    """
     count, num_chunks, _, _, height, width = batch.latents.shape
     config, device = dit.config, batch.latents.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
@@ -79,14 +99,17 @@ def roll_out(dit: CausalDiT, batch: TrajectoryBatch, schedule: FlowSchedule) -> 
             batch.conditions[:, i],
             [(k[rows], v[rows]) for k, v in text_kv],
             [tuple(part.unflatten(0, (count, num_chunks))[:, i] for part in block) for block in camera],  # type: ignore[misc]
-            CHUNK_FRAMES * i,
+            CHUNK_FRAMES * (i and position + i - 1),
             [],
         )
 
         def draw(shape: tuple[int, ...]) -> Tensor:
             return torch.randn(count, *shape[1:], device=device)
 
-        latents.append(denoise(chunk, schedule, len(steps), draw))  # type: ignore[arg-type]
+        generated = denoise(chunk, schedule, len(steps), draw)  # type: ignore[arg-type]
+        if given_B is not None:
+            generated = torch.where((given_B > i)[:, None, None, None, None], batch.latents[:, i], generated)
+        latents.append(generated)
         chunk.commit(latents[-1])
         inputs.append(torch.stack(chunk.inputs, dim=1))
     return Rollout(torch.stack(inputs, dim=1), torch.stack(latents, dim=1))

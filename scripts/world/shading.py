@@ -27,6 +27,20 @@ _CLOUDS = (
     (4.9, 0.40, 0.36, 0.13),
     (5.75, 0.52, 0.30, 0.12),
 )
+_PEAKS = (
+    # azimuth, height, half width at the foot, in radians
+    (0.55, 0.30, 0.42),
+    (1.05, 0.21, 0.30),
+    (2.75, 0.26, 0.75),
+    (4.3, 0.34, 0.34),
+    (5.35, 0.19, 0.28),
+    (5.75, 0.24, 0.34),
+)
+"""Mountains at the horizon. No two are alike, so that one in view tells the direction."""
+
+_SNOW_LINE = 0.62
+"""Share of a mountain's height from which it is white."""
+
 _PUFFS = ((0.0, 1.0, 0.52), (-0.52, 0.62, 0.38), (0.5, 0.72, 0.42))
 """The ellipses of a cloud: offset along its width, height, half-width, as shares of the cloud's."""
 
@@ -113,10 +127,13 @@ def sky_colour(ray_FR3: Tensor, look: LookTables) -> Tensor:
         inside |= (across / (half * width)) ** 2 + ((height - foot) / (tall * rise)) ** 2 < 1
     tone = torch.where(height < foot + 0.28 * rise, look.cloud_shade, look.cloud)
     colour = torch.where(inside & (height > foot), tone, colour)
-    far = 0.115 + 0.045 * torch.sin(2 * azimuth + 0.6) + 0.028 * torch.sin(5 * azimuth)
-    near = 0.055 + 0.03 * torch.sin(3 * azimuth + 2.0) + 0.016 * torch.sin(7 * azimuth + 1.0)
-    for ridge, hill in ((far, look.far_hills), (near, look.near_hills)):
-        colour = torch.where(height < ridge, hill, colour)
+    peaks = ray_FR3.new_tensor(_PEAKS)
+    from_peak = (torch.remainder(azimuth - peaks[:, 0] + math.pi, 2 * math.pi) - math.pi).abs()
+    slope, which = (peaks[:, 1] * (1 - from_peak / peaks[:, 2])).max(-1, keepdim=True)
+    white = height > _SNOW_LINE * peaks[which[..., 0]][..., 1:2]
+    colour = torch.where(height < slope, torch.where(white, look.cloud, look.far_hills), colour)
+    near = 0.075 + 0.035 * torch.sin(2 * azimuth + 2.0)
+    colour = torch.where(height < near, look.near_hills, colour)
     return look.haze + (colour - look.haze) * smoothstep(height / 0.05)
 
 
@@ -128,16 +145,16 @@ def ground_colour(at_FR2: Tensor, shade_FR: Tensor, look: LookTables) -> Tensor:
     def from_middle(value: Tensor) -> Tensor:
         return (torch.remainder(value + PERIOD / 2, PERIOD) - PERIOD / 2).abs()
 
-    checks = (torch.floor(x * 2) + torch.floor(z * 2)) % 2
+    checks = (torch.floor(x * 1.5) + torch.floor(z * 1.5)) % 2
     colour = torch.where(checks < 0.5, look.grass, look.grass_dark)
     # Both paths wind with the period of the torus, so they close.
-    along = torch.minimum(from_middle(x - 0.1 * torch.sin(turn * z)), from_middle(z - 1.5 - 0.08 * torch.sin(turn * x)))
+    along = torch.minimum(from_middle(x - 0.1 * torch.sin(turn * z)), from_middle(z - 2 - 0.08 * torch.sin(turn * x)))
     colour = torch.where(along < 0.125, look.kerb, colour)
     colour = torch.where(along < 0.1, look.path, colour)
-    pond = torch.sqrt((from_middle(x - 1.72) / 1.25) ** 2 + from_middle(z - 0.36) ** 2)
-    colour = torch.where(pond < 0.36, look.shore, colour)
-    colour = torch.where(pond < 0.3, look.water, colour)
-    plaza = torch.sqrt(from_middle(x) ** 2 + from_middle(z - 1.5) ** 2)
+    pond = torch.sqrt((from_middle(x - 2.5) / 1.25) ** 2 + from_middle(z - 0.6) ** 2)
+    colour = torch.where(pond < 0.46, look.shore, colour)
+    colour = torch.where(pond < 0.4, look.water, colour)
+    plaza = torch.sqrt(from_middle(x) ** 2 + from_middle(z - 2) ** 2)
     colour = torch.where(plaza < 0.5, look.plaza_dark, colour)
     colour = torch.where(plaza < 0.44, look.plaza, colour)
     colour = torch.where(plaza < 0.3, look.plaza_dark, colour)

@@ -34,8 +34,9 @@ def forward(
     noisy: Tensor,
     timestep_BS: Tensor,
     layer: Callable[..., Tensor] | None = None,
-) -> Tensor:
-    """Flow of every noisy chunk, [B, S, z, 3, h, w] like ``clean`` and ``noisy``. ``layer``: a compiled run_layer."""
+) -> tuple[Tensor, Tensor]:
+    """Flow of every noisy chunk, [B, S, z, 3, h, w] like ``clean`` and ``noisy``, and the tokens [2, B, S, N, D] of the
+    middle layer. ``layer``: a compiled run_layer."""
     count, num_chunks = clean.shape[:2]
     layer = layer or run_layer
     channels = torch.cat([torch.stack([clean, noisy]), batch.conditions.expand(2, *batch.conditions.shape)], dim=3)
@@ -45,12 +46,15 @@ def forward(
     rope = rope_of_chunks(dit, batch, channels.shape[-2:])
     camera = camera_modulation_of(dit, batch)
     text = text_of_chunks(dit, batch)
+    hidden = []
     for block, modulation, text_kv in zip(dit.blocks, camera, text, strict=True):
         x = layer(block, x, time.projection_B6D, rope, modulation, text_kv, (count, num_chunks), dit.attention_backend)
+        hidden.append(x)
     half = count * num_chunks
     tokens = dit.head(x[half:], time.embedding_BD[half:])
     height, width = (side // PATCH_SIZE for side in channels.shape[-2:])
-    return unpatchify(tokens, CHUNK_FRAMES, height, width).unflatten(0, (count, num_chunks))
+    flow = unpatchify(tokens, CHUNK_FRAMES, height, width).unflatten(0, (count, num_chunks))
+    return flow, hidden[(len(hidden) - 1) // 2].unflatten(0, (2, count, num_chunks))
 
 
 def run_layer(

@@ -10,7 +10,8 @@ as context. They differ in the chunks:
 
 teacher   the true latents with noise of any level; contexts get a little noise too
 rollout   chunks that the model generated with the serving code, so that it learns to continue from its own pictures;
-          their true latents are known, because the world never changes
+          their true latents are known, because the world never changes. Half of the sessions are at their beginning,
+          the others anywhere in the world long after it; most get a few true chunks first
 sharp     the same as rollout, plus the loss of a discriminator between true and predicted latents
 """
 
@@ -33,7 +34,9 @@ from scripts.world.config import WorldConfig
 from scripts.world.export import complete
 from scripts.world.make_latents import checkpoint
 from scripts.world.muon import muon_and_adamw
-from scripts.world.self_forcing import Rollout, roll_out
+from scripts.world.pose_reader import PoseReader
+from scripts.world.ranks import Ranks
+from scripts.world.self_forcing import FAR_POSITION, Rollout, roll_out
 from scripts.world.teacher_forcing import forward, run_layer
 from scripts.world.training_data import SampleIndices, TrajectoryBatch, TrajectoryDataset
 from scripts.world.training_loop import (
@@ -50,6 +53,18 @@ PHASES = ("teacher", "rollout", "sharp")
 PEAK_RATE = {"teacher": 1.5e-3, "rollout": 4e-4, "sharp": 1.5e-4}
 CONTEXT_NOISE = 0.25
 """Most noise in the contexts of teacher forcing, in half of the samples: generated contexts are imperfect too."""
+
+SERVED_SHARE = 0.7
+"""Share of the noise levels in teacher forcing that are those of the schedule; the others are anywhere."""
+
+POSE_WEIGHT = 0.5
+"""Of the loss of PoseReader."""
+
+ROLLOUT_CHUNKS = 7
+"""Per session: longer ones drift so far from the true walk that their truth teaches blur."""
+
+MOST_GIVEN = 3
+"""True chunks at the beginning of a roll-out, at most. Far sessions always get so many: the window's contents."""
 
 STEPS_PER_ROLLOUT = 3
 """Steps that use one roll-out, each with other noise levels: a roll-out costs about as much as a step."""
@@ -84,10 +99,11 @@ class Discriminator(nn.Module):
 
 
 def teacher_forcing_batch(truth: TrajectoryBatch, schedule: FlowSchedule) -> DenoisingBatch:
-    """True chunks with noise: half at a sigma of the schedule, half at any. Contexts of half the samples get some."""
+    """True chunks with noise, of the schedule's sigmas or of any. Contexts of half the samples get some."""
     shape, device = truth.latents.shape[:2], truth.latents.device
     anywhere = shift_sigma(torch.rand(shape, device=device).clamp(0.02, 1), schedule.shift)
-    sigma = torch.where(torch.rand(shape, device=device) < 0.5, anywhere, pick(served_sigmas(schedule, device), shape))
+    served = torch.rand(shape, device=device) < SERVED_SHARE
+    sigma = torch.where(served, pick(served_sigmas(schedule, device), shape), anywhere)
     amount = CONTEXT_NOISE * torch.rand(shape[0], device=device) * (torch.rand(shape[0], device=device) < 0.5)
     clean = add_noise(truth.latents, amount[:, None].expand(shape))
     return DenoisingBatch(truth, clean, add_noise(truth.latents, sigma), sigma, truth.weight)
@@ -123,16 +139,17 @@ def add_noise(latents: Tensor, sigma_BS: Tensor) -> Tensor:
 
 def velocity_loss(
     dit: CausalDiT, batch: DenoisingBatch, layer: Callable[..., Tensor] = run_layer
-) -> tuple[Tensor, Tensor]:
-    """The loss and the predicted clean latents.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, the predicted clean latents and the tokens of the middle layer.
 
     The target is the velocity that leads to the true latents, (x - truth) / sigma, from generated inputs too.
     """
     sigma = batch.sigma[:, :, None, None, None, None]
-    flow = forward(dit, batch.truth, batch.clean, batch.noisy, 1000 * batch.sigma, layer).float()
+    flow, hidden = forward(dit, batch.truth, batch.clean, batch.noisy, 1000 * batch.sigma, layer)
+    flow = flow.float()
     error = (flow - (batch.noisy - batch.truth.latents) / sigma).square().mean(dim=(2, 3, 4, 5))
     loss = (error * batch.weight).sum() / batch.weight.sum()
-    return loss, batch.noisy - sigma * flow
+    return loss, batch.noisy - sigma * flow, hidden
 
 
 def make_optimisers(dit: CausalDiT) -> list[torch.optim.Optimizer]:
@@ -167,6 +184,7 @@ class Phase:
     def __init__(self, phase: str, dit: CausalDiT, dataset: TrajectoryDataset, config: WorldConfig, batch: int) -> None:
         self.phase, self.dit, self._dataset, self._config, self._batch = phase, dit, dataset, config, batch
         device = dit.head.head.weight.device
+        self.pose_reader = PoseReader(config.dit.dim).to(device)
         self.discriminator = Discriminator(config.z_dim).to(device) if phase == "sharp" else None
         self._indices = self._draw(np.random.default_rng(0)).to(device)
         self._generate, self._gradients = Captured(self._roll_out, device), Captured(self._forward_backward, device)
@@ -186,12 +204,25 @@ class Phase:
 
     def _draw(self, rng: np.random.Generator) -> SampleIndices:
         chunks = self._config.sample_chunks
-        return self._dataset.draw(rng, self._batch, chunks, from_start=self.phase != "teacher")
+        if self.phase == "teacher":
+            return self._dataset.draw(rng, self._batch, chunks)
+        chunks, half = min(ROLLOUT_CHUNKS, chunks), self._batch // 2
+        near = self._dataset.draw(rng, self._batch - half, chunks, far_share=0)
+        far = self._dataset.draw(rng, half, chunks, far_share=1, far_position=FAR_POSITION)
+        return SampleIndices.joined([near, far])
 
     def _roll_out(self) -> dict[str, Tensor]:
+        half, device = self._batch // 2, self.dit.head.head.weight.device
+        given = torch.randint(MOST_GIVEN + 1, (self._batch - half,), device=device)
+        parts = ((slice(0, -half), 1, given), (slice(-half, None), FAR_POSITION, torch.full_like(given, MOST_GIVEN)))
         with self._autocast():
             self._truth = self._dataset.gather(self._indices)
-            self._rollout = roll_out(self.dit, self._truth, self._config.schedule)
+            self._rollout = Rollout.joined(
+                [
+                    roll_out(self.dit, self._truth.sessions(some), self._config.schedule, given_B=known, position=first)
+                    for some, first, known in parts
+                ]
+            )
         return {}
 
     def _forward_backward(self) -> dict[str, Tensor]:
@@ -201,10 +232,14 @@ class Phase:
                 data = teacher_forcing_batch(self._dataset.gather(self._indices), self._config.schedule)
             else:
                 data = self_forcing_batch(self._truth, self._rollout, self._config.schedule)
-            loss, latents = velocity_loss(self.dit, data, self._layer)
+            loss, latents, hidden = velocity_loss(self.dit, data, self._layer)
         error = (latents.detach() - data.truth.latents).square().mean(dim=(0, 2, 3, 4, 5))
         figures = {"loss": loss.detach(), "x0_first": error[0], "x0_last": error[-1]}
-        parameters = list(self.dit.parameters())
+        known, told = self.pose_reader.loss(hidden, data.truth.places, data.truth.weight)
+        figures |= {"pose_clean": known.detach(), "pose_noisy": told.detach()}
+        loss = loss + POSE_WEIGHT * (known + told) / 2
+        self.pose_reader.zero_grad(set_to_none=True)
+        parameters = [*self.dit.parameters(), *self.pose_reader.parameters()]
         if self.discriminator is not None:
             got, true = latents.flatten(0, 1), data.truth.latents.flatten(0, 1)
             # Predictions from much noise are blurred whatever the model does: only late steps count.
@@ -236,6 +271,11 @@ def train(options: Options, phase: str, batch: int) -> float:
     parts: dict[str, Stateful] = {"dit": dit, "average": ema}
     parts |= {f"optimiser{i}": each for i, each in enumerate(optimisers)}
     work = Phase(phase, dit, dataset, config, batch)
+    reader = work.pose_reader
+    if (trained_reader := options.run / "state" / "pose_reader.pt").exists():
+        reader.load_state_dict(torch.load(trained_reader, map_location=device, weights_only=True))
+    optimisers.append(torch.optim.AdamW(reader.parameters(), betas=(0.9, 0.95)))
+    parts |= {"reader": reader, "reader_optimiser": optimisers[-1]}
     judges: list[torch.optim.Optimizer] = []
     if work.discriminator is not None:
         judges = [torch.optim.AdamW(work.discriminator.parameters(), lr=3e-4, betas=(0.0, 0.95))]
@@ -245,7 +285,8 @@ def train(options: Options, phase: str, batch: int) -> float:
         dit.compile_blocks()
         torch._dynamo.config.recompile_limit = 64  # with and without gradients, shapes of training and of roll-outs
     loop.log(trajectories=dataset.num_trajectories, from_checkpoint=from_checkpoint)
-    ranks, networks = options.ranks, [dit] if work.discriminator is None else [dit, work.discriminator]
+    ranks: Ranks = options.ranks
+    networks: list[nn.Module] = [dit, reader] if work.discriminator is None else [dit, reader, work.discriminator]
     ranks.share_weights(*networks)
     loss, warm_steps = torch.zeros(()), 300 if phase == "teacher" else 50
     for step in loop:
@@ -260,6 +301,7 @@ def train(options: Options, phase: str, batch: int) -> float:
         loop.record(**figures, grad=norm)
     ema.apply()
     if ranks.is_first:
+        torch.save(reader.state_dict(), trained_reader)
         save_part(options.model / "transformer", config.transformer, split_qkv(dit.state_dict()))
         complete(options.model, config)
     return loss.item()

@@ -6,6 +6,7 @@ directly or lie far later in the session.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -40,11 +41,17 @@ class TrajectoryBatch:
     latents: Tensor  # [B, S, z, 3, h, w], the ground truth
     conditions: Tensor  # [B, S, 4 + z, 3, h, w]
     poses: Tensor  # [B, S, 3, 4, 4], relative to the frame before, as the ray maps take them
+    places: Tensor  # [B, S, 3, 4]: x, z, yaw and pitch in the world, which the DiT is never told
     camera: Tensor  # [B], 1 with ray maps, 0 without
     prompts: Tensor  # [P, L, text_dim]
     prompt_of: Tensor  # [B, S], each chunk's row of prompts
     start_frames: Tensor  # [B, S], index of each chunk's first latent frame in its session
     weight: Tensor  # [B, S], loss weight: 0 where the chunks before are not in the sample
+
+    def sessions(self, some: slice) -> TrajectoryBatch:
+        """Some of the samples. ``prompts`` stay all: ``prompt_of`` counts on it."""
+        parts = {each.name: getattr(self, each.name)[some] for each in fields(self) if each.name != "prompts"}
+        return TrajectoryBatch(prompts=self.prompts, **parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,10 @@ class SampleIndices:
     def to(self, device: torch.device) -> SampleIndices:
         return SampleIndices(*(getattr(self, field.name).to(device, copy=True) for field in fields(self)))
 
+    @classmethod
+    def joined(cls, parts: Sequence[SampleIndices]) -> SampleIndices:
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
     def copy_(self, other: SampleIndices) -> None:
         """Overwrites the values, for functions that were captured with these tensors. Does not wait for the device."""
         for field in fields(self):
@@ -77,8 +88,8 @@ class TrajectoryDataset:
         if not files:
             raise FileNotFoundError(f"{folder} has no trajectories: run make_latents first")
         joined = {name: torch.cat([file[name] for file in files]) for name in files[0]}
-        self._latents, self._first, self._later, self._poses, self._looks = (
-            joined[name].to(device) for name in ("latents", "first", "later", "relative", "looks")
+        self._latents, self._first, self._later, self._poses, self._places, self._looks = (
+            joined[name].to(device) for name in ("latents", "first", "later", "relative", "places", "looks")
         )
         self._stands_still = (joined["relative"] == torch.eye(4)).flatten(1).all(dim=1).numpy()
         rng = np.random.default_rng((seed, 3))
@@ -93,23 +104,32 @@ class TrajectoryDataset:
     def num_trajectories(self) -> int:
         return len(self._latents)
 
-    def draw(self, rng: np.random.Generator, count: int, num_chunks: int, *, from_start: bool = False) -> SampleIndices:
-        """``count`` samples of ``num_chunks`` chunks. ``from_start``: consecutive from the first chunk, none far."""
+    def draw(
+        self,
+        rng: np.random.Generator,
+        count: int,
+        num_chunks: int,
+        *,
+        far_share: float = FAR_SHARE,
+        far_position: int | None = None,
+    ) -> SampleIndices:
+        """``count`` samples of ``num_chunks`` chunks. ``far_position``: of chunk 1 in the far ones; None: anywhere."""
         first = rng.integers(self.num_trajectories, size=count)
         still = self._stands_still[first]
         chunks = np.arange(num_chunks)
         trajectory, chunk = np.tile(first[:, None], num_chunks), np.tile(chunks, (count, 1))
         position, weight = chunk.copy(), np.ones((count, num_chunks), dtype=np.float32)
-        if not from_start:
-            far = rng.random(count) < FAR_SHARE
-            # Who stands still sees the same place later.
-            other = np.where(still, first, rng.integers(self.num_trajectories, size=count))
-            trajectory[far, 1:] = other[far, None]
-            stored = rng.integers(1, self._poses.shape[1] // CHUNK_FRAMES - num_chunks + 2, size=count)
-            later = rng.integers(num_chunks, MAX_SESSION_CHUNKS, size=count)
-            for values, begin in ((chunk, stored), (position, later)):
-                values[far, 1:] = begin[far, None] + chunks[:-1]
-            weight[far, 1:3] = 0
+        far = rng.random(count) < far_share
+        # Who stands still sees the same place later.
+        other = np.where(still, first, rng.integers(self.num_trajectories, size=count))
+        trajectory[far, 1:] = other[far, None]
+        stored = rng.integers(1, self._poses.shape[1] // CHUNK_FRAMES - num_chunks + 2, size=count)
+        later = rng.integers(num_chunks, MAX_SESSION_CHUNKS, size=count)
+        if far_position is not None:
+            later[:] = far_position
+        for values, begin in ((chunk, stored), (position, later)):
+            values[far, 1:] = begin[far, None] + chunks[:-1]
+        weight[far, 1:3] = 0
         look = rng.integers(2, size=(count, 1))
         switch = np.where(rng.random(count) < SWITCH_SHARE, rng.integers(1, num_chunks, size=count), num_chunks)
         view = np.where(chunks >= switch[:, None], 1 - look, look)
@@ -127,6 +147,7 @@ class TrajectoryDataset:
             latents=self._latents[rows[..., None], view[..., None], :, frames].float().transpose(2, 3),
             conditions=self._conditions(rows[:, 0], view[:, 0], rows.shape[1]),
             poses=self._poses[rows[..., None], frames],
+            places=self._places[rows[..., None], frames],
             camera=indices.camera,
             prompts=self._prompts[indices.prompt.flatten()],
             prompt_of=len(LOOKS) * samples + self._looks[rows, view],

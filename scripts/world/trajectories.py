@@ -54,6 +54,10 @@ class View:
         pose[:, 3] = np.stack([zero, zero, zero, one], -1)
         return pose
 
+    def as_rows(self) -> Array:
+        """[n, 4]: x, z, yaw, pitch."""
+        return np.stack([self.x, self.z, self.yaw, self.pitch], -1)
+
     def at(self, i: int) -> View:
         """The view of frame ``i``."""
         return View(*(values[[i]] for values in (self.x, self.z, self.yaw, self.pitch)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -19,10 +20,12 @@ from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.shapes import FrameSize
 from scripts.world import make_latents, train_dit, train_text, train_vae
 from scripts.world.config import TINY
+from scripts.world.deepen import deepened
 from scripts.world.export import export
 from scripts.world.muon import BatchedMuon
+from scripts.world.pose_reader import FEATURES, PoseReader, place_features
 from scripts.world.render import Renderer
-from scripts.world.self_forcing import roll_out
+from scripts.world.self_forcing import FAR_POSITION, roll_out
 from scripts.world.teacher_forcing import forward
 from scripts.world.training_data import TrajectoryBatch, TrajectoryDataset
 from scripts.world.training_loop import Options, save_part
@@ -116,6 +119,7 @@ def test_samples_of_the_dataset(tmp_path):
         "first": torch.full((stored, 2, TINY.z_dim, 3, 4, 4), 7).half(),
         "later": torch.full((stored, 2, TINY.z_dim, 3, 4, 4), 9).half(),
         "relative": torch.eye(4).expand(stored, 3 * chunks, 4, 4),
+        "places": torch.zeros(stored, 3 * chunks, 4),
         "looks": torch.tensor([[0, 1]] * stored),
     }
     torch.save(file, tmp_path / "0000.pt")
@@ -210,6 +214,7 @@ def random_batch(num_chunks: int) -> TrajectoryBatch:
             1,
         ),
         poses=torch.randn(2, num_chunks, 3, 4, 4),
+        places=torch.randn(2, num_chunks, 3, 4),
         camera=torch.tensor([1.0, 0.0]),
         prompts=torch.randn(2, TINY.text_len, TINY.text_dim),
         prompt_of=torch.stack([(torch.arange(num_chunks) > 3).long(), (torch.arange(num_chunks) < 2).long()]),
@@ -220,6 +225,62 @@ def random_batch(num_chunks: int) -> TrajectoryBatch:
 
 def ray_map_of(batch: TrajectoryBatch, session: int, chunk: int) -> torch.Tensor:
     return ray_map(batch.poses[session, chunk].numpy(), FrameSize(32, 48), CPU)
+
+
+def test_roll_outs_from_true_chunks(dit):
+    """What follows given chunks continues from the truth, and given chunks are the truth, anywhere in a session."""
+    batch = random_batch(5)
+    torch.manual_seed(5)
+    some = roll_out(dit, batch, TINY.schedule, given_B=torch.tensor([2, 0]), position=FAR_POSITION)
+    assert torch.equal(some.latents[0, :2], batch.latents[0, :2])
+    assert not torch.allclose(some.latents[0, 2], batch.latents[0, 2])
+    torch.manual_seed(5)
+    none = roll_out(dit, batch, TINY.schedule, position=FAR_POSITION)
+    assert torch.equal(none.latents[1], some.latents[1])
+    assert not torch.allclose(none.latents[0, 2], some.latents[0, 2])
+    torch.manual_seed(5)
+    near = roll_out(dit, batch, TINY.schedule)
+    assert torch.equal(near.latents[:, 0], none.latents[:, 0])
+    assert not torch.allclose(near.latents[:, 1], none.latents[:, 1])
+
+
+def test_more_layers_change_nothing_at_first(dit):
+    """A deeper DiT gives the same flow until it is trained, and its new blocks then learn."""
+    config = dataclasses.replace(TINY, dit_layers=3)
+    deep = deepened(dit, config)
+    batch = random_batch(2)
+    inputs = (batch, batch.latents, torch.randn_like(batch.latents), torch.full((2, 2), 500.0))
+    flow, _ = forward(deep, *inputs)
+    assert torch.allclose(flow, forward(dit, *inputs)[0], atol=1e-5)
+    flow.square().mean().backward()
+    new = [b for b in deep.blocks if not b.self_attn.o.weight.any()]
+    assert len(new) == 1
+    assert new[0].self_attn.o.weight.grad.abs().max() > 0
+
+
+def test_the_pose_is_read_from_tokens():
+    """Tokens that hold their place give no error, and only chunks that can know it count among the noisy ones."""
+    torch.manual_seed(0)
+    places = torch.randn(2, 3, 3, 4)
+    reader = PoseReader(FEATURES + 7)
+    features = place_features(places)
+    hidden = torch.randn(2, 2, 3, 3, 4, FEATURES + 7)
+    hidden[..., :FEATURES] = features[None, :, :, :, None]
+    spoilt = hidden.clone()
+    spoilt[1, :, 0] = torch.randn(FEATURES + 7)
+    optimiser = torch.optim.LBFGS(reader.parameters(), max_iter=100)
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        loss = sum(reader.loss(hidden.flatten(3, 4), places, torch.ones(2, 3)))
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    known, told = reader.loss(spoilt.flatten(3, 4), places, torch.tensor([[0.0, 1.0, 1.0]] * 2))
+    assert known < 0.1
+    assert told < 0.1
+    assert reader.loss(spoilt.flatten(3, 4), places, torch.ones(2, 3))[1] > 2 * told
 
 
 def cache_of(dit, tokens: int) -> KVCache:
@@ -242,7 +303,7 @@ def test_teacher_forcing_is_the_cached_roll_out(dit):
     num_chunks = 7
     batch = random_batch(num_chunks)
     noisy, timesteps = torch.randn_like(batch.latents), 1000 * torch.rand(2, num_chunks).clamp(0.1, 1)
-    got = forward(dit, batch, batch.latents, noisy, timesteps)
+    got, _ = forward(dit, batch, batch.latents, noisy, timesteps)
     for session in range(2):
         cache = cache_of(dit, tokens=6)
         text_kv = [dit.text_kv(prompt[None]) for prompt in batch.prompts]
@@ -264,7 +325,7 @@ def test_roll_outs_are_the_serving_codes(dit):
     batch = random_batch(4)
     torch.manual_seed(5)
     rollout = roll_out(dit, batch, TINY.schedule)
-    steps = TINY.schedule.steps_for(4)
+    steps = TINY.schedule.steps_for(len(TINY.steps))
     torch.manual_seed(5)
     cache, text_kv = cache_of(dit, tokens=6), dit.text_kv(batch.prompts[:1])
     for i in range(3):
