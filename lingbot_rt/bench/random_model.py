@@ -16,7 +16,7 @@ from lingbot_rt.engine.device import resolve_device, resolve_dtype
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
 from lingbot_rt.models.checkpoint import CheckpointFolder, load_vae, open_checkpoint
 from lingbot_rt.models.dit import DiTConfig
-from lingbot_rt.models.dummy import DUMMY
+from lingbot_rt.models.model_path import DUMMY
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.parallel.groups import Ranks
 from lingbot_rt.session.plan import EngineStatus

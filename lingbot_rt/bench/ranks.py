@@ -19,7 +19,7 @@ from lingbot_rt.engine.device import resolve_device
 from lingbot_rt.engine.model_memory import require_memory
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
 from lingbot_rt.engine.worker import run_worker, worker_loop
-from lingbot_rt.models.dummy import DUMMY
+from lingbot_rt.models.model_path import DUMMY
 from lingbot_rt.parallel.coordinator import Coordinator, Stop, create_coordinator
 from lingbot_rt.parallel.groups import RankGroup, Ranks
 from lingbot_rt.parallel.launch import RankInfo, require_ranks

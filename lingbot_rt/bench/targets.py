@@ -29,7 +29,7 @@ from lingbot_rt.engine.compilation import resolve_compile, set_compile_cache, tu
 from lingbot_rt.engine.model_memory import require_memory
 from lingbot_rt.engine.pipeline import Pipeline, compile_networks
 from lingbot_rt.errors import one_line
-from lingbot_rt.models.dummy import DUMMY, LINGBOT_WORLD_FAST
+from lingbot_rt.models.model_path import DUMMY, LINGBOT_WORLD_FAST
 from lingbot_rt.models.quantize import FP8, quantize_linears, require_fp8
 from lingbot_rt.session.plan import SessionPlan
 

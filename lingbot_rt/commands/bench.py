@@ -460,7 +460,7 @@ def _serve(args: argparse.Namespace) -> int:
 def _job(args: argparse.Namespace, num_gpus: int) -> Job:
     """Raises ConfigError for options that don't fit together."""
     from lingbot_rt.bench.ranks import Job
-    from lingbot_rt.models.dummy import PUBLISHED
+    from lingbot_rt.models.model_path import PUBLISHED
 
     if args.kind == "pipeline" and args.model in PUBLISHED and not args.random_weights:
         raise ConfigError(

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 import shutil
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from lingbot_rt.commands.options import add_config_options, add_server_options, api_key_from, config_from
-from lingbot_rt.config import ServeConfig, flag
+from lingbot_rt.commands.output import note
+from lingbot_rt.config import BUILTIN, ServeConfig, flag
 from lingbot_rt.config_values import environment_value
 from lingbot_rt.errors import ConfigError, reason_of
+from lingbot_rt.models.model_path import DUMMY, local_folder, require_parts
 
 if TYPE_CHECKING:
     from lingbot_rt.regression.session_runner import SessionRunner
@@ -74,7 +77,10 @@ def require_devices(config: ServeConfig) -> None:
 
 
 def require_folders(config: ServeConfig) -> None:
-    """Raises ConfigError if a configured folder can't be used. Creates those that are written."""
+    """Raises ConfigError if a configured folder can't be used, CheckpointError if the model's is none.
+
+    Creates those that are written. Says then that the start goes on: importing torch takes seconds.
+    """
     for name, mode, verb in (
         ("first_frame_dir", os.R_OK | os.X_OK, "read"),
         ("postprocess_model_dir", os.R_OK | os.X_OK, "read"),
@@ -94,6 +100,11 @@ def require_folders(config: ServeConfig) -> None:
             raise ConfigError(f"{flag(name)} {folder}: expected a folder, but {found}", field=name)
         if not os.access(folder, mode):
             raise ConfigError(f"{flag(name)} {folder}: the folder cannot be {verb}", field=name)
+    dummy = config.load_format == DUMMY
+    if config.model_path != BUILTIN and (path := local_folder(config.model_path, dummy=dummy)) is not None:
+        require_parts(path, dummy=dummy)
+    if "torch" not in sys.modules:
+        note("lingbot-rt: starting, this takes some seconds")
 
 
 def bar_size() -> dict[str, int]:

@@ -11,7 +11,7 @@ from lingbot_rt.engine.memory import Setup, session_memory
 from lingbot_rt.engine.model_memory import ModelCounts
 from lingbot_rt.models.checkpoint import CheckpointFolder, empty_vae, open_checkpoint
 from lingbot_rt.models.dit import DiTConfig
-from lingbot_rt.models.dummy import DUMMY, LINGBOT_WORLD_FAST
+from lingbot_rt.models.model_path import DUMMY, LINGBOT_WORLD_FAST
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.shapes import FrameSize
 

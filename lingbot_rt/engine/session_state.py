@@ -12,12 +12,12 @@ from torch import Tensor
 from lingbot_rt.engine.flow_match import CLEAN
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.errors import ChunkCancelled
-from lingbot_rt.models import to_device
 from lingbot_rt.models.dit import CameraModulation, TextKV, TimeModulation
 from lingbot_rt.models.feature_cache import FeatureCache
 from lingbot_rt.models.i2v_condition import preprocess_image
 from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.models.ray_map import ray_map
+from lingbot_rt.models.transfer import to_device
 from lingbot_rt.session.camera_path import Pose
 from lingbot_rt.session.plan import SessionPlan
 

@@ -6,7 +6,6 @@ one. A block of the DiT that is quantized is quantized at once: at no time are t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +20,13 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from lingbot_rt.config import BUILTIN
-from lingbot_rt.errors import CheckpointError, one_line
-from lingbot_rt.hub_cache import newest_snapshot, repository_id, snapshot_id
+from lingbot_rt.errors import one_line
+from lingbot_rt.hub_cache import snapshot_id
 from lingbot_rt.models.builtin import BUILTIN_CONFIGS, builtin_folder
 from lingbot_rt.models.dit import CausalDiT, DiTConfig, split_qkv
-from lingbot_rt.models.dummy import DUMMY, PUBLISHED, PUBLISHED_FOLDER, HashTokenizer, RandomWeights
-from lingbot_rt.models.file_checks import broken, listed, shorten, system_error
-from lingbot_rt.models.folder import PARTS, TOKENIZER, WEIGHTS, has_tokenizer, left_out, tokenizer_files
+from lingbot_rt.models.dummy import HashTokenizer, RandomWeights
+from lingbot_rt.models.file_checks import broken
+from lingbot_rt.models.folder import PARTS, TOKENIZER, has_tokenizer, left_out, tokenizer_files
 from lingbot_rt.models.folder_weights import FolderWeights, original_name
 from lingbot_rt.models.hub import fetch
 from lingbot_rt.models.model_config import (
@@ -39,6 +38,7 @@ from lingbot_rt.models.model_config import (
     read_vae_config,
     require_fit,
 )
+from lingbot_rt.models.model_path import DUMMY, local_folder, require_parts
 from lingbot_rt.models.quantize import quantize_linears
 from lingbot_rt.models.schedule import DistilledSchedule, find_schedule
 from lingbot_rt.models.text_encoder import TextEncoder, Tokenizer
@@ -77,13 +77,7 @@ def open_checkpoint(model_path: str, schedule: str = "auto", load_format: str = 
     """
     dummy = load_format == DUMMY
     path = _find(model_path, dummy=dummy)
-    for part in WEIGHTS if dummy else PARTS:
-        try:
-            os.listdir(path / part)
-        except (FileNotFoundError, NotADirectoryError):
-            raise _no_model(path, tuple(WEIGHTS) if dummy else PARTS) from None
-        except OSError as error:
-            raise system_error(path / part, error) from None
+    require_parts(path, dummy=dummy)
     index = read_model_index(path / "model_index.json")
     dit_config = read_dit_config(path / "transformer" / "config.json")
     vae_config = read_vae_config(path / "vae" / "config.json")
@@ -178,55 +172,12 @@ def _find(model_path: str, *, dummy: bool) -> Path:
     """The folder that ``model_path`` names. Raises CheckpointError."""
     if model_path == BUILTIN:
         return BUILTIN_CONFIGS if dummy else builtin_folder()
-    if not model_path.strip():
-        raise broken("--model-path is empty: name builtin, a folder or a hub id")
-    path = Path(os.path.expanduser(model_path))
-    try:
-        os.listdir(path)
-    except FileNotFoundError:
-        if model_path in PUBLISHED:
-            if dummy:
-                return PUBLISHED_FOLDER
-            raise broken(
-                f"--model-path {model_path}: only the shapes of this model are known, not where its weights are: name "
-                "a folder or a hub id, for example OWNER/NAME, or add --load-format dummy for random weights"
-            ) from None
-        # A hub id has one slash at most, and no part of it begins like a path.
-        if path.is_absolute() or model_path.startswith(("./", "../", "~")) or model_path.count("/") > 1:
-            shown = path if model_path.startswith("~") else model_path
-            raise broken(f"--model-path {shown}: there is no such folder, and a hub id is OWNER/NAME") from None
-        return fetch(model_path, weights=not dummy)
-    except NotADirectoryError:
-        raise broken(f"--model-path {path} is a file, expected the folder of a model") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise broken(f"--model-path {shorten(str(path))}: {reason}") from None
-    return path
+    return local_folder(model_path, dummy=dummy) or fetch(model_path, weights=not dummy)
 
 
 def _names(model_path: str, path: Path) -> list[str]:
     """What the model in ``path`` is called, the best name first: its hub id, else the path, then its folder."""
     return [snapshot_id(path.resolve()) or model_path, path.resolve().name]
-
-
-def _no_model(path: Path, parts: tuple[str, ...]) -> CheckpointError:
-    """The error for a folder without the parts of a model. It names the folder that was meant, if there is one."""
-    repository = path.parent if path.name == "snapshots" else path
-    model_id = repository_id(repository)
-    try:
-        if model_id is not None and (repository / "snapshots").is_dir():
-            snapshot = newest_snapshot(repository)
-            name = f"{snapshot}, or the id {model_id}" if snapshot else f"one of the folders in {repository}/snapshots"
-            return broken(f"{path} is the hub cache's folder of {model_id}, not a model: name {name}")
-        inside = [child for child in sorted(path.iterdir()) if all((child / part).is_dir() for part in parts)]
-        cached = sorted(filter(None, map(repository_id, (*path.glob("models--*"), *path.glob("hub/models--*")))))
-        if cached:
-            return broken(f"{path} is a cache of the hub, not a model: name the id of one, of {listed(cached)}")
-    except OSError as error:
-        return system_error(path, error)
-    missing = ", ".join(f"{part}/" for part in parts if not (path / part).is_dir())
-    remedy = f"name {inside[0]}" if len(inside) == 1 else "name a folder that has them, or fetch the model again"
-    return broken(f"{path} is not a diffusers model folder: it has no {missing}: {remedy}")
 
 
 @contextmanager

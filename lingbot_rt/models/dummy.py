@@ -9,22 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
-
-DUMMY = "dummy"
-"""The value of --load-format."""
-
-LINGBOT_WORLD_FAST = "lingbot-world-fast"
-PUBLISHED = (LINGBOT_WORLD_FAST, "lingbot-world-v2")
-"""Names of the published 14B models, which differ in their schedule only."""
-
-PUBLISHED_FOLDER = Path(__file__).parent.parent / "published"
-"""Their configurations. The window is the 18 latent frames, sink 9, of the published figures, not the model's own 45,
-sink 3, which takes 57 GB.
-"""
 
 _SEED = 20
 

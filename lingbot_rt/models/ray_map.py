@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lingbot_rt.models import to_device
+from lingbot_rt.models.transfer import to_device
 from lingbot_rt.shapes import VAE_SPATIAL_STRIDE, FrameSize, intrinsics
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
-from lingbot_rt.models import to_device
+from lingbot_rt.models.transfer import to_device
 
 _CACHED_PROMPTS = 16
 _SPACE = re.compile(r"\s+")

@@ -15,7 +15,7 @@ from lingbot_rt.engine.model_memory import ModelCounts, needed_memory, require_m
 from lingbot_rt.engine.pipeline import load_pipeline
 from lingbot_rt.errors import ConfigError
 from lingbot_rt.models.checkpoint import load_dit, load_text_encoder, load_vae, open_checkpoint
-from lingbot_rt.models.dummy import LINGBOT_WORLD_FAST
+from lingbot_rt.models.model_path import LINGBOT_WORLD_FAST
 
 CPU = torch.device("cpu")
 LARGE = ServeConfig(model_path=LINGBOT_WORLD_FAST, load_format="dummy", device="cpu")

@@ -19,7 +19,8 @@ from lingbot_rt.models.checkpoint import (
     load_vae,
     open_checkpoint,
 )
-from lingbot_rt.models.dummy import PUBLISHED, HashTokenizer, RandomWeights
+from lingbot_rt.models.dummy import HashTokenizer, RandomWeights
+from lingbot_rt.models.model_path import PUBLISHED
 from lingbot_rt.shapes import FrameSize
 
 from .conftest import CPU

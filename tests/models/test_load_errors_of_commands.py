@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
 from pathlib import Path
 
@@ -81,3 +82,22 @@ def test_serve(model, tmp_path):
     assert str(model / WEIGHTS) in text
     assert "git lfs pull" in text
     assert "Traceback" not in text
+
+
+def test_a_wrong_path_is_told_before_torch_is_imported(tmp_path):
+    """Importing torch takes seconds. What is wrong is told without it, and what is right says that it goes on."""
+    script = f"""
+import sys
+from lingbot_rt.cli import main
+from lingbot_rt.commands.local_engine import require_folders
+from lingbot_rt.config import ServeConfig
+print(main(["serve", "--port", "0", "--model-path", {str(tmp_path)!r}]), main(["generate", "--model-path", "./no"]))
+require_folders(ServeConfig())
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.stdout == "2 2\nFalse\n"
+    wrong_folder, no_folder, starting = done.stderr.splitlines()
+    assert "is not a diffusers model folder" in wrong_folder
+    assert "there is no such folder" in no_folder
+    assert "starting" in starting

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.pipeline import load_pipeline
+from lingbot_rt.errors import CheckpointError
 from lingbot_rt.models import checkpoint, folder_weights
 from lingbot_rt.models.checkpoint import load_dit, load_text_encoder, load_vae, open_checkpoint
 
@@ -166,7 +167,7 @@ def test_memory_that_is_not_there(model, monkeypatch):
 
     folder = open_checkpoint(str(model))
     monkeypatch.setattr(torch, "empty_like", refuse)
-    with pytest.raises(checkpoint.CheckpointError, match=r"vae: its weights take .* GB, more than cpu has free"):
+    with pytest.raises(CheckpointError, match=r"vae: its weights take .* GB, more than cpu has free"):
         load_vae(folder, torch.float32, CPU)
 
 
@@ -361,7 +362,7 @@ def test_nothing_is_allocated_for_weights_that_do_not_fit(model, monkeypatch):
     """Names and shapes are compared before memory is taken: 37 GB are not read to say that one tensor is missing."""
     rewrite(model / "transformer" / WEIGHTS, lambda tensors: tensors.pop("head.modulation"))
     monkeypatch.setattr(checkpoint, "_allocate", lambda *args: pytest.fail("memory was taken"))
-    with pytest.raises(checkpoint.CheckpointError, match=r"1 missing: head\.modulation"):
+    with pytest.raises(CheckpointError, match=r"1 missing: head\.modulation"):
         load_dit(open_checkpoint(str(model)), torch.float32, CPU)
 
 

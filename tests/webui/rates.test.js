@@ -30,6 +30,16 @@ test("a size that keeps up, pacing not counted, is not called slow", () => {
   assert.equal(rates.note("", model, init), "");
 });
 
+test("one long pause is no verdict on a size; a size that became slow is told after some chunks", () => {
+  const rates = new MeasuredRates(new SettingsStore(null));
+  rates.sessionStarts("", model, init);
+  for (let i = 1; i < 4; i++) rates.chunkCame(chunk(i, 12, 600));
+  rates.chunkCame(chunk(4, 12, 60_000));
+  assert.equal(rates.note("", model, init), "");
+  for (let i = 5; i < 20; i++) rates.chunkCame(chunk(i, 12, 6000));
+  assert.match(rates.note("", model, init), /played at 2\.\d frames/);
+});
+
 test("on a CPU a size above the default is said to be slow, by its pixels", () => {
   const rates = new MeasuredRates(new SettingsStore(null));
   assert.match(rates.note("", { ...model, device: "cpu" }, init), /CPU.*26 times/);

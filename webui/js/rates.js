@@ -4,6 +4,7 @@ import { parseSize } from "./server.js";
 
 const KEPT = 24;
 const NEWEST = 0.3; // weight of the newest chunk in the moving average
+const MOST_SLOWER = 2; // a chunk counts as at most so many times the average before it
 const SLOW = 0.7; // of the frame rate; below it a size is said to be slow
 
 const pixels = (size) => {
@@ -30,7 +31,8 @@ export class MeasuredRates {
     const ms = stats.chunk_total_ms - (stats.pace_wait_ms ?? 0);
     if (!(stats.chunk_index > 0 && ms > 0 && stats.num_frames > 0)) return;
     const { [this.#key]: before, ...others } = this.#all;
-    const now = ms / stats.num_frames;
+    // One long pause of the machine says nothing of the size; what is really slow is so chunk after chunk.
+    const now = Math.min(ms / stats.num_frames, MOST_SLOWER * (before ?? Infinity));
     const average = before === undefined ? now : before + NEWEST * (now - before);
     const kept = Object.entries(others).slice(1 - KEPT);
     this.#store.set("rates", Object.fromEntries([...kept, [this.#key, average]]));
