@@ -82,8 +82,8 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
             "characters",
             "the text is cut",
         ),
-        Limit("value shown in an error", "session.messages:_MAX_SHOWN", "characters", "the value is cut"),
-        Limit("items shown of a list", "session.messages:_MAX_ITEMS_SHOWN", "", "the others are left out"),
+        Limit("value shown in an error", "session.shown:MAX_SHOWN", "characters", "the value is cut"),
+        Limit("items shown of a list", "session.shown:_MAX_ITEMS_SHOWN", "", "the others are left out"),
         Limit("value shown of an option", "errors:MAX_QUOTED", "characters", "the value is cut"),
     ),
     "pictures": (
