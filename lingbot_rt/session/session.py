@@ -221,7 +221,7 @@ class Session:
         return stats_message(stats)
 
     def _apply(self, parsed: tuple[ControlEvent, ...], event_id: int | None, now: float) -> tuple[bytes, ...]:
-        """Takes one parsed event. Returns its warnings, and acknowledgements of older ones that no chunk will sample."""
+        """Takes one parsed event. Returns its warnings, and acknowledgements of older ones that no chunk samples."""
         dropped = self._queue.apply(parsed, event_id, now)
         if self._keep_events:
             self._keep(_Arrived(parsed, event_id))
