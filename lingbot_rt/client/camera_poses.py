@@ -87,6 +87,7 @@ def _read(file: Path) -> np.ndarray:
     except (ValueError, EOFError, MemoryError) as error:
         raise EventRefused(f"{quoted(str(file))}: expected a NumPy file (.npy): {one_line(error)}") from None
     if not isinstance(array, np.ndarray):
+        array.close()
         raise EventRefused(f"{quoted(str(file))}: a file of several arrays, expected a NumPy file (.npy) of one")
     return array
 

@@ -221,7 +221,8 @@ def script_of(args: argparse.Namespace) -> tuple[dict[str, Any], Sequence[Any]]:
         poses, intrinsics = read_poses(args.poses, args.intrinsics)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            payload = poses_payload(poses, intrinsics, size=str(args.intrinsics_size or WIRE_SIZE))
+            size = str(args.intrinsics_size or WIRE_SIZE)
+            payload = poses_payload(poses, intrinsics, size=size, anchor="session")
     except EventRefused as error:
         raise ConfigError(f"--poses {quoted(args.poses)}: {error}", field="poses") from None
     for warning in caught:
