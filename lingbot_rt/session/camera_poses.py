@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -231,7 +232,17 @@ def _longest_step(value: object, field: str) -> float:
 
 def _numbers(value: Any, shape: Sequence[int], field: str) -> Array:
     """Nested lists of ``shape`` -> float64. Raises InvalidEvent that names the first place that is wrong."""
-    _check_numbers(value, shape, field)
+    items = [value]
+    for size in shape:
+        if not all(isinstance(item, list | tuple) and len(item) == size for item in items):
+            items = []
+            break
+        items = list(chain.from_iterable(items))
+    if items and set(map(type, items)) <= {int, float}:
+        numbers = np.array(items, np.float64).reshape(shape)
+        if (np.abs(numbers) <= MAX_COORDINATE).all():
+            return numbers
+    _check_numbers(value, shape, field)  # slower: place by place, and for numbers of other types
     return np.array(value, np.float64)
 
 
