@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lingbot_rt.errors import EventRefused, InvalidEvent, one_line, quoted, reason_of
-from lingbot_rt.session.camera_poses import parse_poses
+from lingbot_rt.session.camera_poses import longest_step, parse_poses
 from lingbot_rt.session.controls import MAX_PENDING
 from lingbot_rt.session.messages import WIRE_SIZE
 from lingbot_rt.shapes import VAE_TEMPORAL_STRIDE
@@ -61,8 +61,7 @@ def poses_payload(
         raise EventRefused(f"{error.described}{rows}", field=error.field) from None
     for notice in event.notices:
         warnings.warn(f"{notice.field}: {notice.text}", stacklevel=3)
-    steps = np.linalg.norm(np.diff(event.poses[:, :3, 3], axis=0), axis=-1)
-    return event.payload | {"longest_step": float(steps.max(initial=0.0))}
+    return event.payload | {"longest_step": longest_step(event.poses)}
 
 
 def read_poses(path: str | Path, intrinsics: str | Path | None = None) -> tuple[np.ndarray, np.ndarray | None]:

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from lingbot_rt.session.camera_poses import CameraPose, PosesEvent
+from lingbot_rt.session.camera_poses import CameraPose, PosesEvent, step_lengths
 from lingbot_rt.session.controls import Keys, Moves
 from lingbot_rt.shapes import FrameSize, intrinsics
 
@@ -64,7 +64,7 @@ class CameraPath:
         The first pose of a session has none before it: identity. Translations are divided by the longest one of the
         whole session so far, this chunk included, or by the longest step that a path states.
         """
-        relative = np.empty((len(moves), 4, 4))
+        relative, positions = np.empty((len(moves), 4, 4)), np.empty((len(moves), 3))
         for i, move in enumerate(moves):
             if isinstance(move, CameraPose):
                 pose = self._follow(move)
@@ -72,8 +72,9 @@ class CameraPath:
                 self._step(move)
                 pose = self.pose
             relative[i] = np.eye(4) if self._previous is None else invert(self._previous) @ pose
+            positions[i] = pose[:3, 3]
             self._previous = pose
-        lengths = np.linalg.norm(relative[:, :3, 3], axis=-1)
+        lengths = step_lengths(relative[:, :3, 3], positions)
         self._longest = max(self._longest, float(lengths.max(initial=0.0)))
         if self._longest > 0:
             relative[:, :3, 3] /= self._longest

@@ -36,6 +36,9 @@ MAX_COORDINATE = 1e6
 MAX_STEP = 1000.0
 """Farthest way between the poses of two latent frames, in world units."""
 
+_ROUNDING = 1e-9
+"""Steps shorter than this, relative to the position, are the rounding of a camera that stands still."""
+
 ANCHORS = ("session", "camera")
 """Where a path lies: in the coordinates of the session, or so that its first pose is where the camera is."""
 
@@ -114,6 +117,18 @@ def parse_poses(value: object, max_poses: int, field: str = "camera_poses") -> P
         longest_step=_longest_step(fields.get("longest_step"), f"{field}.longest_step"),
         notices=notices,
     )
+
+
+def step_lengths(steps: Array, positions: Array) -> Array:
+    """World units of ``steps`` [n, 3] that lead to ``positions`` [n, 3]; 0 where it is only rounding: [n]."""
+    lengths = np.linalg.norm(steps, axis=-1)
+    return np.where(lengths < _ROUNDING * (1 + np.linalg.norm(positions, axis=-1)), 0.0, lengths)
+
+
+def longest_step(poses: Array) -> float:
+    """World units of the longest step of a path [n, 4, 4]; 0 if it stands still."""
+    positions = poses[:, :3, 3]
+    return float(step_lengths(np.diff(positions, axis=0), positions[1:]).max(initial=0.0))
 
 
 def require_steps(poses: Array, field: str, before: Array | None = None) -> None:

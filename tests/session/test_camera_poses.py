@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from lingbot_rt.client import poses_payload
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import InvalidEvent, InvalidInit
 from lingbot_rt.session.camera_path import CameraPath, invert
@@ -136,6 +137,28 @@ def test_a_stated_longest_step_counts_from_the_first_chunk():
 
     assert np.allclose(steps(), [[0, 1, 1], [0.5, 1, 1]])
     assert np.allclose(steps(longest_step=2), [[0, 0.5, 0.5], [0.5, 1, 1]])
+
+
+@pytest.mark.parametrize("anchor", ["session", "camera"])
+def test_a_camera_that_stands_still_does_not_shake(anchor):
+    """What is only rounding of a far position is no step: it is not the longest one, and nothing is scaled by it."""
+    random = np.random.default_rng(2)
+    for _ in range(10):
+        still = turned(1, random.uniform(0, 360), random.normal(size=3) * 100) @ turned(0, random.uniform(-60, 60))
+        poses = [still.tolist()] * 6 + [(still @ turned(1, 0, (0, 0, 0.02))).tolist()] * 3
+        it = session(condition_inputs={"camera_poses": {"poses": poses, "anchor": anchor}})
+        lengths = np.linalg.norm(relative(it, 3)[..., :3, 3], axis=-1).flatten()
+        assert np.allclose(lengths, [0, 0, 0, 0, 0, 0, 1, 0, 0], atol=1e-9)
+
+
+def test_a_path_of_pixel_frames_gives_what_the_public_utilities_define():
+    """inv(c2w[i-1]) c2w[i] of every fourth pose, translations divided by the longest of the whole path."""
+    frames = np.stack([turned(1, 3 * i) @ turned(0, i, (0.1 * i, 0.02 * i**1.5, 0.3)) for i in range(49)])
+    it = session(condition_inputs={"camera_poses": poses_payload(frames.astype(np.float32))})
+    latent = frames[::4]
+    expected = np.concatenate([[np.eye(4)], np.linalg.inv(latent[:-1]) @ latent[1:]])
+    expected[:, :3, 3] /= np.linalg.norm(expected[:, :3, 3], axis=-1).max()
+    assert np.allclose(np.concatenate(relative(it, 5))[:13], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("first", ["script", "state", "poses"])
