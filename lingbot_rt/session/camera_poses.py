@@ -30,7 +30,7 @@ _MIN_DETERMINANT = 1e-9
 
 _LAST_ROW = (0.0, 0.0, 0.0, 1.0)
 
-MAX_COORDINATE = 1e6
+MAX_COORDINATE = 1_000_000
 """Largest number of a pose, of an intrinsic and of a position, either sign."""
 
 MAX_STEP = 1000.0
@@ -265,7 +265,7 @@ def _check_numbers(value: Any, shape: Sequence[int], field: str) -> None:
     if not shape:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_COORDINATE:
             raise InvalidEvent(
-                f"{shown(value)}, expected a finite number, at most {MAX_COORDINATE:g} either way", field=field
+                f"{shown(value)}, expected a finite number, at most {MAX_COORDINATE:,} either way", field=field
             )
         return
     if not isinstance(value, list | tuple) or len(value) != shape[0]:

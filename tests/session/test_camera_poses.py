@@ -241,7 +241,7 @@ WRONG = [
     ({"poses": b"x" * 128}, ".poses", r"128 bytes \(bin\), expected 1 to 512 matrices"),
     (changed((1,), [1] * 16), ".poses[1]", "expected 4 rows of 4 numbers"),
     (changed((1, 2), [0, 0, 1]), ".poses[1][2]", r"\[0, 0, 1\], expected 4 numbers"),
-    (changed((2, 0, 3), float("nan")), ".poses[2][0][3]", "nan, expected a finite number, at most 1e"),
+    (changed((2, 0, 3), float("nan")), ".poses[2][0][3]", "nan, expected a finite number, at most 1,000,000"),
     (changed((2, 0, 3), float("inf")), ".poses[2][0][3]", "inf, expected a finite number"),
     (changed((2, 0, 3), "1"), ".poses[2][0][3]", "'1', expected a finite number"),
     (changed((2, 0, 3), True), ".poses[2][0][3]", "True, expected a finite number"),
