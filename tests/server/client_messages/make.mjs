@@ -3,8 +3,8 @@
 //   npm install msgpackr@VERSION msgpack-lite@VERSION @msgpack/msgpack@VERSION   (in a folder of your own)
 //   cp make.mjs THAT_FOLDER && node make.mjs app.js > messages.json
 //
-// app.js is the script of the reference's page (apps/realtime_webui), whose function `pack` is run as it stands. The
-// versions are in messages.json.
+// app.js is the script of the reference's page (apps/realtime_webui), whose function `pack` is run as it stands; here
+// that of commit 00e7d61 of sgl-project/sglang. The versions of the libraries are in messages.json.
 
 import { readFileSync } from "node:fs";
 import { Packr, pack } from "msgpackr";
