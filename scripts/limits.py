@@ -67,7 +67,11 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("chunks of a session", "init.max_chunks", "", "error `invalid_init`"),
         Limit("pinned events", "init.pinned_events", "", "error `invalid_init`"),
         Limit("an event id", "session.messages:_MAX_EVENT_ID", "", "error by kind of message"),
-        Limit("a script", "session.controls:MAX_PENDING", "latent frames", "error by kind of message"),
+        Limit(
+            "a script or a path of poses", "session.controls:MAX_PENDING", "latent frames", "error by kind of message"
+        ),
+        Limit("numbers of poses and intrinsics", "session.camera_poses:MAX_COORDINATE", "", "error by kind of message"),
+        Limit("step between two poses", "session.camera_poses:MAX_STEP", "world units", "error by kind of message"),
         Limit("width x height", "--max-pixels", "pixels", "error `invalid_init` with the nearest valid size"),
         Limit("width and height, least", "session.settings:MIN_SIDE", "pixels", "error `invalid_init`"),
         Limit(
@@ -82,8 +86,8 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
             "characters",
             "the text is cut",
         ),
-        Limit("value shown in an error", "session.messages:_MAX_SHOWN", "characters", "the value is cut"),
-        Limit("items shown of a list", "session.messages:_MAX_ITEMS_SHOWN", "", "the others are left out"),
+        Limit("value shown in an error", "session.shown:MAX_SHOWN", "characters", "the value is cut"),
+        Limit("items shown of a list", "session.shown:_MAX_ITEMS_SHOWN", "", "the others are left out"),
         Limit("value shown of an option", "errors:MAX_QUOTED", "characters", "the value is cut"),
     ),
     "pictures": (
@@ -281,6 +285,7 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("messages that wait to be read", "client.connect:_MAX_QUEUED_MESSAGES", "", "the server waits"),
         Limit("wait for the server's close", "client.connect:_CLOSE_LIMIT_S", "s", "the connection is cut"),
         Limit("statistics kept", "client.protocol:_KEPT_STATS", "chunks", "the oldest are forgotten"),
+        Limit("warnings kept", "client.protocol:_KEPT_WARNINGS", "", "the oldest are forgotten"),
         Limit("answer of /v1/models", "client.server_info:_MAX_BYTES", "bytes", "the rest is not read"),
         Limit("each wait for it", "client.server_info:_TIMEOUT_S", "s", "an error that names the server"),
     ),
@@ -308,6 +313,7 @@ NOT_LIMITS = {
     "server.pictures.tiff:_STRIP_BYTES": "number of a tag",
     "server.pictures.tiff:_TILE_BYTES": "number of a tag",
     "server.pictures.tiff:_TYPE_BYTES": "a table of sizes",
+    "session.camera_poses:_MIN_DETERMINANT": "of a matrix: below it no rotation is near",
     "session.camera_path:PITCH_LIMIT_DEGREES": "of the camera: steps beyond it are left out",
     "session.message_reader:_COPY_BYTES": "bytes are copied in pieces of it",
     "session.messages:FPS_RANGE": "listed as init.fps",

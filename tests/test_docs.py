@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from lingbot_rt import errors
 from lingbot_rt.commands.options import GROUPS
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.session import controls, messages, settings
+from lingbot_rt.session import camera_poses, controls, messages, settings
 from lingbot_rt.session.messages import EXTENSIONS
 from lingbot_rt.telemetry import Metrics
 from scripts import limits
@@ -121,6 +122,14 @@ def test_every_error_code_exists():
 def test_every_extension_is_listed():
     """docs/wire.md lists the extensions that an init may name, and no other."""
     assert set(first_cells(page("wire.md"), "Extensions")) == set(EXTENSIONS)
+
+
+def test_every_kind_of_event_is_listed():
+    """docs/wire.md has a row for each kind, and for each field of a camera path's payload."""
+    kinds = set(controls._PARSERS) | {"pause", "resume"}
+    assert set(first_cells(page("wire.md"), "event")) == kinds | {"type", "kind", "payload", "event_id"}
+    fields = {field.name for field in dataclasses.fields(camera_poses.PosesEvent)} - {"notices"}
+    assert set(first_cells(page("wire.md"), "Camera poses")) == fields
 
 
 def test_every_folder_is_in_the_layout():

@@ -6,9 +6,11 @@
             show(frame.pixels)          # uint8 [H, W, 3]
 
 ``protocol.py`` is the protocol without a socket, ``frames.py`` decodes the four transports, ``connect.py`` adds the
-two kinds of socket, ``address.py`` reads URLs and finds the proxy, ``server_info.py`` reads /v1/models.
+two kinds of socket, ``camera_poses.py`` takes camera paths of NumPy arrays, ``address.py`` reads URLs and finds the
+proxy, ``server_info.py`` reads /v1/models.
 """
 
+from lingbot_rt.client.camera_poses import poses_payload, read_poses
 from lingbot_rt.client.connect import AsyncSession, Session, connect
 from lingbot_rt.client.frames import Frame
 from lingbot_rt.client.protocol import ChunkStats
@@ -41,4 +43,6 @@ __all__ = [
     "Session",
     "SessionLost",
     "connect",
+    "poses_payload",
+    "read_poses",
 ]

@@ -18,8 +18,10 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
+from lingbot_rt.client.camera_poses import poses_payload
 from lingbot_rt.client.frames import Frame, FrameDecoder, Pixels
 from lingbot_rt.client.start_picture import start_picture
 from lingbot_rt.errors import (
@@ -41,6 +43,7 @@ CAMERA_ON: tuple[tuple[str, ...], ...] = ((),)
 """A script of one latent frame without keys. It turns camera control on from the first chunk."""
 
 _KEPT_STATS = 1024
+_KEPT_WARNINGS = 64
 _NORMAL_CLOSE = 1000
 
 Sent = TypeVar("Sent")
@@ -88,6 +91,7 @@ class ClientProtocol:
 
     def __init__(self) -> None:
         self.stats: deque[ChunkStats] = deque(maxlen=_KEPT_STATS)
+        self.warnings: deque[str] = deque(maxlen=_KEPT_WARNINGS)
         self._decoder = FrameDecoder()
         self._header: dict[str, Any] | None = None
         self._closing_error: str | None = None
@@ -107,6 +111,8 @@ class ClientProtocol:
                 self._header = fields
             case "chunk_stats":
                 self.stats.append(ChunkStats.from_message(fields))
+            case "warning":
+                self.warnings.append(f"{fields.get('field', '')}: {fields.get('content', '')}")
             case "error":
                 self._raise(str(fields.get("content", "")), fields.get("code"))
             case _:
@@ -153,6 +159,11 @@ class BaseSession(ABC, Generic[Sent]):
         """Statistics of the last 1,024 chunks. A chunk's statistics arrive after its frames."""
         return self._protocol.stats
 
+    @property
+    def warnings(self) -> deque[str]:
+        """The newest 64 warnings of the server, for a session whose init names the extension ``warning``."""
+        return self._protocol.warnings
+
     @abstractmethod
     def _send(self, message: bytes, event_id: int) -> Sent: ...
 
@@ -174,6 +185,16 @@ class BaseSession(ABC, Generic[Sent]):
         """Play ``actions`` instead of held keys: one list of keys per latent frame (four pixel frames)."""
         self._held = ()
         return self._event("camera_actions", [list(keys) for keys in actions])
+
+    def follow(self, poses: npt.ArrayLike, intrinsics: npt.ArrayLike | None = None, **options: Any) -> Sent:
+        """Move the camera along ``poses`` instead of by keys: c2w [n, 4, 4], one per pixel frame.
+
+        ``intrinsics`` and ``options`` (size, anchor, every) are those of ``poses_payload``. Keys go on from the last
+        pose. Raises EventRefused for what a server would refuse.
+        """
+        payload = poses_payload(poses, intrinsics, **options)
+        self._held = ()
+        return self._event("camera_poses", payload)
 
     def prompt(self, text: str) -> Sent:
         """Change the prompt from the next chunk on."""

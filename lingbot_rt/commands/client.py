@@ -13,14 +13,17 @@ from lingbot_rt.commands.options import (
     whole_number,
 )
 from lingbot_rt.commands.session_options import (
+    DEFAULT_KEYS,
     add_session_options,
     checked_init,
     chunks_for,
     first_frame_bytes,
     init_fields,
     parse_keys,
-    parse_script,
+    require_poses_options,
+    script_of,
 )
+from lingbot_rt.errors import ConfigError
 from lingbot_rt.session.controls import Actions
 from lingbot_rt.shapes import latent_frame_of_pixel_frame, latent_frames_for
 
@@ -44,7 +47,11 @@ def run(args: argparse.Namespace) -> int:
     require_session_size(args.size)
     require_existing("--first-frame", args.first_frame)
     require_no_frames("--out", args.out, overwrite=args.overwrite)
-    actions = parse_keys(args.keys) if args.live else parse_script(args.keys)
+    require_poses_options(args)
+    if args.live and args.poses is not None:
+        raise ConfigError("--live: expected --keys with it, not --poses", field="live")
+    actions: Actions = parse_keys(args.keys or DEFAULT_KEYS) if args.live else ()
+    conditions, moves = ({"camera_actions": [[]]}, actions) if args.live else script_of(args)
     api_key = api_key_from(args)
     options = {
         "prompt": args.prompt,
@@ -54,10 +61,10 @@ def run(args: argparse.Namespace) -> int:
         "num_frames": args.num_frames,
         "seed": args.seed,
         "num_inference_steps": args.steps,
-        "max_chunks": chunks_for(actions, latent_frames_for(args.num_frames), args.chunks),
+        "max_chunks": chunks_for(moves, latent_frames_for(args.num_frames), args.chunks),
         "realtime_output_format": args.format,
         "output_compression": args.quality,
-        "condition_inputs": {"camera_actions": [[]] if args.live else actions},
+        "condition_inputs": conditions,
     }
     fields, init = checked_init(options, init_fields(args.init))
     rate = 2**init.frame_interpolation_exp if init.enable_frame_interpolation else 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lingbot_rt.commands.local_engine import require_devices, require_folders, started_engine
 from lingbot_rt.commands.options import (
@@ -14,9 +14,14 @@ from lingbot_rt.commands.options import (
     require_no_frames,
     require_session_size,
 )
-from lingbot_rt.commands.session_options import add_session_options, chunks_for, first_frame_bytes, parse_script
+from lingbot_rt.commands.session_options import (
+    add_session_options,
+    chunks_for,
+    first_frame_bytes,
+    require_poses_options,
+    script_of,
+)
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.session.controls import Actions
 from lingbot_rt.shapes import latent_frames_for
 
 if TYPE_CHECKING:
@@ -35,22 +40,25 @@ def run(args: argparse.Namespace) -> int:
     require_existing("--first-frame", args.first_frame)
     require_no_frames("--out", args.out, overwrite=args.overwrite)
     config = config_from(args)
-    actions = parse_script(args.keys)
+    require_poses_options(args)
+    conditions, moves = script_of(args)
+    chunks = chunks_for(moves, latent_frames_for(args.num_frames), args.chunks)
     require_folders(config)
     require_devices(config)
     with Walk(args.out, args.fps, overwrite=args.overwrite) as walk:
-        asyncio.run(_generate(args, config, actions, walk))
+        asyncio.run(_generate(args, config, conditions, chunks, walk))
     return 0
 
 
-async def _generate(args: argparse.Namespace, config: ServeConfig, actions: Actions, walk: Walk) -> None:
+async def _generate(
+    args: argparse.Namespace, config: ServeConfig, conditions: dict[str, Any], chunks: int, walk: Walk
+) -> None:
     from lingbot_rt.client.protocol import ChunkStats
     from lingbot_rt.commands.walk import frames_of_walk
     from lingbot_rt.offline import play
     from lingbot_rt.session.messages import Init
 
     latent_frames = latent_frames_for(args.num_frames)
-    chunks = chunks_for(actions, latent_frames, args.chunks)
     first_frame = first_frame_bytes(args.first_frame)
     stats: list[ChunkStats] = []
     async with started_engine(config) as engine:
@@ -63,7 +71,7 @@ async def _generate(args: argparse.Namespace, config: ServeConfig, actions: Acti
             seed=args.seed,
             num_inference_steps=args.steps,
             max_chunks=chunks,
-            condition_inputs={"camera_actions": actions},
+            condition_inputs=conditions,
         )
         walk.begin(frames_of_walk(chunks, latent_frames), stats)
         async for chunk in play(engine, config, init):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from lingbot_rt.client.camera_poses import poses_payload, read_poses
 from lingbot_rt.client.protocol import nearest_hint
 from lingbot_rt.client.start_picture import start_picture
 from lingbot_rt.commands.options import (
@@ -20,19 +22,23 @@ from lingbot_rt.commands.options import (
     path_text,
     positive_int,
     real_number,
+    require_existing,
     whole_number,
 )
-from lingbot_rt.errors import ConfigError, RequestError, quoted, reason_of
+from lingbot_rt.commands.output import complain
+from lingbot_rt.errors import ConfigError, EventRefused, RequestError, quoted, reason_of
 from lingbot_rt.session.controls import MAX_PENDING, TOKENS, Actions
 from lingbot_rt.session.messages import (
     FPS_RANGE,
     MAX_NUM_FRAMES,
     MAX_PROMPT_CHARACTERS,
     STEPS_RANGE,
+    WIRE_SIZE,
     Init,
     decode,
-    shown,
 )
+from lingbot_rt.session.shown import shown
+from lingbot_rt.shapes import FrameSize
 
 DEFAULT_PROMPT = "A quiet street in soft morning light, stable camera motion."
 DEFAULT_KEYS = "w*12,l*6,w*6"
@@ -53,13 +59,16 @@ def add_session_options(parser: argparse.ArgumentParser, *, default_out: str | N
     add_size_option(parser)
     parser.add_argument(
         "--keys",
-        default=DEFAULT_KEYS,
         metavar="KEYS",
         help="comma-separated keys: w a s d move, i j k l look, - is no key; *N holds them for N latent frames "
-        "(default: %(default)s)",
+        f"(default: {DEFAULT_KEYS})",
     )
+    add_poses_options(parser)
     parser.add_argument(
-        "--chunks", type=positive_int, metavar="N", help="chunks to generate (default: as many as --keys fills)"
+        "--chunks",
+        type=positive_int,
+        metavar="N",
+        help="chunks to generate (default: as many as --keys or --poses fills)",
     )
     parser.add_argument(
         "--num-frames",
@@ -82,6 +91,28 @@ def add_session_options(parser: argparse.ArgumentParser, *, default_out: str | N
         help="playback rate in frames/s (default: 16)",
     )
     add_frames_option(parser, "--out", "where the frames are saved", default_out)
+
+
+def add_poses_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--poses",
+        type=path_text,
+        metavar="FILE",
+        help="camera path instead of --keys: a NumPy file [n, 4, 4] of camera-to-world matrices, OpenCV axes, one per "
+        "pixel frame; or a folder with poses.npy and perhaps intrinsics.npy (default: none)",
+    )
+    parser.add_argument(
+        "--intrinsics",
+        type=path_text,
+        metavar="FILE",
+        help="NumPy file [4] or [n, 4] of fx, fy, cx, cy in pixels for --poses (default: the model's own)",
+    )
+    parser.add_argument(
+        "--intrinsics-size",
+        type=argument(FrameSize.parse),
+        metavar="WxH",
+        help=f"size of the pictures that the intrinsics are for (default: {WIRE_SIZE})",
+    )
 
 
 def add_first_frame_option(parser: argparse.ArgumentParser) -> None:
@@ -162,9 +193,41 @@ def parse_script(text: str) -> Actions:
     return actions
 
 
-def chunks_for(actions: Actions, latent_frames: int, requested: int | None) -> int:
-    """``requested``, or as many chunks of ``latent_frames`` as play all ``actions``."""
-    return requested if requested is not None else max(-(-len(actions) // latent_frames), 1)
+def chunks_for(moves: Sequence[Any], latent_frames: int, requested: int | None) -> int:
+    """``requested``, or as many chunks of ``latent_frames`` as play all ``moves``, one per latent frame."""
+    return requested if requested is not None else max(-(-len(moves) // latent_frames), 1)
+
+
+def require_poses_options(args: argparse.Namespace) -> None:
+    """Raises ConfigError for options of a path without one, for two kinds of control, and for missing files."""
+    for option in ("intrinsics", "intrinsics_size"):
+        if args.poses is None and getattr(args, option) is not None:
+            raise ConfigError(f"--{option.replace('_', '-')}: expected --poses with it", field=option)
+    if args.poses is not None and args.keys is not None:
+        raise ConfigError("--poses: expected either --poses or --keys, not both", field="poses")
+    require_existing("--poses", args.poses)
+    require_existing("--intrinsics", args.intrinsics)
+
+
+def script_of(args: argparse.Namespace) -> tuple[dict[str, Any], Sequence[Any]]:
+    """The condition_inputs of an init for --poses or --keys, and its entries, one per latent frame.
+
+    Raises ConfigError for keys or poses that a session refuses.
+    """
+    if args.poses is None:
+        actions = parse_script(args.keys or DEFAULT_KEYS)
+        return {"camera_actions": actions}, actions
+    try:
+        poses, intrinsics = read_poses(args.poses, args.intrinsics)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            size = str(args.intrinsics_size or WIRE_SIZE)
+            payload = poses_payload(poses, intrinsics, size=size, anchor="session")
+    except EventRefused as error:
+        raise ConfigError(f"--poses {quoted(args.poses)}: {error}", field="poses") from None
+    for warning in caught:
+        complain(f"--poses: {warning.message}")
+    return {"camera_poses": payload}, payload["poses"]
 
 
 def first_frame_bytes(path: str | None) -> bytes:

@@ -31,7 +31,7 @@ def run_chunk(
         text_kv = session.text_kv(plan.prompt)
 
     with clock.stage("camera"):
-        camera = session.camera(plan.relative_poses)
+        camera = session.camera(plan.relative_poses, plan.intrinsics)
 
     forward = ChunkForward(pipeline.dit, session, text_kv, camera, session.condition(plan.chunk_index), start_frame)
     with clock.stage("denoise"):

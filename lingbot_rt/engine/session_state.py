@@ -47,6 +47,7 @@ class SessionState:
         self._prompt: str | None = None
         self._text_kv: TextKV = []
         self._poses: Pose | None = None
+        self._lenses: Pose | None = None
         self._camera: CameraModulation | None = None
         self._noise_device = pipeline.noise_device
         self._generator = torch.Generator(self._noise_device).manual_seed(plan.seed)
@@ -72,15 +73,21 @@ class SessionState:
             self._prompt = prompt
         return self._text_kv
 
-    def camera(self, relative_poses: Pose | None) -> CameraModulation | None:
-        """Camera modulation of a chunk; that of the chunk before while the same keys are held."""
-        if relative_poses is None or self._poses is None or not np.allclose(relative_poses, self._poses, 0, _SAME_POSE):
+    def camera(self, relative_poses: Pose | None, lenses: Pose | None = None) -> CameraModulation | None:
+        """Camera modulation of a chunk; that of the chunk before while the same keys are held. ``lenses``: [F, 4]."""
+        is_kept = (
+            relative_poses is not None
+            and self._poses is not None
+            and np.allclose(relative_poses, self._poses, 0, _SAME_POSE)
+            and np.array_equal(lenses, self._lenses)  # type: ignore[arg-type]  # None equals None alone
+        )
+        if not is_kept:
             # Freed before the next one is computed: 3.8 GB for the 14B. Should that fail, nothing is kept.
-            self._camera = self._poses = None
+            self._camera = self._poses = self._lenses = None
             if relative_poses is not None:
-                rays = ray_map(relative_poses, self.plan.size, self._pipeline.device)
+                rays = ray_map(relative_poses, self.plan.size, self._pipeline.device, lenses)
                 self._camera = self._pipeline.dit.camera_modulation(rays.to(self.dtype))
-            self._poses = relative_poses
+            self._poses, self._lenses = relative_poses, lenses
         return self._camera
 
     def condition(self, chunk_index: int) -> Tensor:

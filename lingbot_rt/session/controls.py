@@ -1,8 +1,9 @@
-"""Control events in, the conditions of the next chunk out: held keys, scripts and prompts.
+"""Control events in, the conditions of the next chunk out: held keys, scripts, camera poses and prompts.
 
-Keys come in two forms that replace each other. A script is a fixed list with one entry per latent frame; after its end
-no key is held. State is what a player holds: the newest transition is held until the next one, and a key that was
-pressed and released between two chunks still moves one latent frame.
+The camera is moved in three forms that replace each other. A script is a fixed list of keys with one entry per latent
+frame; after its end no key is held. A path is the same with poses instead of keys. State is what a player holds: the
+newest transition is held until the next one, and a key that was pressed and released between two chunks still moves one
+latent frame.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lingbot_rt.errors import InvalidEvent
-from lingbot_rt.session.messages import MAX_PROMPT_CHARACTERS, shown
+from lingbot_rt.session.camera_poses import CameraPose, PosesEvent, parse_poses
+from lingbot_rt.session.messages import MAX_PROMPT_CHARACTERS
+from lingbot_rt.session.shown import shown
 
 TOKENS = ("w", "a", "s", "d", "i", "j", "k", "l")
 
@@ -23,10 +26,13 @@ Keys = tuple[str, ...]
 Actions = tuple[Keys, ...]
 """The keys of consecutive latent frames."""
 
+Moves = tuple[Keys | CameraPose, ...]
+"""What moves the camera in consecutive latent frames."""
+
 NEUTRAL: Keys = ()
 
 MAX_PENDING = 512
-"""Most latent frames of a script, and most transitions that wait for a chunk; of those the newest are kept."""
+"""Most latent frames of a script or path, and most transitions that wait for a chunk; of those the newest are kept."""
 
 MAX_WAITING = 2 * MAX_PENDING
 """Most events that wait for a chunk to sample them. Of more, those that newer ones replaced are dropped."""
@@ -55,7 +61,7 @@ class StateEvent:
     transitions: tuple[Transition, ...]
 
 
-ControlEvent = PromptEvent | ScriptEvent | StateEvent
+ControlEvent = PromptEvent | ScriptEvent | StateEvent | PosesEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +78,16 @@ class Conditions:
     """What one chunk runs with."""
 
     prompt: str
-    camera_actions: Actions | None  # one entry per latent frame; None: the session never asked for camera control
+    camera_actions: Moves | None  # one entry per latent frame; None: the session never asked for camera control
     event_id: int | None  # of the newest event in force that has an id, whatever its kind
     sampled: tuple[Received, ...]  # events that this chunk is the first to sample, in order of arrival
 
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """Keys of one latent frame and the event they came from; None: no event holds them."""
+    """What moves the camera in one latent frame, and the event it came from; None: no event holds it."""
 
-    keys: Keys
+    move: Keys | CameraPose
     event: Received | None
 
 
@@ -96,7 +102,7 @@ class _Waiting:
 class ConditionQueue:
     """One session's pending control. ``apply`` takes events as they arrive, ``sample`` is called once per chunk."""
 
-    def __init__(self, prompt: str, script: Actions | None = None) -> None:
+    def __init__(self, prompt: str, script: Moves | None = None) -> None:
         self._prompt = prompt
         self._prompt_event: Received | None = None  # the one that set the prompt in force
         self._next_prompt: tuple[str, Received] | None = None
@@ -113,7 +119,7 @@ class ConditionQueue:
 
     @property
     def pending(self) -> int:
-        """Script frames and transitions not sampled yet."""
+        """Frames of a script or path, and transitions, that are not sampled yet."""
         return len(self._script) + len(self._transitions)
 
     def apply(self, events: Sequence[ControlEvent], event_id: int | None, at: float = 0.0) -> tuple[Received, ...]:
@@ -129,6 +135,9 @@ class ConditionQueue:
                     self._next_prompt = (prompt, received)
                 case ScriptEvent(actions):
                     self._play(actions, received)
+                    self._newest_keys = received.order
+                case PosesEvent():
+                    self._play(event.moves, received)
                     self._newest_keys = received.order
                 case StateEvent(transitions):
                     self._script.clear()
@@ -154,15 +163,15 @@ class ConditionQueue:
         in_force = [event for event in (self._prompt_event, self._keys_event) if event and event.event_id is not None]
         return Conditions(
             prompt=self._prompt,
-            camera_actions=tuple(frame.keys for frame in frames) or None,
+            camera_actions=tuple(frame.move for frame in frames) or None,
             event_id=max(in_force, key=lambda event: event.order).event_id if in_force else None,
             sampled=self._take_sampled(),
         )
 
-    def _play(self, script: Actions, event: Received | None) -> None:
+    def _play(self, script: Moves, event: Received | None) -> None:
         self._transitions.clear()
         self._script.clear()
-        self._script.extend(_Frame(keys, event) for keys in script)
+        self._script.extend(_Frame(move, event) for move in script)
         self._held = _Frame(NEUTRAL, None)
 
     def _sample_keys(self, count: int) -> list[_Frame]:
@@ -174,7 +183,7 @@ class ConditionQueue:
             return [] if self._held is None else [self._held] * count
         last = self._transitions[-1]
         # A key that was pressed and released between two chunks still moves one latent frame.
-        tap = next((frame for frame in reversed(self._transitions) if set(frame.keys) - set(last.keys)), last)
+        tap = next((frame for frame in reversed(self._transitions) if _keys_of(frame) - _keys_of(last)), last)
         self._transitions.clear()
         self._held = last
         return [tap, *[last] * (count - 1)]
@@ -206,6 +215,10 @@ class ConditionQueue:
         dropped = tuple(entry.event for entry in self._waiting if entry.event.order not in alive)
         self._waiting = [entry for entry in self._waiting if entry.event.order in alive]
         return dropped
+
+
+def _keys_of(frame: _Frame) -> set[str]:
+    return set() if isinstance(frame.move, CameraPose) else set(frame.move)
 
 
 # --- payloads as clients send them <-> control events ---
@@ -252,6 +265,10 @@ def _parse_camera(payload: object) -> tuple[ControlEvent, ...]:
         raise InvalidEvent(f"{shown(transitions)} is not a list of transitions", field="camera_actions.transitions")
     parsed = [_parse_transition(entry, i) for i, entry in enumerate(transitions)]
     return (StateEvent(tuple(parsed[-MAX_PENDING:])),)
+
+
+def _parse_poses(payload: object) -> tuple[ControlEvent, ...]:
+    return (parse_poses(payload, MAX_PENDING),)
 
 
 def _parse_transition(entry: object, index: int) -> Transition:
@@ -304,8 +321,10 @@ def _parse_composite(payload: object) -> tuple[ControlEvent, ...]:
 _SIMPLE_PARSERS: dict[str, Callable[[object], tuple[ControlEvent, ...]]] = {
     "camera_actions": _parse_camera,
     "prompt": _parse_prompt,
+    "camera_poses": _parse_poses,
 }
-_PARSERS = _SIMPLE_PARSERS | {"composite_input": _parse_composite}
+_PARSERS = {"camera_actions": _parse_camera, "prompt": _parse_prompt, "composite_input": _parse_composite}
+_PARSERS |= _SIMPLE_PARSERS
 
 
 def payload_of(events: Sequence[ControlEvent]) -> tuple[str, Any]:
@@ -322,6 +341,8 @@ def payload_of(events: Sequence[ControlEvent]) -> tuple[str, Any]:
                     {"actions": list(entry.actions), "client_ts_ms": entry.client_ts_ms} for entry in transitions
                 ]
                 parts["camera_actions"] = {"mode": "state", "transitions": entries}
+            case PosesEvent():
+                parts["camera_poses"] = event.payload
     if len(parts) > 1:
         return "composite_input", {"input_types": list(parts), **parts}
     return next(iter(parts.items()))

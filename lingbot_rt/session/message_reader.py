@@ -50,6 +50,20 @@ _SIZED = {
 """First byte -> kind, and the form of the size or count behind it."""
 
 _FIXED_EXTENSIONS = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
+_UNDEFINED = (0, b"\0")
+"""Type and bytes of the extension that JavaScript libraries pack ``undefined`` as: it counts as nil."""
+
+_EXTENSIONS = {
+    -1: "a time; send milliseconds as a number",
+    0x0D: "a Date of msgpack-lite; send milliseconds as a number",
+    0x12: "a Uint8Array of msgpack-lite; send a Buffer",
+    0x1A: "an ArrayBuffer of msgpack-lite; send a Buffer",
+    0x62: "bundled strings of msgpackr; pack with bundleStrings false",
+    0x72: "a record of msgpackr; pack with useRecords false",
+    0x74: "a typed array of msgpackr; pack with moreTypes false",
+}
+"""Type of an extension -> what known libraries mean by it, and what to do instead."""
+
 _KINDS = {"value": "a single value", "bin": "bin", "ext": "an extension", "str": "a string", "list": "a list"}
 
 
@@ -89,7 +103,7 @@ class MessageReader:
         try:
             kind, count = self._head()
             if kind != "map":
-                raise Unreadable(f"the message is {_KINDS[kind]}, expected a MessagePack map")
+                raise Unreadable(f"the message is {self._what(kind)}, expected a MessagePack map")
             taken, unknown = self._entries(count, 1, known)
         except (IndexError, StructError):
             raise Unreadable(f"the message ends after {len(self._data)} bytes in the middle of a value") from None
@@ -120,6 +134,14 @@ class MessageReader:
             raise Unreadable("byte 0xc1, which MessagePack does not have")
         return "value", None if code == _NIL else code == _TRUE
 
+    def _what(self, kind: str) -> str:
+        """What the message is whose beginning was taken and is no map."""
+        if kind == "ext" and self._at < len(self._data):
+            return str(_extension(self._number(_NUMBERS[0xD0])))
+        if kind == "value" and 0x40 <= self._data[0] < 0x80 and len(self._data) > 1:
+            return "a record of msgpackr without its keys (pack with useRecords false)"
+        return _KINDS[kind]
+
     def _number(self, form: Struct) -> Any:
         (number,) = form.unpack_from(self._data, self._at)
         self._at += form.size
@@ -145,7 +167,8 @@ class MessageReader:
         if not keep:
             return None
         if kind == "ext":
-            return Unusable(f"a MessagePack extension of type {code} (send the bytes of a picture as bin)")
+            is_undefined = given == 1 and (code, bytes(self._data[start : self._at])) == _UNDEFINED
+            return None if is_undefined else _extension(code)
         data = self._bytes(start)
         if kind == "bin":
             return data
@@ -212,3 +235,8 @@ class MessageReader:
         self.values += values
         if self.values > self._max_values:
             raise Unreadable(f"too many values, at most {self._max_values} in all")
+
+
+def _extension(code: int) -> Unusable:
+    hint = f"{_EXTENSIONS[code]}; " if code in _EXTENSIONS else ""
+    return Unusable(f"a MessagePack extension of type {code} ({hint}send the bytes of a picture as bin)")

@@ -9,10 +9,9 @@ Existing clients cannot read negative integers, uint64, int8..64, str32, map32 o
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import islice
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
@@ -20,7 +19,8 @@ from msgspec import Meta
 
 from lingbot_rt.config import OUTPUT_FORMATS, FormatName
 from lingbot_rt.errors import InvalidEvent, InvalidInit, LingbotError, RequestError
-from lingbot_rt.session.message_reader import MessageReader, Unreadable, Unusable
+from lingbot_rt.session.message_reader import MessageReader, Unreadable
+from lingbot_rt.session.shown import MAX_SHOWN, shown
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ DELTA_GZIP_TYPE = "application/x-raw-rgb-delta-gzip"
 ENCODED_TYPES = {"webp": "image/webp", "jpeg": "image/jpeg"}
 """Content types of frame batches."""
 
-EXTENSIONS = ("session", "queue", "warming", "control_ack", "heartbeat", "pause", "pinned_events")
+EXTENSIONS = ("session", "queue", "warming", "control_ack", "heartbeat", "pause", "pinned_events", "warning")
 """Names an init may list in ``protocol_extensions``. Other names are ignored."""
 
 AckState = Literal["received", "applied", "dropped"]
@@ -56,8 +56,6 @@ MAX_PINNED_EVENTS = 4096
 _MAX_UINT32 = 2**32 - 1
 _MAX_EVENT_ID = 2**53  # JavaScript has no exact integers above it
 _MAX_TEXT = 2000
-_MAX_SHOWN = 80
-_MAX_ITEMS_SHOWN = 4
 
 
 # --- client to server ---------------------------------------------------------------------------------------------
@@ -70,7 +68,7 @@ def _range(low: int, high: int, what: str = "a whole number") -> Meta:
 _Text = Annotated[str, Meta(description="a string")]
 _Flag = Annotated[bool, Meta(description="true or false")]
 _EventId = Annotated[int, Meta(ge=0, le=_MAX_EVENT_ID, description="a whole number from 0 to 2^53")]
-_EventKind = Annotated[str, Meta(max_length=64, description="prompt, camera_actions or composite_input")]
+_EventKind = Annotated[str, Meta(max_length=64, description="prompt, camera_actions, camera_poses or composite_input")]
 
 
 class PinnedEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,7 +124,9 @@ class Init(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="ini
     frame_interpolation_exp: Annotated[int, Meta(ge=1, le=3, description="1, 2 or 3")] = 1
     frame_interpolation_scale: Annotated[float, Meta(gt=0, le=8, description="a number above 0, at most 8")] = 1.0
     frame_interpolation_model_path: _Text | None = None
-    condition_inputs: Annotated[dict[str, Any], Meta(description="a map with camera_actions")] | None = None
+    condition_inputs: (
+        Annotated[dict[str, Any], Meta(description="a map with camera_actions or camera_poses")] | None
+    ) = None
     enhance_prompt: Annotated[Literal[False], Meta(description="false: prompts are never rewritten")] = False
     profile: _Flag = False
     protocol_extensions: Annotated[tuple[str, ...], Meta(description="a list of extension names")] = ()
@@ -205,7 +205,7 @@ def _place(path: list[str | int]) -> str:
     parts = (
         f"[{part}]" if isinstance(part, int) else f".{part if part.isidentifier() else shown(part)}" for part in path
     )
-    return "".join(parts).removeprefix(".")[:_MAX_SHOWN]
+    return "".join(parts).removeprefix(".")[:MAX_SHOWN]
 
 
 def _explained(given: Mapping[str, Any], refusal: type[RequestError]) -> RequestError:
@@ -263,39 +263,6 @@ def _converts(value: Any, kind: Any) -> bool:
     except msgspec.ValidationError:
         return False
     return True
-
-
-def shown(value: object, depth: int = 2) -> str:
-    """``value`` for an error message: one line of at most 80 characters, without the bytes of pictures.
-
-    Clients choose the value, so time and stack are bounded: long values are cut, and so is what is nested deeper than
-    ``depth``.
-    """
-    match value:
-        case bytes():
-            return f"{len(value)} bytes (bin)"
-        case Unusable():
-            return str(value)
-        case str():
-            text = repr(value[:_MAX_SHOWN])
-        case None | bool() | int() | float():
-            text = repr(value)
-        case list() | tuple():
-            text = f"[{_items((shown(item, depth - 1) for item in value), len(value), depth)}]"
-        case dict():
-            pairs = (f"{shown(key, 0)}: {shown(item, depth - 1)}" for key, item in value.items())
-            text = f"{{{_items(pairs, len(value), depth)}}}"
-        case _:
-            text = type(value).__name__
-    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
-
-
-def _items(items: Iterator[str], count: int, depth: int) -> str:
-    """The first items of a list or map that has ``count``; none of them if ``depth`` is 0."""
-    if depth == 0 and count:
-        return "..."
-    rest = ["..."] if count > _MAX_ITEMS_SHOWN else []
-    return ", ".join([*islice(items, _MAX_ITEMS_SHOWN), *rest])
 
 
 # --- server to client ---------------------------------------------------------------------------------------------
@@ -494,3 +461,11 @@ def heartbeat_message(uptime_ms: float, state: str, chunk_index: int) -> bytes:
     return _ENCODER.encode(
         {"type": "heartbeat", "uptime_ms": _ms(uptime_ms), "state": state, "chunk_index": _count(chunk_index)}
     )
+
+
+def warning_message(content: str, field: str, event_id: int | None) -> bytes:
+    """Extension ``warning``: what the client sent in ``field`` was taken, but not as it stands."""
+    message: dict[str, Any] = {"type": "warning", "content": _line(content), "field": field[:_MAX_TEXT]}
+    if event_id is not None:
+        message["event_id"] = _count(event_id)
+    return _ENCODER.encode(message)

@@ -112,6 +112,7 @@ class ChunkPlan:
     prompt: str  # text K/V is rebuilt when it differs from the chunk before
     relative_poses: npt.NDArray[np.float64] | None  # [F, 4, 4] frame-to-frame, scaled; None: no camera control
     event_id: int | None  # newest sampled event, echoed in frame headers and stats
+    intrinsics: npt.NDArray[np.float64] | None = None  # (fx, fy, cx, cy) [F, 4] in pixels; None: the model's own lens
 
 
 @dataclass(frozen=True, slots=True)

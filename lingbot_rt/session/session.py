@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lingbot_rt.errors import PauseExpired
-from lingbot_rt.session.camera_path import CameraPath
-from lingbot_rt.session.controls import ConditionQueue, ControlEvent, Received, parse_event, payload_of
+from lingbot_rt.session.camera_path import CameraLens, CameraPath
+from lingbot_rt.session.camera_poses import Notice, PosesEvent, require_steps
+from lingbot_rt.session.controls import ConditionQueue, ControlEvent, PromptEvent, Received, parse_event, payload_of
 from lingbot_rt.session.messages import (
     AckState,
     ChunkStats,
@@ -24,6 +25,7 @@ from lingbot_rt.session.messages import (
     control_ack_message,
     heartbeat_message,
     stats_message,
+    warning_message,
 )
 from lingbot_rt.session.plan import ChunkPlan, ChunkResult
 from lingbot_rt.session.settings import SessionSettings
@@ -62,6 +64,14 @@ class Chunk:
     sent_at: float = 0.0
 
 
+@dataclass(slots=True)
+class _Arrived:
+    """An event for the record. What was parsed, not what was sent: a payload may hold megabytes that nobody reads."""
+
+    parts: tuple[ControlEvent, ...]
+    event_id: int | None
+
+
 class Session:
     """What a session is. ``keep_events``: every chunk carries the events that arrived before it, for a record."""
 
@@ -73,9 +83,11 @@ class Session:
         self.is_warming = False  # the engine compiles for its size before it opens
         self._queue = ConditionQueue(settings.prompt, settings.script)
         self._camera = CameraPath()
+        self._lens = CameraLens(settings.size)
         self._next_index = 0
         self._keep_events = keep_events
-        self._arrived: deque[tuple[str, Any, int | None]] = deque(maxlen=MAX_RECORDED_EVENTS)
+        self._arrived: deque[_Arrived] = deque(maxlen=MAX_RECORDED_EVENTS)
+        self._arrived_path: _Arrived | None = None  # the entry whose path may still be sampled
         self._paused_at: float | None = None
         self._is_opening = True  # the next chunk is the first one, of the session or after a pause
         self._sent_at = -math.inf  # when the newest chunk was wholly sent
@@ -106,7 +118,11 @@ class Session:
                 self._paused_at, self._is_opening = now, True
             answers = self._acks([event], "dropped") if self.is_complete else self._applied([event], self._next_index)
         else:
-            answers = self._apply(parse_event(event.kind, event.payload), event.event_id, now)
+            parsed = parse_event(event.kind, event.payload)
+            for part in parsed:
+                if isinstance(part, PosesEvent) and part.anchor == "session":
+                    require_steps(part.poses[:1], "camera_poses.poses", self._camera.previous)
+            answers = self._apply(parsed, event.event_id, now)
             if self.is_complete:
                 answers += self._acks(self._queue.abandon(), "dropped")
         return self._acks([event], "received") + answers
@@ -128,7 +144,7 @@ class Session:
 
     def next_chunk(self, now: float) -> Chunk:
         """Samples what is in force now and moves the camera one chunk on."""
-        dropped: tuple[bytes, ...] = ()
+        dropped = () if self._next_index else self._warnings(self.settings.notices, None)
         for pinned in self.settings.pinned.get(self._next_index, ()):
             dropped += self._apply(pinned.events, pinned.event_id, now)
         index, frames = self._next_index, self._group_sizes(self._next_index)
@@ -140,10 +156,10 @@ class Session:
             prompt=conditions.prompt,
             relative_poses=None if actions is None else self._camera.extend(actions),
             event_id=conditions.event_id,
+            intrinsics=None if actions is None else self._lens.extend(actions),
         )
         max_batch = self.settings.output.frames_per_batch
-        events = tuple(self._arrived)
-        self._arrived.clear()
+        events = self._take_arrived()
         is_opening, self._is_opening = self._is_opening, self.is_paused
         self._next_index += 1
         if self.is_complete:
@@ -205,12 +221,33 @@ class Session:
         return stats_message(stats)
 
     def _apply(self, parsed: tuple[ControlEvent, ...], event_id: int | None, now: float) -> tuple[bytes, ...]:
-        """Takes one parsed event. Returns acknowledgements of older ones that no chunk will sample any more."""
+        """Takes one parsed event. Returns its warnings, and acknowledgements of older ones that no chunk samples."""
         dropped = self._queue.apply(parsed, event_id, now)
         if self._keep_events:
-            # What was parsed, not what was sent: a payload may hold megabytes that nobody reads.
-            self._arrived.append((*payload_of(parsed), event_id))
-        return self._acks(dropped, "dropped")
+            self._keep(_Arrived(parsed, event_id))
+        notices = [notice for part in parsed if isinstance(part, PosesEvent) for notice in part.notices]
+        return self._warnings(notices, event_id) + self._acks(dropped, "dropped")
+
+    def _keep(self, arrived: _Arrived) -> None:
+        """For the record. A path that was replaced before a chunk sampled it moved nothing, and is large."""
+        if self._arrived_path is not None and any(not isinstance(part, PromptEvent) for part in arrived.parts):
+            replaced = self._arrived_path
+            replaced.parts = tuple(part for part in replaced.parts if not isinstance(part, PosesEvent))
+            self._arrived_path = None
+        if any(isinstance(part, PosesEvent) for part in arrived.parts):
+            self._arrived_path = arrived
+        self._arrived.append(arrived)
+
+    def _take_arrived(self) -> tuple[tuple[str, Any, int | None], ...]:
+        arrived = [(*payload_of(each.parts), each.event_id) for each in self._arrived if each.parts]
+        self._arrived.clear()
+        self._arrived_path = None
+        return tuple(arrived)
+
+    def _warnings(self, notices: Iterable[Notice], event_id: int | None) -> tuple[bytes, ...]:
+        if "warning" not in self.settings.extensions:
+            return ()
+        return tuple(warning_message(notice.text, notice.field, event_id) for notice in notices)
 
     def _applied(self, events: Iterable[Event | Received], chunk_index: int) -> tuple[bytes, ...]:
         return self._acks(events, "applied", chunk_index)

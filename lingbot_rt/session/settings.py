@@ -12,9 +12,11 @@ import numpy.typing as npt
 
 from lingbot_rt.config import FormatName, ServeConfig
 from lingbot_rt.errors import InvalidEvent, InvalidInit
-from lingbot_rt.session.controls import Actions, ControlEvent, parse_event, parse_script
-from lingbot_rt.session.messages import Init, shown
+from lingbot_rt.session.camera_poses import Notice, parse_poses
+from lingbot_rt.session.controls import MAX_PENDING, ControlEvent, Moves, parse_event, parse_script
+from lingbot_rt.session.messages import Init
 from lingbot_rt.session.plan import ModelInfo, PostprocessPlan, SessionPlan
+from lingbot_rt.session.shown import shown
 from lingbot_rt.shapes import FrameSize, latent_frames_for
 
 MAX_PICTURE_SIDE = {"webp": 16383, "jpeg": 65500}
@@ -76,7 +78,7 @@ class SessionSettings:
     sink_frames: int
     window_frames: int
     max_chunks: int | None
-    script: Actions | None
+    script: Moves | None  # keys or poses of the first latent frames
     output: OutputFormat
     pacing: bool
     profile: bool
@@ -84,6 +86,7 @@ class SessionSettings:
     postprocess: PostprocessPlan
     pinned: Mapping[int, Sequence[PinnedControl]]  # chunk index -> events that this chunk samples
     pause_limit_s: float  # longest pause
+    notices: tuple[Notice, ...] = ()  # what of the init was taken, but not as it stands
 
     @property
     def playback_fps(self) -> float:
@@ -125,6 +128,7 @@ def resolve(init: Init, info: ModelInfo, config: ServeConfig) -> SessionSettings
     _check_pictures(output, size, postprocess)
     latent_frames = latent_frames_for(init.num_frames)
     sink_frames, window_frames = _window(init, info, latent_frames)
+    script, notices = _script(init)
     return SessionSettings(
         prompt=init.prompt,
         negative_prompt=init.negative_prompt,
@@ -137,7 +141,7 @@ def resolve(init: Init, info: ModelInfo, config: ServeConfig) -> SessionSettings
         sink_frames=sink_frames,
         window_frames=window_frames,
         max_chunks=init.max_chunks,
-        script=_script(init),
+        script=script,
         output=output,
         pacing=init.realtime_output_pacing,
         profile=init.profile,
@@ -145,6 +149,7 @@ def resolve(init: Init, info: ModelInfo, config: ServeConfig) -> SessionSettings
         pinned=_pinned(init),
         postprocess=postprocess,
         pause_limit_s=config.pause_limit_s,
+        notices=notices,
     )
 
 
@@ -195,12 +200,20 @@ def _window(init: Init, info: ModelInfo, latent_frames: int) -> tuple[int, int]:
     return sink, window
 
 
-def _script(init: Init) -> Actions | None:
-    script = (init.condition_inputs or {}).get("camera_actions")
-    if script is None:
-        return None
+def _script(init: Init) -> tuple[Moves | None, tuple[Notice, ...]]:
+    """The keys or poses of the first latent frames, None if there are none, and what the client should hear of them."""
+    given = init.condition_inputs or {}
+    script, poses = given.get("camera_actions"), given.get("camera_poses")
+    if script is not None and poses is not None:
+        raise InvalidInit(
+            "both camera_actions and camera_poses, expected one of them: each replaces the other",
+            field="condition_inputs",
+        )
     try:
-        return parse_script(script, "condition_inputs.camera_actions")
+        if poses is not None:
+            path = parse_poses(poses, MAX_PENDING, "condition_inputs.camera_poses")
+            return path.moves, path.notices
+        return (None if script is None else parse_script(script, "condition_inputs.camera_actions")), ()
     except InvalidEvent as error:
         raise InvalidInit(str(error), field=error.field) from None
 

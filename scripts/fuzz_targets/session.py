@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import InvalidEvent, PauseExpired
@@ -60,7 +61,7 @@ class _Seen:
 def _session(random: Random, seen: _Seen) -> Session:
     pinned = []
     for _ in range(random.choice((0, 0, 1, 4))):
-        kind, chunk, number = random.choice(KINDS[:3]), random.randrange(6), seen.new_id()
+        kind, chunk, number = random.choice(KINDS[:4]), random.randrange(6), seen.new_id()
         pinned.append({"chunk": chunk, "kind": kind, "payload": payload(random, kind), "event_id": number})
         seen.pinned.setdefault(chunk, []).append(number)
     init = {
@@ -143,7 +144,9 @@ def _chunk(session: Session, seen: _Seen) -> None:
     chunk = session.next_chunk(seen.now)
     assert chunk.plan.chunk_index == index
     poses = chunk.plan.relative_poses
-    assert poses is None or poses.shape == (session.settings.latent_frames, 4, 4)
+    count = session.settings.latent_frames
+    assert poses is None or (poses.shape == (count, 4, 4) and np.isfinite(poses).all())
+    assert chunk.plan.intrinsics is None or chunk.plan.intrinsics.shape == (count, 4)
     _answered(_read(chunk.acknowledgements), seen, chunk=index, may_apply=True)
     assert chunk.plan.event_id is None or chunk.plan.event_id in seen.applied, "an id in force that was never applied"
     _send(session, chunk, seen)

@@ -92,7 +92,7 @@ def _field(random: Random, name: str) -> Any:
         case "upscaling_model_path" | "frame_interpolation_model_path":
             return random.choice(PATHS)
         case "condition_inputs":
-            return {"camera_actions": payload(random, "camera_actions")}
+            return {kind: payload(random, kind) for kind in random.choice((KINDS[1:2], KINDS[3:4], KINDS[1:4:2]))}
         case "protocol_extensions":
             return random.sample((*EXTENSIONS, "other"), k=random.randrange(5))
         case "pinned_events":
@@ -106,7 +106,7 @@ def _field(random: Random, name: str) -> Any:
 
 
 def _pinned(random: Random) -> dict[str, Any]:
-    kind = random.choice(KINDS[:3]) if random.random() < 0.9 else "pause"
+    kind = random.choice(KINDS[:4]) if random.random() < 0.9 else "pause"
     return {"chunk": random.choice((0, 1, 2.0, 2**32 - 1, -1)), "kind": kind, "payload": payload(random, kind)}
 
 

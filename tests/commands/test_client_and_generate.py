@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from lingbot_rt.cli import main
-from lingbot_rt.client import connect
+from lingbot_rt.client import connect, poses_payload
+from lingbot_rt.session.camera_path import CameraPath
 from tests.e2e.served import Server, running
 
 SESSION = ["--size", "64x64", "--keys", "w*4,a*2", "--seed", "7"]
@@ -45,6 +46,63 @@ def test_client_and_generate_give_the_same_frames(server: Server, model, tmp_pat
     live, offline = pictures(tmp_path / "client"), pictures(tmp_path / "generate")
     assert len(live) == 21
     np.testing.assert_array_equal(np.stack(live), np.stack(offline))
+
+
+def test_a_path_made_by_keys_gives_the_frames_of_the_keys(server: Server, model, tmp_path, capsys):
+    """A folder of poses, one per pixel frame, in ``generate`` and in ``client``: bit for bit the walk of the keys.
+
+    With intrinsics that are not the model's own the frames are others.
+    """
+    path, poses = CameraPath(), np.tile(np.eye(4), (22, 1, 1))
+    for latent, key in enumerate("wwwwaa"):
+        path.extend(((key,),))
+        poses[4 * latent :] = path.pose
+    (tmp_path / "example").mkdir()
+    np.save(tmp_path / "example" / "poses.npy", poses)
+    size, followed = ["--size", "64x64", "--seed", "7"], ["--poses", str(tmp_path / "example")]
+    assert main(["generate", *model, *SESSION, "--out", str(tmp_path / "keys")]) == 0
+    assert main(["generate", *model, *size, *followed, "--out", str(tmp_path / "poses")]) == 0
+    assert "21 frames in 2 chunks" in capsys.readouterr().out
+    live = ["client", "--url", server.http, "--format", "raw", *size, *followed]
+    assert main([*live, "--out", str(tmp_path / "live")]) == 0
+    np.save(tmp_path / "example" / "intrinsics.npy", np.tile([300.0, 300, 416, 240], (22, 1)))
+    assert main([*live, "--out", str(tmp_path / "lens")]) == 0
+    frames = {name: np.stack(pictures(tmp_path / name)) for name in ("keys", "poses", "live", "lens")}
+    np.testing.assert_array_equal(frames["keys"], frames["poses"])
+    np.testing.assert_array_equal(frames["keys"], frames["live"])
+    assert not np.array_equal(frames["keys"], frames["lens"])
+
+
+def test_the_client_follows_a_path_in_mid_session(server: Server):
+    """Held keys, then ``follow``, then keys: the frames are those of the same walk by keys alone."""
+    walks = []
+    for follows in (False, True):
+        path = CameraPath()
+        path.extend((("w",),) * 6)
+        poses = []
+        for _ in range(3):
+            path.extend((("l",),))
+            poses.append(path.pose)
+        with connect(
+            server.http,
+            prompt="A street.",
+            size="64x64",
+            max_chunks=4,
+            realtime_output_format="raw",
+            protocol_extensions=["pinned_events"],
+            pinned_events=[
+                {"chunk": 0, "kind": "camera_actions", "payload": [["w"]] * 6},
+                {
+                    "chunk": 2,
+                    "kind": "camera_poses" if follows else "camera_actions",
+                    "payload": poses_payload(poses, every=1, anchor="session") if follows else [["l"]] * 3,
+                },
+                {"chunk": 3, "kind": "camera_actions", "payload": [["w", "i"]] * 3},
+            ],
+        ) as world:
+            walks.append(np.stack([frame.pixels for frame in world]))
+    assert len(walks[0]) == 45
+    np.testing.assert_array_equal(*walks)
 
 
 @pytest.mark.parametrize("kind", ["delta-gzip", "webp", "jpeg"])

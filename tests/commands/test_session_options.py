@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from lingbot_rt.cli import main
 from lingbot_rt.client.protocol import ChunkStats
 from lingbot_rt.client.start_picture import start_picture
 from lingbot_rt.commands.client import keys_at
@@ -135,3 +138,35 @@ def test_progress_on_a_terminal(monkeypatch):
 def test_p50_p95():
     """p95 of twenty values is the nineteenth."""
     assert p50_p95(range(1, 21)) == "p50 10 ms, p95 19 ms"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--poses", "missing.npy"], "--poses 'missing.npy': there is no such file"),
+        (["--poses", "text.npy"], r"--poses 'text.npy': 'text.npy': expected a NumPy file"),
+        (["--poses", "lens.npy"], r"--poses 'lens.npy': .*an array of shape \[4\], expected numbers of \[n, 4, 4\]"),
+        (["--poses", "poses.npy", "--keys", "w"], "--poses: expected either --poses or --keys"),
+        (["--poses", "poses.npy", "--intrinsics", "missing.npy"], "--intrinsics 'missing.npy': there is no such file"),
+        (["--poses", "poses.npy", "--intrinsics", "poses.npy"], r"intrinsics: an array of shape \[8, 4, 4\]"),
+        (["--intrinsics", "lens.npy"], "--intrinsics: expected --poses with it"),
+        (["--intrinsics-size", "832x480"], "--intrinsics-size: expected --poses with it"),
+    ],
+)
+def test_wrong_paths_are_one_line(words, named, tmp_path, monkeypatch, capsys):
+    """Before a model is loaded or a server is asked; the exit code is 2."""
+    monkeypatch.chdir(tmp_path)
+    np.save("poses.npy", np.tile(np.eye(4), (8, 1, 1)))
+    np.save("lens.npy", np.array([500.0, 500, 416, 240]))
+    (tmp_path / "text.npy").write_text("no array")
+    for verb in (["generate"], ["client", "--url", "http://127.0.0.1:9"]):
+        assert main([*verb, *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(named, line)
+
+
+def test_a_path_and_live_keys_exclude_each_other(tmp_path, capsys):
+    """--live presses keys."""
+    np.save(tmp_path / "poses.npy", np.tile(np.eye(4), (8, 1, 1)))
+    assert main(["client", "--url", "http://127.0.0.1:9", "--live", "--poses", str(tmp_path / "poses.npy")]) == 2
+    assert "--live: expected --keys with it, not --poses" in capsys.readouterr().err

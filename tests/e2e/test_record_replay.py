@@ -12,8 +12,10 @@ from lingbot_rt.client import connect
 from lingbot_rt.recording.record_file import read_record
 from tests.e2e.served import running, wire
 
+POSES = [[[0.8, 0, 0.6, x], [0, 1, 0, 0.1], [-0.6, 0, 0.8, 2], [0, 0, 0, 1]] for x in (0.1, 0.3, 0.6)]
 EVENTS = {
     0: {"kind": "camera_actions", "payload": {"mode": "state", "transitions": [{"actions": ["w"], "client_ts_ms": 1}]}},
+    1: {"kind": "camera_poses", "payload": {"poses": POSES, "intrinsics": [60.5, 61, 30, 33], "anchor": "camera"}},
     2: {"kind": "prompt", "payload": "A snowy village at night."},
     3: {"kind": "camera_actions", "payload": {"mode": "state", "transitions": [{"actions": ["l"]}, {"actions": []}]}},
 }
@@ -33,7 +35,7 @@ def server(golden, model_flags, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def record_folder(server, golden):
-    """Records one live session with three events."""
+    """Records one live session with four events."""
     served, records = server
     before = set(records.iterdir())
     init = {
@@ -65,7 +67,7 @@ def test_the_record_is_complete(record_folder):
     assert record.session.seed == 5
     assert [len(chunk.hashes) for chunk in record.chunks] == [9, 12, 12, 12, 12, 12]
     kinds = [event.kind for chunk in record.chunks for event in chunk.events]
-    assert kinds == ["camera_actions", "prompt", "camera_actions"]
+    assert kinds == ["camera_actions", "camera_poses", "prompt", "camera_actions"]
     assert all(chunk.stats["chunk_total_ms"] > 0 for chunk in record.chunks)
     assert record.end.reason == "complete"
 

@@ -37,14 +37,21 @@ wire = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(
-            st.sampled_from(["mode", "transitions", "actions", "input_types", "prompt", "x"]), inner, max_size=4
+            st.sampled_from(
+                ["mode", "transitions", "actions", "input_types", "prompt", "poses", "intrinsics", "size", "x"]
+            ),
+            inner,
+            max_size=4,
         )
     ),
     max_leaves=6,
 )
 
 
-@given(kind=st.sampled_from(["prompt", "camera_actions", "composite_input", "jump", ""]), payload=wire)
+kinds = st.sampled_from(["prompt", "camera_actions", "camera_poses", "composite_input", "jump", ""])
+
+
+@given(kind=kinds, payload=wire)
 @settings(max_examples=150)
 def test_any_payload_is_taken_or_refused_by_name(kind, payload):
     """Whatever a client packs, the parser answers with events or with InvalidEvent, nothing else."""
@@ -168,7 +175,7 @@ def test_a_refusal_never_spells_out_what_a_client_sent():
     for _ in range(100_000):
         deep = [deep]
     for payload in (deep, [0] * 1_000_000, b"x" * 1_000_000, {"mode": "x" * 1_000_000}):
-        for kind in ("prompt", "camera_actions"):
+        for kind in ("prompt", "camera_actions", "camera_poses"):
             with pytest.raises(InvalidEvent) as error:
                 parse_event(kind, payload)
             assert len(str(error.value)) < 200
