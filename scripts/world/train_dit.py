@@ -51,8 +51,10 @@ from scripts.world.training_loop import (
 
 PHASES = ("teacher", "rollout", "sharp")
 PEAK_RATE = {"teacher": 1.5e-3, "rollout": 4e-4, "sharp": 1.5e-4}
-CONTEXT_NOISE = 0.25
-"""Most noise in the contexts of teacher forcing, in half of the samples: generated contexts are imperfect too."""
+CONTEXT_NOISE = 0.7
+"""Most noise in the contexts of teacher forcing, in half of the samples, mostly far less: generated contexts are
+imperfect too. Through much noise a context still tells the place, but what stands there must be remembered.
+"""
 
 SERVED_SHARE = 0.7
 """Share of the noise levels in teacher forcing that are those of the schedule; the others are anywhere."""
@@ -104,7 +106,7 @@ def teacher_forcing_batch(truth: TrajectoryBatch, schedule: FlowSchedule) -> Den
     anywhere = shift_sigma(torch.rand(shape, device=device).clamp(0.02, 1), schedule.shift)
     served = torch.rand(shape, device=device) < SERVED_SHARE
     sigma = torch.where(served, pick(served_sigmas(schedule, device), shape), anywhere)
-    amount = CONTEXT_NOISE * torch.rand(shape[0], device=device) * (torch.rand(shape[0], device=device) < 0.5)
+    amount = CONTEXT_NOISE * torch.rand(shape[0], device=device) ** 2 * (torch.rand(shape[0], device=device) < 0.5)
     clean = add_noise(truth.latents, amount[:, None].expand(shape))
     return DenoisingBatch(truth, clean, add_noise(truth.latents, sigma), sigma, truth.weight)
 
