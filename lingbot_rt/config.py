@@ -85,6 +85,12 @@ class ServeConfig:
         choices=("auto", "v1", "v2"),
         group="model",
     )
+    interactive_kv_window: bool = _option(
+        False,
+        "sessions whose init does not say otherwise see only the latest 12 latent frames while the camera moves, and 3 "
+        "while it stands still, beside the sink and the chunk itself: faster, and not the same frames",
+        group="model",
+    )
     # Device
     num_gpus: int = _option(1, "number of GPUs, with one process per GPU", low=1, high=64, group="device")
     ulysses_degree: int | None = _option(

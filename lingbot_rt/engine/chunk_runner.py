@@ -26,6 +26,7 @@ def run_chunk(
     clock = StageClock(pipeline.device)
     pipeline.ranks.begin_chunk()
     start_frame = plan.chunk_index * session.plan.latent_frames
+    session.limit_window(plan.recent_frames)
 
     with clock.stage("text"):
         text_kv = session.text_kv(plan.prompt)

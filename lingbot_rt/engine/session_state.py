@@ -87,6 +87,12 @@ class SessionState:
         """The i2v condition [1, 4 + z, F, h, w]: the first frame in chunk 0, blank ones after."""
         return self._condition_first if chunk_index == 0 else self._condition_later
 
+    def limit_window(self, recent_frames: int | None) -> None:
+        """The next forwards see only the ``recent_frames`` latent frames before their chunk, the sink and the chunk."""
+        visible = None if recent_frames is None else recent_frames + self.plan.latent_frames
+        for cache in (self.cache, *((self.negative.cache,) if self.negative else ())):
+            cache.limit(visible)
+
     def draw(self, shape: tuple[int, ...]) -> Tensor:
         """Standard normal noise, float32, of the session's one generator."""
         noise = torch.randn(shape, generator=self._generator, device=self._noise_device)
@@ -130,4 +136,5 @@ class SessionState:
             window_frames=self.plan.window_frames,
             dtype=self._pipeline.kv_cache_dtype,
             device=self._pipeline.device,
+            recent_frames=[recent + self.plan.latent_frames for recent in self.plan.recent_frames],
         )

@@ -3,12 +3,16 @@
 Keys are stored after RoPE at absolute positions, and softmax over keys does not depend on their order. So the newest
 chunk overwrites the slots of the frames that leave the window, and nothing moves.
 
+A window that some chunks see only the newest part of has more than one ring: the first one holds the newest frames. A
+frame that leaves a ring is copied to the next one, once per chunk. So what a chunk sees is always one piece of memory.
+
 Shapes: L layers, S the keys and the values, B batch, N tokens, H heads, D head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,6 +24,7 @@ class KVCache:
     """K/V of the first ``sink_frames`` latent frames and of the newest ``window_frames - sink_frames``.
 
     ``dtype`` may be float8_e4m3fn: half the memory of bfloat16, and not exact.
+    ``recent_frames``: the numbers of newest frames that ``limit`` may be asked for, each at least a chunk's.
     With ``batch`` > 1 several sessions at the same chunk share one cache, as in training.
     """
 
@@ -35,6 +40,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         batch: int = 1,
+        recent_frames: Collection[int] = (),
     ) -> None:
         self.sink_frames = sink_frames
         self.window_frames = window_frames
@@ -42,6 +48,10 @@ class KVCache:
         shape = (num_layers, 2, batch, window_frames * tokens_per_frame, num_heads, head_dim)
         self._kv_LSBNHD = torch.zeros(shape, dtype=dtype, device=device)
         self._frames: list[int | None] = [None] * window_frames
+        ring = window_frames - sink_frames
+        ends = sorted({0, ring, *(count for count in recent_frames if count < ring)})
+        self._rings = [(sink_frames + first, end - first) for first, end in pairwise(ends)]  # (first slot, slots)
+        self._limit = window_frames
         self._spans: list[tuple[int, int, int]] = []  # (first token in the chunk, first token in the cache, tokens)
 
     @property
@@ -56,7 +66,7 @@ class KVCache:
     @property
     def visible_frames(self) -> int:
         """Latent frames that a query attends to, with the current chunk."""
-        return sum(frame is not None for frame in self._frames)
+        return min(sum(frame is not None for frame in self._frames), self._limit)
 
     @property
     def frame_of_slot(self) -> tuple[int | None, ...]:
@@ -72,14 +82,17 @@ class KVCache:
         """Frees the window's memory, whoever still holds this cache. Nothing else may be called afterwards."""
         self._kv_LSBNHD = self._kv_LSBNHD.new_empty(0)
 
+    def limit(self, recent_frames: int | None) -> None:
+        """From now on a query attends to the sink and to the newest ``recent_frames`` others; None: to the window.
+
+        ``recent_frames`` counts the current chunk, and is one of those that the cache was made for.
+        """
+        self._limit = self.window_frames if recent_frames is None else self.sink_frames + recent_frames
+        assert any(self._limit == first + count for first, count in self._rings), recent_frames
+
     def begin(self, start_frame: int, num_frames: int) -> None:
         """Starts a forward of the chunk [start_frame, start_frame + num_frames) and picks its slots."""
-        ring = self.window_frames - self.sink_frames
-        slots = []
-        for frame in range(start_frame, start_frame + num_frames):
-            slot = frame if frame < self.sink_frames else self.sink_frames + (frame - self.sink_frames) % ring
-            self._frames[slot] = frame
-            slots.append(slot)
+        slots = [self._slot_of(frame) for frame in range(start_frame, start_frame + num_frames)]
         tokens = self._tokens_per_frame
         self._spans = []
         first = 0
@@ -87,6 +100,32 @@ class KVCache:
             if i == num_frames or slots[i] != slots[i - 1] + 1:
                 self._spans.append((first * tokens, slots[first] * tokens, (i - first) * tokens))
                 first = i
+
+    def _slot_of(self, frame: int) -> int:
+        """The slot of a frame of the current chunk. A new frame pushes older ones on, from ring to ring."""
+        if frame < self.sink_frames:
+            self._frames[frame] = frame
+            return frame
+        slots: list[int] = []
+        entering = frame
+        for first, count in self._rings:
+            slots.append(first + (entering - self.sink_frames) % count)
+            leaving = self._frames[slots[-1]]
+            if leaving is None or leaving == frame:
+                break
+            entering = leaving
+        for target, source in pairwise(reversed(slots)):
+            self._copy(source, target)
+        self._frames[slots[0]] = frame
+        return slots[0]
+
+    def _copy(self, source: int, target: int) -> None:
+        """The frame in slot ``source`` to slot ``target``, in all layers."""
+        old, new = (
+            slice(slot * self._tokens_per_frame, (slot + 1) * self._tokens_per_frame) for slot in (source, target)
+        )
+        self._kv_LSBNHD[:, :, :, new].copy_(self._kv_LSBNHD[:, :, :, old])
+        self._frames[target] = self._frames[source]
 
     def slots(self, layer: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(tokens of the chunk, their keys [B, n, H, D], their values) of ``layer``, to be written in place."""

@@ -92,6 +92,7 @@ class SessionPlan:
     sink_frames: int
     window_frames: int
     postprocess: PostprocessPlan = UNCHANGED
+    recent_frames: tuple[int, ...] = ()  # what a chunk's `recent_frames` may be; empty: only None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ class ChunkPlan:
     prompt: str  # text K/V is rebuilt when it differs from the chunk before
     relative_poses: npt.NDArray[np.float64] | None  # [F, 4, 4] frame-to-frame, scaled; None: no camera control
     event_id: int | None  # newest sampled event, echoed in frame headers and stats
+    recent_frames: int | None = None  # latent frames before the chunk that it sees beside the sink; None: the window
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Any
 from lingbot_rt.errors import PauseExpired
 from lingbot_rt.session.camera_path import CameraPath
 from lingbot_rt.session.controls import ConditionQueue, ControlEvent, Received, parse_event, payload_of
+from lingbot_rt.session.interactive_window import InteractiveWindow
 from lingbot_rt.session.messages import (
     AckState,
     ChunkStats,
@@ -73,6 +74,7 @@ class Session:
         self.is_warming = False  # the engine compiles for its size before it opens
         self._queue = ConditionQueue(settings.prompt, settings.script)
         self._camera = CameraPath()
+        self._window = InteractiveWindow(settings.recent_frames)
         self._next_index = 0
         self._keep_events = keep_events
         self._arrived: deque[tuple[str, Any, int | None]] = deque(maxlen=MAX_RECORDED_EVENTS)
@@ -134,12 +136,14 @@ class Session:
         index, frames = self._next_index, self._group_sizes(self._next_index)
         conditions = self._queue.sample(self.settings.latent_frames)
         actions = conditions.camera_actions
+        poses = None if actions is None else self._camera.extend(actions)
         plan = ChunkPlan(
             session_id=self.id,
             chunk_index=index,
             prompt=conditions.prompt,
-            relative_poses=None if actions is None else self._camera.extend(actions),
+            relative_poses=poses,
             event_id=conditions.event_id,
+            recent_frames=self._window.next(poses),
         )
         max_batch = self.settings.output.frames_per_batch
         events = tuple(self._arrived)

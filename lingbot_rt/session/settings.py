@@ -13,6 +13,7 @@ import numpy.typing as npt
 from lingbot_rt.config import FormatName, ServeConfig
 from lingbot_rt.errors import InvalidEvent, InvalidInit
 from lingbot_rt.session.controls import Actions, ControlEvent, parse_event, parse_script
+from lingbot_rt.session.interactive_window import recent_frames
 from lingbot_rt.session.messages import Init, shown
 from lingbot_rt.session.plan import ModelInfo, PostprocessPlan, SessionPlan
 from lingbot_rt.shapes import FrameSize, latent_frames_for
@@ -84,6 +85,7 @@ class SessionSettings:
     postprocess: PostprocessPlan
     pinned: Mapping[int, Sequence[PinnedControl]]  # chunk index -> events that this chunk samples
     pause_limit_s: float  # longest pause
+    recent_frames: tuple[int, ...] = ()  # of the interactive window: (still, moving); empty: it is off
 
     @property
     def playback_fps(self) -> float:
@@ -104,6 +106,7 @@ class SessionSettings:
             sink_frames=self.sink_frames,
             window_frames=self.window_frames,
             postprocess=self.postprocess,
+            recent_frames=self.recent_frames,
         )
 
 
@@ -125,6 +128,8 @@ def resolve(init: Init, info: ModelInfo, config: ServeConfig) -> SessionSettings
     _check_pictures(output, size, postprocess)
     latent_frames = latent_frames_for(init.num_frames)
     sink_frames, window_frames = _window(init, info, latent_frames)
+    asked = init.interactive_kv_window
+    is_interactive = config.interactive_kv_window if asked is None else asked
     return SessionSettings(
         prompt=init.prompt,
         negative_prompt=init.negative_prompt,
@@ -145,6 +150,7 @@ def resolve(init: Init, info: ModelInfo, config: ServeConfig) -> SessionSettings
         pinned=_pinned(init),
         postprocess=postprocess,
         pause_limit_s=config.pause_limit_s,
+        recent_frames=recent_frames(sink_frames, window_frames, latent_frames) if is_interactive else (),
     )
 
 

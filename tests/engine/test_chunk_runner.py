@@ -23,9 +23,9 @@ class Walk:
         self.session, self.camera, self.index = SessionState(pipeline, plan), CameraPath(), 0
         self.results, self.groups = [], []
 
-    def step(self, prompt: str | None = None) -> np.ndarray:
+    def step(self, prompt: str | None = None, recent: int | None = None) -> np.ndarray:
         poses = self.camera.extend(((self.keys),) * self.plan.latent_frames)
-        chunk = ChunkPlan(self.plan.session_id, self.index, prompt or self.plan.prompt, poses, None)
+        chunk = ChunkPlan(self.plan.session_id, self.index, prompt or self.plan.prompt, poses, None, recent)
         self.groups = []
         self.results.append(run_chunk(self.pipeline, self.session, chunk, self.groups.append))
         self.index += 1
@@ -62,6 +62,22 @@ def test_window_grows_then_stays(pipeline, session_plan):
     for _ in range(5):
         walk.step()
     assert [result.window_frames for result in walk.results] == [3, 6, 9, 9, 9]
+
+
+def test_an_interactive_window_is_a_smaller_one_for_as_long_as_it_lasts(pipeline, session_plan):
+    """Chunks that see 6 of 18 latent frames, with guidance, are those of a window of 6; then the rest is seen again.
+    The memory is that of the whole window."""
+    changes = {"guidance_scale": 2.0, "num_steps": 2, "sink_frames": 1}
+    small = Walk(pipeline, session_plan({}, window_frames=6, **changes))
+    limited = Walk(pipeline, session_plan({}, window_frames=18, recent_frames=(2, 9), **changes))
+    for _ in range(5):
+        assert np.abs(small.step().astype(int) - limited.step(recent=2)).max() <= 1
+    assert [result.window_frames for result in limited.results] == [3, 6, 6, 6, 6]
+    for recent, visible in ((9, 13), (None, 18), (2, 6)):
+        limited.step(recent=recent)
+        assert limited.results[-1].window_frames == visible
+    assert np.abs(small.step().astype(int) - limited.step(recent=2)).max() > 1
+    assert limited.session.cache.nbytes == 3 * small.session.cache.nbytes
 
 
 def test_held_keys_keep_their_camera(pipeline, session_plan, monkeypatch):

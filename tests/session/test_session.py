@@ -115,6 +115,51 @@ def test_the_window_holds_sink_and_chunk(sink, window, num_frames, expected):
         assert (settings.sink_frames, settings.window_frames) == expected
 
 
+STILL, MOVING = keys(), keys("w")
+
+
+@pytest.mark.parametrize(
+    ("server", "asked", "expected"),
+    [
+        (False, None, [None] * 8),
+        (False, True, [None, 12, 12, 12, 3, 3, 12, 12]),
+        (True, None, [None, 12, 12, 12, 3, 3, 12, 12]),
+        (True, False, [None] * 8),
+    ],
+)
+def test_the_interactive_window_follows_the_camera(server, asked, expected):
+    """12 latent frames while the camera moves and in the first still chunk after, then 3; without camera control the
+    whole window. The init has the last word."""
+    config = ServeConfig(interactive_kv_window=server)
+    it = session(config, interactive_kv_window=asked, realtime_causal_kv_cache_num_frames=45)
+    found = []
+    for event in (None, MOVING, MOVING, STILL, STILL, STILL, keys("i"), STILL):
+        if event is not None:
+            it.receive(event, 0.0)
+        found.append(it.next_chunk(0.0).plan.recent_frames)
+    assert found == expected
+    plan = it.settings.session_plan("s", np.zeros((64, 64, 3), np.uint8))
+    assert (plan.window_frames, plan.recent_frames) == (45, (3, 12) if any(expected) else ())
+
+
+def test_keys_that_cancel_stand_still():
+    """What counts is that the camera moves: not that keys are held, nor what is left of rounding."""
+    it = session(interactive_kv_window=True, realtime_causal_kv_cache_num_frames=45)
+    it.receive(keys("w", "l", "i"), 0.0)
+    assert it.next_chunk(0.0).plan.recent_frames == 12
+    it.receive(keys("w", "s"), 0.0)
+    assert [it.next_chunk(0.0).plan.recent_frames for _ in range(3)] == [12, 3, 3]
+
+
+def test_the_interactive_window_is_never_larger_than_the_window():
+    """What does not fit beside sink and chunk is not seen."""
+    for window, expected in ((18, (3, 6)), (14, (2, 2)), (12, (0, 0))):
+        settings = session(
+            interactive_kv_window=True, realtime_causal_sink_size=9, realtime_causal_kv_cache_num_frames=window
+        ).settings
+        assert (settings.window_frames, settings.recent_frames) == (window, expected)
+
+
 def test_every_size_of_the_table_of_sizes():
     """Whole tokens between 64 pixels a side and --max-pixels pass; others name the nearest that would."""
     config = ServeConfig(max_pixels=832 * 480)
