@@ -38,14 +38,15 @@ def run_chunk(
     with clock.stage("denoise"):
         latents = denoise(forward, pipeline.schedule, session.plan.num_steps, session.draw)
 
+    decoding = pipeline.decoding(session.plan)
     with FrameReadback(pipeline.device, session.postprocessor, emit) as readback:
         readback.check(latents)
         # The frames leave before the context pass. On an accelerator they could be decoded beside it. But both fill the
         # device: a chunk would be 0.5 % shorter, and its first frames would leave in twice the time.
-        with pipeline.vae_placement.on_device(), clock.stage("vae"):
+        with decoding.placement.on_device(), clock.stage("vae"):
             for i in range(session.plan.latent_frames):
                 session.raise_if_cancelled()
-                pixels = pipeline.decode(latents[:, :, i : i + 1], session.features)
+                pixels = decoding.decode(latents[:, :, i : i + 1], session.features)
                 if pixels is not None:
                     readback.push(pixels, plan.chunk_index, i, session.plan.latent_frames)
 

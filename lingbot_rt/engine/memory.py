@@ -35,12 +35,12 @@ class MemoryPlan:
     opening_bytes: int  # in addition, while the session opens
     chunk_bytes: int  # in addition, inside a chunk: camera modulation, feature cache, activations
     postprocess_bytes: int  # of upscaling and interpolation, which run beside the forward
+    vae_bytes: int = 0  # weights of the second VAE, while they are still to be made
 
     @property
     def beside_window_bytes(self) -> int:
-        return (
-            self.text_bytes + self.condition_bytes + max(self.opening_bytes, self.chunk_bytes) + self.postprocess_bytes
-        )
+        beside = self.text_bytes + self.condition_bytes + self.postprocess_bytes + self.vae_bytes
+        return beside + max(self.opening_bytes, self.chunk_bytes)
 
     @property
     def total_bytes(self) -> int:
@@ -107,9 +107,10 @@ def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
 
     Loads the networks of these. Raises InvalidInit when they do not load.
     """
+    half = pipeline.half_vae_of(plan)
     setup = Setup(
         config=pipeline.dit.config,
-        vae=pipeline.vae,
+        vae=pipeline.vae if half is None else half.for_plans,
         dtype=pipeline.dtype,
         window_dtype=pipeline.kv_cache_dtype,
         quantization=pipeline.model_info.quantization,
@@ -120,7 +121,11 @@ def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
     )
     branches = 2 if plan.guidance_scale > 1 else 1
     planned = session_memory(setup, plan.size, plan.latent_frames, plan.window_frames, branches)
-    return replace(planned, postprocess_bytes=pipeline.open_postprocessor(plan).memory_bytes())
+    return replace(
+        planned,
+        postprocess_bytes=pipeline.open_postprocessor(plan).memory_bytes(),
+        vae_bytes=0 if half is None else half.missing_bytes,
+    )
 
 
 def require_room(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:

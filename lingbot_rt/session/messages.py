@@ -114,6 +114,7 @@ class Init(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="ini
         None
     )
     interactive_kv_window: _Flag | None = None
+    quality: _Text | None = None
     realtime_output_format: Annotated[FormatName, Meta(description=f"one of {', '.join(OUTPUT_FORMATS)}")] | None = None
     output_compression: Annotated[int, _range(1, 100)] | None = None
     realtime_preview_max_width: (

@@ -92,6 +92,7 @@ class SessionPlan:
     sink_frames: int
     window_frames: int
     postprocess: PostprocessPlan = UNCHANGED
+    bfloat16_vae: bool = False  # also where the server's own VAE has another format
     recent_frames: tuple[int, ...] = ()  # what a chunk's `recent_frames` may be; empty: only None
 
 

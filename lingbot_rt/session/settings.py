@@ -85,6 +85,7 @@ class SessionSettings:
     postprocess: PostprocessPlan
     pinned: Mapping[int, Sequence[PinnedControl]]  # chunk index -> events that this chunk samples
     pause_limit_s: float  # longest pause
+    bfloat16_vae: bool = False
     recent_frames: tuple[int, ...] = ()  # of the interactive window: (still, moving); empty: it is off
 
     @property
@@ -106,6 +107,7 @@ class SessionSettings:
             sink_frames=self.sink_frames,
             window_frames=self.window_frames,
             postprocess=self.postprocess,
+            bfloat16_vae=self.bfloat16_vae,
             recent_frames=self.recent_frames,
         )
 
@@ -150,6 +152,7 @@ def resolve(init: Init, info: ModelInfo, config: ServeConfig) -> SessionSettings
         pinned=_pinned(init),
         postprocess=postprocess,
         pause_limit_s=config.pause_limit_s,
+        bfloat16_vae=init.quality == "high",
         recent_frames=recent_frames(sink_frames, window_frames, latent_frames) if is_interactive else (),
     )
 

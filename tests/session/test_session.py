@@ -160,6 +160,13 @@ def test_the_interactive_window_is_never_larger_than_the_window():
         assert (settings.window_frames, settings.recent_frames) == (window, expected)
 
 
+@pytest.mark.parametrize(("quality", "expected"), [(None, False), ("high", True), ("low", False), ("", False)])
+def test_high_quality_is_a_vae_in_bfloat16(quality, expected):
+    """As in the reference. Any other word changes nothing."""
+    settings = session(quality=quality).settings
+    assert settings.session_plan("s", np.zeros((64, 64, 3), np.uint8)).bfloat16_vae == expected
+
+
 def test_every_size_of_the_table_of_sizes():
     """Whole tokens between 64 pixels a side and --max-pixels pass; others name the nearest that would."""
     config = ServeConfig(max_pixels=832 * 480)
