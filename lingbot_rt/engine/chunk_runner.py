@@ -9,6 +9,7 @@ import torch
 from lingbot_rt.engine.dmd import ChunkForward, denoise
 from lingbot_rt.engine.frame_readback import FrameReadback
 from lingbot_rt.engine.pipeline import Pipeline
+from lingbot_rt.engine.recache import CommittedChunk
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.stage_clock import StageClock
 from lingbot_rt.session.plan import ChunkPlan, ChunkResult, ChunkTimings, FrameGroup
@@ -25,16 +26,18 @@ def run_chunk(
     """
     clock = StageClock(pipeline.device)
     pipeline.ranks.begin_chunk()
-    start_frame = plan.chunk_index * session.plan.latent_frames
     session.limit_window(plan.recent_frames)
 
     with clock.stage("text"):
-        text_kv = session.text_kv(plan.prompt)
+        text_kv = session.text_kv(plan.prompt, recache=plan.recache)
+
+    if (past := session.recache.next()) is not None:
+        with clock.stage("recache"):
+            ChunkForward.of(pipeline, session, past.index, text_kv, past.relative_poses).commit_again(past.latents)
 
     with clock.stage("camera"):
-        camera = session.camera(plan.relative_poses)
+        forward = ChunkForward.of(pipeline, session, plan.chunk_index, text_kv, plan.relative_poses)
 
-    forward = ChunkForward(pipeline.dit, session, text_kv, camera, session.condition(plan.chunk_index), start_frame)
     with clock.stage("denoise"):
         latents = denoise(forward, pipeline.schedule, session.plan.num_steps, session.draw)
 
@@ -52,6 +55,7 @@ def run_chunk(
 
         with clock.stage("context"):
             forward.commit(latents)
+    session.recache.keep(CommittedChunk(plan.chunk_index, latents, plan.relative_poses))
 
     stages = clock.finish()
     postprocess = session.postprocessor.take_timings()
@@ -62,7 +66,7 @@ def run_chunk(
         window_frames=session.cache.visible_frames,
         timings=ChunkTimings(
             prepare_ms=stages["text"] + stages["camera"],
-            dit_ms=stages["denoise"] + stages["context"],
+            dit_ms=stages["denoise"] + stages["context"] + stages.get("recache", 0.0),
             vae_ms=stages["vae"] - sum(postprocess.values()),
             postprocess=postprocess,
             total_ms=clock.total_ms,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lingbot_rt.engine.flow_match import CLEAN
 from lingbot_rt.engine.pipeline import Pipeline
+from lingbot_rt.engine.recache import Recache
 from lingbot_rt.errors import ChunkCancelled
 from lingbot_rt.models import to_device
 from lingbot_rt.models.dit import CameraModulation, TextKV, TimeModulation
@@ -51,6 +52,11 @@ class SessionState:
         self._noise_device = pipeline.noise_device
         self._generator = torch.Generator(self._noise_device).manual_seed(plan.seed)
         self.cache = self._new_cache()
+        latent_frames = plan.latent_frames
+        self.recache = Recache(
+            -(-plan.sink_frames // latent_frames),
+            lambda index: self.cache.holds(index * latent_frames, latent_frames),
+        )
         self.negative: NegativeBranch | None = None
         if plan.guidance_scale > 1:
             self.negative = NegativeBranch(pipeline.text_kv(plan.negative_prompt), self._new_cache())
@@ -66,11 +72,17 @@ class SessionState:
         self.text_kv(plan.prompt)
         self.postprocessor = pipeline.open_postprocessor(plan)
 
-    def text_kv(self, prompt: str) -> TextKV:
-        """Cross-attention K/V of ``prompt``; computed when it differs from the last one, the world's K/V is kept."""
+    def text_kv(self, prompt: str, *, recache: bool = False) -> TextKV:
+        """Cross-attention K/V of ``prompt``; computed when it differs from the last one.
+
+        The world's K/V are kept, or with ``recache`` computed again in the course of the next chunks.
+        """
         if prompt != self._prompt:
             self._text_kv = self._pipeline.text_kv(prompt)
             self._prompt = prompt
+            self.recache.stop()
+        if recache:
+            self.recache.begin()
         return self._text_kv
 
     def camera(self, relative_poses: Pose | None) -> CameraModulation | None:
@@ -110,6 +122,7 @@ class SessionState:
             self.negative.cache.release()
             self.negative = None
         self.features.release()
+        self.recache.release()
         self.time_modulation.clear()
         self._text_kv = []
         self._camera = self._poses = None

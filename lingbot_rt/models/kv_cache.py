@@ -6,12 +6,15 @@ chunk overwrites the slots of the frames that leave the window, and nothing move
 A window that some chunks see only the newest part of has more than one ring: the first one holds the newest frames. A
 frame that leaves a ring is copied to the next one, once per chunk. So what a chunk sees is always one piece of memory.
 
+A chunk before the newest one may be computed again, for another prompt. It sees what the window holds of itself and of
+the frames before it, copied together, and those of its frames that have left the window stay out.
+
 Shapes: L layers, S the keys and the values, B batch, N tokens, H heads, D head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -52,7 +55,9 @@ class KVCache:
         ends = sorted({0, ring, *(count for count in recent_frames if count < ring)})
         self._rings = [(sink_frames + first, end - first) for first, end in pairwise(ends)]  # (first slot, slots)
         self._limit = window_frames
-        self._spans: list[tuple[int, int, int]] = []  # (first token in the chunk, first token in the cache, tokens)
+        # (first token in the chunk, first token in the cache, tokens); None: frames that have left the window
+        self._spans: list[tuple[int, int | None, int]] = []
+        self._seen: list[int] | None = None  # slots that a chunk before the newest one sees, in order
 
     @property
     def nbytes(self) -> int:
@@ -66,6 +71,8 @@ class KVCache:
     @property
     def visible_frames(self) -> int:
         """Latent frames that a query attends to, with the current chunk."""
+        if self._seen is not None:
+            return len(self._seen)
         return min(sum(frame is not None for frame in self._frames), self._limit)
 
     @property
@@ -91,15 +98,34 @@ class KVCache:
         assert any(self._limit == first + count for first, count in self._rings), recent_frames
 
     def begin(self, start_frame: int, num_frames: int) -> None:
-        """Starts a forward of the chunk [start_frame, start_frame + num_frames) and picks its slots."""
-        slots = [self._slot_of(frame) for frame in range(start_frame, start_frame + num_frames)]
+        """Starts a forward of the chunk [start_frame, start_frame + num_frames) and picks its slots.
+
+        It is the newest chunk, the next one, or one before of which the window ``holds`` frames.
+        """
+        end = start_frame + num_frames
+        self._seen = None
+        slots: list[int | None]
+        if any(frame is not None and frame >= end for frame in self._frames):
+            slots = [self._frames.index(frame) if frame in self._frames else None for frame in range(start_frame, end)]
+            self._seen = self._slots_before(end)
+        else:
+            slots = [self._slot_of(frame) for frame in range(start_frame, end)]
         tokens = self._tokens_per_frame
-        self._spans = []
-        first = 0
-        for i in range(1, num_frames + 1):
-            if i == num_frames or slots[i] != slots[i - 1] + 1:
-                self._spans.append((first * tokens, slots[first] * tokens, (i - first) * tokens))
-                first = i
+        self._spans = [
+            (first * tokens, None if slot is None else slot * tokens, count * tokens)
+            for first, slot, count in _runs(slots)
+        ]
+
+    def holds(self, start_frame: int, num_frames: int) -> bool:
+        """Whether any of these frames is in the window."""
+        return any(frame in self._frames for frame in range(start_frame, start_frame + num_frames))
+
+    def _slots_before(self, end: int) -> list[int]:
+        """Slots of the frames before ``end`` that a query may see, in the order of memory."""
+        found = {frame: slot for slot, frame in enumerate(self._frames) if frame is not None and frame < end}
+        others = sorted(frame for frame in found if frame >= self.sink_frames)
+        hidden = others[: max(0, len(others) - (self._limit - self.sink_frames))]
+        return sorted(slot for frame, slot in found.items() if frame not in hidden)
 
     def _slot_of(self, frame: int) -> int:
         """The slot of a frame of the current chunk. A new frame pushes older ones on, from ring to ring."""
@@ -130,7 +156,10 @@ class KVCache:
     def slots(self, layer: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(tokens of the chunk, their keys [B, n, H, D], their values) of ``layer``, to be written in place."""
         for source, target, count in self._spans:
-            kv_SBNHD = self._kv_LSBNHD[layer, :, :, target : target + count]
+            if target is None:  # computed with its chunk, and kept nowhere
+                kv_SBNHD = self._kv_LSBNHD.new_empty(2, *self._kv_LSBNHD.shape[2:3], count, *self._kv_LSBNHD.shape[4:])
+            else:
+                kv_SBNHD = self._kv_LSBNHD[layer, :, :, target : target + count]
             yield slice(source, source + count), kv_SBNHD[0], kv_SBNHD[1]
 
     def write(self, layer: int, k_BNHD: Tensor, v_BNHD: Tensor) -> None:
@@ -142,6 +171,33 @@ class KVCache:
             v_slot.copy_(v_BNHD[:, tokens])
 
     def view(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Visible keys and values of ``layer``, [B, visible tokens, H, D] each: a prefix, as slots fill in order."""
-        visible = self.visible_frames * self._tokens_per_frame
+        """Visible keys and values of ``layer``, [B, visible tokens, H, D] each: a prefix, as slots fill in order.
+
+        For a chunk before the newest one they are copies.
+        """
+        tokens = self._tokens_per_frame
+        if self._seen is not None:
+            # As bytes: not every kernel joins float8.
+            kv = self._kv_LSBNHD[layer].view(torch.uint8)
+            runs = [
+                kv[:, :, slot * tokens : (slot + count) * tokens]
+                for _, slot, count in _runs(self._seen)
+                if slot is not None
+            ]
+            k, v = torch.cat(runs, dim=2).view(self.dtype)
+            return k, v
+        visible = self.visible_frames * tokens
         return self._kv_LSBNHD[layer, 0, :, :visible], self._kv_LSBNHD[layer, 1, :, :visible]
+
+
+def _runs(slots: Sequence[int | None]) -> list[tuple[int, int | None, int]]:
+    """(index of the first, its slot, how many) of each run of neighbours, or of frames without a slot."""
+    runs: list[tuple[int, int | None, int]] = []
+    for index, slot in enumerate(slots):
+        if runs:
+            first, before, count = runs[-1]
+            if slot == (None if before is None else before + count):
+                runs[-1] = (first, before, count + 1)
+                continue
+        runs.append((index, slot, 1))
+    return runs

@@ -115,6 +115,7 @@ class Init(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="ini
     )
     interactive_kv_window: _Flag | None = None
     quality: _Text | None = None
+    recache: _Flag = False
     realtime_output_format: Annotated[FormatName, Meta(description=f"one of {', '.join(OUTPUT_FORMATS)}")] | None = None
     output_compression: Annotated[int, _range(1, 100)] | None = None
     realtime_preview_max_width: (

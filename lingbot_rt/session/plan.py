@@ -115,6 +115,7 @@ class ChunkPlan:
     relative_poses: npt.NDArray[np.float64] | None  # [F, 4, 4] frame-to-frame, scaled; None: no camera control
     event_id: int | None  # newest sampled event, echoed in frame headers and stats
     recent_frames: int | None = None  # latent frames before the chunk that it sees beside the sink; None: the window
+    recache: bool = False  # the prompt is new, and the window's K/V are computed again for it
 
 
 @dataclass(frozen=True, slots=True)

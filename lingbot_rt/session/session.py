@@ -75,6 +75,7 @@ class Session:
         self._queue = ConditionQueue(settings.prompt, settings.script)
         self._camera = CameraPath()
         self._window = InteractiveWindow(settings.recent_frames)
+        self._prompt = settings.prompt  # of the newest chunk
         self._next_index = 0
         self._keep_events = keep_events
         self._arrived: deque[tuple[str, Any, int | None]] = deque(maxlen=MAX_RECORDED_EVENTS)
@@ -137,6 +138,10 @@ class Session:
         conditions = self._queue.sample(self.settings.latent_frames)
         actions = conditions.camera_actions
         poses = None if actions is None else self._camera.extend(actions)
+        recache = conditions.recache
+        if recache is None:
+            recache = self.settings.recache and conditions.prompt != self._prompt
+        self._prompt = conditions.prompt
         plan = ChunkPlan(
             session_id=self.id,
             chunk_index=index,
@@ -144,6 +149,7 @@ class Session:
             relative_poses=poses,
             event_id=conditions.event_id,
             recent_frames=self._window.next(poses),
+            recache=recache,
         )
         max_batch = self.settings.output.frames_per_batch
         events = tuple(self._arrived)

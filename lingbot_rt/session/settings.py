@@ -86,6 +86,7 @@ class SessionSettings:
     pinned: Mapping[int, Sequence[PinnedControl]]  # chunk index -> events that this chunk samples
     pause_limit_s: float  # longest pause
     bfloat16_vae: bool = False
+    recache: bool = False  # the window is computed again for every new prompt
     recent_frames: tuple[int, ...] = ()  # of the interactive window: (still, moving); empty: it is off
 
     @property
@@ -153,6 +154,7 @@ def resolve(init: Init, info: ModelInfo, config: ServeConfig) -> SessionSettings
         postprocess=postprocess,
         pause_limit_s=config.pause_limit_s,
         bfloat16_vae=init.quality == "high",
+        recache=init.recache,
         recent_frames=recent_frames(sink_frames, window_frames, latent_frames) if is_interactive else (),
     )
 

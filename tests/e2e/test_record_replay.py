@@ -14,7 +14,7 @@ from tests.e2e.served import running, wire
 
 EVENTS = {
     0: {"kind": "camera_actions", "payload": {"mode": "state", "transitions": [{"actions": ["w"], "client_ts_ms": 1}]}},
-    2: {"kind": "prompt", "payload": "A snowy village at night."},
+    2: {"kind": "prompt", "payload": {"prompt": "A snowy village at night.", "recache": True}},
     3: {"kind": "camera_actions", "payload": {"mode": "state", "transitions": [{"actions": ["l"]}, {"actions": []}]}},
 }
 
@@ -66,6 +66,8 @@ def test_the_record_is_complete(record_folder):
     assert [len(chunk.hashes) for chunk in record.chunks] == [9, 12, 12, 12, 12, 12]
     kinds = [event.kind for chunk in record.chunks for event in chunk.events]
     assert kinds == ["camera_actions", "prompt", "camera_actions"]
+    (prompt,) = [event.payload for chunk in record.chunks for event in chunk.events if event.kind == "prompt"]
+    assert prompt == EVENTS[2]["payload"]
     assert all(chunk.stats["chunk_total_ms"] > 0 for chunk in record.chunks)
     assert record.end.reason == "complete"
 

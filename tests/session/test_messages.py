@@ -258,6 +258,7 @@ WRONG = {
     "realtime_causal_kv_cache_num_frames": [0, 4097, "9"],
     "interactive_kv_window": [1, "true"],
     "quality": [1, True],
+    "recache": [1, "true"],
     "realtime_output_format": ["gif", 1],
     "output_compression": [0, 101, "90"],
     "realtime_preview_max_width": [-1, 8193],

@@ -10,7 +10,7 @@ import pytest
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import InvalidEvent, InvalidInit, PauseExpired
-from lingbot_rt.session.controls import MAX_WAITING
+from lingbot_rt.session.controls import MAX_WAITING, parse_event
 from lingbot_rt.session.messages import EncodedBatch, Event, Init
 from lingbot_rt.session.plan import ChunkResult, ChunkTimings
 from lingbot_rt.session.session import HEARTBEAT_S, SendTimes, Session
@@ -211,6 +211,46 @@ def test_a_prompt_event_is_in_force_from_the_next_chunk():
     it.next_chunk(0)
     it.receive(Event(kind="prompt", payload="A river."), now=0)
     assert [it.next_chunk(0).plan.prompt for _ in range(2)] == ["A river.", "A river."]
+
+
+@pytest.mark.parametrize("init", [False, True])
+def test_recache_is_asked_for_by_the_init_or_by_the_event(init):
+    """The event has the last word. Without one the init decides, and a prompt that stays the same asks for nothing."""
+    for payload, expected in (
+        ("B", init),
+        ({"prompt": "B"}, init),
+        ({"prompt": "B", "recache": True}, True),
+        ({"prompt": "B", "recache": False}, False),
+        (INIT.prompt, False),
+        ({"prompt": INIT.prompt, "recache": True}, True),
+    ):
+        it = session(recache=init, keep_events=True)
+        it.next_chunk(0.0)
+        it.receive(Event(kind="composite_input", payload={"input_types": ["prompt"], "prompt": payload}), 0.0)
+        chunk = it.next_chunk(0.0)
+        assert chunk.plan.recache == expected
+        assert not it.next_chunk(0.0).plan.recache
+        ((kind, kept, _),) = chunk.events
+        assert kind == "prompt"
+        assert parse_event(kind, kept) == parse_event("prompt", payload)
+
+
+@pytest.mark.parametrize(
+    ("payload", "field"),
+    [
+        ({"prompt": "B", "recache": 1}, "prompt.recache"),
+        ({"recache": True}, "prompt"),
+        ({"prompt": {"prompt": "B"}}, "prompt"),
+    ],
+)
+def test_a_wrong_recache_is_refused(payload, field):
+    """By the place of what is wrong; the prompt stays."""
+    it = session()
+    it.next_chunk(0.0)
+    with pytest.raises(InvalidEvent) as refused:
+        it.receive(Event(kind="prompt", payload=payload), 0.0)
+    assert refused.value.field == field
+    assert it.next_chunk(0.0).plan.prompt == INIT.prompt
 
 
 def test_a_script_in_the_init_runs_from_the_first_chunk():
