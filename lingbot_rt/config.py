@@ -85,12 +85,6 @@ class ServeConfig:
         choices=("auto", "v1", "v2"),
         group="model",
     )
-    interactive_kv_window: bool = _option(
-        False,
-        "sessions whose init does not say otherwise see only the latest 12 latent frames while the camera moves, and 3 "
-        "while it stands still, beside the sink and the chunk itself: faster, and not the same frames",
-        group="model",
-    )
     # Device
     num_gpus: int = _option(1, "number of GPUs, with one process per GPU", low=1, high=64, group="device")
     ulysses_degree: int | None = _option(
@@ -203,6 +197,12 @@ class ServeConfig:
         "delta-gzip",
         "how frames are sent when an init names no format",
         choices=OUTPUT_FORMATS,
+        group="server",
+    )
+    interactive_kv_window: bool = _option(
+        False,
+        "sessions whose init does not say otherwise see only the latest 12 latent frames while the camera moves, and 3 "
+        "while it stands still, beside the sink and the chunk itself: faster, and not the same frames",
         group="server",
     )
     log_level: str = _option(

@@ -1,7 +1,7 @@
 """How fast a new prompt reaches the latents, with the window computed again for it and without.
 
-Four sessions of one model have the same noise and keys. One keeps its prompt, three get a new one at the same chunk. One
-of these computes its whole window again before that chunk, however long it takes: the table has the distance of the
+Four sessions of one model have the same noise and keys. One keeps its prompt, three get a new one at the same chunk.
+One of these computes its whole window again before that chunk, however long it takes: the table has the distance of the
 others' latents from its own, in percent of its norm.
 
     python scripts/bench_recache.py tests/golden/e2e/model --size 64x64 --window 18 --sink 9
