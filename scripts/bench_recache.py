@@ -40,7 +40,8 @@ def run(pipeline: Pipeline, plan: SessionPlan, how: str, args: argparse.Namespac
         prompt = args.to if is_new else plan.prompt
         recache = how in (RECACHED, AT_ONCE) and index == args.before
         if how == AT_ONCE and recache:
-            text_kv, recache = session.text_kv(prompt, recache=True), False
+            text_kv, recache = session.text_kv(prompt), False
+            session.recache.begin()
             while (past := session.recache.next()) is not None:
                 ChunkForward.of(pipeline, session, past.index, text_kv, past.relative_poses).commit_again(past.latents)
         poses = camera.extend((("w",),) * plan.latent_frames)

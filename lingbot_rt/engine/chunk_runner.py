@@ -29,8 +29,10 @@ def run_chunk(
     session.limit_window(plan.recent_frames)
 
     with clock.stage("text"):
-        text_kv = session.text_kv(plan.prompt, recache=plan.recache)
+        text_kv = session.text_kv(plan.prompt)
 
+    if plan.recache:
+        session.recache.begin()
     if (past := session.recache.next()) is not None:
         with clock.stage("recache"):
             ChunkForward.of(pipeline, session, past.index, text_kv, past.relative_poses).commit_again(past.latents)

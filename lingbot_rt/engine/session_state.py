@@ -72,17 +72,12 @@ class SessionState:
         self.text_kv(plan.prompt)
         self.postprocessor = pipeline.open_postprocessor(plan)
 
-    def text_kv(self, prompt: str, *, recache: bool = False) -> TextKV:
-        """Cross-attention K/V of ``prompt``; computed when it differs from the last one.
-
-        The world's K/V are kept, or with ``recache`` computed again in the course of the next chunks.
-        """
+    def text_kv(self, prompt: str) -> TextKV:
+        """Cross-attention K/V of ``prompt``; computed when it differs from the last one, the world's K/V are kept."""
         if prompt != self._prompt:
             self._text_kv = self._pipeline.text_kv(prompt)
             self._prompt = prompt
             self.recache.stop()
-        if recache:
-            self.recache.begin()
         return self._text_kv
 
     def camera(self, relative_poses: Pose | None) -> CameraModulation | None:

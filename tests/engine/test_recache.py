@@ -122,7 +122,8 @@ def test_each_chunk_is_computed_as_by_hand(pipeline, session_plan, sink, window)
     for index in range(6, 10):
         before = window_of(walk.session.cache)
         if index == 6:
-            walk.session.text_kv(NEW, recache=True)
+            walk.session.text_kv(NEW)
+            walk.session.recache.begin()
         past = walk.session.recache.next()
         if past is None:
             continue

@@ -37,7 +37,9 @@ wire = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(
-            st.sampled_from(["mode", "transitions", "actions", "input_types", "prompt", "x"]), inner, max_size=4
+            st.sampled_from(["mode", "transitions", "actions", "input_types", "prompt", "recache", "x"]),
+            inner,
+            max_size=4,
         )
     ),
     max_leaves=6,
