@@ -199,6 +199,12 @@ class ServeConfig:
         choices=OUTPUT_FORMATS,
         group="server",
     )
+    interactive_kv_window: bool = _option(
+        False,
+        "sessions whose init does not say otherwise see only the latest 12 latent frames while the camera moves, and 3 "
+        "while it stands still, beside the sink and the chunk itself: faster, and not the same frames",
+        group="server",
+    )
     log_level: str = _option(
         "info",
         "lowest level that is logged",

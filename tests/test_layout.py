@@ -24,7 +24,7 @@ ONE_MODEL = {"models/dit.py"}
 MAX_LINES = 500
 MAX_PARAMETERS = 8
 MANY_PARAMETERS = {
-    "lingbot_rt.models.kv_cache.KVCache.__init__",  # nine, keyword-only: the shape of the cache
+    "lingbot_rt.models.kv_cache.KVCache.__init__",  # ten, keyword-only: the shape of the cache
     # Triton kernels: pointers, strides and constants, passed by name in one place each.
     "lingbot_rt.models.fused_kernels._residual_norm",
     "lingbot_rt.models.fused_kernels._project_heads",

@@ -137,11 +137,11 @@ class SyntheticSession:
         """Makes ``chunk_index`` the next chunk, as if all chunks before it had run. The window keeps its content."""
         self._next = chunk_index
 
-    def step(self) -> TimedChunk:
-        """Runs the next chunk."""
+    def step(self, recent_frames: int | None = None) -> TimedChunk:
+        """Runs the next chunk, which sees so many latent frames before it; None: the whole window."""
         keys = _KEYS[self._next % len(_KEYS)]
         poses = self._camera.extend((keys,) * self._plan.latent_frames)
-        plan = ChunkPlan(self._plan.session_id, self._next, self._plan.prompt, poses, None)
+        plan = ChunkPlan(self._plan.session_id, self._next, self._plan.prompt, poses, None, recent_frames=recent_frames)
         first_at: list[float] = []
 
         def emit(group: FrameGroup) -> None:

@@ -81,7 +81,7 @@ def pipeline_report(pipeline: Pipeline, weights: str, run: Run, roofline: Roofli
     roofline_ms = 1000 * roofline.seconds(work.dit) / pipeline.ranks.world
     frames = sum(chunk.result.num_frames for chunk in run.chunks)
     return PipelineReport(
-        setting=_setting(pipeline, weights, run),
+        setting=setting_of(pipeline, weights, run),
         stages_ms=spreads,
         frames_per_s=1000 * frames / sum(stage["total"] for stage in stages),
         tflop={name: part.total / _TERA for name, part in flops.items()},
@@ -143,7 +143,7 @@ def as_text(report: PipelineReport) -> str:
     )
 
 
-def _setting(pipeline: Pipeline, weights: str, run: Run) -> Setting:
+def setting_of(pipeline: Pipeline, weights: str, run: Run) -> Setting:
     plan, workload = run.plan, run.workload
     return Setting(
         model=pipeline.model_info.model_path,

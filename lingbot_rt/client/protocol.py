@@ -196,9 +196,12 @@ class BaseSession(ABC, Generic[Sent]):
         self._held = ()
         return self._event("camera_poses", payload)
 
-    def prompt(self, text: str) -> Sent:
-        """Change the prompt from the next chunk on."""
-        return self._event("prompt", text)
+    def prompt(self, text: str, *, recache: bool | None = None) -> Sent:
+        """Change the prompt from the next chunk on.
+
+        ``recache``: whether the server computes its window again for it; None is what the init said.
+        """
+        return self._event("prompt", text if recache is None else {"prompt": text, "recache": recache})
 
     def _event(self, kind: str, payload: object) -> Sent:
         self._event_id += 1

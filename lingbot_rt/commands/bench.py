@@ -5,76 +5,68 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from lingbot_rt.commands.bench_options import (
+    add_collectives_options,
+    add_fidelity_options,
+    add_pipeline_options,
+    add_serve_options,
+    add_targets_options,
+    add_transport_options,
+)
 from lingbot_rt.commands.local_engine import StartupBars
 from lingbot_rt.commands.options import (
-    add_client_options,
-    add_options_named,
-    add_size_option,
     api_key_from,
     given_options,
-    non_negative_int,
     output_file,
-    path_text,
-    positive_float,
-    positive_int,
-    real_number,
     require_existing,
     require_session_size,
-    rising_ints,
-    whole_number,
 )
 from lingbot_rt.commands.output import say
 from lingbot_rt.config import OUTPUT_FORMATS, ServeConfig
 from lingbot_rt.errors import ConfigError
-from lingbot_rt.session.messages import FPS_RANGE, STEPS_RANGE
-from lingbot_rt.shapes import FrameSize
 
 if TYPE_CHECKING:
     from lingbot_rt.bench.pipeline import Workload
     from lingbot_rt.bench.pipeline_report import PipelineReport
     from lingbot_rt.bench.ranks import Job
-
-DEVICE_OPTIONS = (
-    "schedule",
-    "device",
-    "dtype",
-    "quantization",
-    "kv_cache_dtype",
-    "vae_dtype",
-    "compile",
-    "compile_cache",
-    "dit_cpu_offload",
-    "attention_backend",
-    "vae_parallel",
-)
-"""The options of ``serve`` that change the pipeline's steps or speed."""
-
-VARIED_OPTIONS = ("quantization", "kv_cache_dtype", "vae_dtype")
-"""Those that the cases of ``targets`` and the variants of ``fidelity`` set themselves."""
+    from lingbot_rt.bench.windows import WindowsReport
+    from lingbot_rt.engine.pipeline import Pipeline
+    from lingbot_rt.parallel.coordinator import Coordinator
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     for kind, summary, add_options, measure in (
-        ("pipeline", "chunk time on the device: DiT, VAE, frames/s, TFLOP/s", _add_pipeline, _pipeline),
+        ("pipeline", "chunk time on the device: DiT, VAE, frames/s, TFLOP/s", add_pipeline_options, _pipeline),
         (
             "collectives",
             "what several GPUs exchange per chunk: ms, GB/s, share of a chunk",
-            _add_collectives,
+            add_collectives_options,
             _collectives,
         ),
-        ("targets", "every performance target for one GPU, beside the measured value", _add_targets, _targets),
+        ("targets", "every performance target for one GPU, beside the measured value", add_targets_options, _targets),
         (
             "fidelity",
             "how far faster settings are from the exact one: errors of latents, PSNR of frames",
-            _add_fidelity,
+            add_fidelity_options,
             _fidelity,
         ),
-        ("transport", "encoding time and size of each transport, beside plain Pillow", _add_transport, _transport),
-        ("serve", "a running server as its client sees it: rate, latency, jitter, underruns", _add_serve, _serve),
+        (
+            "transport",
+            "encoding time and size of each transport, beside plain Pillow",
+            add_transport_options,
+            _transport,
+        ),
+        (
+            "serve",
+            "a running server as its client sees it: rate, latency, jitter, underruns",
+            add_serve_options,
+            _serve,
+        ),
     ):
         options = kinds.add_parser(kind, help=summary, description=f"Measures {summary}.")
         add_options(options)
@@ -90,188 +82,24 @@ def run(args: argparse.Namespace) -> int:
     return args.measure(args)
 
 
-def _add_pipeline(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
-    _add_steps(parser)
-    parser.add_argument(
-        "--random-weights", action="store_true", help="use the model's shapes with random weights; reads no weight file"
-    )
-    parser.add_argument(
-        "--num-gpus",
-        dest="ranks",
-        type=rising_ints,
-        default=(1,),
-        metavar="N[,N...]",
-        help="GPUs that share each session; several numbers, such as 1,2,4, are measured in turn and compared "
-        "(default: 1)",
-    )
-    _add_window(parser)
-    _add_chunks(parser, 20, "chunks to measure")
-    parser.add_argument(
-        "--warm",
-        type=non_negative_int,
-        metavar="N",
-        help="warm-up chunks (default: as many as fill the window, at least 6)",
-    )
-    parser.add_argument(
-        "--case",
-        choices=("sglang-ci",),
-        metavar="sglang-ci",
-        help="sglang-ci: measure chunks 0 to 3 of --chunks / 4 sessions, with window 18 and sink 9",
-    )
-    add_options_named(parser, DEVICE_OPTIONS)
-    parser.add_argument("--plot", type=output_file, metavar="FILE.png", help="draw a bar chart of the stages")
-    parser.add_argument(
-        "--profile", type=output_file, metavar="FILE.json", help="write a Chrome trace of one chunk after measuring"
-    )
-
-
-def _add_collectives(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
-    _add_steps(parser)
-    add_options_named(parser, ("device", "dtype"))
-    parser.add_argument(
-        "--num-gpus",
-        dest="ranks",
-        type=positive_int,
-        default=2,
-        metavar="N",
-        help="GPUs that exchange data (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=positive_int,
-        default=20,
-        metavar="N",
-        help="calls per round; there are five rounds (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--chunk-ms", type=positive_float, metavar="MS", help="chunk time from `bench pipeline`, to print shares of it"
-    )
-
-
-def _add_targets(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
-    _add_window(parser)
-    _add_chunks(parser, 10, "chunks to measure per case")
-    parser.add_argument(
-        "--far",
-        type=positive_int,
-        default=2000,
-        metavar="N",
-        help="chunk index that is compared with the first chunks of a full window (default: %(default)s)",
-    )
-    _add_options_of_cases(parser)
-
-
-def _add_fidelity(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
-    _add_steps(parser)
-    _add_window(parser)
-    _add_chunks(parser, 12, "chunks of each session")
-    parser.add_argument(
-        "--frames-model",
-        type=path_text,
-        default="builtin",
-        metavar="TEXT",
-        help="model with weights whose frames are compared: builtin, a diffusers folder, or a hub id (default: "
-        "%(default)s)",
-    )
-    _add_options_of_cases(parser)
-
-
-def _add_transport(parser: argparse.ArgumentParser) -> None:
-    add_size_option(parser, default=FrameSize(832, 480))
-    parser.add_argument(
-        "--frames", type=positive_int, default=96, metavar="N", help="frames to measure (default: %(default)s)"
-    )
-
-
-def _add_serve(parser: argparse.ArgumentParser) -> None:
-    from lingbot_rt.commands.session_options import add_first_frame_option
-
-    add_client_options(parser)
-    add_size_option(parser)
-    add_first_frame_option(parser)
-    _add_chunks(parser, 30, "chunks of the session")
-    parser.add_argument(
-        "--fps", type=real_number(*FPS_RANGE), default=16.0, metavar="N", help="frame rate of the session (default: 16)"
-    )
-    parser.add_argument(
-        "--press-every",
-        type=positive_float,
-        default=0.7,
-        metavar="S",
-        help="mean seconds between key changes (default: 0.7)",
-    )
-    parser.add_argument(
-        "--playback-fps",
-        type=positive_float,
-        metavar="N",
-        help="frame rate of the simulated video player that counts underruns (default: --fps)",
-    )
-    parser.add_argument(
-        "--playback-lead",
-        type=positive_float,
-        default=0.5,
-        metavar="S",
-        help="seconds that this player buffers before it starts (default: 0.5)",
-    )
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        type=path_text,
-        default="lingbot-world-fast",
-        metavar="TEXT",
-        help="lingbot-world-fast or lingbot-world-v2 (shapes of the published 14B), builtin, a diffusers folder, or a "
-        "hub id (default: %(default)s)",
-    )
-    add_size_option(parser)
-
-
-def _add_steps(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--steps", type=whole_number(*STEPS_RANGE), metavar="N", help="denoise steps per chunk (default: the model's)"
-    )
-
-
-def _add_window(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--window", type=positive_int, metavar="N", help="latent frames in the window (default: the model's; 14B: 18)"
-    )
-    parser.add_argument(
-        "--sink",
-        type=non_negative_int,
-        metavar="N",
-        help="latent frames of the window kept from the session's start (default: the model's; 14B: 9)",
-    )
-
-
-def _add_options_of_cases(parser: argparse.ArgumentParser) -> None:
-    excluded = (*VARIED_OPTIONS, "vae_parallel")  # which needs several GPUs
-    add_options_named(parser, [name for name in DEVICE_OPTIONS if name not in excluded])
-
-
-def _add_chunks(parser: argparse.ArgumentParser, default: int, meaning: str) -> None:
-    parser.add_argument(
-        "--chunks", type=positive_int, default=default, metavar="N", help=f"{meaning} (default: %(default)s)"
-    )
-
-
 def _pipeline(args: argparse.Namespace) -> int:
     from lingbot_rt.bench import scaling
     from lingbot_rt.bench.chart import bar_chart
     from lingbot_rt.bench.figures import write_json
     from lingbot_rt.bench.pipeline import Workload
     from lingbot_rt.bench.pipeline_report import as_text
+    from lingbot_rt.bench.windows import as_text as windows_text
 
     opening = args.case == "sglang-ci"
     if opening and args.warm is not None:
         raise ConfigError("--warm: the case sglang-ci starts at chunk 0 and does its own warm-up", field="warm")
     if len(args.ranks) > 1 and (args.plot or args.profile):
         raise ConfigError("--plot and --profile need one measurement: name one --num-gpus", field="num_gpus")
+    if args.windows and (opening or len(args.ranks) > 1 or args.plot or args.profile):
+        raise ConfigError(
+            "--interactive-kv-window compares steady chunks on one --num-gpus, without --plot and --profile",
+            field="interactive_kv_window",
+        )
     workload = Workload(
         size=args.size,
         sink_frames=args.sink if args.sink is not None or not opening else 9,
@@ -282,6 +110,11 @@ def _pipeline(args: argparse.Namespace) -> int:
         opening=opening,
     )
     jobs = [_job(args, ranks) for ranks in args.ranks]
+    if args.windows:
+        windows = _measure_windows(jobs[0], workload)
+        say(windows_text(windows))
+        write_json(args.json, windows)
+        return 0
     reports = []
     for job in jobs:
         reports.append(_measure(job, workload, args.profile))
@@ -297,14 +130,10 @@ def _pipeline(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(job: Job, workload: Workload, trace: str | None) -> PipelineReport:
-    """Loads the networks, measures them and frees them. Prints the loading time on stderr, beside the bars."""
-    from tqdm import tqdm
-
-    from lingbot_rt.bench.pipeline import profile_chunk, run_chunks
-    from lingbot_rt.bench.pipeline_report import full_shape, pipeline_report
+@contextmanager
+def _loaded(job: Job) -> Iterator[tuple[Pipeline, Coordinator]]:
+    """The networks, freed at the end. Prints the loading time on stderr, beside the bars."""
     from lingbot_rt.bench.ranks import pipeline_on_ranks
-    from lingbot_rt.bench.roofline import measure_roofline
 
     started = time.perf_counter()
     with ExitStack() as stack:
@@ -314,15 +143,39 @@ def _measure(job: Job, workload: Workload, trace: str | None) -> PipelineReport:
         schedule = f"shift {pipeline.schedule.shift:g}, steps {', '.join(map(str, pipeline.schedule.steps))}"
         loaded = f"{job.config.model_path} loaded on {pipeline.model_info.device} in {took_s:.1f} s"
         print(f"{loaded}; schedule: {schedule}", file=sys.stderr)
+        yield pipeline, coordinator
+
+
+def _measure_windows(job: Job, workload: Workload) -> WindowsReport:
+    from tqdm import tqdm
+
+    from lingbot_rt.bench.windows import measure_windows
+
+    with _loaded(job) as (pipeline, coordinator), tqdm(unit="chunk", disable=None) as bar:
+        return measure_windows(pipeline, workload, _weights(job), bar.update, coordinator)
+
+
+def _measure(job: Job, workload: Workload, trace: str | None) -> PipelineReport:
+    from tqdm import tqdm
+
+    from lingbot_rt.bench.pipeline import profile_chunk, run_chunks
+    from lingbot_rt.bench.pipeline_report import full_shape, pipeline_report
+    from lingbot_rt.bench.roofline import measure_roofline
+
+    with _loaded(job) as (pipeline, coordinator):
         plan = workload.session_plan(pipeline)
         total = workload.warm_chunks(plan) + workload.measured_chunks()
         with tqdm(total=total, unit="chunk", disable=None) as bar:
             run = run_chunks(pipeline, workload, bar.update, coordinator)
         roofline = measure_roofline(pipeline, full_shape(plan))
-        report = pipeline_report(pipeline, "random" if job.random_weights else "loaded", run, roofline)
+        report = pipeline_report(pipeline, _weights(job), run, roofline)
         if trace:
             profile_chunk(pipeline, workload, trace, coordinator)
         return report
+
+
+def _weights(job: Job) -> str:
+    return "random" if job.random_weights else "loaded"
 
 
 def _collectives(args: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_session_options(parser, default_out="clip.mp4")
-    add_config_options(parser, ("model", "device"))
+    add_config_options(parser, ("model", "device"), also=("interactive_kv_window",))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lingbot_rt.config import FLASH_ATTENTION, flag
+from lingbot_rt.config import ENV_PREFIX, FLASH_ATTENTION, flag
 from lingbot_rt.config_values import environment_value
 from lingbot_rt.errors import ConfigError, quoted
 
@@ -201,13 +201,14 @@ REFERENCE_FLAGS = (
 )
 
 _KERNELS = {"fa": "auto", "torch_sdpa": "sdpa"}
+SWITCHES = {"SGLANG_LINGBOT_ENABLE_INTERACTIVE_KV_WINDOW": "interactive_kv_window"}
+"""Variables of the reference that set an option here, unless its flag or its own variable does."""
+
 VARIABLES = {
-    "SGLANG_LINGBOT_ENABLE_INTERACTIVE_KV_WINDOW": "a session's window does not change with its keys; an init sets it "
-    "by realtime_causal_kv_cache_num_frames",
     "SGLANG_LINGBOT_LAZY_VAE_ENCODE_BLACK_FRAMES": "only the blank frames of two chunks are ever encoded, whatever the "
     "value",
 }
-"""Variables of the reference: what is different here."""
+"""Variables of the reference without effect: what is different here."""
 
 
 def add_reference_options(parser: argparse.ArgumentParser) -> None:
@@ -239,10 +240,17 @@ def translate(
             each.apply(each.name, text.strip(), to)
     if to.idle:
         to.warnings.append(f"no effect here: {', '.join(to.idle)}; see docs/reference-flags.md")
+    for name, option in SWITCHES.items():
+        if _is_on(name, environment) and environment_value(ENV_PREFIX + option.upper(), environment) is None:
+            to.fields.setdefault(option, True)
     for name, here in VARIABLES.items():
-        if (environment_value(name, environment) or "").lower() not in ("", "0", "false"):
+        if _is_on(name, environment):
             to.warnings.append(f"{name}: no effect here: {here}")
     return to
+
+
+def _is_on(name: str, environment: Mapping[str, str]) -> bool:
+    return (environment_value(name, environment) or "").lower() not in ("", "0", "false", "no", "off")
 
 
 def _kernel(to: Translation) -> None:

@@ -9,6 +9,7 @@ import torch
 from lingbot_rt.engine.dmd import ChunkForward, denoise
 from lingbot_rt.engine.frame_readback import FrameReadback
 from lingbot_rt.engine.pipeline import Pipeline
+from lingbot_rt.engine.recache import CommittedChunk
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.stage_clock import StageClock
 from lingbot_rt.session.plan import ChunkPlan, ChunkResult, ChunkTimings, FrameGroup
@@ -25,31 +26,40 @@ def run_chunk(
     """
     clock = StageClock(pipeline.device)
     pipeline.ranks.begin_chunk()
-    start_frame = plan.chunk_index * session.plan.latent_frames
+    session.limit_window(plan.recent_frames)
 
     with clock.stage("text"):
         text_kv = session.text_kv(plan.prompt)
 
-    with clock.stage("camera"):
-        camera = session.camera(plan.relative_poses, plan.intrinsics)
+    if plan.recache:
+        session.recache.begin()
+    if (past := session.recache.next()) is not None:
+        with clock.stage("recache"):
+            again = ChunkForward.of(pipeline, session, past.index, text_kv, past.relative_poses, past.lenses)
+            again.commit_again(past.latents)
 
-    forward = ChunkForward(pipeline.dit, session, text_kv, camera, session.condition(plan.chunk_index), start_frame)
+    with clock.stage("camera"):
+        camera = plan.relative_poses, plan.intrinsics
+        forward = ChunkForward.of(pipeline, session, plan.chunk_index, text_kv, *camera)
+
     with clock.stage("denoise"):
         latents = denoise(forward, pipeline.schedule, session.plan.num_steps, session.draw)
 
+    decoding = pipeline.decoding(session.plan)
     with FrameReadback(pipeline.device, session.postprocessor, emit) as readback:
         readback.check(latents)
         # The frames leave before the context pass. On an accelerator they could be decoded beside it. But both fill the
         # device: a chunk would be 0.5 % shorter, and its first frames would leave in twice the time.
-        with pipeline.vae_placement.on_device(), clock.stage("vae"):
+        with decoding.placement.on_device(), clock.stage("vae"):
             for i in range(session.plan.latent_frames):
                 session.raise_if_cancelled()
-                pixels = pipeline.decode(latents[:, :, i : i + 1], session.features)
+                pixels = decoding.decode(latents[:, :, i : i + 1], session.features)
                 if pixels is not None:
                     readback.push(pixels, plan.chunk_index, i, session.plan.latent_frames)
 
         with clock.stage("context"):
             forward.commit(latents)
+    session.recache.keep(CommittedChunk(plan.chunk_index, latents, *camera))
 
     stages = clock.finish()
     postprocess = session.postprocessor.take_timings()
@@ -60,7 +70,7 @@ def run_chunk(
         window_frames=session.cache.visible_frames,
         timings=ChunkTimings(
             prepare_ms=stages["text"] + stages["camera"],
-            dit_ms=stages["denoise"] + stages["context"],
+            dit_ms=stages["denoise"] + stages["context"] + stages.get("recache", 0.0),
             vae_ms=stages["vae"] - sum(postprocess.values()),
             postprocess=postprocess,
             total_ms=clock.total_ms,

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from lingbot_rt.engine.flow_match import CLEAN, FlowSchedule, predict_x0, renoise
+from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.models.dit import CameraModulation, CausalDiT, TextKV
 from lingbot_rt.models.i2v_condition import MASK_CHANNELS
 from lingbot_rt.models.kv_cache import KVCache
+from lingbot_rt.session.camera_path import Pose
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,20 @@ class ChunkForward:
     camera: CameraModulation | None
     condition: Tensor  # [1, 4 + z, F, h, w]
     start_frame: int
+
+    @classmethod
+    def of(
+        cls,
+        pipeline: Pipeline,
+        session: SessionState,
+        chunk_index: int,
+        text_kv: TextKV,
+        relative_poses: Pose | None,
+        lenses: Pose | None,
+    ) -> ChunkForward:
+        """Of chunk ``chunk_index`` of the session, whose camera has these poses [F, 4, 4] and intrinsics [F, 4]."""
+        camera, condition = session.camera(relative_poses, lenses), session.condition(chunk_index)
+        return cls(pipeline.dit, session, text_kv, camera, condition, chunk_index * session.plan.latent_frames)
 
     def flow(self, x_BCFHW: Tensor, timestep: float) -> Tensor:
         """The velocity v. With guidance g > 1 it is u + g (c - u), c for the prompt and u for the negative prompt."""
@@ -43,6 +59,10 @@ class ChunkForward:
         if self.session.negative is not None:
             negative = self.session.negative
             self._forward(latents_BCFHW, CLEAN, negative.text_kv, negative.cache, commit=True)
+
+    def commit_again(self, latents_BCFHW: Tensor) -> None:
+        """``commit`` for another prompt. A negative prompt does not change, so its window stays as it is."""
+        self._forward(latents_BCFHW, CLEAN, self.text_kv, self.session.cache, commit=True)
 
     def _forward(self, x: Tensor, timestep: float, text_kv: TextKV, cache: KVCache, commit: bool = False) -> Tensor:
         self.session.raise_if_cancelled()

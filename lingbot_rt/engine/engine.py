@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -41,6 +41,18 @@ _LESS_MEMORY = (
 )
 
 
+class Shape(NamedTuple):
+    """What code is compiled for."""
+
+    size: FrameSize
+    latent_frames: int
+    half_vae: bool = False  # the second VAE
+
+    def __str__(self) -> str:
+        vae = ", the VAE in bfloat16" if self.half_vae else ""
+        return f"{self.size} with {self.latent_frames} latent frames per chunk{vae}"
+
+
 class Engine:
     """Owns the pipeline and the sessions' device state. All methods are called from one event loop."""
 
@@ -50,8 +62,8 @@ class Engine:
         self._status = EngineStatus()
         self._pipeline: Pipeline | None = None
         self._sessions: dict[str, SessionState] = {}
-        # Sizes and latent frames per chunk that compiled code is there for. The engine thread replaces it as a whole.
-        self._compiled: tuple[tuple[FrameSize, int], ...] = ()
+        # What compiled code is there for. The engine thread replaces it as a whole.
+        self._compiled: tuple[Shape, ...] = ()
         self._warm_up: LimitedWarmUp | None = None  # of the session that opens
         self._warm_up_took_s: float | None = None  # the newest one
         self._coordinator = create_coordinator(config, self._lose, worker_command(config))
@@ -99,12 +111,16 @@ class Engine:
         """Sizes at which a session opens without a warm-up, with the model's latent frames; None: all of them."""
         if self._pipeline is None or not self.model_info.compiled:
             return None
-        return tuple(size for size, frames in self._compiled if frames == self.model_info.latent_frames)
+        own = self.model_info.latent_frames
+        return tuple(shape.size for shape in self._compiled if (shape.latent_frames, shape.half_vae) == (own, False))
 
     def warm_up_of(self, plan: SessionPlan) -> WarmUp | None:
         """The warm-up that ``open`` begins with: of the first session of a shape, while any more may be compiled."""
-        is_known = (plan.size, plan.latent_frames) in self._compiled
-        if not self.model_info.compiled or is_known or len(self._compiled) >= COMPILED_SHAPES:
+        if (
+            not self.model_info.compiled
+            or self._shape_of(plan) in self._compiled
+            or len(self._compiled) >= COMPILED_SHAPES
+        ):
             return None
         return WarmUp(plan.size, plan.latent_frames, self._warm_up_took_s)
 
@@ -201,17 +217,17 @@ class Engine:
                     lambda done: self._report(EngineStatus("warming up", done)),
                     postprocess=self._config.enable_upscaling_warmup,
                 ):
-                    self._compiled = ((pipeline.model_info.default_size, pipeline.model_info.latent_frames),)
+                    self._compiled = (Shape(pipeline.model_info.default_size, pipeline.model_info.latent_frames),)
         self._report(EngineStatus("ready"))
 
     def _compile_for(self, plan: SessionPlan, warm_up: LimitedWarmUp) -> None:
-        shape = (plan.size, plan.latent_frames)
+        shape = self._shape_of(plan)
         if shape in self._compiled:  # by the session before, while this one waited for the thread
             return
         # What does not fit is not compiled for either.
         require_room(self._loaded, plan)
         limit_s = self._config.session_warmup_limit_s
-        log.info("first session of %s with %d latent frames per chunk: compiling", *shape)
+        log.info("first session of %s: compiling", shape)
         begun = time.monotonic()
         try:
             with self._coordinator.command(WarmUpShape(plan), limit_s):
@@ -221,14 +237,16 @@ class Engine:
                 raise
             ready = ", ".join(map(str, self.warm_sizes or ()))
             raise CapacityError(
-                f"compiling for {plan.size} with {plan.latent_frames} latent frames per chunk took longer than "
-                f"{limit_s:g} s (--session-warmup-limit-s): try again, compiled parts are kept"
-                + (f", or use {ready}" if ready else ""),
+                f"compiling for {shape} took longer than {limit_s:g} s (--session-warmup-limit-s): try again, compiled "
+                "parts are kept" + (f", or use {ready}" if ready else ""),
                 field="size",
             ) from None
         self._warm_up_took_s = time.monotonic() - begun
         self._compiled += (shape,)
-        log.info("compiled for %s with %d latent frames per chunk in %.0f s", *shape, self._warm_up_took_s)
+        log.info("compiled for %s in %.0f s", shape, self._warm_up_took_s)
+
+    def _shape_of(self, plan: SessionPlan) -> Shape:
+        return Shape(plan.size, plan.latent_frames, self._loaded.half_vae_of(plan) is not None)
 
     def _report(self, status: EngineStatus) -> None:
         self._coordinator.ranks.tick()

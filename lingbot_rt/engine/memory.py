@@ -33,14 +33,16 @@ class MemoryPlan:
     text_bytes: int  # embeddings and K/V of the prompts
     condition_bytes: int  # i2v condition
     opening_bytes: int  # in addition, while the session opens
-    chunk_bytes: int  # in addition, inside a chunk: camera modulation, feature cache, activations
+    chunk_bytes: (
+        int  # in addition, inside a chunk: camera modulation, latents of the window, feature cache, activations
+    )
     postprocess_bytes: int  # of upscaling and interpolation, which run beside the forward
+    vae_bytes: int = 0  # weights of the second VAE, while they are still to be made
 
     @property
     def beside_window_bytes(self) -> int:
-        return (
-            self.text_bytes + self.condition_bytes + max(self.opening_bytes, self.chunk_bytes) + self.postprocess_bytes
-        )
+        beside = self.text_bytes + self.condition_bytes + self.postprocess_bytes + self.vae_bytes
+        return beside + max(self.opening_bytes, self.chunk_bytes)
 
     @property
     def total_bytes(self) -> int:
@@ -90,14 +92,19 @@ def session_memory(
     if setup.compiled:
         # Measured on an H200: compiled code holds the old features until the new ones are complete.
         decode += features
+    # A chunk that is computed again for a new prompt sees a copy of a layer, without the newest chunk.
+    copied = max(window_frames - latent_frames, 0)
+    forward += window_bytes(config, size, copied, setup.window_dtype) // config.num_layers // setup.ranks
     if setup.converts_window:
         forward += window_bytes(config, size, window_frames, setup.dtype) // config.num_layers // setup.ranks
+    kept_frames = window_frames + 2 * latent_frames  # some chunks are partly in the sink or in the ring
+    latents = kept_frames * size.latent_height * size.latent_width * config.out_channels * torch.float32.itemsize
     return MemoryPlan(
         window_bytes=branches * window_bytes(config, size, window_frames, setup.window_dtype) // setup.ranks,
         text_bytes=branches * prompt,
         condition_bytes=2 * cells * (config.in_channels - config.out_channels) * torch.float32.itemsize,
         opening_bytes=peak.encode,
-        chunk_bytes=camera + max(features + forward, decode),
+        chunk_bytes=camera + latents + max(features + forward, decode),
         postprocess_bytes=0,
     )
 
@@ -107,9 +114,10 @@ def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
 
     Loads the networks of these. Raises InvalidInit when they do not load.
     """
+    half = pipeline.half_vae_of(plan)
     setup = Setup(
         config=pipeline.dit.config,
-        vae=pipeline.vae,
+        vae=pipeline.vae if half is None else half.for_plans,
         dtype=pipeline.dtype,
         window_dtype=pipeline.kv_cache_dtype,
         quantization=pipeline.model_info.quantization,
@@ -120,7 +128,11 @@ def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
     )
     branches = 2 if plan.guidance_scale > 1 else 1
     planned = session_memory(setup, plan.size, plan.latent_frames, plan.window_frames, branches)
-    return replace(planned, postprocess_bytes=pipeline.open_postprocessor(plan).memory_bytes())
+    return replace(
+        planned,
+        postprocess_bytes=pipeline.open_postprocessor(plan).memory_bytes(),
+        vae_bytes=0 if half is None else half.missing_bytes,
+    )
 
 
 def require_room(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:

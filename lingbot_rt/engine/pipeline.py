@@ -11,6 +11,7 @@ import torch
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.compilation import resolve_compile, set_compile_cache
+from lingbot_rt.engine.decoding import Decoding, HalfVAE
 from lingbot_rt.engine.device import describe_device, resolve_device, resolve_dtype, resolve_kv_cache_dtype
 from lingbot_rt.engine.flow_match import FlowSchedule
 from lingbot_rt.engine.memory import release_unused
@@ -62,12 +63,22 @@ class Pipeline:
     decode: FrameDecoder
     text_encoder: PromptEncoder
     postprocess: PostprocessNetworks
+    half_vae: HalfVAE | None = None  # None: the VAE is in bfloat16 itself
     ranks: Ranks = field(default_factory=SingleRank)
 
     @property
     def own_heads(self) -> int:
         """Attention heads of this rank, whose K/V are in its window."""
         return self.dit.config.num_attention_heads // self.ranks.world
+
+    def half_vae_of(self, plan: SessionPlan) -> HalfVAE | None:
+        """The second VAE, if the session takes it."""
+        return self.half_vae if plan.bfloat16_vae else None
+
+    def decoding(self, plan: SessionPlan) -> Decoding:
+        """The VAE of a session. The second one is made when it is first asked for."""
+        half = self.half_vae_of(plan)
+        return Decoding(self.vae, self.vae_placement, self.decode) if half is None else half.get()
 
     def open_postprocessor(self, plan: SessionPlan) -> PostProcessor:
         """The session's upscaling and interpolation. Raises InvalidInit when their networks do not load."""
@@ -151,6 +162,13 @@ def _assembled(config: ServeConfig, folder: CheckpointFolder, networks: Networks
     if compiled:
         set_compile_cache(config.compile_cache)
         compile_networks(dit, vae, device, kv_cache_dtype)
+
+    def set_up(other: StreamingVAE) -> Decoding:
+        other_decode = parallelize_decoder(other, ranks, config.vae_parallel)
+        if compiled:
+            other.compile()
+        return Decoding(other, Placement(other, device, offload=config.vae_cpu_offload), other_decode)
+
     schedule = FlowSchedule(folder.schedule.shift, folder.schedule.steps)
     info = ModelInfo(
         model_id=config.model_id,
@@ -195,6 +213,7 @@ def _assembled(config: ServeConfig, folder: CheckpointFolder, networks: Networks
         decode=decode,
         text_encoder=text_encoder,
         postprocess=PostprocessNetworks(device),
+        half_vae=None if vae.dtype == torch.bfloat16 else HalfVAE(vae, set_up),
         ranks=ranks,
     )
 

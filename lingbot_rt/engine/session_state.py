@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lingbot_rt.engine.flow_match import CLEAN
 from lingbot_rt.engine.pipeline import Pipeline
+from lingbot_rt.engine.recache import Recache
 from lingbot_rt.errors import ChunkCancelled
 from lingbot_rt.models.dit import CameraModulation, TextKV, TimeModulation
 from lingbot_rt.models.feature_cache import FeatureCache
@@ -52,6 +53,11 @@ class SessionState:
         self._noise_device = pipeline.noise_device
         self._generator = torch.Generator(self._noise_device).manual_seed(plan.seed)
         self.cache = self._new_cache()
+        latent_frames = plan.latent_frames
+        self.recache = Recache(
+            -(-plan.sink_frames // latent_frames),
+            lambda index: self.cache.holds(index * latent_frames, latent_frames),
+        )
         self.negative: NegativeBranch | None = None
         if plan.guidance_scale > 1:
             self.negative = NegativeBranch(pipeline.text_kv(plan.negative_prompt), self._new_cache())
@@ -60,17 +66,19 @@ class SessionState:
             timestep: pipeline.dit.time_modulation(timestep) for timestep in (*timesteps, CLEAN)
         }
         image = preprocess_image(plan.first_frame).to(pipeline.device)
-        with pipeline.vae_placement.on_device():
-            self._condition_first, self._condition_later = pipeline.vae.encode_condition(image, plan.latent_frames)
-        self.features: FeatureCache = pipeline.vae.new_features()
+        decoding = pipeline.decoding(plan)
+        with decoding.placement.on_device():
+            self._condition_first, self._condition_later = decoding.vae.encode_condition(image, plan.latent_frames)
+        self.features: FeatureCache = decoding.vae.new_features()
         self.text_kv(plan.prompt)
         self.postprocessor = pipeline.open_postprocessor(plan)
 
     def text_kv(self, prompt: str) -> TextKV:
-        """Cross-attention K/V of ``prompt``; computed when it differs from the last one, the world's K/V is kept."""
+        """Cross-attention K/V of ``prompt``; computed when it differs from the last one, the world's K/V are kept."""
         if prompt != self._prompt:
             self._text_kv = self._pipeline.text_kv(prompt)
             self._prompt = prompt
+            self.recache.stop()
         return self._text_kv
 
     def camera(self, relative_poses: Pose | None, lenses: Pose | None = None) -> CameraModulation | None:
@@ -94,6 +102,12 @@ class SessionState:
         """The i2v condition [1, 4 + z, F, h, w]: the first frame in chunk 0, blank ones after."""
         return self._condition_first if chunk_index == 0 else self._condition_later
 
+    def limit_window(self, recent_frames: int | None) -> None:
+        """The next forwards see only the ``recent_frames`` latent frames before their chunk, the sink and the chunk."""
+        visible = None if recent_frames is None else recent_frames + self.plan.latent_frames
+        for cache in (self.cache, *((self.negative.cache,) if self.negative else ())):
+            cache.limit(visible)
+
     def draw(self, shape: tuple[int, ...]) -> Tensor:
         """Standard normal noise, float32, of the session's one generator."""
         noise = torch.randn(shape, generator=self._generator, device=self._noise_device)
@@ -110,6 +124,7 @@ class SessionState:
             self.negative.cache.release()
             self.negative = None
         self.features.release()
+        self.recache.release()
         self.time_modulation.clear()
         self._text_kv = []
         self._camera = self._poses = None
@@ -137,4 +152,5 @@ class SessionState:
             window_frames=self.plan.window_frames,
             dtype=self._pipeline.kv_cache_dtype,
             device=self._pipeline.device,
+            recent_frames=[recent + self.plan.latent_frames for recent in self.plan.recent_frames],
         )

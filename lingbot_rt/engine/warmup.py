@@ -17,6 +17,7 @@ from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.errors import UnsoundFrames
 from lingbot_rt.models.vae import STEADY_FROM
+from lingbot_rt.session.interactive_window import recent_frames
 from lingbot_rt.session.plan import UNCHANGED, ChunkPlan, FrameGroup, PostprocessPlan, SessionPlan
 
 log = logging.getLogger(__name__)
@@ -26,8 +27,9 @@ _GUIDED_CHUNKS = 2
 
 @tuned_convolutions()
 def warm_up(pipeline: Pipeline, report: Callable[[float], None], *, postprocess: bool = False) -> bool:
-    """Runs a default session until its window has slid once, then a chunk with a new prompt and no camera, then two
-    chunks of a session with guidance. ``report`` gets the share done, 0 to 1.
+    """Runs a default session until its window has slid once, then a chunk for each length of the interactive window
+    that was not met on the way, then one with a new prompt and no camera, then two chunks of a session with guidance.
+    ``report`` gets the share done, 0 to 1.
 
     If the model's own window does not fit, it takes the largest that does. ``postprocess`` adds the upscaling and
     interpolation networks at their usual factors. Returns whether anything fitted at all.
@@ -36,15 +38,19 @@ def warm_up(pipeline: Pipeline, report: Callable[[float], None], *, postprocess:
     if plan is None:
         log.warning("no warm-up: a session of %s does not fit in the free memory", pipeline.model_info.default_size)
         return False
-    guided = replace(plan, guidance_scale=2.0, window_frames=plan.sink_frames + plan.latent_frames)
+    plan = replace(plan, recent_frames=recent_frames(plan.sink_frames, plan.window_frames, plan.latent_frames))
+    guided = replace(plan, guidance_scale=2.0, recent_frames=(), window_frames=plan.sink_frames + plan.latent_frames)
     guided_chunks = _GUIDED_CHUNKS if pipeline.ranks.agree(fits(pipeline, guided)) else 0
     sliding = -(-plan.window_frames // plan.latent_frames) + 1
-    total, done = sliding + 1 + guided_chunks, 0
+    met = {min(plan.latent_frames * (index + 1), plan.window_frames) for index in range(sliding)}
+    beside = plan.sink_frames + plan.latent_frames
+    narrow = [recent for recent in sorted(set(plan.recent_frames)) if recent + beside not in met]
+    total, done = sliding + len(narrow) + 1 + guided_chunks, 0
     still = np.broadcast_to(np.eye(4), (plan.latent_frames, 4, 4))
 
-    def run(session: SessionState, index: int, prompt: str, camera: bool = True) -> None:
+    def run(session: SessionState, index: int, prompt: str, *, camera: bool = True, recent: int | None = None) -> None:
         nonlocal done
-        chunk = ChunkPlan(session.plan.session_id, index, prompt, still if camera else None, None)
+        chunk = ChunkPlan(session.plan.session_id, index, prompt, still if camera else None, None, recent_frames=recent)
         run_chunk(pipeline, session, chunk, _nowhere)
         done += 1
         report(done / total)
@@ -52,7 +58,9 @@ def warm_up(pipeline: Pipeline, report: Callable[[float], None], *, postprocess:
     session = SessionState(pipeline, plan)
     for index in range(sliding):
         run(session, index, plan.prompt)
-    run(session, sliding, "a quiet street at night", camera=False)
+    for index, recent in enumerate(narrow, start=sliding):
+        run(session, index, plan.prompt, recent=recent)
+    run(session, sliding + len(narrow), "a quiet street at night", camera=False)
     del session  # before another window is allocated
     if guided_chunks:
         session = SessionState(pipeline, guided)

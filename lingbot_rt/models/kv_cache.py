@@ -3,12 +3,19 @@
 Keys are stored after RoPE at absolute positions, and softmax over keys does not depend on their order. So the newest
 chunk overwrites the slots of the frames that leave the window, and nothing moves.
 
+A window that some chunks see only the newest part of has more than one ring: the first one holds the newest frames. A
+frame that leaves a ring is copied to the next one, once per chunk. So what a chunk sees is always one piece of memory.
+
+A chunk before the newest one may be computed again, for another prompt. It sees what the window holds of itself and of
+the frames before it, copied together, and those of its frames that have left the window stay out.
+
 Shapes: L layers, S the keys and the values, B batch, N tokens, H heads, D head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,6 +27,7 @@ class KVCache:
     """K/V of the first ``sink_frames`` latent frames and of the newest ``window_frames - sink_frames``.
 
     ``dtype`` may be float8_e4m3fn: half the memory of bfloat16, and not exact.
+    ``recent_frames``: the numbers of newest frames that ``limit`` may be asked for, each at least a chunk's.
     With ``batch`` > 1 several sessions at the same chunk share one cache, as in training.
     """
 
@@ -35,6 +43,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         batch: int = 1,
+        recent_frames: Collection[int] = (),
     ) -> None:
         self.sink_frames = sink_frames
         self.window_frames = window_frames
@@ -42,7 +51,13 @@ class KVCache:
         shape = (num_layers, 2, batch, window_frames * tokens_per_frame, num_heads, head_dim)
         self._kv_LSBNHD = torch.zeros(shape, dtype=dtype, device=device)
         self._frames: list[int | None] = [None] * window_frames
-        self._spans: list[tuple[int, int, int]] = []  # (first token in the chunk, first token in the cache, tokens)
+        ring = window_frames - sink_frames
+        ends = sorted({0, ring, *(count for count in recent_frames if count < ring)})
+        self._rings = [(sink_frames + first, end - first) for first, end in pairwise(ends)]  # (first slot, slots)
+        self._limit = window_frames
+        # (first token in the chunk, first token in the cache, tokens); None: frames that have left the window
+        self._spans: list[tuple[int, int | None, int]] = []
+        self._seen: list[int] | None = None  # slots that a chunk before the newest one sees, in order
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +71,9 @@ class KVCache:
     @property
     def visible_frames(self) -> int:
         """Latent frames that a query attends to, with the current chunk."""
-        return sum(frame is not None for frame in self._frames)
+        if self._seen is not None:
+            return len(self._seen)
+        return min(sum(frame is not None for frame in self._frames), self._limit)
 
     @property
     def frame_of_slot(self) -> tuple[int | None, ...]:
@@ -72,26 +89,77 @@ class KVCache:
         """Frees the window's memory, whoever still holds this cache. Nothing else may be called afterwards."""
         self._kv_LSBNHD = self._kv_LSBNHD.new_empty(0)
 
+    def limit(self, recent_frames: int | None) -> None:
+        """From now on a query attends to the sink and to the newest ``recent_frames`` others; None: to the window.
+
+        ``recent_frames`` counts the current chunk, and is one of those that the cache was made for.
+        """
+        self._limit = self.window_frames if recent_frames is None else self.sink_frames + recent_frames
+        assert any(self._limit == first + count for first, count in self._rings), recent_frames
+
     def begin(self, start_frame: int, num_frames: int) -> None:
-        """Starts a forward of the chunk [start_frame, start_frame + num_frames) and picks its slots."""
-        ring = self.window_frames - self.sink_frames
-        slots = []
-        for frame in range(start_frame, start_frame + num_frames):
-            slot = frame if frame < self.sink_frames else self.sink_frames + (frame - self.sink_frames) % ring
-            self._frames[slot] = frame
-            slots.append(slot)
+        """Starts a forward of the chunk [start_frame, start_frame + num_frames) and picks its slots.
+
+        It is the newest chunk, the next one, or one before of which the window ``holds`` frames.
+        """
+        end = start_frame + num_frames
+        self._seen = None
+        slots: list[int | None]
+        if any(frame is not None and frame >= end for frame in self._frames):
+            slots = [self._frames.index(frame) if frame in self._frames else None for frame in range(start_frame, end)]
+            self._seen = self._slots_before(end)
+        else:
+            slots = [self._slot_of(frame) for frame in range(start_frame, end)]
         tokens = self._tokens_per_frame
-        self._spans = []
-        first = 0
-        for i in range(1, num_frames + 1):
-            if i == num_frames or slots[i] != slots[i - 1] + 1:
-                self._spans.append((first * tokens, slots[first] * tokens, (i - first) * tokens))
-                first = i
+        self._spans = [
+            (first * tokens, None if slot is None else slot * tokens, count * tokens)
+            for first, slot, count in _runs(slots)
+        ]
+
+    def holds(self, start_frame: int, num_frames: int) -> bool:
+        """Whether any of these frames is in the window."""
+        return any(frame in self._frames for frame in range(start_frame, start_frame + num_frames))
+
+    def _slots_before(self, end: int) -> list[int]:
+        """Slots of the frames before ``end`` that a query may see, in the order of memory."""
+        found = {frame: slot for slot, frame in enumerate(self._frames) if frame is not None and frame < end}
+        others = sorted(frame for frame in found if frame >= self.sink_frames)
+        hidden = others[: max(0, len(others) - (self._limit - self.sink_frames))]
+        return sorted(slot for frame, slot in found.items() if frame not in hidden)
+
+    def _slot_of(self, frame: int) -> int:
+        """The slot of a frame of the current chunk. A new frame pushes older ones on, from ring to ring."""
+        if frame < self.sink_frames:
+            self._frames[frame] = frame
+            return frame
+        slots: list[int] = []
+        entering = frame
+        for first, count in self._rings:
+            slots.append(first + (entering - self.sink_frames) % count)
+            leaving = self._frames[slots[-1]]
+            if leaving is None or leaving == frame:
+                break
+            entering = leaving
+        for target, source in pairwise(reversed(slots)):
+            self._copy(source, target)
+        self._frames[slots[0]] = frame
+        return slots[0]
+
+    def _copy(self, source: int, target: int) -> None:
+        """The frame in slot ``source`` to slot ``target``, in all layers."""
+        old, new = (
+            slice(slot * self._tokens_per_frame, (slot + 1) * self._tokens_per_frame) for slot in (source, target)
+        )
+        self._kv_LSBNHD[:, :, :, new].copy_(self._kv_LSBNHD[:, :, :, old])
+        self._frames[target] = self._frames[source]
 
     def slots(self, layer: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(tokens of the chunk, their keys [B, n, H, D], their values) of ``layer``, to be written in place."""
         for source, target, count in self._spans:
-            kv_SBNHD = self._kv_LSBNHD[layer, :, :, target : target + count]
+            if target is None:  # computed with its chunk, and kept nowhere
+                kv_SBNHD = self._kv_LSBNHD.new_empty(2, *self._kv_LSBNHD.shape[2:3], count, *self._kv_LSBNHD.shape[4:])
+            else:
+                kv_SBNHD = self._kv_LSBNHD[layer, :, :, target : target + count]
             yield slice(source, source + count), kv_SBNHD[0], kv_SBNHD[1]
 
     def write(self, layer: int, k_BNHD: Tensor, v_BNHD: Tensor) -> None:
@@ -103,6 +171,33 @@ class KVCache:
             v_slot.copy_(v_BNHD[:, tokens])
 
     def view(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Visible keys and values of ``layer``, [B, visible tokens, H, D] each: a prefix, as slots fill in order."""
-        visible = self.visible_frames * self._tokens_per_frame
+        """Visible keys and values of ``layer``, [B, visible tokens, H, D] each: a prefix, as slots fill in order.
+
+        For a chunk before the newest one they are copies.
+        """
+        tokens = self._tokens_per_frame
+        if self._seen is not None:
+            # As bytes: not every kernel joins float8.
+            kv = self._kv_LSBNHD[layer].view(torch.uint8)
+            runs = [
+                kv[:, :, slot * tokens : (slot + count) * tokens]
+                for _, slot, count in _runs(self._seen)
+                if slot is not None
+            ]
+            k, v = torch.cat(runs, dim=2).view(self.dtype)
+            return k, v
+        visible = self.visible_frames * tokens
         return self._kv_LSBNHD[layer, 0, :, :visible], self._kv_LSBNHD[layer, 1, :, :visible]
+
+
+def _runs(slots: Sequence[int | None]) -> list[tuple[int, int | None, int]]:
+    """(index of the first, its slot, how many) of each run of neighbours, or of frames without a slot."""
+    runs: list[tuple[int, int | None, int]] = []
+    for index, slot in enumerate(slots):
+        if runs:
+            first, before, count = runs[-1]
+            if slot == (None if before is None else before + count):
+                runs[-1] = (first, before, count + 1)
+                continue
+        runs.append((index, slot, 1))
+    return runs

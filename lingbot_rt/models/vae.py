@@ -208,12 +208,30 @@ class StreamingVAE:
         return self
 
     @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self._vae.parameters())
+
+    @property
     def on_meta(self) -> StreamingVAE:
         """The same network on the meta device: shapes only, no weights and no arithmetic.
 
         VAEs of the same configuration share it.
         """
-        return _on_meta(json.dumps(self._vae.config, sort_keys=True), self.dtype)
+        return self.on_meta_in(self.dtype)
+
+    def on_meta_in(self, dtype: torch.dtype) -> StreamingVAE:
+        """``on_meta`` in another number format."""
+        return _on_meta(json.dumps(self._vae.config, sort_keys=True), dtype)
+
+    def copy_in(self, dtype: torch.dtype) -> StreamingVAE:
+        """A new network with these weights in another number format, neither compiled nor spread over ranks."""
+        with torch.device("meta"):
+            vae = AutoencoderKLWan.from_config(dict(self._vae.config))
+        # By their order: layers that are spread over ranks are one level deeper.
+        names, weights = list(vae.state_dict()), list(self._vae.state_dict().values())
+        copies = {name: weight.to(dtype, copy=True) for name, weight in zip(names, weights, strict=True)}
+        vae.load_state_dict(copies, assign=True)
+        return StreamingVAE(vae)
 
     def new_features(self) -> FeatureCache:
         return FeatureCache(self._vae._cached_conv_counts["decoder"])

@@ -61,6 +61,7 @@ def start_record(config: ServeConfig, init: Init, plan: SessionPlan, info: Model
     """
     fields = {name: getattr(init, name) for name in init.__struct_fields__ if name not in ("first_frame", "record")}
     given = {name: value for name, value in fields.items() if value is not None}
+    given["interactive_kv_window"] = bool(plan.recent_frames)  # which may be the server's own setting
     picture = io.BytesIO()
     Image.fromarray(plan.first_frame).save(picture, "PNG")
     root, max_bytes = Path(str(config.record_dir)), config.record_max_mb * 2**20

@@ -57,11 +57,16 @@ class SessionRunner(Protocol):
 
 
 _LEFT_OUT = {"output_compression", "realtime_preview_max_width", "record"}
+_SERVERS_OWN = {"interactive_kv_window": False}
 
 
 def scripted_init(init: dict[str, Any], events: Iterable[CaseEvent], chunks: int) -> dict[str, Any]:
-    """The init of a session of ``chunks`` chunks with each event pinned to its chunk. Frames come raw."""
-    return {key: value for key, value in init.items() if key not in _LEFT_OUT} | {
+    """The init of a session of ``chunks`` chunks with each event pinned to its chunk. Frames come raw.
+
+    What changes the frames and an init may leave to the server is off unless ``init`` says otherwise.
+    """
+    given = _SERVERS_OWN | init
+    return {key: value for key, value in given.items() if key not in _LEFT_OUT} | {
         "type": "init",
         "max_chunks": chunks,
         "pinned_events": [msgspec.to_builtins(event) for event in events],

@@ -49,6 +49,7 @@ class Transition:
 @dataclass(frozen=True, slots=True)
 class PromptEvent:
     prompt: str
+    recache: bool | None = None  # whether the window is computed again for it; None: as the session's init says
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ class Conditions:
     prompt: str
     camera_actions: Moves | None  # one entry per latent frame; None: the session never asked for camera control
     event_id: int | None  # of the newest event in force that has an id, whatever its kind
+    recache: bool | None  # of the prompt event that came into force with this chunk; None: none, or it does not say
     sampled: tuple[Received, ...]  # events that this chunk is the first to sample, in order of arrival
 
 
@@ -105,7 +107,7 @@ class ConditionQueue:
     def __init__(self, prompt: str, script: Moves | None = None) -> None:
         self._prompt = prompt
         self._prompt_event: Received | None = None  # the one that set the prompt in force
-        self._next_prompt: tuple[str, Received] | None = None
+        self._next_prompt: tuple[PromptEvent, Received] | None = None
         self._script: deque[_Frame] = deque(maxlen=MAX_PENDING)
         self._transitions: deque[_Frame] = deque(maxlen=MAX_PENDING)
         self._held: _Frame | None = None
@@ -131,8 +133,8 @@ class ConditionQueue:
         self._num_received += 1
         for event in events:
             match event:
-                case PromptEvent(prompt):
-                    self._next_prompt = (prompt, received)
+                case PromptEvent():
+                    self._next_prompt = (event, received)
                 case ScriptEvent(actions):
                     self._play(actions, received)
                     self._newest_keys = received.order
@@ -153,9 +155,10 @@ class ConditionQueue:
 
     def sample(self, num_latent_frames: int) -> Conditions:
         """Consumes what the next chunk uses. A prompt event is in force from the second chunk on."""
+        recache = None
         if self._next_prompt is not None and self._num_samples > 0:
-            self._prompt, self._prompt_event = self._next_prompt
-            self._next_prompt = None
+            (event, self._prompt_event), self._next_prompt = self._next_prompt, None
+            self._prompt, recache = event.prompt, event.recache
         self._num_samples += 1
         frames = self._sample_keys(num_latent_frames)
         if frames:
@@ -165,6 +168,7 @@ class ConditionQueue:
             prompt=self._prompt,
             camera_actions=tuple(frame.move for frame in frames) or None,
             event_id=max(in_force, key=lambda event: event.order).event_id if in_force else None,
+            recache=recache,
             sampled=self._take_sampled(),
         )
 
@@ -245,11 +249,16 @@ def parse_script(value: object, field: str = "camera_actions") -> Actions:
 
 
 def _parse_prompt(payload: object) -> tuple[ControlEvent, ...]:
+    recache = None
+    if isinstance(payload, dict):
+        recache, payload = payload.get("recache"), payload.get("prompt")
+        if not isinstance(recache, bool | None):
+            raise InvalidEvent(f"{shown(recache)}, expected true or false", field="prompt.recache")
     if not isinstance(payload, str) or not payload.strip():
         raise InvalidEvent(f"{shown(payload)} is not a non-empty string", field="prompt")
     if len(payload) > MAX_PROMPT_CHARACTERS:
         raise InvalidEvent(f"{len(payload)} characters are too many, at most {MAX_PROMPT_CHARACTERS}", field="prompt")
-    return (PromptEvent(payload),)
+    return (PromptEvent(payload, recache),)
 
 
 def _parse_camera(payload: object) -> tuple[ControlEvent, ...]:
@@ -332,8 +341,8 @@ def payload_of(events: Sequence[ControlEvent]) -> tuple[str, Any]:
     parts: dict[str, Any] = {}
     for event in events:
         match event:
-            case PromptEvent(prompt):
-                parts["prompt"] = prompt
+            case PromptEvent(prompt, recache):
+                parts["prompt"] = prompt if recache is None else {"prompt": prompt, "recache": recache}
             case ScriptEvent(actions):
                 parts["camera_actions"] = [list(keys) for keys in actions]
             case StateEvent(transitions):

@@ -111,6 +111,9 @@ class Init(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="ini
     realtime_causal_kv_cache_num_frames: Annotated[int, _range(1, 4096, "a whole number of latent frames")] | None = (
         None
     )
+    interactive_kv_window: _Flag | None = None
+    quality: _Text | None = None
+    recache: _Flag = False
     realtime_output_format: Annotated[FormatName, Meta(description=f"one of {', '.join(OUTPUT_FORMATS)}")] | None = None
     output_compression: Annotated[int, _range(1, 100)] | None = None
     realtime_preview_max_width: (

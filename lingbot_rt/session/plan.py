@@ -92,6 +92,8 @@ class SessionPlan:
     sink_frames: int
     window_frames: int
     postprocess: PostprocessPlan = UNCHANGED
+    bfloat16_vae: bool = False  # also where the server's own VAE has another format
+    recent_frames: tuple[int, ...] = ()  # what a chunk's `recent_frames` may be; empty: only None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,8 @@ class ChunkPlan:
     relative_poses: npt.NDArray[np.float64] | None  # [F, 4, 4] frame-to-frame, scaled; None: no camera control
     event_id: int | None  # newest sampled event, echoed in frame headers and stats
     intrinsics: npt.NDArray[np.float64] | None = None  # (fx, fy, cx, cy) [F, 4] in pixels; None: the model's own lens
+    recent_frames: int | None = None  # latent frames before the chunk that it sees beside the sink; None: the window
+    recache: bool = False  # the prompt is new, and the window's K/V are computed again for it
 
 
 @dataclass(frozen=True, slots=True)

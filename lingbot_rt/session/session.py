@@ -16,6 +16,7 @@ from lingbot_rt.errors import PauseExpired
 from lingbot_rt.session.camera_path import CameraLens, CameraPath
 from lingbot_rt.session.camera_poses import Notice, PosesEvent, require_steps
 from lingbot_rt.session.controls import ConditionQueue, ControlEvent, PromptEvent, Received, parse_event, payload_of
+from lingbot_rt.session.interactive_window import InteractiveWindow
 from lingbot_rt.session.messages import (
     AckState,
     ChunkStats,
@@ -84,6 +85,8 @@ class Session:
         self._queue = ConditionQueue(settings.prompt, settings.script)
         self._camera = CameraPath()
         self._lens = CameraLens(settings.size)
+        self._window = InteractiveWindow(settings.recent_frames)
+        self._prompt = settings.prompt  # of the newest chunk
         self._next_index = 0
         self._keep_events = keep_events
         self._arrived: deque[_Arrived] = deque(maxlen=MAX_RECORDED_EVENTS)
@@ -150,13 +153,20 @@ class Session:
         index, frames = self._next_index, self._group_sizes(self._next_index)
         conditions = self._queue.sample(self.settings.latent_frames)
         actions = conditions.camera_actions
+        poses = None if actions is None else self._camera.extend(actions)
+        recache = conditions.recache
+        if recache is None:
+            recache = self.settings.recache and conditions.prompt != self._prompt
+        self._prompt = conditions.prompt
         plan = ChunkPlan(
             session_id=self.id,
             chunk_index=index,
             prompt=conditions.prompt,
-            relative_poses=None if actions is None else self._camera.extend(actions),
+            relative_poses=poses,
             event_id=conditions.event_id,
             intrinsics=None if actions is None else self._lens.extend(actions),
+            recent_frames=self._window.next(poses),
+            recache=recache,
         )
         max_batch = self.settings.output.frames_per_batch
         events = self._take_arrived()

@@ -14,6 +14,7 @@ from lingbot_rt.config import FormatName, ServeConfig
 from lingbot_rt.errors import InvalidEvent, InvalidInit
 from lingbot_rt.session.camera_poses import Notice, parse_poses
 from lingbot_rt.session.controls import MAX_PENDING, ControlEvent, Moves, parse_event, parse_script
+from lingbot_rt.session.interactive_window import recent_frames
 from lingbot_rt.session.messages import Init
 from lingbot_rt.session.plan import ModelInfo, PostprocessPlan, SessionPlan
 from lingbot_rt.session.shown import shown
@@ -87,6 +88,9 @@ class SessionSettings:
     pinned: Mapping[int, Sequence[PinnedControl]]  # chunk index -> events that this chunk samples
     pause_limit_s: float  # longest pause
     notices: tuple[Notice, ...] = ()  # what of the init was taken, but not as it stands
+    bfloat16_vae: bool = False
+    recache: bool = False  # the window is computed again for every new prompt
+    recent_frames: tuple[int, ...] = ()  # of the interactive window: (still, moving); empty: it is off
 
     @property
     def playback_fps(self) -> float:
@@ -107,6 +111,8 @@ class SessionSettings:
             sink_frames=self.sink_frames,
             window_frames=self.window_frames,
             postprocess=self.postprocess,
+            bfloat16_vae=self.bfloat16_vae,
+            recent_frames=self.recent_frames,
         )
 
 
@@ -129,6 +135,8 @@ def resolve(init: Init, info: ModelInfo, config: ServeConfig) -> SessionSettings
     latent_frames = latent_frames_for(init.num_frames)
     sink_frames, window_frames = _window(init, info, latent_frames)
     script, notices = _script(init)
+    asked = init.interactive_kv_window
+    is_interactive = config.interactive_kv_window if asked is None else asked
     return SessionSettings(
         prompt=init.prompt,
         negative_prompt=init.negative_prompt,
@@ -150,6 +158,9 @@ def resolve(init: Init, info: ModelInfo, config: ServeConfig) -> SessionSettings
         postprocess=postprocess,
         pause_limit_s=config.pause_limit_s,
         notices=notices,
+        bfloat16_vae=init.quality == "high",
+        recache=init.recache,
+        recent_frames=recent_frames(sink_frames, window_frames, latent_frames) if is_interactive else (),
     )
 
 

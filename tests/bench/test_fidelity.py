@@ -12,7 +12,7 @@ import torch
 from lingbot_rt.bench import fidelity
 from lingbot_rt.bench.fidelity import Row, psnr_db, relative_rms
 from lingbot_rt.cli import main
-from lingbot_rt.commands.bench import VARIED_OPTIONS
+from lingbot_rt.commands.bench_options import VARIED_OPTIONS
 
 
 @pytest.fixture

@@ -140,3 +140,26 @@ def test_shapes_without_weights_are_refused(capsys):
     """``lingbot-world-fast`` has no weights to load. The error says what to add."""
     assert main(["bench", "pipeline", "--device", "cpu"]) == 2
     assert "--random-weights" in capsys.readouterr().err
+
+
+def test_the_interactive_window(golden, tmp_path, capsys):
+    """The whole window, a moving and a resting camera run in turn in one session, each with its own visible frames.
+    A window in which nothing differs, and options of single measurements, are refused."""
+    figures = tmp_path / "windows.json"
+    line = f"bench pipeline --model {golden('e2e/model')} --random-weights --device cpu --size 64x64 --steps 1"
+    line += " --sink 3 --interactive-kv-window --chunks 2"
+    assert main([*line.split(), "--window", "24", "--json", str(figures)]) == 0
+    written = json.loads(figures.read_text())
+    assert written["setting"]["visible_frames"] == [9, 24]
+    cases = {case["case"]: case for case in written["cases"]}
+    assert {name: case["visible_frames"] for name, case in cases.items()} == {
+        "whole window": 24,
+        "camera moves": 18,
+        "camera at rest": 9,
+    }
+    assert cases["whole window"]["speedup"] == 1
+    assert all(case["dit_ms"]["count"] == 2 for case in cases.values())
+    assert "camera at rest" in capsys.readouterr().out
+    assert main([*line.split(), "--window", "9"]) == 2
+    assert "expected more than 9" in capsys.readouterr().err
+    assert main([*line.split(), "--window", "24", "--plot", str(tmp_path / "chart.png")]) == 2

@@ -24,7 +24,7 @@ from lingbot_rt.errors import (
     ServerNotReady,
     SessionLost,
 )
-from lingbot_rt.session.controls import parse_event
+from lingbot_rt.session.controls import PromptEvent, parse_event
 from lingbot_rt.session.messages import DELTA_GZIP_TYPE, RAW_TYPE
 
 pack = msgspec.msgpack.encode
@@ -59,9 +59,11 @@ def test_methods_send_events_that_the_server_parses():
         5,
     ]
     session.script([["w"], []])
+    session.prompt("Snow.", recache=True)
+    assert parse_event("prompt", session.messages[-1]["payload"]) == (PromptEvent("Snow.", recache=True),)
     held = [message["payload"]["transitions"][0]["actions"] for message in session.messages[:4]]
     assert held == [["w"], ["w", "a"], ["a"], []]
-    assert [message["event_id"] for message in session.messages] == [1, 2, 3, 4, 5, 6]
+    assert [message["event_id"] for message in session.messages] == [1, 2, 3, 4, 5, 6, 7]
     for message in session.messages:
         assert parse_event(message["kind"], message["payload"])
 

@@ -10,7 +10,7 @@ import pytest
 from lingbot_rt.cli import build_parser
 from lingbot_rt.commands import reference_flags
 from lingbot_rt.commands.options import config_from
-from lingbot_rt.commands.reference_flags import REFERENCE_FLAGS, VARIABLES
+from lingbot_rt.commands.reference_flags import REFERENCE_FLAGS, SWITCHES, VARIABLES
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import ConfigError
 
@@ -57,7 +57,7 @@ def test_the_page_lists_every_flag():
         each.name: (each.kind, each.here) for each in REFERENCE_FLAGS
     }
     assert taken <= {"--" + name.replace("_", "-") for name in ServeConfig.__dataclass_fields__}
-    assert all(f"`{name}`" in PAGE for name in VARIABLES)
+    assert all(f"`{name}`" in PAGE for name in (*VARIABLES, *SWITCHES))
 
 
 @pytest.mark.parametrize("each", REFERENCE_FLAGS, ids=lambda each: each.name)
@@ -151,9 +151,23 @@ def test_variables_of_the_reference(capsys, monkeypatch):
     lines = warnings_of("", capsys)
     assert len(lines) == len(VARIABLES)
     assert all(name in line for name, line in zip(VARIABLES, lines, strict=True))
-    for name, value in zip(VARIABLES, ("false", ""), strict=True):
+    for value in ("false", ""):
+        for name in VARIABLES:
+            monkeypatch.setenv(name, value)
+        assert warnings_of("", capsys) == []
+
+
+def test_the_variable_of_the_interactive_window_sets_its_option(capsys, monkeypatch):
+    """As the reference reads it. The flag and this server's own variable win."""
+    (name,) = SWITCHES
+    for value, expected in (("true", True), ("1", True), ("false", False), ("", False)):
         monkeypatch.setenv(name, value)
-    assert warnings_of("", capsys) == []
+        assert parse("").interactive_kv_window == expected
+    monkeypatch.setenv(name, "true")
+    assert not parse("--interactive-kv-window false").interactive_kv_window
+    monkeypatch.setenv("LINGBOT_RT_INTERACTIVE_KV_WINDOW", "false")
+    assert not parse("").interactive_kv_window
+    assert capsys.readouterr().err == ""
 
 
 def test_idle_flags_share_one_line(capsys):

@@ -16,7 +16,7 @@ POSES = [[[0.8, 0, 0.6, x], [0, 1, 0, 0.1], [-0.6, 0, 0.8, 2], [0, 0, 0, 1]] for
 EVENTS = {
     0: {"kind": "camera_actions", "payload": {"mode": "state", "transitions": [{"actions": ["w"], "client_ts_ms": 1}]}},
     1: {"kind": "camera_poses", "payload": {"poses": POSES, "intrinsics": [60.5, 61, 30, 33], "anchor": "camera"}},
-    2: {"kind": "prompt", "payload": "A snowy village at night."},
+    2: {"kind": "prompt", "payload": {"prompt": "A snowy village at night.", "recache": True}},
     3: {"kind": "camera_actions", "payload": {"mode": "state", "transitions": [{"actions": ["l"]}, {"actions": []}]}},
 }
 
@@ -68,6 +68,8 @@ def test_the_record_is_complete(record_folder):
     assert [len(chunk.hashes) for chunk in record.chunks] == [9, 12, 12, 12, 12, 12]
     kinds = [event.kind for chunk in record.chunks for event in chunk.events]
     assert kinds == ["camera_actions", "camera_poses", "prompt", "camera_actions"]
+    (prompt,) = [event.payload for chunk in record.chunks for event in chunk.events if event.kind == "prompt"]
+    assert prompt == EVENTS[2]["payload"]
     assert all(chunk.stats["chunk_total_ms"] > 0 for chunk in record.chunks)
     assert record.end.reason == "complete"
 

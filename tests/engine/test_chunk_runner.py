@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from lingbot_rt.engine import session_state
 from lingbot_rt.engine.chunk_runner import run_chunk
+from lingbot_rt.engine.memory import plan_memory, weight_bytes
+from lingbot_rt.engine.pipeline import load_pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.errors import ChunkCancelled
 from lingbot_rt.session.camera_path import CameraPath
@@ -23,9 +27,11 @@ class Walk:
         self.session, self.camera, self.index = SessionState(pipeline, plan), CameraPath(), 0
         self.results, self.groups = [], []
 
-    def step(self, prompt: str | None = None) -> np.ndarray:
+    def step(self, prompt: str | None = None, recent: int | None = None) -> np.ndarray:
         poses = self.camera.extend(((self.keys),) * self.plan.latent_frames)
-        chunk = ChunkPlan(self.plan.session_id, self.index, prompt or self.plan.prompt, poses, None)
+        chunk = ChunkPlan(
+            self.plan.session_id, self.index, prompt or self.plan.prompt, poses, None, recent_frames=recent
+        )
         self.groups = []
         self.results.append(run_chunk(self.pipeline, self.session, chunk, self.groups.append))
         self.index += 1
@@ -62,6 +68,52 @@ def test_window_grows_then_stays(pipeline, session_plan):
     for _ in range(5):
         walk.step()
     assert [result.window_frames for result in walk.results] == [3, 6, 9, 9, 9]
+
+
+def test_an_interactive_window_is_a_smaller_one_for_as_long_as_it_lasts(pipeline, session_plan):
+    """Chunks that see 6 of 18 latent frames, with guidance, are those of a window of 6; then the rest is seen again.
+    The memory is that of the whole window."""
+    changes = {"guidance_scale": 2.0, "num_steps": 2, "sink_frames": 1}
+    small = Walk(pipeline, session_plan({}, window_frames=6, **changes))
+    limited = Walk(pipeline, session_plan({}, window_frames=18, recent_frames=(2, 9), **changes))
+    for _ in range(5):
+        assert np.abs(small.step().astype(int) - limited.step(recent=2)).max() <= 1
+    assert [result.window_frames for result in limited.results] == [3, 6, 6, 6, 6]
+    for recent, visible in ((9, 13), (None, 18), (2, 6)):
+        limited.step(recent=recent)
+        assert limited.results[-1].window_frames == visible
+    assert np.abs(small.step().astype(int) - limited.step(recent=2)).max() > 1
+    assert limited.session.cache.nbytes == 3 * small.session.cache.nbytes
+
+
+def test_a_session_may_ask_for_a_vae_in_bfloat16(golden_config, pipeline, session_plan):
+    """Its frames are those of a server whose VAE is in bfloat16. The sessions beside it keep the server's own."""
+    config = dataclasses.replace(golden_config, vae_dtype="bfloat16")
+    of_server = load_pipeline(config, lambda status: None)
+    own, half, expected = (
+        Walk(served, session_plan({}, bfloat16_vae=asked, session_id=str(asked)))
+        for served, asked in ((pipeline, False), (pipeline, True), (of_server, False))
+    )
+    for _ in range(2):
+        plain, asked = own.step(), half.step()
+        assert np.array_equal(asked, expected.step())
+        assert 0 < np.abs(plain.astype(int) - asked).mean() < 1
+    assert of_server.half_vae is None
+    again = Walk(of_server, session_plan({}, bfloat16_vae=True))
+    assert np.array_equal(again.step(), Walk(pipeline, session_plan({}, bfloat16_vae=True)).step())
+
+
+def test_the_second_vae_counts_until_it_is_there(golden_config, session_plan):
+    """What the first session that asks for it needs has its weights; the VAE's own part is half as large."""
+    pipeline = load_pipeline(golden_config, lambda status: None)
+    own, asked = session_plan({}), session_plan({}, bfloat16_vae=True)
+    needed = plan_memory(pipeline, asked)
+    assert needed.vae_bytes == weight_bytes(pipeline.vae._vae) // 2
+    assert needed.opening_bytes < plan_memory(pipeline, own).opening_bytes
+    SessionState(pipeline, asked)
+    later = plan_memory(pipeline, asked)
+    assert later.vae_bytes == plan_memory(pipeline, own).vae_bytes == 0
+    assert needed.total_bytes == later.total_bytes + needed.vae_bytes
 
 
 def test_held_keys_keep_their_camera(pipeline, session_plan, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.engine import chunk_runner
+from lingbot_rt.engine import chunk_runner, warmup
 from lingbot_rt.engine import engine as engine_module
 from lingbot_rt.engine.device import resolve_device, resolve_dtype
 from lingbot_rt.engine.engine import Engine
@@ -218,6 +218,23 @@ async def test_upscaling_and_interpolation_count_in_what_a_session_needs(engine,
     with pytest.raises(CapacityError, match="or do without upscaling and interpolation"):
         await engine.open(larger)
     await engine.open(alone)
+
+
+def test_warm_up_meets_every_length_of_the_interactive_window(pipeline, monkeypatch):
+    """With a sink that is no multiple of a chunk its lengths are none of those of a growing window: they run too."""
+    info = dataclasses.replace(pipeline.model_info, default_size=FrameSize(64, 64), sink_frames=1, window_frames=20)
+    small, visible, shares = dataclasses.replace(pipeline, model_info=info), [], []
+    run_chunk = warmup.run_chunk
+
+    def recorded(*args):
+        result = run_chunk(*args)
+        visible.append(result.window_frames)
+        return result
+
+    monkeypatch.setattr(warmup, "run_chunk", recorded)
+    warm_up(small, shares.append)
+    assert visible[:11] == [3, 6, 9, 12, 15, 18, 20, 20, 7, 16, 20]
+    assert shares[-1] == 1
 
 
 def test_warm_up_includes_the_networks_when_asked(pipeline):

@@ -27,7 +27,7 @@ SIZE = FrameSize(160, 96)
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"guidance_scale": 2.0}, {"latent_frames": 5, "window_frames": 13}, {"window_frames": 60}],
+    [{}, {"guidance_scale": 2.0}, {"latent_frames": 5, "window_frames": 13}, {"window_frames": 30}],
     ids=["plain", "guided", "long chunks", "large window"],
 )
 def test_the_plan_is_what_a_session_takes(pipeline, session_plan, changes):
@@ -38,8 +38,9 @@ def test_the_plan_is_what_a_session_takes(pipeline, session_plan, changes):
     still = np.broadcast_to(np.eye(4), (plan.latent_frames, 4, 4))
     with torch.inference_mode(), LiveBytes() as live:
         session = SessionState(pipeline, plan)
-        for index in range(4):
-            chunk = ChunkPlan(plan.session_id, index, plan.prompt, still, None)
+        full = -(-plan.window_frames // plan.latent_frames) + 1
+        for index in range(full + 1):
+            chunk = ChunkPlan(plan.session_id, index, plan.prompt, still, None, recache=index == full - 1)
             run_chunk(pipeline, session, chunk, lambda group: None)
     caches = [session.cache] + ([session.negative.cache] if session.negative else [])
     assert planned.window_bytes == sum(cache.nbytes for cache in caches)

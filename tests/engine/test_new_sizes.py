@@ -29,7 +29,7 @@ async def engine(golden_config):
     await engine.start()
     info = dataclasses.replace(engine._pipeline.model_info, compiled=True)
     engine._pipeline = dataclasses.replace(engine._pipeline, model_info=info)
-    engine._compiled = ((OWN, info.latent_frames),)
+    engine._compiled = (engine_module.Shape(OWN, info.latent_frames),)
     yield engine
     await engine.stop()
 
@@ -159,3 +159,13 @@ async def test_a_size_that_does_not_fit_is_refused_before_it_compiles(engine, ne
     with pytest.raises(CapacityError, match="use a smaller size"):
         await engine.open(new_plan())
     assert warmed[0] == []
+
+
+async def test_the_second_vae_compiles_by_itself(engine, new_plan, warmed):
+    """A size that is known for the server's VAE is new for one in bfloat16, once; /v1/models lists it for neither."""
+    plan = new_plan(size=OWN, first_frame=np.zeros((64, 64, 3), np.uint8), bfloat16_vae=True)
+    assert engine.warm_up_of(dataclasses.replace(plan, bfloat16_vae=False)) is None
+    assert engine.warm_up_of(plan) is not None
+    await frames_of(engine, plan)
+    assert engine.warm_up_of(plan) is None
+    assert engine.warm_sizes == (OWN,)

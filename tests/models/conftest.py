@@ -98,7 +98,14 @@ def arrays(golden) -> Callable[[str], dict[str, torch.Tensor]]:
     return load
 
 
-def new_cache(dit: CausalDiT, sink: int = 3, window: int = 9, tokens: int = 24) -> KVCache:
+def new_cache(
+    dit: CausalDiT,
+    sink: int = 3,
+    window: int = 9,
+    tokens: int = 24,
+    dtype: torch.dtype | None = None,
+    recent: tuple[int, ...] = (),
+) -> KVCache:
     return KVCache(
         num_layers=dit.config.num_layers,
         num_heads=dit.config.num_attention_heads,
@@ -106,8 +113,9 @@ def new_cache(dit: CausalDiT, sink: int = 3, window: int = 9, tokens: int = 24) 
         tokens_per_frame=tokens,
         sink_frames=sink,
         window_frames=window,
-        dtype=next(dit.parameters()).dtype,
+        dtype=dtype or next(dit.parameters()).dtype,
         device=next(dit.parameters()).device,
+        recent_frames=recent,
     )
 
 

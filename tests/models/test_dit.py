@@ -1,8 +1,7 @@
 """The DiT against the reference's roll-outs.
 
-Three golden variants are left out because what they exercise is not offered: ``interactive_window`` (a window that
-depends on the keys held), ``kv_override_changes_mid_session`` (sink and window are fixed when a session opens) and
-``sink3_kv4`` (a window smaller than sink + chunk is refused).
+Two golden variants are left out because what they exercise is not offered: ``kv_override_changes_mid_session`` (sink
+and window are fixed when a session opens) and ``sink3_kv4`` (a window smaller than sink + chunk is refused).
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import torch
 
 from lingbot_rt.engine.flow_match import FlowSchedule
 from lingbot_rt.models.checkpoint import load_dit
+from lingbot_rt.models.quantize import FP8
 from lingbot_rt.models.rope import rope_tables
 
 from .conftest import CPU, Rollout, new_cache
@@ -65,6 +65,28 @@ def test_sink_and_window(dit, arrays, variant, sink, window):
     rollout = Rollout(dit, arrays("dit/rollout_main_inputs"), new_cache(dit, sink, window))
     for expected in arrays(f"dit/rollout_{variant}")["latents"]:
         assert worst(rollout.step(), expected) <= TOLERANCE
+
+
+def test_interactive_window(dit, arrays):
+    """The still chunk 4 sees the sink and itself, the moving ones three frames more: the context passes do too."""
+    cache = new_cache(dit, recent=(3, 6))
+    rollout = Rollout(dit, arrays("dit/rollout_main_inputs"), cache)
+    for chunk, expected in enumerate(arrays("dit/rollout_interactive_window")["latents"]):
+        cache.limit(3 if chunk == 4 else 6)
+        assert worst(rollout.step(), expected) <= TOLERANCE
+        assert cache.visible_frames == (3 if chunk == 0 else 6 if chunk in (1, 4) else 9)
+
+
+def test_a_limited_window_is_a_smaller_window(dit, arrays):
+    """Chunks that all see few frames of a large window give what a window of that size gives, in fp8 too."""
+    inputs = arrays("dit/rollout_main_inputs")
+    for dtype, tolerance in ((torch.float32, TOLERANCE), (FP8, 5e-3)):
+        small = Rollout(dit, inputs, new_cache(dit, sink=1, window=6, dtype=dtype))
+        cache = new_cache(dit, sink=1, window=15, dtype=dtype, recent=(3, 5, 11))
+        limited = Rollout(dit, inputs, cache)
+        cache.limit(5)
+        for _ in range(6):
+            assert worst(limited.step(), small.step()) <= tolerance
 
 
 def test_no_camera(dit, arrays):

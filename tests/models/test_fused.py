@@ -56,15 +56,19 @@ def window(dit: CausalDiT, dtype: torch.dtype, heads: int = 2) -> KVCache:
     )  # fmt: skip
 
 
-def two_chunks(dit: CausalDiT, cache: KVCache) -> torch.Tensor:
-    """Flows of two chunks with camera and prompt, a context pass after each. The second's slots are in two runs."""
+def chunks(dit: CausalDiT, cache: KVCache) -> torch.Tensor:
+    """Flows of four chunks with camera and prompt, a context pass after each. The second's slots are in two runs.
+    Before the last one the first, of which one frame is left, and the third are computed again."""
     generator = torch.Generator().manual_seed(5)
-    flows = []
-    for chunk in range(2):
+    flows, done = [], []
+    for chunk in range(4):
         x = torch.randn(1, 8, 2, 4, 4, generator=generator)
         text_kv = dit.text_kv(torch.randn(1, 8, 16, generator=generator))
         camera = dit.camera_modulation(torch.randn(1, 384, 2, 4, 4, generator=generator)) if chunk else None
+        for past in (0, 2) if chunk == 3 else ():
+            assert dit(done[past], 0.0, text_kv, camera, cache, 2 * past, commit=True) is None
         flows.append(dit(x, 700.0, text_kv, camera, cache, 2 * chunk))
+        done.append(x)
         assert dit(x, 0.0, text_kv, camera, cache, 2 * chunk, commit=True) is None
     return torch.cat(flows)
 
@@ -78,9 +82,9 @@ def test_fused_blocks_are_the_plain_ones(quantized, kept):
         for block in dit.blocks:
             quantize_linears(block)
     plain_cache, cache = window(dit, kept), window(dit, kept)
-    plain = two_chunks(dit, plain_cache)
+    plain = chunks(dit, plain_cache)
     dit.fuse_blocks(PlainOps())
-    got = two_chunks(dit, cache)
+    got = chunks(dit, cache)
     # Values at the border of two fp8 steps may round either way.
     limit = 1e-2 if quantized or kept != torch.float32 else 1e-5
     assert relative_rms(got, plain) <= limit
@@ -95,7 +99,7 @@ def test_a_window_in_fp8_is_close_and_half_as_large():
     dit = random_dit()
     exact, rounded = window(dit, torch.float32), window(dit, FP8)
     assert rounded.nbytes * 4 == exact.nbytes
-    assert 1e-4 <= relative_rms(two_chunks(dit, rounded), two_chunks(dit, exact)) <= 0.03
+    assert 1e-4 <= relative_rms(chunks(dit, rounded), chunks(dit, exact)) <= 0.03
     v = torch.full((1, 8, 2, 32), 1000.0)
     rounded.begin(0, 2)
     rounded.write(0, v, -v)

@@ -16,7 +16,7 @@ from lingbot_rt.models.fused_blocks import PlainOps
 from lingbot_rt.models.quantize import FP8
 from lingbot_rt.parallel.groups import RankGroup
 from lingbot_rt.parallel.ulysses import UlyssesAttention
-from tests.models.test_fused import random_dit, relative_rms, two_chunks, window
+from tests.models.test_fused import chunks, random_dit, relative_rms, window
 
 WORLD = 2
 
@@ -42,9 +42,9 @@ class ThreadRank(RankGroup):
 @pytest.mark.parametrize("kept", [torch.float32, FP8])
 @torch.inference_mode()
 def test_two_ranks_are_one(kept):
-    """Two chunks and their context passes, with 8 tokens and one head a rank."""
+    """Four chunks and their context passes, with 8 tokens and one head a rank."""
     dit = random_dit()
-    expected = two_chunks(dit, window(dit, kept))
+    expected = chunks(dit, window(dit, kept))
     store = dist.HashStore()
 
     def flows(rank: int) -> Tensor:
@@ -52,7 +52,7 @@ def test_two_ranks_are_one(kept):
             own = copy.deepcopy(dit)
             own.fuse_blocks(PlainOps())
             own.window_attention = UlyssesAttention(ThreadRank(rank, store))
-            return two_chunks(own, window(dit, kept, heads=1))
+            return chunks(own, window(dit, kept, heads=1))
 
     with ThreadPoolExecutor(WORLD) as threads:
         for got in threads.map(flows, range(WORLD)):

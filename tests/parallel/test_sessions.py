@@ -32,13 +32,14 @@ def latents(monkeypatch) -> list[torch.Tensor]:
 
 
 async def play(world: int, **changes) -> np.ndarray:
-    """Eight chunks with guidance, camera, a prompt change and a window that slides -> all their frames."""
+    """Eight chunks with guidance, camera, a new prompt, recache, and a window that slides, narrow twice -> frames."""
     frames: list[np.ndarray] = []
     async with engine_of(world, **changes) as engine:
-        await engine.open(session_plan(guidance_scale=2.0, num_steps=4))
+        await engine.open(session_plan(guidance_scale=2.0, num_steps=4, recent_frames=(0, 2)))
         for index in range(CHUNKS):
             prompt = "a quiet street" if index < 5 else "a storm at sea"
             plan = chunk(index, prompt, camera=index != 2)
+            plan = dataclasses.replace(plan, recent_frames={4: 2, 6: 0}.get(index), recache=index == 5)
             run = engine.run(plan)
             frames += [group.pixels async for group in run]
         assert len(run.result.timings.ranks_ms) == world

@@ -109,3 +109,18 @@ def test_exchanges_compile_without_a_break():
     (widened, _), (joined, _) = ranks[0]
     assert widened[0, 0, 0, 0].tolist() == [0, 0, 1, 2, 100]
     assert joined[0, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]
+
+
+def test_a_copy_of_a_split_decoder_is_whole():
+    """The second VAE of a server is copied from one whose decoder is split: it is neither split nor linked to it."""
+    vae = AutoencoderKLWan.from_config({"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1,
+        "temperal_downsample": [True], "latents_mean": [0.1] * 4, "latents_std": [1.5] * 4})  # fmt: skip
+    whole, split = StreamingVAE(copy.deepcopy(vae)), StreamingVAE(vae)
+    stream = latents(whole, 3, 6)
+    expected = decoded(whole.decode_latent_frame, whole, stream)
+    WidthShards(split.decoder, RankGroup(0, 2))
+    made = split.copy_in(torch.float32)
+    for parameter in split.decoder.parameters():
+        parameter.zero_()
+    assert torch.equal(decoded(made.decode_latent_frame, made, stream), expected)
+    assert made.copy_in(torch.bfloat16).dtype == torch.bfloat16

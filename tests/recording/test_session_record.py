@@ -28,6 +28,7 @@ from lingbot_rt.recording.record_file import (
     read_record,
 )
 from lingbot_rt.recording.session_record import SessionRecorder, make_room, start_record
+from lingbot_rt.regression.replay import replay_init
 from lingbot_rt.session.message_reader import Unusable
 from lingbot_rt.session.messages import Init, PinnedEvent
 from lingbot_rt.session.plan import ModelInfo
@@ -97,7 +98,7 @@ ODD = {
 @pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
 def test_what_cannot_be_kept_is_named(tmp_path, odd, caplog):
     """An odd value in the init, a pinned event, an event or a statistic costs that value, not the record."""
-    plan = SimpleNamespace(session_id="s1", first_frame=frames(0)[0])
+    plan = SimpleNamespace(session_id="s1", first_frame=frames(0)[0], recent_frames=())
     pinned = PinnedEvent(chunk=1, kind="prompt", payload={"a": [1, odd]})
     unread = {"unused": odd, "deep": [{"\x1b" * 1000: odd}], "kept": [1, 2.5, "\u00e9", None]}
     init = Init(prompt="a", first_frame=b"x", condition_inputs=unread, pinned_events=(pinned,))
@@ -117,6 +118,17 @@ def test_what_cannot_be_kept_is_named(tmp_path, odd, caplog):
     assert record.end == EndLine("over")
     assert "condition_inputs.unused" in caplog.text
     assert "events[0].payload.x" in caplog.text
+
+
+@pytest.mark.parametrize(("asked", "in_force"), [(None, (3, 12)), (True, (3, 12)), (None, ()), (False, ())])
+def test_the_interactive_window_is_kept_as_it_was(tmp_path, asked, in_force):
+    """Also where it was the server's own setting: a replay runs with the record's, whatever the server's is then."""
+    init = Init(prompt="A street.", first_frame=b"x", interactive_kv_window=asked)
+    plan = SimpleNamespace(session_id="s1", first_frame=frames(0)[0], recent_frames=in_force)
+    kept = start_record(ServeConfig(record_dir=str(tmp_path)), init, plan, MODEL_INFO)
+    kept.chunk(0, [], None, [frames(1)], {})
+    kept.close("test over")
+    assert replay_init(read_record(kept.folder))["interactive_kv_window"] == bool(in_force)
 
 
 def test_only_the_owner_reads_a_record(tmp_path):
@@ -143,9 +155,8 @@ def test_a_record_that_cannot_begin_leaves_no_folder(tmp_path, monkeypatch, mome
 
     if moment != "the size limit":
         monkeypatch.setattr(SessionRecorder, "_write" if moment == "the first line" else "_save", fail)
-    plan = SimpleNamespace(
-        session_id="s1", first_frame=np.random.default_rng(0).integers(0, 255, (640, 640, 3), np.uint8)
-    )
+    noise = np.random.default_rng(0).integers(0, 255, (640, 640, 3), np.uint8)
+    plan = SimpleNamespace(session_id="s1", first_frame=noise, recent_frames=())
     config = ServeConfig(record_dir=str(tmp_path), record_max_mb=1)
     assert start_record(config, Init(prompt="a", first_frame=b"x"), plan, MODEL_INFO) is None
     assert list(tmp_path.iterdir()) == []

@@ -26,3 +26,9 @@ async def test_the_size_of_a_case_is_never_the_servers(fields, size, monkeypatch
         async for _ in session_runner.ServerRunner("http://127.0.0.1:1").run(init):
             pass
     assert sent[0]["size"] == size
+
+
+def test_a_case_never_takes_the_servers_window():
+    """The interactive window is off unless a case asks for it, whatever the server's own setting."""
+    for fields, expected in (({}, False), ({"interactive_kv_window": True}, True)):
+        assert session_runner.scripted_init(fields, [], 1)["interactive_kv_window"] == expected

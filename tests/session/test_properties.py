@@ -38,7 +38,18 @@ wire = st.recursive(
         st.lists(inner, max_size=4)
         | st.dictionaries(
             st.sampled_from(
-                ["mode", "transitions", "actions", "input_types", "prompt", "poses", "intrinsics", "size", "x"]
+                [
+                    "mode",
+                    "transitions",
+                    "actions",
+                    "input_types",
+                    "prompt",
+                    "poses",
+                    "intrinsics",
+                    "recache",
+                    "size",
+                    "x",
+                ]
             ),
             inner,
             max_size=4,

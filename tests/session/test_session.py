@@ -10,7 +10,7 @@ import pytest
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import InvalidEvent, InvalidInit, PauseExpired
-from lingbot_rt.session.controls import MAX_WAITING
+from lingbot_rt.session.controls import MAX_WAITING, parse_event
 from lingbot_rt.session.messages import EncodedBatch, Event, Init
 from lingbot_rt.session.plan import ChunkResult, ChunkTimings
 from lingbot_rt.session.session import HEARTBEAT_S, SendTimes, Session
@@ -115,6 +115,58 @@ def test_the_window_holds_sink_and_chunk(sink, window, num_frames, expected):
         assert (settings.sink_frames, settings.window_frames) == expected
 
 
+STILL, MOVING = keys(), keys("w")
+
+
+@pytest.mark.parametrize(
+    ("server", "asked", "expected"),
+    [
+        (False, None, [None] * 8),
+        (False, True, [None, 12, 12, 12, 3, 3, 12, 12]),
+        (True, None, [None, 12, 12, 12, 3, 3, 12, 12]),
+        (True, False, [None] * 8),
+    ],
+)
+def test_the_interactive_window_follows_the_camera(server, asked, expected):
+    """12 latent frames while the camera moves and in the first still chunk after, then 3; without camera control the
+    whole window. The init has the last word."""
+    config = ServeConfig(interactive_kv_window=server)
+    it = session(config, interactive_kv_window=asked, realtime_causal_kv_cache_num_frames=45)
+    found = []
+    for event in (None, MOVING, MOVING, STILL, STILL, STILL, keys("i"), STILL):
+        if event is not None:
+            it.receive(event, 0.0)
+        found.append(it.next_chunk(0.0).plan.recent_frames)
+    assert found == expected
+    plan = it.settings.session_plan("s", np.zeros((64, 64, 3), np.uint8))
+    assert (plan.window_frames, plan.recent_frames) == (45, (3, 12) if any(expected) else ())
+
+
+def test_keys_that_cancel_stand_still():
+    """What counts is that the camera moves: not that keys are held, nor what is left of rounding."""
+    it = session(interactive_kv_window=True, realtime_causal_kv_cache_num_frames=45)
+    it.receive(keys("w", "l", "i"), 0.0)
+    assert it.next_chunk(0.0).plan.recent_frames == 12
+    it.receive(keys("w", "s"), 0.0)
+    assert [it.next_chunk(0.0).plan.recent_frames for _ in range(3)] == [12, 3, 3]
+
+
+def test_the_interactive_window_is_never_larger_than_the_window():
+    """What does not fit beside sink and chunk is not seen."""
+    for window, expected in ((18, (3, 6)), (14, (2, 2)), (12, (0, 0))):
+        settings = session(
+            interactive_kv_window=True, realtime_causal_sink_size=9, realtime_causal_kv_cache_num_frames=window
+        ).settings
+        assert (settings.window_frames, settings.recent_frames) == (window, expected)
+
+
+@pytest.mark.parametrize(("quality", "expected"), [(None, False), ("high", True), ("low", False), ("", False)])
+def test_high_quality_is_a_vae_in_bfloat16(quality, expected):
+    """As in the reference. Any other word changes nothing."""
+    settings = session(quality=quality).settings
+    assert settings.session_plan("s", np.zeros((64, 64, 3), np.uint8)).bfloat16_vae == expected
+
+
 def test_every_size_of_the_table_of_sizes():
     """Whole tokens between 64 pixels a side and --max-pixels pass; others name the nearest that would."""
     config = ServeConfig(max_pixels=832 * 480)
@@ -159,6 +211,46 @@ def test_a_prompt_event_is_in_force_from_the_next_chunk():
     it.next_chunk(0)
     it.receive(Event(kind="prompt", payload="A river."), now=0)
     assert [it.next_chunk(0).plan.prompt for _ in range(2)] == ["A river.", "A river."]
+
+
+@pytest.mark.parametrize("init", [False, True])
+def test_recache_is_asked_for_by_the_init_or_by_the_event(init):
+    """The event has the last word. Without one the init decides, and a prompt that stays the same asks for nothing."""
+    for payload, expected in (
+        ("B", init),
+        ({"prompt": "B"}, init),
+        ({"prompt": "B", "recache": True}, True),
+        ({"prompt": "B", "recache": False}, False),
+        (INIT.prompt, False),
+        ({"prompt": INIT.prompt, "recache": True}, True),
+    ):
+        it = session(recache=init, keep_events=True)
+        it.next_chunk(0.0)
+        it.receive(Event(kind="composite_input", payload={"input_types": ["prompt"], "prompt": payload}), 0.0)
+        chunk = it.next_chunk(0.0)
+        assert chunk.plan.recache == expected
+        assert not it.next_chunk(0.0).plan.recache
+        ((kind, kept, _),) = chunk.events
+        assert kind == "prompt"
+        assert parse_event(kind, kept) == parse_event("prompt", payload)
+
+
+@pytest.mark.parametrize(
+    ("payload", "field"),
+    [
+        ({"prompt": "B", "recache": 1}, "prompt.recache"),
+        ({"recache": True}, "prompt"),
+        ({"prompt": {"prompt": "B"}}, "prompt"),
+    ],
+)
+def test_a_wrong_recache_is_refused(payload, field):
+    """By the place of what is wrong; the prompt stays."""
+    it = session()
+    it.next_chunk(0.0)
+    with pytest.raises(InvalidEvent) as refused:
+        it.receive(Event(kind="prompt", payload=payload), 0.0)
+    assert refused.value.field == field
+    assert it.next_chunk(0.0).plan.prompt == INIT.prompt
 
 
 def test_a_script_in_the_init_runs_from_the_first_chunk():
