@@ -33,7 +33,9 @@ from scripts.world.training_loop import Options, append_line
 from scripts.world.trajectories import make_trajectory, random_actions, start_view, still_actions
 from scripts.world.whole_clip import encode, use_whole_clips
 
-CHUNKS = 12
+CHUNKS = 24
+"""Per trajectory: as old as the errors of generated contexts become in self forcing."""
+
 STILL_SHARE = 0.08
 """Share of trajectories that press no key at all, for sessions that only look or have no camera control."""
 
@@ -125,6 +127,6 @@ def make(options: Options, count: int, chunks: int = CHUNKS) -> None:
 
 if __name__ == "__main__":
     options, args = Options.parse(
-        __doc__, minutes=2.5, extra=(("--trajectories", {"type": int, "default": 16, "help": "per file"}),)
+        __doc__, minutes=2.5, extra=(("--trajectories", {"type": int, "default": 8, "help": "per file"}),)
     )
     make(options, args.trajectories)

@@ -16,7 +16,7 @@ from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.shapes import PATCH_SIZE
 from scripts.world.config import CHUNK_FRAMES
 from scripts.world.teacher_forcing import camera_modulation_of
-from scripts.world.training_data import TrajectoryBatch
+from scripts.world.training_data import SampleIndices, TrajectoryBatch, TrajectoryDataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,30 @@ class Rollout:
     @classmethod
     def joined(cls, parts: Sequence[Rollout]) -> Rollout:
         return cls(torch.cat([part.inputs for part in parts]), torch.cat([part.latents for part in parts]))
+
+
+class GeneratedChunks:
+    """What the model made last of every stored chunk, at first the truth.
+
+    Roll-outs continue from these chunks and replace them, so the errors in their contexts become as old as walks are
+    long, at the cost of short roll-outs.
+    """
+
+    def __init__(self, dataset: TrajectoryDataset) -> None:
+        self._dataset = dataset
+        self._latents = dataset.latents.clone()
+
+    def gather(self, indices: SampleIndices) -> Tensor:
+        """[B, S, z, 3, h, w]"""
+        return self._latents[self._dataset.places_of(indices)].float().transpose(2, 3)
+
+    def put(self, indices: SampleIndices, latents: Tensor, given_B: Tensor) -> None:
+        """Replaces the chunks of ``indices`` by ``latents``, but for the first ``given_B`` of each sample."""
+        chunk = torch.arange(latents.shape[1], device=latents.device)
+        is_given = (chunk < given_B[:, None])[:, :, None, None, None, None]
+        places = self._dataset.places_of(indices)
+        new = latents.transpose(2, 3).to(self._latents.dtype)
+        self._latents[places] = torch.where(is_given, self._latents[places], new)
 
 
 @dataclass(slots=True)
@@ -65,13 +89,15 @@ def roll_out(
     batch: TrajectoryBatch,
     schedule: FlowSchedule,
     *,
+    given: Tensor | None = None,
     given_B: Tensor | None = None,
     position: int = 1,
 ) -> Rollout:
     """Generates B sessions with the conditions, rays and prompts of ``batch``, chunk by chunk.
 
-    The first ``given_B`` chunks of each session are replaced by the true ones after they were generated, so that the
-    later ones continue from the truth in the middle of a walk. ``position``: of chunk 1 in its session.
+    The first ``given_B`` chunks of each session are replaced by those of ``given`` [B, S, z, 3, h, w] after they were
+    generated, so that the later ones continue from them in the middle of a walk. ``position``: of chunk 1 in its
+    session.
     """
     count, num_chunks, _, _, height, width = batch.latents.shape
     config, device = dit.config, batch.latents.device
@@ -107,8 +133,8 @@ def roll_out(
             return torch.randn(count, *shape[1:], device=device)
 
         generated = denoise(chunk, schedule, len(steps), draw)  # type: ignore[arg-type]
-        if given_B is not None:
-            generated = torch.where((given_B > i)[:, None, None, None, None], batch.latents[:, i], generated)
+        if given is not None and given_B is not None:
+            generated = torch.where((given_B > i)[:, None, None, None, None], given[:, i], generated)
         latents.append(generated)
         chunk.commit(latents[-1])
         inputs.append(torch.stack(chunk.inputs, dim=1))

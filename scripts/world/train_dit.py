@@ -11,7 +11,7 @@ as context. They differ in the chunks:
 teacher   the true latents with noise of any level; contexts get a little noise too
 rollout   chunks that the model generated with the serving code, so that it learns to continue from its own pictures;
           their true latents are known, because the world never changes. Half of the sessions are at their beginning,
-          the others anywhere in the world long after it; most get a few true chunks first
+          the others anywhere in the world long after it; these continue from what earlier roll-outs made there
 sharp     the same as rollout, plus the loss of a discriminator between true and predicted latents
 """
 
@@ -36,7 +36,7 @@ from scripts.world.make_latents import checkpoint
 from scripts.world.muon import muon_and_adamw
 from scripts.world.pose_reader import PoseReader
 from scripts.world.ranks import Ranks
-from scripts.world.self_forcing import FAR_POSITION, Rollout, roll_out
+from scripts.world.self_forcing import FAR_POSITION, GeneratedChunks, Rollout, roll_out
 from scripts.world.teacher_forcing import forward, run_layer
 from scripts.world.training_data import SampleIndices, TrajectoryBatch, TrajectoryDataset
 from scripts.world.training_loop import (
@@ -66,7 +66,10 @@ ROLLOUT_CHUNKS = 7
 """Per session: longer ones drift so far from the true walk that their truth teaches blur."""
 
 MOST_GIVEN = 3
-"""True chunks at the beginning of a roll-out, at most. Far sessions always get so many: the window's contents."""
+"""Chunks that a roll-out is given at its beginning, at most. Far sessions always get so many: the window's contents."""
+
+TRUE_SHARE = 0.25
+"""Share of the far sessions that are given true chunks, in place of what the model made of them earlier."""
 
 STEPS_PER_ROLLOUT = 3
 """Steps that use one roll-out, each with other noise levels: a roll-out costs about as much as a step."""
@@ -193,6 +196,7 @@ class Phase:
         self._autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
         self._layer = run_layer if device.type == "cpu" else torch.compile(run_layer, dynamic=False)
         self._steps = 0
+        self._made = None if phase == "teacher" else GeneratedChunks(dataset)
 
     def step(self, rng: np.random.Generator) -> dict[str, Tensor]:
         """Sets the gradients of one batch and returns its figures."""
@@ -214,17 +218,33 @@ class Phase:
         return SampleIndices.joined([near, far])
 
     def _roll_out(self) -> dict[str, Tensor]:
+        assert self._made is not None
         half, device = self._batch // 2, self.dit.head.head.weight.device
-        given = torch.randint(MOST_GIVEN + 1, (self._batch - half,), device=device)
-        parts = ((slice(0, -half), 1, given), (slice(-half, None), FAR_POSITION, torch.full_like(given, MOST_GIVEN)))
+        near, far = slice(0, -half), slice(-half, None)
+        known = torch.full((self._batch,), MOST_GIVEN, device=device)
+        known[near] = torch.randint(MOST_GIVEN + 1, (self._batch - half,), device=device)
+        is_true = torch.rand(self._batch, device=device) < TRUE_SHARE
+        is_true[near] = True
         with self._autocast():
-            self._truth = self._dataset.gather(self._indices)
+            truth = self._truth = self._dataset.gather(self._indices)
+            given = torch.where(
+                is_true[:, None, None, None, None, None], truth.latents, self._made.gather(self._indices)
+            )
+            given[:, 0] = truth.latents[:, 0]  # the sink shows the session's first picture
             self._rollout = Rollout.joined(
                 [
-                    roll_out(self.dit, self._truth.sessions(some), self._config.schedule, given_B=known, position=first)
-                    for some, first, known in parts
+                    roll_out(
+                        self.dit,
+                        truth.sessions(some),
+                        self._config.schedule,
+                        given=given[some],
+                        given_B=known[some],
+                        position=position,
+                    )
+                    for some, position in ((near, 1), (far, FAR_POSITION))
                 ]
             )
+        self._made.put(self._indices, self._rollout.latents, known)
         return {}
 
     def _forward_backward(self) -> dict[str, Tensor]:

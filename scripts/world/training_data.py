@@ -69,6 +69,9 @@ class SampleIndices:
     def to(self, device: torch.device) -> SampleIndices:
         return SampleIndices(*(getattr(self, field.name).to(device, copy=True) for field in fields(self)))
 
+    def samples(self, some: slice) -> SampleIndices:
+        return SampleIndices(*(getattr(self, field.name)[some] for field in fields(self)))
+
     @classmethod
     def joined(cls, parts: Sequence[SampleIndices]) -> SampleIndices:
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
@@ -103,6 +106,18 @@ class TrajectoryDataset:
     @property
     def num_trajectories(self) -> int:
         return len(self._latents)
+
+    @property
+    def latents(self) -> Tensor:
+        """[N, 2, z, n, h, w], the truth."""
+        return self._latents
+
+    def places_of(self, indices: SampleIndices) -> tuple[Tensor, Tensor, slice, Tensor]:
+        """The index of the samples' latents in ``latents``. It gives [B, S, 3, z, h, w]."""
+        rows = indices.trajectory
+        frames = CHUNK_FRAMES * indices.chunk[..., None] + torch.arange(CHUNK_FRAMES, device=rows.device)
+        # Indices around a slice put their own dimensions first.
+        return rows[..., None], indices.view[..., None], slice(None), frames
 
     def draw(
         self,
@@ -140,11 +155,10 @@ class TrajectoryDataset:
     def gather(self, indices: SampleIndices) -> TrajectoryBatch:
         """The batch of ``indices``, which must be on the dataset's device."""
         rows, view = indices.trajectory, indices.view
-        frames = CHUNK_FRAMES * indices.chunk[..., None] + torch.arange(CHUNK_FRAMES, device=rows.device)
+        *_, frames = places = self.places_of(indices)
         samples = torch.arange(len(rows), device=rows.device)[:, None]
         return TrajectoryBatch(
-            # Indices around a slice put their own dimensions first: B S 3 z h w.
-            latents=self._latents[rows[..., None], view[..., None], :, frames].float().transpose(2, 3),
+            latents=self._latents[places].float().transpose(2, 3),
             conditions=self._conditions(rows[:, 0], view[:, 0], rows.shape[1]),
             poses=self._poses[rows[..., None], frames],
             places=self._places[rows[..., None], frames],

@@ -25,9 +25,9 @@ from scripts.world.export import export
 from scripts.world.muon import BatchedMuon
 from scripts.world.pose_reader import FEATURES, PoseReader, place_features
 from scripts.world.render import Renderer
-from scripts.world.self_forcing import FAR_POSITION, roll_out
+from scripts.world.self_forcing import FAR_POSITION, GeneratedChunks, roll_out
 from scripts.world.teacher_forcing import forward
-from scripts.world.training_data import TrajectoryBatch, TrajectoryDataset
+from scripts.world.training_data import SampleIndices, TrajectoryBatch, TrajectoryDataset
 from scripts.world.training_loop import Options, save_part
 from scripts.world.trajectories import View
 from scripts.world.whole_clip import decode, encode, use_whole_clips
@@ -109,10 +109,8 @@ def test_large_parts_are_split(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
-def test_samples_of_the_dataset(tmp_path):
-    """A chunk's latents are those of its trajectory, look and frames. Far chunks are consecutive, and the first two of
-    them, which lack their context, have no weight."""
-    stored, chunks, num_chunks = 3, 6, 4
+def dataset_of(folder: Path, stored: int, chunks: int) -> TrajectoryDataset:
+    """Trajectories whose latents are 600 x trajectory + 100 x look + frame."""
     code = 600 * torch.arange(stored)[:, None, None] + 100 * torch.arange(2)[:, None] + torch.arange(3 * chunks)
     file = {
         "latents": code[:, :, None, :, None, None].expand(-1, -1, TINY.z_dim, -1, 4, 4).half(),
@@ -122,13 +120,37 @@ def test_samples_of_the_dataset(tmp_path):
         "places": torch.zeros(stored, 3 * chunks, 4),
         "looks": torch.tensor([[0, 1]] * stored),
     }
-    torch.save(file, tmp_path / "0000.pt")
+    torch.save(file, folder / "0000.pt")
 
     class Words:
         def encode(self, prompt: str) -> torch.Tensor:
             return torch.full((1, 2, 3), float(len(prompt)))
 
-    dataset = TrajectoryDataset(tmp_path, Words(), CPU, seed=0)  # type: ignore[arg-type]
+    return TrajectoryDataset(folder, Words(), CPU, seed=0)  # type: ignore[arg-type]
+
+
+def test_generated_chunks_replace_the_true_ones(tmp_path):
+    """A roll-out's chunks are what the next one continues from, but for those that it was given."""
+    dataset = dataset_of(tmp_path, stored=2, chunks=6)
+    made = GeneratedChunks(dataset)
+    near, far = (dataset.draw(np.random.default_rng(1), 1, 4, far_share=share, far_position=7) for share in (0, 1))
+    truth = dataset.gather(near).latents
+    assert torch.equal(made.gather(near), truth)
+    new = torch.full_like(truth, -1)
+    made.put(near, new, torch.tensor([2]))
+    assert torch.equal(made.gather(near)[:, :2], truth[:, :2])
+    assert torch.equal(made.gather(near)[:, 2:], new[:, 2:])
+    assert torch.equal(dataset.gather(near).latents, truth)
+    assert (dataset.gather(far).start_frames[:, 1] == 21).all()
+    both = SampleIndices.joined([far, near])
+    assert torch.equal(both.samples(slice(1, None)).trajectory, near.trajectory)
+
+
+def test_samples_of_the_dataset(tmp_path):
+    """A chunk's latents are those of its trajectory, look and frames. Far chunks are consecutive, and the first two of
+    them, which lack their context, have no weight."""
+    num_chunks = 4
+    dataset = dataset_of(tmp_path, stored=3, chunks=6)
     batch = dataset.gather(dataset.draw(np.random.default_rng(0), 40, num_chunks))
     assert batch.poses.shape == (40, num_chunks, 3, 4, 4)
     code = batch.latents[:, :, 0, :, 0, 0]
@@ -227,13 +249,14 @@ def ray_map_of(batch: TrajectoryBatch, session: int, chunk: int) -> torch.Tensor
     return ray_map(batch.poses[session, chunk].numpy(), FrameSize(32, 48), CPU)
 
 
-def test_roll_outs_from_true_chunks(dit):
-    """What follows given chunks continues from the truth, and given chunks are the truth, anywhere in a session."""
+def test_roll_outs_from_given_chunks(dit):
+    """What follows given chunks continues from them, anywhere in a session."""
     batch = random_batch(5)
+    given = torch.randn_like(batch.latents)
     torch.manual_seed(5)
-    some = roll_out(dit, batch, TINY.schedule, given_B=torch.tensor([2, 0]), position=FAR_POSITION)
-    assert torch.equal(some.latents[0, :2], batch.latents[0, :2])
-    assert not torch.allclose(some.latents[0, 2], batch.latents[0, 2])
+    some = roll_out(dit, batch, TINY.schedule, given=given, given_B=torch.tensor([2, 0]), position=FAR_POSITION)
+    assert torch.equal(some.latents[0, :2], given[0, :2])
+    assert not torch.allclose(some.latents[0, 2], given[0, 2])
     torch.manual_seed(5)
     none = roll_out(dit, batch, TINY.schedule, position=FAR_POSITION)
     assert torch.equal(none.latents[1], some.latents[1])
