@@ -43,8 +43,13 @@ class CollectivesSpec:
     out_channels: int
     vae: dict[str, Any]  # configuration of diffusers' AutoencoderKLWan
     steps: int
-    dtype: torch.dtype
+    dtype_name: str  # of torch
     repeats: int  # calls per round; the median of the rounds is reported
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
 
     @classmethod
     def of(
@@ -60,7 +65,7 @@ class CollectivesSpec:
             out_channels=dit.out_channels,
             vae=read_vae_config(folder.path / "vae" / "config.json"),
             steps=steps,
-            dtype=dtype,
+            dtype_name=str(dtype).removeprefix("torch."),
             repeats=repeats,
         )
 
@@ -129,7 +134,7 @@ class CollectivesReport:
             device=device,
             ranks=ranks,
             torch=torch.__version__,
-            dtype=str(spec.dtype).removeprefix("torch."),
+            dtype=spec.dtype_name,
             size=str(spec.size),
             steps=spec.steps,
             repeats=spec.repeats,

@@ -101,7 +101,7 @@ def _run_worker(job: Job, group: RankGroup) -> None:
     device = resolve_device(job.config.device)
     group.agree(True)
     while True:
-        match group.receive():
+        match group.receive(CollectivesSpec, Stop):
             case CollectivesSpec() as spec:
                 measure(spec, group, device)
             case Stop():

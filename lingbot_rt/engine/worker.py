@@ -85,7 +85,7 @@ def worker_loop(pipeline: Pipeline, group: RankGroup) -> None:
     group.agree(True)
     sessions: dict[str, SessionState] = {}
     while True:
-        match group.receive():
+        match group.receive(WarmUpShape, SessionPlan, ChunkPlan, Close, Stop):
             case WarmUpShape(plan):
                 with suppress(ChunkCancelled):
                     warm_up_shape(pipeline, plan)

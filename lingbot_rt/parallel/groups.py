@@ -6,7 +6,6 @@ NCCL carries tensors on a GPU, gloo tensors on a CPU. Legend: P ranks, N tokens 
 from __future__ import annotations
 
 import os
-import pickle
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lingbot_rt.errors import PeerLost, one_line
+from lingbot_rt.parallel.packed import pack, unpack
 from lingbot_rt.parallel.watchdog import Heartbeat
 
 _COMMAND_BYTES = 8192
@@ -138,7 +138,7 @@ class RankGroup:
 
     def send(self, command: Any) -> None:
         """On rank 0: gives ``command`` to every worker's ``receive``."""
-        body = pickle.dumps(command)
+        body = pack(command)
         packed = len(body).to_bytes(_LENGTH_BYTES, "little") + body
         first = torch.zeros(_COMMAND_BYTES, dtype=torch.uint8)
         head = packed[:_COMMAND_BYTES]
@@ -148,8 +148,8 @@ class RankGroup:
             if len(packed) > _COMMAND_BYTES:
                 dist.broadcast(torch.frombuffer(bytearray(packed[_COMMAND_BYTES:]), dtype=torch.uint8), src=0)
 
-    def receive(self) -> Any:
-        """On a worker: waits for the next command, without a time limit."""
+    def receive(self, *kinds: type) -> Any:
+        """On a worker: waits for the next command, without a time limit. ``kinds``: the classes that it may be of."""
         first = torch.empty(_COMMAND_BYTES, dtype=torch.uint8)
         with self._exchange():
             dist.broadcast(first, src=0)
@@ -160,7 +160,7 @@ class RankGroup:
                 second = torch.empty(remaining, dtype=torch.uint8)
                 dist.broadcast(second, src=0)
                 packed += second.numpy().tobytes()
-        return pickle.loads(packed[_LENGTH_BYTES : _LENGTH_BYTES + length])
+        return unpack(packed[_LENGTH_BYTES : _LENGTH_BYTES + length], kinds)
 
     def all_to_all(
         self,
