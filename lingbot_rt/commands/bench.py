@@ -8,6 +8,7 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from lingbot_rt.commands import bench_load
 from lingbot_rt.commands.local_engine import StartupBars
 from lingbot_rt.commands.options import (
     add_client_options,
@@ -75,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
         ("transport", "encoding time and size of each transport, beside plain Pillow", _add_transport, _transport),
         ("serve", "a running server as its client sees it: rate, latency, jitter, underruns", _add_serve, _serve),
+        (
+            "load",
+            "a running server under many clients: waiting, first frames, cadence, errors",
+            bench_load.add_options,
+            bench_load.measure,
+        ),
     ):
         options = kinds.add_parser(kind, help=summary, description=f"Measures {summary}.")
         add_options(options)
