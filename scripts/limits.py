@@ -294,6 +294,8 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
 
 NOT_LIMITS = {
     "commands.animation:_GIF_MAX_FPS": "GIF has no higher rate",
+    "commands.bench_load:LONGEST_S": "of a measurement",
+    "commands.bench_load:MAX_CLIENTS": "of a measurement",
     "commands.doctor:_LINE_LENGTH": "of what is printed",
     "commands.output:_MAX_CHARACTERS": "of what is printed",
     "commands.walk:_LINE_INTERVAL_S": "between two lines of progress",

@@ -17,6 +17,7 @@ from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.chunk_run import Emit, ThreadedChunkRun
 from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.compilation import compilations
+from lingbot_rt.engine.device_memory import allocated_bytes, memory_parts
 from lingbot_rt.engine.memory import describe_share, release_unused, require_room
 from lingbot_rt.engine.model_memory import require_memory
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
@@ -49,6 +50,7 @@ class Engine:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._status = EngineStatus()
         self._pipeline: Pipeline | None = None
+        self._model_bytes = 0  # on the device, before any session
         self._sessions: dict[str, SessionState] = {}
         # Sizes and latent frames per chunk that compiled code is there for. The engine thread replaces it as a whole.
         self._compiled: tuple[tuple[FrameSize, int], ...] = ()
@@ -93,6 +95,11 @@ class Engine:
         if self._config.num_gpus == 1:
             # With several ranks the coordinator watches all of them, this one too.
             self._watch = asyncio.create_task(self._watch_thread(), name="engine watch")
+
+    @property
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes of rank 0's device by what holds them; empty on a CPU and before the model is loaded."""
+        return {} if self._pipeline is None else memory_parts(self._pipeline.device, self._model_bytes)
 
     @property
     def warm_sizes(self) -> tuple[FrameSize, ...] | None:
@@ -202,6 +209,7 @@ class Engine:
                     postprocess=self._config.enable_upscaling_warmup,
                 ):
                     self._compiled = ((pipeline.model_info.default_size, pipeline.model_info.latent_frames),)
+        self._model_bytes = allocated_bytes(pipeline.device)
         self._report(EngineStatus("ready"))
 
     def _compile_for(self, plan: SessionPlan, warm_up: LimitedWarmUp) -> None:

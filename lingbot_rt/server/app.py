@@ -186,8 +186,7 @@ def _keyed_routes(service: Service, app: FastAPI) -> APIRouter:
 
     @routes.get("/metrics")
     async def metrics() -> Response:
-        service.metrics.ready.set(service.engine.status.ready)
-        service.metrics.waiting.set(service.admission.waiting)
+        service.show_metrics()
         return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     @routes.get("/openapi.json", include_in_schema=False)

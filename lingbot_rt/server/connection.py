@@ -81,9 +81,23 @@ class Close:
     reason: str = ""
     error: LingbotError | None = None  # sent before the close
 
+    @property
+    def is_told(self) -> bool:
+        """False when nobody is there to be told."""
+        return self.code != _ABNORMAL
 
-GONE = Close(1006)
-"""Nobody is there to be told."""
+    @property
+    def ending(self) -> str:
+        """One word for metrics and logs: the code of the error, or how the connection ended without one."""
+        if self.error is not None:
+            return self.error.code
+        return "complete" if self is COMPLETE else self.reason.replace(" ", "_")
+
+
+_ABNORMAL = 1006
+COMPLETE = Close(1000, "generation complete")
+GONE = Close(_ABNORMAL, "client gone")
+TOO_SLOW = Close(_ABNORMAL, "client too slow")
 
 
 @dataclass(eq=False)
@@ -98,6 +112,15 @@ class Service:
     readers: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="read"))
     connections: set[Connection] = field(default_factory=set)
     failure: LingbotError | None = None  # why there is no engine
+
+    def show_metrics(self) -> None:
+        """Sets the metrics that say how things are now."""
+        metrics, status = self.metrics, self.engine.status
+        metrics.ready.set(status.ready)
+        metrics.show_sessions(connection.state for connection in self.connections)
+        metrics.show_memory(sum(each.outbox_bytes for each in self.connections), self.engine.memory_bytes)
+        if status.ready:
+            metrics.show_model(self.engine.model_info)
 
     async def close_all(self, limit_s: float) -> None:
         """Every client gets its error and its close. Returns when all are gone, after ``limit_s`` at the latest."""
@@ -123,6 +146,7 @@ class Connection:
         self._first_frame: bytes | str = b""  # of the init that is not served yet
         self._session: Session | None = None
         self._stream: Stream | None = None
+        self._has_slot = self._has_opened = False
         self._accepted_at = time.monotonic()
 
     def stop(self) -> None:
@@ -135,6 +159,20 @@ class Connection:
         else:
             self._stopped.set_result(Close(1001, "server shutdown", ShuttingDown("the server is shutting down")))
 
+    @property
+    def state(self) -> str | None:
+        """One of ``metrics.SESSION_STATES``; None without a session."""
+        if self._session is None:
+            return None
+        if self._stream is None:
+            return "opening" if self._has_slot else "waiting"
+        return "paused" if self._session.is_paused else "playing"
+
+    @property
+    def outbox_bytes(self) -> int:
+        """Bytes of messages that the socket has not taken yet."""
+        return self._outbox.pending_bytes
+
     async def run(self) -> None:
         """Returns when the connection is over; raises nothing but cancellation."""
         metrics, close = self._service.metrics, GONE
@@ -144,6 +182,8 @@ class Connection:
             close = await self._converse()
         finally:
             metrics.ends.labels(str(close.code)).inc()
+            if self._has_opened:
+                metrics.session_ends.labels(close.ending).inc()
             metrics.connections.dec()
             self._service.connections.discard(self)
             self.gone.set()
@@ -167,7 +207,7 @@ class Connection:
             return await work
         except (WebSocketDisconnect, ClientTooSlow) as error:
             log.info("the client is gone: %r", error)
-            return GONE
+            return TOO_SLOW if isinstance(error, ClientTooSlow) else GONE
         except SessionBusy as error:
             return Close(1008, "busy", error)
         except PauseExpired as error:
@@ -183,7 +223,7 @@ class Connection:
             return Close(1011, "internal error", EngineFailed(f"{type(error).__name__}; the server's log has more"))
 
     async def _close_with(self, close: Close) -> None:
-        if close is GONE:
+        if not close.is_told:
             return
         limit_s = SHUTDOWN_FAREWELL_S if self._stopped.done() else self._service.config.send_timeout_s
         try:
@@ -316,23 +356,27 @@ class Connection:
             folder=service.config.first_frame_dir,
             allow_remote=service.config.allow_remote_first_frame,
         )
+        joined_at = time.monotonic()
         in_line = self._tell_place if "queue" in settings.extensions else None
         async with service.admission.slot(in_line) as slot:
+            begun_at, self._has_slot = time.monotonic(), True
+            service.metrics.queue_ms.observe(1000 * (begun_at - joined_at))
             plan = settings.session_plan(session.id, picture)
             async with AsyncExitStack() as at_last:
-                service.metrics.active.inc()
                 try:
                     await self._open(session, plan)
                     recorder = await at_last.enter_async_context(self._recorded(init, plan))
+                    service.metrics.open_ms.observe(1000 * (time.monotonic() - begun_at))
                     service.metrics.sessions.inc()
+                    self._has_opened = True
                     log.info("session %s: %s, %d latent frames", session.id, settings.size, settings.latent_frames)
                     await self._stream_session(session, recorder)
                 finally:
                     # First of all: from here on nobody in line is refused, however long the rest takes.
                     slot.leaving()
-                    service.metrics.active.dec()
+                    self._has_slot = False
                     await _to_the_end(service.engine.close(session.id))
-        return Close(1000, "generation complete")
+        return COMPLETE
 
     async def _open(self, session: Session, plan: SessionPlan) -> None:
         """Opens the session on the engine. A client that asked for it hears when that begins with a warm-up."""

@@ -128,7 +128,7 @@ class Stream:
         if self._recorder is not None:
             events = [RecordedEvent(*event) for event in chunk.events]
             self._recorder.chunk(stats.chunk_index, events, stats.event_id, frames, stats_fields(stats))
-        self._metrics.count_chunk(stats, run.result.timings.ranks_ms)
+        self._metrics.count_chunk(stats, run.result.timings, self._session.settings.playback_fps)
 
 
 class Prefetch(Generic[Item]):

@@ -5,7 +5,7 @@ Sizes: F latent frames per chunk, H x W pixels, n pixel frames.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -197,6 +197,10 @@ class EnginePort(Protocol):
         """Loads and warms up; returns when ready."""
 
     async def stop(self) -> None: ...
+
+    @property
+    def memory_bytes(self) -> Mapping[str, int]:
+        """Bytes of the device by what holds them: model, sessions, pool, free, other; empty where it cannot tell."""
 
     @property
     def warm_sizes(self) -> tuple[FrameSize, ...] | None:

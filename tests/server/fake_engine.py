@@ -98,6 +98,10 @@ class FakeEngine:
         self._thread.shutdown(wait=True)
 
     @property
+    def memory_bytes(self) -> dict[str, int]:
+        return {"model": 3 * 10**9, "sessions": 10**9 * self.live, "pool": 10**8, "free": 4 * 10**9, "other": 0}
+
+    @property
     def warm_sizes(self) -> tuple[FrameSize, ...] | None:
         return None if self.warm_up is None else (CARD.default_size,)
 
@@ -137,7 +141,8 @@ class FakeEngine:
             self.emitted_at.append(time.monotonic())
             emit(FrameGroup(plan.chunk_index, index, session.latent_frames, pixels))
         ms = 1000 * (time.perf_counter() - started)
-        timings = ChunkTimings(0.1, ms * 0.7, ms * 0.3, ms, {"denoise": ms * 0.6, "context": ms * 0.1})
+        stages = {"denoise": ms * 0.6, "context": ms * 0.1}
+        timings = ChunkTimings(0.1, ms * 0.7, ms * 0.3, ms, stages, ranks_ms=(ms,))
         return ChunkResult(plan.chunk_index, total, session.window_frames, timings)
 
     def occupy(self, gate: threading.Event) -> None:
