@@ -57,6 +57,9 @@ from lingbot_rt.session.plan import EnginePort, SessionPlan
 from lingbot_rt.session.session import Session
 from lingbot_rt.session.settings import resolve
 from lingbot_rt.telemetry import Metrics
+from lingbot_rt.telemetry.logs import LoggedSession
+from lingbot_rt.telemetry.session import SessionTelemetry
+from lingbot_rt.telemetry.tracing import Tracer
 from lingbot_rt.transport.outbox import Outbox
 
 log = logging.getLogger(__name__)
@@ -111,6 +114,7 @@ class Service:
     encoders: Executor
     readers: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="read"))
     connections: set[Connection] = field(default_factory=set)
+    tracer: Tracer | None = None
     failure: LingbotError | None = None  # why there is no engine
 
     def show_metrics(self) -> None:
@@ -146,7 +150,9 @@ class Connection:
         self._first_frame: bytes | str = b""  # of the init that is not served yet
         self._session: Session | None = None
         self._stream: Stream | None = None
-        self._has_slot = self._has_opened = False
+        self._telemetry: SessionTelemetry | None = None  # of the session that is served
+        self._has_slot = False
+        self._logged = LoggedSession()
         self._accepted_at = time.monotonic()
 
     def stop(self) -> None:
@@ -176,14 +182,15 @@ class Connection:
     async def run(self) -> None:
         """Returns when the connection is over; raises nothing but cancellation."""
         metrics, close = self._service.metrics, GONE
+        self._logged.enter()
         self._service.connections.add(self)
         metrics.connections.inc()
         try:
             close = await self._converse()
         finally:
             metrics.ends.labels(str(close.code)).inc()
-            if self._has_opened:
-                metrics.session_ends.labels(close.ending).inc()
+            if self._telemetry is not None:
+                self._telemetry.ended(close.ending, time.monotonic())
             metrics.connections.dec()
             self._service.connections.discard(self)
             self.gone.set()
@@ -310,6 +317,7 @@ class Connection:
         self._session = Session(
             uuid.uuid4().hex, settings, opened_at=self._accepted_at, keep_events=service.config.records(init.record)
         )
+        self._logged.session_id = self._session.id
         self._first_frame = init.first_frame
         self._inits.put_nowait((self._session, msgspec.structs.replace(init, first_frame=b"")))
 
@@ -339,7 +347,9 @@ class Connection:
                 return await self._serve_session(session, init)
             except (RequestError, CapacityError) as error:
                 deadline += loop.time() - began_at  # the line may have been long: the client has its time again
-                self._session = None
+                if self._telemetry is not None:
+                    self._telemetry.ended(error.code, time.monotonic())
+                self._session = self._telemetry = None
                 await self._outbox.send(self._refusal(error))
 
     def _take_first_frame(self) -> bytes | str:
@@ -350,27 +360,26 @@ class Connection:
     async def _serve_session(self, session: Session, init: Init) -> Close:
         """Raises RequestError or CapacityError when the session cannot be opened."""
         service, settings = self._service, session.settings
+        telemetry = SessionTelemetry(session, service.metrics, service.tracer, time.monotonic())
+        self._telemetry = telemetry
         picture = await load_first_frame(
             self._take_first_frame(),
             settings.size,
             folder=service.config.first_frame_dir,
             allow_remote=service.config.allow_remote_first_frame,
         )
-        joined_at = time.monotonic()
+        telemetry.has_picture(time.monotonic())
         in_line = self._tell_place if "queue" in settings.extensions else None
         async with service.admission.slot(in_line) as slot:
-            begun_at, self._has_slot = time.monotonic(), True
-            service.metrics.queue_ms.observe(1000 * (begun_at - joined_at))
+            self._has_slot = True
+            telemetry.has_slot(time.monotonic())
             plan = settings.session_plan(session.id, picture)
             async with AsyncExitStack() as at_last:
                 try:
                     await self._open(session, plan)
                     recorder = await at_last.enter_async_context(self._recorded(init, plan))
-                    service.metrics.open_ms.observe(1000 * (time.monotonic() - begun_at))
-                    service.metrics.sessions.inc()
-                    self._has_opened = True
-                    log.info("session %s: %s, %d latent frames", session.id, settings.size, settings.latent_frames)
-                    await self._stream_session(session, recorder)
+                    telemetry.opened(time.monotonic())
+                    await self._stream_session(session, telemetry, recorder)
                 finally:
                     # First of all: from here on nobody in line is refused, however long the rest takes.
                     slot.leaving()
@@ -391,7 +400,9 @@ class Connection:
         finally:
             session.is_warming = False
 
-    async def _stream_session(self, session: Session, recorder: SessionRecorder | None) -> None:
+    async def _stream_session(
+        self, session: Session, telemetry: SessionTelemetry, recorder: SessionRecorder | None
+    ) -> None:
         extensions = session.settings.extensions
         if "session" in extensions:
             capabilities = {"extensions": [name for name in EXTENSIONS if name in extensions]}
@@ -401,7 +412,7 @@ class Connection:
             self._service.engine,
             self._outbox,
             encoders=self._service.encoders,
-            metrics=self._service.metrics,
+            telemetry=telemetry,
             recorder=recorder,
         )
         await self._stream.run()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any, ClassVar
 from urllib.parse import quote, quote_plus, unquote_plus
 
 _PARAMETER = re.compile(r"([?&;])([^\s=&;?\"']+)=([^\s&;\"']*)")
@@ -50,12 +54,47 @@ def _hidden_parameter(match: re.Match[str]) -> str:
     return f"{match[1]}{match[2]}={_HIDDEN}" if is_key else match[0]
 
 
-def configure_logging(level: str, *, key: str | None = None) -> None:
+class LoggedSession:
+    """The session of a connection, for lines that are logged in its tasks. ``enter`` before the tasks are made."""
+
+    current: ClassVar[ContextVar[LoggedSession | None]] = ContextVar("logged_session", default=None)
+
+    def __init__(self) -> None:
+        self.session_id: str | None = None  # None before an init was taken
+
+    def enter(self) -> None:
+        self.current.set(self)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line: time, level, logger, message, and where they are known session, figures and error."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        logged = LoggedSession.current.get()
+        if logged is not None and logged.session_id is not None:
+            line["session"] = logged.session_id
+        if figures := getattr(record, "figures", None):
+            line["figures"] = figures
+        if record.exc_info and not record.exc_text:
+            record.exc_text = self.formatException(record.exc_info)
+        if record.exc_text:
+            line["error"] = record.exc_text
+        return json.dumps(line, default=str)
+
+
+def configure_logging(level: str, *, key: str | None = None, log_format: str = "text") -> None:
     """Logs to stderr what has at least ``level``: debug, info, warning or error. Replaces an earlier configuration.
 
-    ``key``: the server's API key, which is hidden wherever it would be logged.
+    ``key``: the server's API key, which is hidden wherever it would be logged. ``log_format``: text or json.
     """
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
+    handler.setFormatter(JsonFormatter() if log_format == "json" else plain)
     handler.addFilter(HideKeys(key))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
