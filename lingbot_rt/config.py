@@ -309,6 +309,12 @@ class ServeConfig:
         high=10**8,
         group="limits",
     )
+    profile_dir: str | None = _option(
+        None,
+        "folder into which POST /debug/profile writes profiler traces; needs --api-key (default: none are written)",
+        group="limits",
+        form=path_value,
+    )
     allow_remote_first_frame: bool = _option(
         False, "allow an init to name its first frame by http(s) URL", group="limits"
     )

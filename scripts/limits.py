@@ -252,6 +252,11 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
             "the record ends; the session goes on",
         ),
         Limit("time to write the end", "recording.session_record:_CLOSE_LIMIT_S", "s", "the record has no last line"),
+        Limit("chunks of one profile", "server.profiles:MAX_PROFILE_CHUNKS", "", "400"),
+        Limit("wait for them", "server.profiles:PROFILE_LIMIT_S", "s", "those that came are written; 504 without any"),
+        Limit("profiles kept", "server.profiles:KEPT_PROFILES", "", "the oldest are deleted"),
+        Limit("chunks of a session with spans in its trace", "telemetry.tracing:MAX_CHUNK_SPANS", "", "they have none"),
+        Limit("one export of spans", "telemetry.tracing:EXPORT_TIMEOUT_S", "s", "it is logged and tried again or lost"),
         Limit("places named as left out", "recording.record_file:MAX_LEFT_OUT", "", "the others are not named"),
     ),
     "process": (

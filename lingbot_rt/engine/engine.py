@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from lingbot_rt.engine.device_memory import allocated_bytes, memory_parts
 from lingbot_rt.engine.memory import describe_share, release_unused, require_room
 from lingbot_rt.engine.model_memory import require_memory
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
+from lingbot_rt.engine.profiler import ChunkProfiler
 from lingbot_rt.engine.progress import POLL_S, ThreadProgress
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import LimitedWarmUp, warm_up
@@ -59,6 +61,7 @@ class Engine:
         self._coordinator = create_coordinator(config, self._lose, worker_command(config))
         self._loss: asyncio.Future[str] | None = None  # why the engine is lost; None before ``start``
         self._progress = ThreadProgress(self._marks)
+        self._profiler = ChunkProfiler()
         self._watch: asyncio.Task[None] | None = None
 
     @property
@@ -147,6 +150,10 @@ class Engine:
         """
         return ThreadedChunkRun(lambda emit: self._on_thread(lambda: self._run_chunk(plan, emit)))
 
+    async def profile(self, chunks: int, file: Path, limit_s: float) -> int:
+        """Writes a trace of the next chunks of rank 0 to ``file``; how many came within ``limit_s``."""
+        return await self._profiler.record(chunks, file, limit_s, self._loaded.device, self._on_thread)
+
     async def close(self, session_id: str) -> None:
         """Interrupts the session's chunk, if one is running, and frees the session's memory. Idempotent."""
         session = self._sessions.get(session_id)
@@ -181,7 +188,7 @@ class Engine:
         session = self._sessions.get(plan.session_id)
         if session is None:
             raise EngineFailed(f"session {plan.session_id} is not open")
-        with self._coordinator.command(plan):
+        with self._profiler.chunk(), self._coordinator.command(plan):
             try:
                 result: ChunkResult | UnsoundFrames = run_chunk(self._loaded, session, plan, emit)
             except UnsoundFrames as error:

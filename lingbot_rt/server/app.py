@@ -31,6 +31,7 @@ from lingbot_rt.server.connection import Connection, Service
 from lingbot_rt.server.http import ShortageLog, http_protocol, raise_descriptor_limit
 from lingbot_rt.server.middleware import BrowserHeaders, HeadAsGet, HostCheck, openai_error, page_policy
 from lingbot_rt.server.model_entry import model_entry
+from lingbot_rt.server.profiles import Profiles, profile_routes
 from lingbot_rt.server.websocket import websocket_protocol
 from lingbot_rt.session.messages import error_message
 from lingbot_rt.session.plan import EnginePort, EngineStatus, ModelInfo
@@ -193,6 +194,8 @@ def _keyed_routes(service: Service, app: FastAPI) -> APIRouter:
     async def metrics() -> Response:
         service.show_metrics()
         return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    routes.include_router(profile_routes(Profiles(service.config, service.engine)))
 
     @routes.get("/openapi.json", include_in_schema=False)
     async def openapi() -> dict[str, Any]:

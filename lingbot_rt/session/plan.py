@@ -215,5 +215,11 @@ class EnginePort(Protocol):
     def run(self, plan: ChunkPlan) -> ChunkRun:
         """Starts one chunk of an open session."""
 
+    async def profile(self, chunks: int, file: Path, limit_s: float) -> int:
+        """Writes a profiler trace of the next ``chunks`` chunks to ``file``. One call at a time.
+
+        Returns how many came within ``limit_s``; without any, nothing is written. Raises OSError and EngineFailed.
+        """
+
     async def close(self, session_id: str) -> None:
         """Interrupts the session's chunk and frees what it held. Idempotent."""

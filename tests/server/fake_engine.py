@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -52,6 +53,7 @@ class FakeEngine:
     start_error: LingbotError | None = None
     loading: EngineStatus | None = None  # stays in this status until ``finish_loading``
     max_open_pixels: int = 10**9
+    profile_error: Exception | None = None
     warm_up: WarmUp | None = None  # of every session until one has opened
     plans: list[ChunkPlan] = field(default_factory=list)
     emitted_at: list[float] = field(default_factory=list)  # time.monotonic() of each latent frame's frames
@@ -148,6 +150,17 @@ class FakeEngine:
     def occupy(self, gate: threading.Event) -> None:
         """Keeps the engine's thread busy until ``gate`` is set, after what it has been told to do so far."""
         self._thread.submit(gate.wait, 30)
+
+    async def profile(self, chunks: int, file: Path, limit_s: float) -> int:
+        if self.profile_error is not None:
+            raise self.profile_error
+        begun = len(self.plans)
+        while self.live and len(self.plans) < begun + chunks:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        recorded = min(len(self.plans) - begun, chunks)
+        if recorded:
+            await asyncio.to_thread(file.write_text, f"{recorded} chunks")
+        return recorded
 
     async def close(self, session_id: str) -> None:
         if session_id in self._cancelled:
