@@ -256,7 +256,8 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("wait for them", "server.profiles:PROFILE_LIMIT_S", "s", "those that came are written; 504 without any"),
         Limit("profiles kept", "server.profiles:KEPT_PROFILES", "", "the oldest are deleted"),
         Limit("chunks of a session with spans in its trace", "telemetry.tracing:MAX_CHUNK_SPANS", "", "they have none"),
-        Limit("one export of spans", "telemetry.tracing:EXPORT_TIMEOUT_S", "s", "it is logged and tried again or lost"),
+        Limit("last export of spans at a shutdown", "telemetry.tracing:CLOSE_LIMIT_S", "s", "the spans are lost"),
+        Limit("one export of spans", "telemetry.tracing:EXPORT_TIMEOUT_S", "s", "it is logged, and the spans are lost"),
         Limit("places named as left out", "recording.record_file:MAX_LEFT_OUT", "", "the others are not named"),
     ),
     "process": (

@@ -5,6 +5,7 @@ Spans are made when their work is over, with the times that were measured anyway
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ MAX_CHUNK_SPANS = 2000
 """Chunks of one session that have spans: a trace is kept in memory by whoever shows it."""
 
 EXPORT_TIMEOUT_S = 2
+"""Of one export, its repetitions included."""
+
+CLOSE_LIMIT_S = 1.0
+"""How long the last export may hold up a shutdown."""
 
 _ENGINE_STAGES = ("prepare", "denoise", "decode", "context")
 """In the order in which the engine runs them, one after the other."""
@@ -48,8 +53,10 @@ class Tracing:
     provider: Any
 
     def close(self) -> None:
-        """Sends what has not been sent; returns within a few seconds."""
-        self.provider.shutdown()
+        """Sends what has not been sent, for at most CLOSE_LIMIT_S: a collector may not answer."""
+        closing = threading.Thread(target=self.provider.shutdown, name="traces", daemon=True)
+        closing.start()
+        closing.join(CLOSE_LIMIT_S)
 
 
 def open_tracing(endpoint: str | None) -> Tracing | None:

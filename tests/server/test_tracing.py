@@ -17,7 +17,7 @@ from lingbot_rt.errors import ConfigError
 from lingbot_rt.server.app import create_app
 from lingbot_rt.telemetry import tracing
 from lingbot_rt.telemetry.tracing import open_tracing
-from tests.server.conftest import event, init, running, state
+from tests.server.conftest import LIMIT_S, event, init, running, state
 from tests.server.fake_engine import FakeEngine
 
 trace = pytest.importorskip("opentelemetry.trace")
@@ -185,6 +185,20 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(ConfigError, match=r"pip install 'lingbot-rt\[tracing\]'"):
         open_tracing("http://127.0.0.1:4318")
+
+
+def test_a_collector_that_does_not_answer_delays_no_shutdown(monkeypatch):
+    """``close`` returns while the last export hangs."""
+    monkeypatch.setattr(tracing, "CLOSE_LIMIT_S", 0.01)
+    gate = threading.Event()
+
+    class Provider:
+        def shutdown(self) -> None:
+            gate.wait(LIMIT_S)
+
+    tracing.Tracing(StubTracer(), Provider()).close()
+    assert not gate.is_set()
+    gate.set()
 
 
 def test_spans_reach_a_collector(monkeypatch):
