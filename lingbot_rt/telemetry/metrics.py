@@ -16,7 +16,7 @@ from lingbot_rt.session.messages import ChunkStats
 from lingbot_rt.session.plan import ChunkTimings, ModelInfo
 
 SESSION_STATES = ("waiting", "opening", "playing", "paused")
-STAGES = ("prepare", "denoise", "context", "decode", "postprocess", "encode", "send")
+STAGES = ("prepare", "recache", "denoise", "context", "decode", "postprocess", "encode", "send")
 """Of a chunk, in the order in which its frames pass through them."""
 
 _MS_BUCKETS = (5, 10, 20, 50, 100, 200, 350, 500, 750, 1000, 1500, 2500, 5000, 10000)
@@ -114,6 +114,7 @@ def stage_times(stats: ChunkStats, timings: ChunkTimings) -> dict[str, float]:
     """Milliseconds of each of ``STAGES`` that the chunk went through."""
     times = {
         "prepare": timings.prepare_ms,
+        "recache": timings.stages.get("recache"),
         "denoise": timings.stages.get("denoise", timings.dit_ms),
         "context": timings.stages.get("context"),
         "decode": timings.vae_ms,

@@ -26,7 +26,7 @@ EXPORT_TIMEOUT_S = 2
 CLOSE_LIMIT_S = 1.0
 """How long the last export may hold up a shutdown."""
 
-_ENGINE_STAGES = ("prepare", "denoise", "decode", "context")
+_ENGINE_STAGES = ("prepare", "recache", "denoise", "decode", "context")
 """In the order in which the engine runs them, one after the other."""
 
 _GOOD_ENDINGS = ("complete", "client_gone", "shutting_down")
@@ -139,9 +139,9 @@ class SessionTrace:
             attributes["lingbot.event_latency_ms"] = stats.event_latency_ms
         at = chunk.begun_at + stats.request_prepare_ms / 1000
         spans = []
-        for stage in _ENGINE_STAGES:
+        for stage in (stage for stage in _ENGINE_STAGES if stage in stages_ms):
             # Upscaling and interpolation go on during the decode.
-            ms = stages_ms.get(stage, 0.0) + (stages_ms.get("postprocess", 0.0) if stage == "decode" else 0.0)
+            ms = stages_ms[stage] + (stages_ms.get("postprocess", 0.0) if stage == "decode" else 0.0)
             spans.append((stage, at, at + ms / 1000))
             at += ms / 1000
         within = self._span("chunk", self._within_root, chunk.begun_at, max(chunk.sent_at, at), attributes)
