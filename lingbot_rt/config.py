@@ -212,6 +212,19 @@ class ServeConfig:
         group="server",
         form=lower_value,
     )
+    log_format: str = _option(
+        "text",
+        "form of the log; json: one object per line, with the session's id and, at its end, its figures",
+        choices=("text", "json"),
+        group="server",
+        form=lower_value,
+    )
+    trace_endpoint: str | None = _option(
+        None,
+        "URL of an OTLP collector (HTTP) that gets a trace of every session, such as http://127.0.0.1:4318; needs the "
+        "extra tracing (default: no traces)",
+        group="server",
+    )
     # Limits
     max_message_mb: int = _option(64, "largest message of a client, MiB", low=1, high=1024, group="limits")
     max_pixels: int = _option(
@@ -301,6 +314,12 @@ class ServeConfig:
         low=1,
         high=10**8,
         group="limits",
+    )
+    profile_dir: str | None = _option(
+        None,
+        "folder into which POST /debug/profile writes profiler traces; needs --api-key (default: none are written)",
+        group="limits",
+        form=path_value,
     )
     allow_remote_first_frame: bool = _option(
         False, "allow an init to name its first frame by http(s) URL", group="limits"

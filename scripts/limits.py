@@ -252,6 +252,12 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
             "the record ends; the session goes on",
         ),
         Limit("time to write the end", "recording.session_record:_CLOSE_LIMIT_S", "s", "the record has no last line"),
+        Limit("chunks of one profile", "server.profiles:MAX_PROFILE_CHUNKS", "", "400"),
+        Limit("wait for them", "server.profiles:PROFILE_LIMIT_S", "s", "those that came are written; 504 without any"),
+        Limit("profiles kept", "server.profiles:KEPT_PROFILES", "", "the oldest are deleted"),
+        Limit("chunks of a session with spans in its trace", "telemetry.tracing:MAX_CHUNK_SPANS", "", "they have none"),
+        Limit("last export of spans at a shutdown", "telemetry.tracing:CLOSE_LIMIT_S", "s", "the spans are lost"),
+        Limit("one export of spans", "telemetry.tracing:EXPORT_TIMEOUT_S", "s", "it is logged, and the spans are lost"),
         Limit("places named as left out", "recording.record_file:MAX_LEFT_OUT", "", "the others are not named"),
     ),
     "process": (
@@ -294,6 +300,8 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
 
 NOT_LIMITS = {
     "commands.animation:_GIF_MAX_FPS": "GIF has no higher rate",
+    "commands.bench_load:LONGEST_S": "of a measurement",
+    "commands.bench_load:MAX_CLIENTS": "of a measurement",
     "commands.doctor:_LINE_LENGTH": "of what is printed",
     "commands.output:_MAX_CHARACTERS": "of what is printed",
     "commands.walk:_LINE_INTERVAL_S": "between two lines of progress",

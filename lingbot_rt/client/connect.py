@@ -72,6 +72,14 @@ class AsyncSession(BaseSession[Coroutine[Any, Any, int]], AsyncIterator[Frame]):
                 raise StopAsyncIteration from None
         return self._decoded.popleft()
 
+    async def messages(self) -> AsyncIterator[bytes | str]:
+        """In place of frames: every message as it came, not decoded, until the session ends. Raises SessionLost."""
+        try:
+            while True:
+                yield await self._socket.recv()
+        except ConnectionClosed as end:
+            self._protocol.closed(*_close_of(end))
+
     async def _send(self, message: bytes, event_id: int) -> int:
         try:
             await self._socket.send(message)

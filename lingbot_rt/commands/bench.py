@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from lingbot_rt.commands import bench_load
 from lingbot_rt.commands.bench_options import (
     add_collectives_options,
     add_fidelity_options,
@@ -66,6 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "a running server as its client sees it: rate, latency, jitter, underruns",
             add_serve_options,
             _serve,
+        ),
+        (
+            "load",
+            "a running server under many clients: waiting, first frames, cadence, errors",
+            bench_load.add_options,
+            bench_load.measure,
         ),
     ):
         options = kinds.add_parser(kind, help=summary, description=f"Measures {summary}.")

@@ -103,7 +103,7 @@ def _serve(config: ServeConfig, listeners: Sequence[socket.socket], on_ready: Ca
             self.force_exit = self.should_exit and sig == signal.SIGINT
             self.should_exit = True
 
-    configure_logging(config.log_level, key=config.api_key)
+    configure_logging(config.log_level, key=config.api_key, log_format=config.log_format)
     engine = Engine(config)
     app = create_app(config, engine)
     server = EndingServer(app, config)

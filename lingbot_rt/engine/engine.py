@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,9 +18,11 @@ from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.chunk_run import Emit, ThreadedChunkRun
 from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.compilation import compilations
+from lingbot_rt.engine.device_memory import allocated_bytes, memory_parts
 from lingbot_rt.engine.memory import describe_share, release_unused, require_room
 from lingbot_rt.engine.model_memory import require_memory
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
+from lingbot_rt.engine.profiler import ChunkProfiler
 from lingbot_rt.engine.progress import POLL_S, ThreadProgress
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import LimitedWarmUp, warm_up
@@ -61,6 +64,7 @@ class Engine:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._status = EngineStatus()
         self._pipeline: Pipeline | None = None
+        self._model_bytes = 0  # on the device, before any session
         self._sessions: dict[str, SessionState] = {}
         # What compiled code is there for. The engine thread replaces it as a whole.
         self._compiled: tuple[Shape, ...] = ()
@@ -69,6 +73,7 @@ class Engine:
         self._coordinator = create_coordinator(config, self._lose, worker_command(config))
         self._loss: asyncio.Future[str] | None = None  # why the engine is lost; None before ``start``
         self._progress = ThreadProgress(self._marks)
+        self._profiler = ChunkProfiler()
         self._watch: asyncio.Task[None] | None = None
 
     @property
@@ -105,6 +110,11 @@ class Engine:
         if self._config.num_gpus == 1:
             # With several ranks the coordinator watches all of them, this one too.
             self._watch = asyncio.create_task(self._watch_thread(), name="engine watch")
+
+    @property
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes of rank 0's device by what holds them; empty on a CPU and before the model is loaded."""
+        return {} if self._pipeline is None else memory_parts(self._pipeline.device, self._model_bytes)
 
     @property
     def warm_sizes(self) -> tuple[FrameSize, ...] | None:
@@ -156,6 +166,10 @@ class Engine:
         """
         return ThreadedChunkRun(lambda emit: self._on_thread(lambda: self._run_chunk(plan, emit)))
 
+    async def profile(self, chunks: int, file: Path, limit_s: float) -> int:
+        """Writes a trace of the next chunks of rank 0 to ``file``; how many came within ``limit_s``."""
+        return await self._profiler.record(chunks, file, limit_s, self._loaded.device, self._on_thread)
+
     async def close(self, session_id: str) -> None:
         """Interrupts the session's chunk, if one is running, and frees the session's memory. Idempotent."""
         session = self._sessions.get(session_id)
@@ -190,7 +204,7 @@ class Engine:
         session = self._sessions.get(plan.session_id)
         if session is None:
             raise EngineFailed(f"session {plan.session_id} is not open")
-        with self._coordinator.command(plan):
+        with self._profiler.chunk(), self._coordinator.command(plan):
             try:
                 result: ChunkResult | UnsoundFrames = run_chunk(self._loaded, session, plan, emit)
             except UnsoundFrames as error:
@@ -218,6 +232,7 @@ class Engine:
                     postprocess=self._config.enable_upscaling_warmup,
                 ):
                     self._compiled = (Shape(pipeline.model_info.default_size, pipeline.model_info.latent_frames),)
+        self._model_bytes = allocated_bytes(pipeline.device)
         self._report(EngineStatus("ready"))
 
     def _compile_for(self, plan: SessionPlan, warm_up: LimitedWarmUp) -> None:

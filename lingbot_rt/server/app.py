@@ -31,10 +31,12 @@ from lingbot_rt.server.connection import Connection, Service
 from lingbot_rt.server.http import ShortageLog, http_protocol, raise_descriptor_limit
 from lingbot_rt.server.middleware import BrowserHeaders, HeadAsGet, HostCheck, openai_error, page_policy
 from lingbot_rt.server.model_entry import model_entry
+from lingbot_rt.server.profiles import Profiles, profile_routes
 from lingbot_rt.server.websocket import websocket_protocol
 from lingbot_rt.session.messages import error_message
 from lingbot_rt.session.plan import EnginePort, EngineStatus, ModelInfo
 from lingbot_rt.telemetry import Metrics
+from lingbot_rt.telemetry.tracing import open_tracing
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +71,12 @@ def create_app(config: ServeConfig, engine: EnginePort, page: Path | None = None
     """The whole server. ``page`` is the folder of the web page (default: the package's own).
 
     ``app.state.service.failure`` holds the error if the engine did not start, hangs or lost its device or a rank.
-    Raises ConfigError when --allowed-hosts is wrong.
+    Raises ConfigError when --allowed-hosts or --trace-endpoint is wrong.
     """
+    tracing = open_tracing(config.trace_endpoint)
     encoders = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="batches")
     service = Service(config, engine, Admission(config.session_wait_s, config.max_waiting), Metrics(), encoders)
+    service.tracer = None if tracing is None else tracing.tracer
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -83,6 +87,8 @@ def create_app(config: ServeConfig, engine: EnginePort, page: Path | None = None
         starting.cancel()
         await engine.stop()
         encoders.shutdown(wait=False, cancel_futures=True)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     app = FastAPI(title="lingbot_rt", version=lingbot_rt.__version__, lifespan=lifespan, openapi_url=None)
     app.state.service = service
@@ -186,9 +192,10 @@ def _keyed_routes(service: Service, app: FastAPI) -> APIRouter:
 
     @routes.get("/metrics")
     async def metrics() -> Response:
-        service.metrics.ready.set(service.engine.status.ready)
-        service.metrics.waiting.set(service.admission.waiting)
+        service.show_metrics()
         return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    routes.include_router(profile_routes(Profiles(service.config, service.engine)))
 
     @routes.get("/openapi.json", include_in_schema=False)
     async def openapi() -> dict[str, Any]:

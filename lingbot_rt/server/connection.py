@@ -57,6 +57,9 @@ from lingbot_rt.session.plan import EnginePort, SessionPlan
 from lingbot_rt.session.session import Session
 from lingbot_rt.session.settings import resolve
 from lingbot_rt.telemetry import Metrics
+from lingbot_rt.telemetry.logs import LoggedSession
+from lingbot_rt.telemetry.session import SessionTelemetry
+from lingbot_rt.telemetry.tracing import Tracer
 from lingbot_rt.transport.outbox import Outbox
 
 log = logging.getLogger(__name__)
@@ -81,9 +84,23 @@ class Close:
     reason: str = ""
     error: LingbotError | None = None  # sent before the close
 
+    @property
+    def is_told(self) -> bool:
+        """False when nobody is there to be told."""
+        return self.code != _ABNORMAL
 
-GONE = Close(1006)
-"""Nobody is there to be told."""
+    @property
+    def ending(self) -> str:
+        """One word for metrics and logs: the code of the error, or how the connection ended without one."""
+        if self.error is not None:
+            return self.error.code
+        return "complete" if self is COMPLETE else self.reason.replace(" ", "_")
+
+
+_ABNORMAL = 1006
+COMPLETE = Close(1000, "generation complete")
+GONE = Close(_ABNORMAL, "client gone")
+TOO_SLOW = Close(_ABNORMAL, "client too slow")
 
 
 @dataclass(eq=False)
@@ -97,7 +114,17 @@ class Service:
     encoders: Executor
     readers: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="read"))
     connections: set[Connection] = field(default_factory=set)
+    tracer: Tracer | None = None
     failure: LingbotError | None = None  # why there is no engine
+
+    def show_metrics(self) -> None:
+        """Sets the metrics that say how things are now."""
+        metrics, status = self.metrics, self.engine.status
+        metrics.ready.set(status.ready)
+        metrics.show_sessions(connection.state for connection in self.connections)
+        metrics.show_memory(sum(each.outbox_bytes for each in self.connections), self.engine.memory_bytes)
+        if status.ready:
+            metrics.show_model(self.engine.model_info)
 
     async def close_all(self, limit_s: float) -> None:
         """Every client gets its error and its close. Returns when all are gone, after ``limit_s`` at the latest."""
@@ -123,6 +150,9 @@ class Connection:
         self._first_frame: bytes | str = b""  # of the init that is not served yet
         self._session: Session | None = None
         self._stream: Stream | None = None
+        self._telemetry: SessionTelemetry | None = None  # of the session that is served
+        self._has_slot = False
+        self._logged = LoggedSession()
         self._accepted_at = time.monotonic()
 
     def stop(self) -> None:
@@ -135,15 +165,32 @@ class Connection:
         else:
             self._stopped.set_result(Close(1001, "server shutdown", ShuttingDown("the server is shutting down")))
 
+    @property
+    def state(self) -> str | None:
+        """One of ``metrics.SESSION_STATES``; None without a session."""
+        if self._session is None:
+            return None
+        if self._stream is None:
+            return "opening" if self._has_slot else "waiting"
+        return "paused" if self._session.is_paused else "playing"
+
+    @property
+    def outbox_bytes(self) -> int:
+        """Bytes of messages that the socket has not taken yet."""
+        return self._outbox.pending_bytes
+
     async def run(self) -> None:
         """Returns when the connection is over; raises nothing but cancellation."""
         metrics, close = self._service.metrics, GONE
+        self._logged.enter()
         self._service.connections.add(self)
         metrics.connections.inc()
         try:
             close = await self._converse()
         finally:
             metrics.ends.labels(str(close.code)).inc()
+            if self._telemetry is not None:
+                self._telemetry.ended(close.ending, time.monotonic())
             metrics.connections.dec()
             self._service.connections.discard(self)
             self.gone.set()
@@ -167,7 +214,7 @@ class Connection:
             return await work
         except (WebSocketDisconnect, ClientTooSlow) as error:
             log.info("the client is gone: %r", error)
-            return GONE
+            return TOO_SLOW if isinstance(error, ClientTooSlow) else GONE
         except SessionBusy as error:
             return Close(1008, "busy", error)
         except PauseExpired as error:
@@ -183,7 +230,7 @@ class Connection:
             return Close(1011, "internal error", EngineFailed(f"{type(error).__name__}; the server's log has more"))
 
     async def _close_with(self, close: Close) -> None:
-        if close is GONE:
+        if not close.is_told:
             return
         limit_s = SHUTDOWN_FAREWELL_S if self._stopped.done() else self._service.config.send_timeout_s
         try:
@@ -270,6 +317,7 @@ class Connection:
         self._session = Session(
             uuid.uuid4().hex, settings, opened_at=self._accepted_at, keep_events=service.config.records(init.record)
         )
+        self._logged.session_id = self._session.id
         self._first_frame = init.first_frame
         self._inits.put_nowait((self._session, msgspec.structs.replace(init, first_frame=b"")))
 
@@ -299,7 +347,9 @@ class Connection:
                 return await self._serve_session(session, init)
             except (RequestError, CapacityError) as error:
                 deadline += loop.time() - began_at  # the line may have been long: the client has its time again
-                self._session = None
+                if self._telemetry is not None:
+                    self._telemetry.ended(error.code, time.monotonic())
+                self._session = self._telemetry = None
                 await self._outbox.send(self._refusal(error))
 
     def _take_first_frame(self) -> bytes | str:
@@ -310,29 +360,32 @@ class Connection:
     async def _serve_session(self, session: Session, init: Init) -> Close:
         """Raises RequestError or CapacityError when the session cannot be opened."""
         service, settings = self._service, session.settings
+        telemetry = SessionTelemetry(session, service.metrics, service.tracer, time.monotonic())
+        self._telemetry = telemetry
         picture = await load_first_frame(
             self._take_first_frame(),
             settings.size,
             folder=service.config.first_frame_dir,
             allow_remote=service.config.allow_remote_first_frame,
         )
+        telemetry.has_picture(time.monotonic())
         in_line = self._tell_place if "queue" in settings.extensions else None
         async with service.admission.slot(in_line) as slot:
+            self._has_slot = True
+            telemetry.has_slot(time.monotonic())
             plan = settings.session_plan(session.id, picture)
             async with AsyncExitStack() as at_last:
-                service.metrics.active.inc()
                 try:
                     await self._open(session, plan)
                     recorder = await at_last.enter_async_context(self._recorded(init, plan))
-                    service.metrics.sessions.inc()
-                    log.info("session %s: %s, %d latent frames", session.id, settings.size, settings.latent_frames)
-                    await self._stream_session(session, recorder)
+                    telemetry.opened(time.monotonic())
+                    await self._stream_session(session, telemetry, recorder)
                 finally:
                     # First of all: from here on nobody in line is refused, however long the rest takes.
                     slot.leaving()
-                    service.metrics.active.dec()
+                    self._has_slot = False
                     await _to_the_end(service.engine.close(session.id))
-        return Close(1000, "generation complete")
+        return COMPLETE
 
     async def _open(self, session: Session, plan: SessionPlan) -> None:
         """Opens the session on the engine. A client that asked for it hears when that begins with a warm-up."""
@@ -347,7 +400,9 @@ class Connection:
         finally:
             session.is_warming = False
 
-    async def _stream_session(self, session: Session, recorder: SessionRecorder | None) -> None:
+    async def _stream_session(
+        self, session: Session, telemetry: SessionTelemetry, recorder: SessionRecorder | None
+    ) -> None:
         extensions = session.settings.extensions
         if "session" in extensions:
             capabilities = {"extensions": [name for name in EXTENSIONS if name in extensions]}
@@ -357,7 +412,7 @@ class Connection:
             self._service.engine,
             self._outbox,
             encoders=self._service.encoders,
-            metrics=self._service.metrics,
+            telemetry=telemetry,
             recorder=recorder,
         )
         await self._stream.run()

@@ -22,7 +22,7 @@ from lingbot_rt.recording.session_record import SessionRecorder
 from lingbot_rt.session.messages import EncodedBatch, stats_fields
 from lingbot_rt.session.plan import ChunkRun, EnginePort
 from lingbot_rt.session.session import Chunk, Session
-from lingbot_rt.telemetry import Metrics
+from lingbot_rt.telemetry.session import SessionTelemetry
 from lingbot_rt.transport.encode import FrameEncoder
 from lingbot_rt.transport.outbox import Outbox
 from lingbot_rt.transport.pacing import Pacer
@@ -40,14 +40,14 @@ class Stream:
         outbox: Outbox,
         *,
         encoders: Executor,
-        metrics: Metrics,
+        telemetry: SessionTelemetry,
         recorder: SessionRecorder | None = None,
     ) -> None:
         self._session = session
         self._engine = engine
         self._outbox = outbox
         self._encoders = encoders
-        self._metrics = metrics
+        self._telemetry = telemetry
         self._recorder = recorder
         self._encoder = FrameEncoder(session.settings.output)
         settings = session.settings
@@ -123,12 +123,12 @@ class Stream:
                 yield batch
 
     def _report(self, chunk: Chunk, run: ChunkRun, frames: list[npt.NDArray[np.uint8]]) -> None:
-        """To the record and to the metrics."""
+        """To the record, the metrics and the trace."""
         stats = chunk.stats
         if self._recorder is not None:
             events = [RecordedEvent(*event) for event in chunk.events]
             self._recorder.chunk(stats.chunk_index, events, stats.event_id, frames, stats_fields(stats))
-        self._metrics.count_chunk(stats, run.result.timings.ranks_ms)
+        self._telemetry.sent(chunk, run.result)
 
 
 class Prefetch(Generic[Item]):

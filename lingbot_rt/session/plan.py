@@ -5,7 +5,7 @@ Sizes: F latent frames per chunk, H x W pixels, n pixel frames.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -203,6 +203,10 @@ class EnginePort(Protocol):
     async def stop(self) -> None: ...
 
     @property
+    def memory_bytes(self) -> Mapping[str, int]:
+        """Bytes of the device by what holds them: model, sessions, pool, free, other; empty where it cannot tell."""
+
+    @property
     def warm_sizes(self) -> tuple[FrameSize, ...] | None:
         """Sizes at which a session opens without a warm-up, with the model's latent frames; None: all of them."""
 
@@ -214,6 +218,12 @@ class EnginePort(Protocol):
 
     def run(self, plan: ChunkPlan) -> ChunkRun:
         """Starts one chunk of an open session."""
+
+    async def profile(self, chunks: int, file: Path, limit_s: float) -> int:
+        """Writes a profiler trace of the next ``chunks`` chunks to ``file``. One call at a time.
+
+        Returns how many came within ``limit_s``; without any, nothing is written. Raises OSError and EngineFailed.
+        """
 
     async def close(self, session_id: str) -> None:
         """Interrupts the session's chunk and frees what it held. Idempotent."""

@@ -24,14 +24,20 @@ class Outbox:
     def __init__(self, write: Write) -> None:
         self._write = write
         self._lock = asyncio.Lock()
+        self.pending_bytes = 0  # of messages in calls of `send` that have not returned
 
     async def send(self, *messages: bytes) -> SendTimes:
         """Returns when the last message has left. Raises what the socket raises."""
-        async with self._lock:
-            begin = first_at = time.monotonic()
-            for number, message in enumerate(messages, start=1):
-                await self._write(message, more=number < len(messages))
-                if number == 1:
-                    first_at = time.monotonic()
-            end = time.monotonic()
+        size = sum(map(len, messages))
+        self.pending_bytes += size
+        try:
+            async with self._lock:
+                begin = first_at = time.monotonic()
+                for number, message in enumerate(messages, start=1):
+                    await self._write(message, more=number < len(messages))
+                    if number == 1:
+                        first_at = time.monotonic()
+                end = time.monotonic()
+        finally:
+            self.pending_bytes -= size
         return SendTimes(1000 * (first_at - begin), 1000 * (end - first_at), end)

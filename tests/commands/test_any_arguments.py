@@ -61,6 +61,7 @@ def nothing_runs(monkeypatch):
         "bench.targets.measure_targets",
         "bench.fidelity.measure_fidelity",
         "bench.transport.measure_transport",
+        "bench.load.Load.run",
     ):
         monkeypatch.setattr(f"lingbot_rt.{place}", stop)
 

@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -52,6 +53,7 @@ class FakeEngine:
     start_error: LingbotError | None = None
     loading: EngineStatus | None = None  # stays in this status until ``finish_loading``
     max_open_pixels: int = 10**9
+    profile_error: Exception | None = None
     warm_up: WarmUp | None = None  # of every session until one has opened
     plans: list[ChunkPlan] = field(default_factory=list)
     emitted_at: list[float] = field(default_factory=list)  # time.monotonic() of each latent frame's frames
@@ -98,6 +100,10 @@ class FakeEngine:
         self._thread.shutdown(wait=True)
 
     @property
+    def memory_bytes(self) -> dict[str, int]:
+        return {"model": 3 * 10**9, "sessions": 10**9 * self.live, "pool": 10**8, "free": 4 * 10**9, "other": 0}
+
+    @property
     def warm_sizes(self) -> tuple[FrameSize, ...] | None:
         return None if self.warm_up is None else (CARD.default_size,)
 
@@ -137,12 +143,24 @@ class FakeEngine:
             self.emitted_at.append(time.monotonic())
             emit(FrameGroup(plan.chunk_index, index, session.latent_frames, pixels))
         ms = 1000 * (time.perf_counter() - started)
-        timings = ChunkTimings(0.1, ms * 0.7, ms * 0.3, ms, {"denoise": ms * 0.6, "context": ms * 0.1})
+        stages = {"denoise": ms * 0.6, "context": ms * 0.1}
+        timings = ChunkTimings(0.1, ms * 0.7, ms * 0.3, ms, stages, ranks_ms=(ms,))
         return ChunkResult(plan.chunk_index, total, session.window_frames, timings)
 
     def occupy(self, gate: threading.Event) -> None:
         """Keeps the engine's thread busy until ``gate`` is set, after what it has been told to do so far."""
         self._thread.submit(gate.wait, 30)
+
+    async def profile(self, chunks: int, file: Path, limit_s: float) -> int:
+        if self.profile_error is not None:
+            raise self.profile_error
+        begun = len(self.plans)
+        while self.live and len(self.plans) < begun + chunks:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        recorded = min(len(self.plans) - begun, chunks)
+        if recorded:
+            await asyncio.to_thread(file.write_text, f"{recorded} chunks")
+        return recorded
 
     async def close(self, session_id: str) -> None:
         if session_id in self._cancelled:

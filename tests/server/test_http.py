@@ -139,7 +139,8 @@ async def test_metrics_count_what_was_served(serve):
         'lingbot_rt_errors_total{code="invalid_event"} 1.0',
         'lingbot_rt_connection_ends_total{code="1000"} 1.0',
         "lingbot_rt_event_latency_ms_count 1.0",
-        "lingbot_rt_sessions_active 0.0",
+        'lingbot_rt_live_sessions{state="playing"} 0.0',
+        'lingbot_rt_session_ends_total{reason="complete"} 1.0',
         "lingbot_rt_connections 0.0",
         "lingbot_rt_ready 1.0",
     ):
