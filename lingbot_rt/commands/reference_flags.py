@@ -141,9 +141,9 @@ def _window_precision(source: str, text: str, to: Translation) -> None:
     to.set(f"{source} {quoted(text)}", "kv_cache_dtype", "fp8")
     if text.lower() != "fp8":
         to.warnings.append(
-            f"{source} {quoted(text)}: the window is kept in fp8 (--kv-cache-dtype fp8), the smallest format here: half "
-            "the memory of bfloat16 and twice that of int4; a session that does not fit is refused with the window "
-            "that would"
+            f"{source} {quoted(text)}: the window is kept in fp8 (--kv-cache-dtype fp8), the smallest format here: "
+            "half the memory of bfloat16 and twice that of int4; a session that does not fit is refused with the "
+            "window that would"
         )
 
 
@@ -170,8 +170,8 @@ REFERENCE_FLAGS = (
     _mapped(
         "--kv-cache-quant",
         "int4|fp8|none",
-        "`--kv-cache-dtype fp8`, for int4 too, with a warning: the window takes twice the memory of int4; none, auto and "
-        "bf16 change nothing",
+        "`--kv-cache-dtype fp8`, for int4 too, with a warning: the window takes twice the memory of int4; none, auto "
+        "and bf16 change nothing",
         _window_precision,
     ),
     _only("--tp-size", "1", "GPUs share a session by --ulysses-degree"),
