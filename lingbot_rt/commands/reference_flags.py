@@ -206,8 +206,10 @@ REFERENCE_FLAGS = (
 )
 
 _KERNELS = {"fa": "auto", "torch_sdpa": "sdpa"}
-SWITCHES = {"SGLANG_LINGBOT_ENABLE_INTERACTIVE_KV_WINDOW": "interactive_kv_window"}
-"""Variables of the reference that set an option here, unless its flag or its own variable does."""
+SWITCHES = {
+    "SGLANG_LINGBOT_ENABLE_INTERACTIVE_KV_WINDOW": ("interactive_kv_window", "a small window is not enlarged for it"),
+}
+"""Variables of the reference that set an option here, unless its flag or its own variable does; what is different."""
 
 VARIABLES = {
     "SGLANG_LINGBOT_LAZY_VAE_ENCODE_BLACK_FRAMES": "only the blank frames of two chunks are ever encoded, whatever the "
@@ -245,9 +247,11 @@ def translate(
             each.apply(each.name, text.strip(), to)
     if to.idle:
         to.warnings.append(f"no effect here: {', '.join(to.idle)}; see docs/reference-flags.md")
-    for name, option in SWITCHES.items():
-        if _is_on(name, environment) and environment_value(ENV_PREFIX + option.upper(), environment) is None:
-            to.fields.setdefault(option, True)
+    for name, (option, here) in SWITCHES.items():
+        is_own_set = option in to.fields or environment_value(ENV_PREFIX + option.upper(), environment) is not None
+        if _is_on(name, environment) and not is_own_set:
+            to.fields[option] = True
+            to.warnings.append(f"{name}: sets {flag(option)} here; {here}")
     for name, here in VARIABLES.items():
         if _is_on(name, environment):
             to.warnings.append(f"{name}: no effect here: {here}")

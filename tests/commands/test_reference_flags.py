@@ -163,11 +163,14 @@ def test_variables_of_the_reference(capsys, monkeypatch):
 
 
 def test_the_variable_of_the_interactive_window_sets_its_option(capsys, monkeypatch):
-    """As the reference reads it. The flag and this server's own variable win."""
+    """As the reference reads it, with one line that says so. Flag and own variable win, in silence."""
     (name,) = SWITCHES
     for value, expected in (("true", True), ("1", True), ("false", False), ("", False)):
         monkeypatch.setenv(name, value)
         assert parse("").interactive_kv_window == expected
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == expected
+        assert all(name in line and "--interactive-kv-window" in line for line in lines)
     monkeypatch.setenv(name, "true")
     assert not parse("--interactive-kv-window false").interactive_kv_window
     monkeypatch.setenv("LINGBOT_RT_INTERACTIVE_KV_WINDOW", "false")
