@@ -43,8 +43,9 @@ def run(pipeline: Pipeline, plan: SessionPlan, how: str, args: argparse.Namespac
             text_kv, recache = session.text_kv(prompt), False
             session.recache.begin()
             while (past := session.recache.next()) is not None:
-                again = ChunkForward.of(pipeline, session, past.index, text_kv, past.relative_poses, past.lenses)
-                again.commit_again(past.latents)
+                ChunkForward.of(pipeline, session, past.index, text_kv, past.relative_poses, past.lenses).commit_again(
+                    past.latents
+                )
         poses = camera.extend((("w",),) * plan.latent_frames)
         chunk = ChunkPlan(plan.session_id, index, prompt, poses, None, recache=recache)
         dit_ms = run_chunk(pipeline, session, chunk, lambda group: None).timings.dit_ms

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lingbot_rt.errors import EventRefused, InvalidEvent, one_line, quoted, reason_of
+from lingbot_rt.errors import EventRefused, InvalidEvent, quoted, reason_of
 from lingbot_rt.session.camera_poses import longest_step, parse_poses
 from lingbot_rt.session.controls import MAX_PENDING
 from lingbot_rt.session.messages import WIRE_SIZE
@@ -41,6 +41,10 @@ def poses_payload(
 
     Warns where a rotation is replaced by the nearest one. Raises EventRefused for what a server would refuse.
     """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise EventRefused(
+            f"every: {quoted(str(every))}, expected pixel frames per latent frame: 1 or more", field="every"
+        )
     path = _array(poses, "camera_poses.poses")
     fields: dict[str, Any] = {"poses": path[::every].tolist(), "anchor": anchor}
     if intrinsics is not None:
@@ -57,7 +61,8 @@ def poses_payload(
     try:
         event = parse_poses(fields, MAX_PENDING)
     except InvalidEvent as error:
-        rows = "" if every == 1 else f" (latent frame i is pose {every} i)"
+        is_of_frames = "poses.poses" in error.described or "][" in error.described
+        rows = f" (latent frame i is pose {every} i)" if every > 1 and is_of_frames else ""
         raise EventRefused(f"{error.described}{rows}", field=error.field) from None
     for notice in event.notices:
         warnings.warn(f"{notice.field}: {notice.text}", stacklevel=3)
@@ -83,8 +88,8 @@ def _read(file: Path) -> np.ndarray:
         array = np.load(file, allow_pickle=False)
     except OSError as error:
         raise EventRefused(f"{quoted(str(file))}: {reason_of(error)}, expected a NumPy file (.npy)") from None
-    except (ValueError, EOFError, MemoryError) as error:
-        raise EventRefused(f"{quoted(str(file))}: expected a NumPy file (.npy): {one_line(error)}") from None
+    except (ValueError, EOFError, MemoryError):  # NumPy's own text would advise to load it unsafely
+        raise EventRefused(f"{quoted(str(file))}: expected a NumPy file (.npy) of numbers") from None
     if not isinstance(array, np.ndarray):
         array.close()
         raise EventRefused(f"{quoted(str(file))}: a file of several arrays, expected a NumPy file (.npy) of one")

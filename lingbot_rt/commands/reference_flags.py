@@ -136,10 +136,14 @@ def _model_id(source: str, text: str, to: Translation) -> None:
 
 
 def _window_precision(source: str, text: str, to: Translation) -> None:
-    if text.lower() not in ("none", "auto", "bf16", "bfloat16"):
+    if text.lower() in ("none", "auto", "bf16", "bfloat16"):
+        return
+    to.set(f"{source} {quoted(text)}", "kv_cache_dtype", "fp8")
+    if text.lower() != "fp8":
         to.warnings.append(
-            f"{source} {quoted(text)}: the window is kept in the format of --dtype, so it needs more memory here; a "
-            "session that does not fit is refused with the window that would"
+            f"{source} {quoted(text)}: the window is kept in fp8 (--kv-cache-dtype fp8), the smallest format here: "
+            "half the memory of bfloat16 and twice that of int4; a session that does not fit is refused with the "
+            "window that would"
         )
 
 
@@ -165,8 +169,9 @@ REFERENCE_FLAGS = (
     _mapped("--warmup-mode", "server|request|off", "`--warmup true`; off: `--warmup false`", _warmup_mode),
     _mapped(
         "--kv-cache-quant",
-        "TEXT",
-        "a warning: the window is kept in the format of `--dtype`, so int4 saves no memory here",
+        "int4|fp8|none",
+        "`--kv-cache-dtype fp8`, for int4 too, with a warning: the window takes twice the memory of int4; none, auto "
+        "and bf16 change nothing",
         _window_precision,
     ),
     _only("--tp-size", "1", "GPUs share a session by --ulysses-degree"),
@@ -201,8 +206,10 @@ REFERENCE_FLAGS = (
 )
 
 _KERNELS = {"fa": "auto", "torch_sdpa": "sdpa"}
-SWITCHES = {"SGLANG_LINGBOT_ENABLE_INTERACTIVE_KV_WINDOW": "interactive_kv_window"}
-"""Variables of the reference that set an option here, unless its flag or its own variable does."""
+SWITCHES = {
+    "SGLANG_LINGBOT_ENABLE_INTERACTIVE_KV_WINDOW": ("interactive_kv_window", "a small window is not enlarged for it"),
+}
+"""Variables of the reference that set an option here, unless its flag or its own variable does; what is different."""
 
 VARIABLES = {
     "SGLANG_LINGBOT_LAZY_VAE_ENCODE_BLACK_FRAMES": "only the blank frames of two chunks are ever encoded, whatever the "
@@ -240,9 +247,11 @@ def translate(
             each.apply(each.name, text.strip(), to)
     if to.idle:
         to.warnings.append(f"no effect here: {', '.join(to.idle)}; see docs/reference-flags.md")
-    for name, option in SWITCHES.items():
-        if _is_on(name, environment) and environment_value(ENV_PREFIX + option.upper(), environment) is None:
-            to.fields.setdefault(option, True)
+    for name, (option, here) in SWITCHES.items():
+        is_own_set = option in to.fields or environment_value(ENV_PREFIX + option.upper(), environment) is not None
+        if _is_on(name, environment) and not is_own_set:
+            to.fields[option] = True
+            to.warnings.append(f"{name}: sets {flag(option)} here; {here}")
     for name, here in VARIABLES.items():
         if _is_on(name, environment):
             to.warnings.append(f"{name}: no effect here: {here}")

@@ -35,8 +35,10 @@ def run_chunk(
         session.recache.begin()
     if (past := session.recache.next()) is not None:
         with clock.stage("recache"):
-            again = ChunkForward.of(pipeline, session, past.index, text_kv, past.relative_poses, past.lenses)
-            again.commit_again(past.latents)
+            # Held by no name: its camera modulation is freed before that of the chunk itself is computed.
+            ChunkForward.of(pipeline, session, past.index, text_kv, past.relative_poses, past.lenses).commit_again(
+                past.latents
+            )
 
     with clock.stage("camera"):
         camera = plan.relative_poses, plan.intrinsics

@@ -66,7 +66,7 @@ class WidthShards:
         rows = [int(abs(other - rank) == 1) for other in range(world)]
         edges = [own[..., 0]] if rank > 0 else []
         edges += [own[..., -1]] if rank + 1 < world else []
-        sent = torch.stack(edges)
+        sent = torch.stack(edges).contiguous()  # on a GPU the channels are innermost, and NCCL takes no strides
         received = torch.empty_like(sent)
         self._ranks.all_to_all(sent, received, rows, rows)
         wide = F.pad(own, (1, 1))

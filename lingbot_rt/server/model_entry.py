@@ -42,8 +42,15 @@ def model_entry(
         "action_tokens": list(TOKENS),
         "output_formats": list(OUTPUT_FORMATS),
         "default_output_format": config.default_output_format,
+        "interactive_kv_window": {"default": config.interactive_kv_window},
         "extensions": list(EXTENSIONS),
-        "features": {"upscaling": True, "frame_interpolation": True, "guidance": True},
+        "features": {
+            "upscaling": True,
+            "frame_interpolation": True,
+            "guidance": True,
+            "camera_poses": True,
+            "recache": True,
+        },
         "fps": {"default": 16, "min": FPS_RANGE[0], "max": FPS_RANGE[1]},
         "limits": {
             "size_multiple": SIZE_MULTIPLE,

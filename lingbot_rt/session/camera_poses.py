@@ -106,7 +106,7 @@ def parse_poses(value: object, max_poses: int, field: str = "camera_poses") -> P
     if fields.get("poses") is None:
         raise InvalidEvent(f"{shown(value)} is not {_FORM}", field=field)
     poses, notices = _poses(fields["poses"], max_poses, f"{field}.poses")
-    anchor = fields.get("anchor") or "session"
+    anchor = "session" if fields.get("anchor") is None else fields["anchor"]
     if anchor not in ANCHORS:
         raise InvalidEvent(f"{shown(anchor)}, expected one of {', '.join(ANCHORS)}", field=f"{field}.anchor")
     return PosesEvent(

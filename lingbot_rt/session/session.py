@@ -54,9 +54,8 @@ class Chunk:
     plan: ChunkPlan
     num_frames: int  # pixel frames it will send
     num_batches: int
-    acknowledgements: tuple[
-        bytes, ...
-    ]  # a control_ack for each event it is the first to sample, or no chunk will sample
+    # Warnings, and a control_ack for each event that it is the first to sample or that no chunk will sample.
+    acknowledgements: tuple[bytes, ...]
     newest_event: Received | None  # of those events
     events: tuple[tuple[str, Any, int | None], ...]  # kind, payload and id of what arrived before it, for the record
     begun_at: float
@@ -147,9 +146,9 @@ class Session:
 
     def next_chunk(self, now: float) -> Chunk:
         """Samples what is in force now and moves the camera one chunk on."""
-        dropped = () if self._next_index else self._warnings(self.settings.notices, None)
+        answers = () if self._next_index else self._warnings(self.settings.notices, None)
         for pinned in self.settings.pinned.get(self._next_index, ()):
-            dropped += self._apply(pinned.events, pinned.event_id, now)
+            answers += self._apply(pinned.events, pinned.event_id, now)
         index, frames = self._next_index, self._group_sizes(self._next_index)
         conditions = self._queue.sample(self.settings.latent_frames)
         actions = conditions.camera_actions
@@ -173,12 +172,12 @@ class Session:
         is_opening, self._is_opening = self._is_opening, self.is_paused
         self._next_index += 1
         if self.is_complete:
-            dropped += self._acks(self._queue.abandon(), "dropped")
+            answers += self._acks(self._queue.abandon(), "dropped")
         return Chunk(
             plan=plan,
             num_frames=sum(frames),
             num_batches=sum(-(-count // max_batch) for count in frames),
-            acknowledgements=self._applied(conditions.sampled, index) + dropped,
+            acknowledgements=self._applied(conditions.sampled, index) + answers,
             newest_event=conditions.sampled[-1] if conditions.sampled else None,
             events=events,
             begun_at=now,

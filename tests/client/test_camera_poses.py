@@ -83,6 +83,19 @@ def test_what_a_server_would_refuse_is_not_sent(poses, lens, text):
     assert session.messages[1]["payload"]["transitions"][0]["actions"] == ["w", "l"]
 
 
+def test_options_of_a_path_are_checked():
+    """By name and value. Errors that are about no latent frame speak of none."""
+    for every in (0, -1, 2.5, True):
+        with pytest.raises(
+            EventRefused, match=rf"^every: '{every}', expected pixel frames per latent frame: 1 or more"
+        ):
+            poses_payload(POSES, every=every)
+    for options, text in (({"anchor": "world"}, "anchor: 'world'"), ({"size": "8x"}, "size: '8x'")):
+        with pytest.raises(EventRefused, match=f"camera_poses.{text}, expected") as caught:
+            poses_payload(POSES, LENSES, **options)
+        assert "latent frame" not in str(caught.value)
+
+
 def test_a_rotation_that_is_none_is_warned_of():
     """The nearest rotation is sent, and Python's own warning says where; float32 is exact enough."""
     scaled = POSES.copy()
@@ -110,8 +123,9 @@ def test_a_folder_of_examples(tmp_path):
     (tmp_path / "text.npy").write_text("1 2 3")
     (tmp_path / "empty.npy").write_bytes(b"")
     for name in ("objects.npy", "several.npz", "text.npy", "empty.npy", "missing.npy"):
-        with pytest.raises(EventRefused, match=rf"{name}'.*expected a NumPy file \(\.npy\)"):
+        with pytest.raises(EventRefused, match=rf"{name}'.*expected a NumPy file \(\.npy\)") as caught:
             read_poses(tmp_path / name)
+        assert "pickle" not in str(caught.value)
 
 
 def test_warnings_of_the_server_are_kept():

@@ -123,13 +123,18 @@ def test_what_cannot_be_done_is_refused(line, named):
     assert all(part in str(caught.value) for part in named)
 
 
-def test_an_int4_window_is_a_warning(capsys):
-    """One line says that the window is kept in another format; no quantization, no line."""
-    (warning,) = warnings_of("--kv-cache-quant int4", capsys)
-    assert "--kv-cache-quant" in warning
-    assert "int4" in warning
-    assert "--dtype" in warning
-    assert warnings_of("--kv-cache-quant none", capsys) == []
+def test_an_int4_window_is_one_in_fp8(capsys):
+    """One line says how it differs. fp8 itself and no quantization need no line; another format is a contradiction."""
+    assert parse("--kv-cache-quant int4").kv_cache_dtype == "fp8"
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert all(part in warning for part in ("--kv-cache-quant 'int4'", "--kv-cache-dtype fp8", "twice that of int4"))
+    for text, expected in (("none", "auto"), ("bf16", "auto"), ("FP8", "fp8"), ("fp8 --kv-cache-dtype fp8", "fp8")):
+        assert parse(f"--kv-cache-quant {text}").kv_cache_dtype == expected
+    assert capsys.readouterr().err == ""
+    with pytest.raises(
+        ConfigError, match=r"--kv-cache-quant 'int4' does not go together with --kv-cache-dtype bfloat16"
+    ):
+        parse("--kv-cache-quant int4 --kv-cache-dtype bfloat16")
 
 
 @pytest.mark.parametrize("backend", ["fa2", "fa3", "FA3", "fa4"])
@@ -158,11 +163,14 @@ def test_variables_of_the_reference(capsys, monkeypatch):
 
 
 def test_the_variable_of_the_interactive_window_sets_its_option(capsys, monkeypatch):
-    """As the reference reads it. The flag and this server's own variable win."""
+    """As the reference reads it, with one line that says so. Flag and own variable win, in silence."""
     (name,) = SWITCHES
     for value, expected in (("true", True), ("1", True), ("false", False), ("", False)):
         monkeypatch.setenv(name, value)
         assert parse("").interactive_kv_window == expected
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == expected
+        assert all(name in line and "--interactive-kv-window" in line for line in lines)
     monkeypatch.setenv(name, "true")
     assert not parse("--interactive-kv-window false").interactive_kv_window
     monkeypatch.setenv("LINGBOT_RT_INTERACTIVE_KV_WINDOW", "false")

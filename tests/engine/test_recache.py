@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.dmd import ChunkForward
 from lingbot_rt.engine.flow_match import CLEAN
 from lingbot_rt.engine.session_state import SessionState
+from lingbot_rt.models.dit import CausalDiT
 from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.models.ray_map import ray_map
 from lingbot_rt.session.camera_path import CameraPath
@@ -185,3 +187,21 @@ def test_what_is_kept_is_as_long_as_the_window(pipeline, session_plan):
         assert kept == sorted({0, *range(max(index - 1, 0), index + 1)})
     walk.session.release()
     assert walk.session.recache._kept == []
+
+
+def test_one_camera_modulation_is_held_at_a_time(pipeline, session_plan, monkeypatch):
+    """That of a chunk computed again, gigabytes in the 14B, is gone before the chunk's own is computed."""
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def counted(self, rays):
+        assert not any(each() is not None for each in made)
+        modulation = compute(self, rays)
+        made.append(weakref.ref(modulation[0][0]))
+        return modulation
+
+    compute = CausalDiT.camera_modulation
+    monkeypatch.setattr(CausalDiT, "camera_modulation", counted)
+    walk = Walk(pipeline, session_plan({}, window_frames=18, num_steps=1))
+    for index in range(5):
+        walk.step(NEW if index >= 3 else None, recache=index == 3)
+    assert len(made) == 5 + 2

@@ -45,6 +45,8 @@ class ThreadRank(RankGroup):
 
     def all_to_all(self, sent, received, sent_rows, received_rows) -> None:
         self.exchanged += 1
+        assert sent.is_contiguous()  # NCCL refuses others
+        assert received.is_contiguous()
         self._gloo.alltoall_base(received, sent, received_rows, sent_rows).wait()
 
 
@@ -88,9 +90,12 @@ def test_shards_make_the_whole(world, generation):
     assert first[1] > 0
 
 
-def exchanged_on(rank: int, store: dist.Store, plain: AutoencoderKLWan) -> list[tuple[Tensor, Tensor]]:
+def exchanged_on(
+    rank: int, store: dist.Store, plain: AutoencoderKLWan, layout: torch.memory_format
+) -> list[tuple[Tensor, Tensor]]:
     shards = WidthShards(copy.deepcopy(plain).decoder, ThreadRank(rank, 2, store))
     own = torch.arange(12.0).view(1, 1, 2, 2, 3) + 100 * rank
+    own = torch.cat([own, -own], dim=1).contiguous(memory_format=layout)
     with shards.decoding(6):
         return [
             (torch.compile(exchange, backend="eager", fullgraph=True)(own), exchange(own))
@@ -98,12 +103,14 @@ def exchanged_on(rank: int, store: dist.Store, plain: AutoencoderKLWan) -> list[
         ]
 
 
-def test_exchanges_compile_without_a_break():
-    """torch.compile takes an exchange as one operation without a graph break, with the same result."""
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
+def test_exchanges_compile_without_a_break(layout):
+    """torch.compile takes an exchange as one operation without a graph break, with the same result; also with the
+    channels innermost, as on a GPU."""
     plain = AutoencoderKLWan.from_config({"base_dim": 8, "num_res_blocks": 1})
     store = dist.HashStore()
     with ThreadPoolExecutor(2) as threads:
-        ranks = list(threads.map(lambda rank: exchanged_on(rank, store, plain), range(2)))
+        ranks = list(threads.map(lambda rank: exchanged_on(rank, store, plain, layout), range(2)))
     for compiled, plainly in (pair for pairs in ranks for pair in pairs):
         assert torch.equal(compiled, plainly)
     (widened, _), (joined, _) = ranks[0]

@@ -60,6 +60,11 @@ async def test_models_tells_what_the_page_can_offer(serve):
     assert entry["device"] == "cpu"
     assert entry["limits"]["max_pixels"] == 1280 * 720
     assert entry["default_output_format"] in entry["output_formats"]
+    assert all(entry["features"][name] is True for name in ("guidance", "camera_poses", "recache"))
+    for default in (False, True):
+        other = await serve(interactive_kv_window=default)
+        told = (await get(other, "/v1/models")).json()["data"][0]["interactive_kv_window"]
+        assert told == {"default": default}
     assert (await get(server, "/v1/models/fake-world")).json() == entry
     async with server.client(init()) as client:
         await client.receive()

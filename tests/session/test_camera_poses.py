@@ -252,6 +252,7 @@ WRONG = [
     (changed((2, 0, 3), 1500), ".poses[2]", "1500 units from the pose before it, expected at most 1000 per latent"),
     ({"poses": [GOOD], "anchor": "world"}, ".anchor", "'world', expected one of session, camera"),
     ({"poses": [GOOD], "anchor": [1]}, ".anchor", r"\[1\], expected one of"),
+    ({"poses": [GOOD], "anchor": False}, ".anchor", "False, expected one of"),
     ({"poses": [GOOD], "longest_step": -1}, ".longest_step", "-1, expected world units from 0 to 1000"),
     ({"poses": [GOOD], "intrinsics": 500}, ".intrinsics", "500, expected 4 numbers"),
     ({"poses": [GOOD], "intrinsics": [500, 500, 32]}, ".intrinsics", r"\[500, 500, 32\], expected 4 numbers"),
