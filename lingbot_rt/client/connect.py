@@ -165,7 +165,9 @@ class connect:
             raise ConnectFailed(f"{url} does not answer{way}: {one_line(error)}", reconnectable=True) from None
         except (WebSocketException, EOFError, ValueError) as error:
             raise ConnectFailed(
-                f"{url} does not answer as a WebSocket{way}: {one_line(error)}", reconnectable=True
+                f"{url} does not answer as a WebSocket{way}: expected the address of `lingbot-rt serve` or of a server "
+                f"of its kind ({one_line(error)})",
+                reconnectable=True,
             ) from None
 
     def _hint(self, status: int) -> str:

@@ -238,7 +238,12 @@ def test_something_that_is_no_http_server():
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(ConnectFailed, match="no HTTP server"):
             fetch_model_info(url)
-        with pytest.raises(ConnectFailed, match="does not answer as a WebSocket"), connect(url, **INIT):
+        with (
+            pytest.raises(
+                ConnectFailed, match="does not answer as a WebSocket: expected the address of `lingbot-rt serve`"
+            ),
+            connect(url, **INIT),
+        ):
             pass
         thread.join()
 
