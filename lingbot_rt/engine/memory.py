@@ -33,9 +33,7 @@ class MemoryPlan:
     text_bytes: int  # embeddings and K/V of the prompts
     condition_bytes: int  # i2v condition
     opening_bytes: int  # in addition, while the session opens
-    chunk_bytes: (
-        int  # in addition, inside a chunk: camera modulation, latents of the window, feature cache, activations
-    )
+    chunk_bytes: int  # in addition, inside a chunk: camera modulation, the window's latents, features, activations
     postprocess_bytes: int  # of upscaling and interpolation, which run beside the forward
     vae_bytes: int = 0  # weights of the second VAE, while they are still to be made
 
