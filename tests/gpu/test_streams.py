@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lingbot_rt.engine.frame_readback import FrameReadback
-from lingbot_rt.models import to_device
+from lingbot_rt.models.transfer import to_device
 
 from .conftest import DEVICE, delay, frames_of, poison, poison_pinned, synchronize
 

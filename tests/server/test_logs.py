@@ -53,7 +53,7 @@ async def test_sessions_are_told_apart(serve, capsys):
     """Two connections at a time: each line has the id of its own one, and a client without a session has none."""
     server = await serve(FakeEngine(), session_wait_s=0)
     with json_log(capsys) as log_lines:
-        async with server.client(init()) as first:
+        async with server.client(init(), max_queue=None) as first:
             await first.chunk()
             async with server.client(init()) as second:
                 assert (await second.closed())[0] == 1008

@@ -33,7 +33,9 @@ async def exposition(server) -> str:
 async def served(serve) -> Served:
     """The metrics after two sessions, a wrong event and a refused client."""
     server = await serve(session_wait_s=0)
-    async with server.client(init(), event("camera_actions", state("w"), 1), event("dance")) as playing:
+    # A client that stops reading would notice the server's goodbye only after 10 s.
+    events = event("camera_actions", state("w"), 1), event("dance")
+    async with server.client(init(), *events, max_queue=None) as playing:
         await playing.chunk()
         async with server.client(init()) as refused:
             assert (await refused.closed())[0] == 1008
