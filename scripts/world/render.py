@@ -37,7 +37,7 @@ _SHADOWS: dict[torch.device, Tensor] = {}  # [looks, texels, texels]; the world 
 _LOWEST_SUN = 0.42  # least height of the sun for shadows: longer ones would cover everything
 _KINDS = (Polyhedron, Frustum, Ellipsoid)
 _MAX_INSTANCES = {Polyhedron: 56, Frustum: 80, Ellipsoid: 48}
-"""The nearest instances per kind that an accelerator tests; 300 random views had at most 45, 66 and 41 in view."""
+"""The nearest instances per kind that an accelerator tests; 300 views of a denser world had at most 45, 66 and 41."""
 _BATCH_FRAMES = 64  # frames rendered at once on an accelerator
 _FEW_RAYS = 4096  # rays per frame up to which a CPU is faster with all at once
 

@@ -2,6 +2,9 @@
 
     python -m scripts.world.render_presets [names ...]
 
+The places below are of an earlier world of 3 x 3 units, as are the pictures in webui/presets: choose new ones before
+the next call.
+
 Also writes presets.json, in which every prompt asks for the look of its picture.
 """
 

@@ -69,9 +69,6 @@ class SampleIndices:
     def to(self, device: torch.device) -> SampleIndices:
         return SampleIndices(*(getattr(self, field.name).to(device, copy=True) for field in fields(self)))
 
-    def samples(self, some: slice) -> SampleIndices:
-        return SampleIndices(*(getattr(self, field.name)[some] for field in fields(self)))
-
     @classmethod
     def joined(cls, parts: Sequence[SampleIndices]) -> SampleIndices:
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
