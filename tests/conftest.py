@@ -1,4 +1,4 @@
-"""For all tests: the path of golden data, one torch thread per process, and no deadlines in hypothesis.
+"""For all tests: the path of golden data, one torch thread per process, fixed seeds, and no deadlines in hypothesis.
 
 ``pytest -m gpu`` collects tests/gpu alone, and needs neither pytest-asyncio nor pytest-timeout: a machine with an
 accelerator may not have all that the other tests import.
@@ -7,7 +7,10 @@ accelerator may not have all that the other tests import.
 from __future__ import annotations
 
 import os
+import random
 import subprocess
+import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,6 +58,25 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no accelerator"))
+
+
+def pytest_fixture_setup(fixturedef):
+    seed(fixturedef.argname)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    seed(item.nodeid)
+
+
+def seed(name):
+    """Random numbers that a test draws depend on its name alone, and not on the tests before it."""
+    number = zlib.crc32(name.encode())
+    random.seed(number)
+    for module in ("numpy", "torch"):
+        if module in sys.modules:
+            library = sys.modules[module]
+            library.random.seed(number) if module == "numpy" else library.manual_seed(number)
 
 
 @pytest.fixture(scope="session")

@@ -52,13 +52,13 @@ def test_plain_product_is_the_kernels(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_linear_stays_close(dtype):
-    """A linear of random rows, some of them a thousand times larger, is within 4.5 % relative RMS of the plain one."""
+    """A linear of random rows, some of them a thousand times larger, is within 5 % relative RMS of the plain one."""
     linear = nn.Linear(256, 128).to(dtype)
     x = (torch.randn(2, 24, 256) * torch.logspace(-1, 2, 24)[:, None]).to(dtype)
     got, expected = Float8Linear(linear)(x), linear(x)
     assert (got.dtype, got.shape) == (dtype, expected.shape)
     for row in range(24):
-        assert 1e-3 < relative_rms(got[:, row], expected[:, row]) <= 4.5e-2
+        assert 1e-3 < relative_rms(got[:, row], expected[:, row]) <= 5e-2
 
 
 def test_only_the_blocks_linears(dit):
