@@ -279,6 +279,20 @@ class ServeConfig:
         high=86400,
         group="limits",
     )
+    history_mb: int = _option(
+        512,
+        "host memory in MiB, per session, for the chunks that it can go back to (the protocol extension history); 0 "
+        "keeps none",
+        low=0,
+        high=10**6,
+        group="limits",
+    )
+    snapshot_kv: bool = _option(
+        False,
+        "histories and snapshots also hold keys, values and the VAE's features: a session that goes back then goes on "
+        "bit for bit, and takes much more memory",
+        group="limits",
+    )
     send_timeout_s: float = _option(
         20.0,
         "seconds after which a client that stopped reading is disconnected",

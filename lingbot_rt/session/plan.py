@@ -148,6 +148,16 @@ class ChunkResult:
     num_frames: int  # pixel frames sent
     window_frames: int  # latent frames the last forward attended to
     timings: ChunkTimings
+    kept_from: int | None = None  # the first chunk that the session can go back to; None: no history is kept
+
+
+@dataclass(frozen=True, slots=True)
+class Rewound:
+    """Where a session stands after it went back, or was opened from a snapshot."""
+
+    chunk_index: int  # the next chunk
+    branch: int
+    exact: bool  # False: its window was computed again without what had left it, so the world is alike, not the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,8 +223,25 @@ class EnginePort(Protocol):
     def warm_up_of(self, plan: SessionPlan) -> WarmUp | None:
         """The warm-up that ``open`` begins with; None when the session's shape needs none."""
 
-    async def open(self, plan: SessionPlan) -> None:
-        """Raises CapacityError or InvalidInit when the session cannot be opened."""
+    async def open(self, plan: SessionPlan, world: bytes | None = None) -> Rewound | None:
+        """Raises CapacityError or InvalidInit when the session cannot be opened.
+
+        ``world``: a snapshot to go on from, whose place is returned. One of another model, or a damaged one, raises
+        InvalidInit with the field "resume".
+        """
+
+    async def rewind(self, session_id: str, chunk_index: int, branch: int, keep: bool) -> Rewound:
+        """Goes back to just before ``chunk_index`` of ``branch``; no chunk of the session may be running.
+
+        With ``keep`` what came after stays as it is, and a new branch begins there; else it is forgotten.
+        Raises InvalidEvent for a chunk that is not kept.
+        """
+
+    async def snapshot(self, session_id: str, about: str) -> bytes:
+        """The session as a file, at the end of its newest chunk; ``world_file.read_world`` gives ``about`` again."""
+
+    async def park(self, session_id: str) -> int:
+        """No chunk comes for a while: the device's memory may be given to others. Returns the bytes that it holds."""
 
     def run(self, plan: ChunkPlan) -> ChunkRun:
         """Starts one chunk of an open session."""
