@@ -303,8 +303,8 @@ class ServeConfig:
     )
     parked_mb: int = _option(
         4096,
-        "host memory in MiB for sessions that wait for their clients; beyond it the oldest are kept as snapshots, which "
-        "are small, and beyond that they end",
+        "host memory in MiB for sessions whose clients are away; beyond it the oldest are kept as snapshots, which are "
+        "small, and beyond that they end",
         low=0,
         high=10**7,
         group="limits",
