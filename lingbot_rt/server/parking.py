@@ -257,8 +257,8 @@ class Parking:
     async def _leave(self, kept: KeptSession) -> None:
         """Writes one session for the next server, and ends it in this one."""
         live, folder = kept.live, self._folder
-        if live is None:
-            return  # it is on disk
+        if live is None or kept.leave is not None:
+            return  # it is on disk, or its connection could not be ended in time
         is_written = False
         if folder is not None:
             try:
