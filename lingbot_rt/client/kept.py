@@ -78,6 +78,11 @@ class ReceivedFrames:
             del self._counts[later]
         self._newest = chunk_index - 1 if chunk_index - 1 in self._counts else None
 
+    def resumed_at(self, chunk_index: int) -> None:
+        """A server that came back with an older world makes its later chunks again."""
+        if self._newest is not None and chunk_index < self._newest:
+            self.went_on_at(chunk_index)
+
     def fields(self) -> dict[str, int]:
         """What an init that resumes says of them; nothing before the first frame."""
         if self._newest is None:

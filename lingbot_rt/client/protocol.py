@@ -93,6 +93,10 @@ class ChunkStats:
         return (self.dit_ms or 0) + (self.vae_ms or 0) > self.chunk_total_ms
 
 
+class SessionEnded(Exception):
+    """The session is over, as it should be."""
+
+
 class ClientProtocol:
     """Takes every received message in order. Holds at most one frame header whose payload has not arrived."""
 
@@ -160,6 +164,12 @@ class ClientProtocol:
             return False
         return self._closing_error is None or code == _SHUT_DOWN_CLOSE
 
+    def require_resumable(self, code: int | None, reason: str) -> None:
+        """Raises SessionEnded or SessionLost after an end that leaves nothing to go on with."""
+        if not self.can_resume(code):
+            self.closed(code, reason)
+            raise SessionEnded
+
     def resume_message(self) -> bytes:
         """The init that goes on with the session on a new line, which begins here. It waits in line for its turn."""
         self._header = self._closing_error = None
@@ -206,7 +216,10 @@ class ClientProtocol:
         named = capabilities.get("extensions") if isinstance(capabilities, dict) else None
         self._extensions = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
         if fields.get("resumed") is True:
-            self.resumes.append(_place(fields))
+            place = _place(fields)
+            self.resumes.append(place)
+            if place.chunk_index is not None:
+                self._received.resumed_at(place.chunk_index)
 
     def _rewound(self, fields: dict[str, Any]) -> None:
         place = _place(fields)

@@ -14,7 +14,7 @@ from websockets.exceptions import ConnectionClosed
 
 from lingbot_rt.client.frames import Frame
 from lingbot_rt.client.kept import Retry, SavedWorld, write_world
-from lingbot_rt.client.protocol import BaseSession
+from lingbot_rt.client.protocol import BaseSession, SessionEnded
 from lingbot_rt.errors import (
     ClientError,
     ConnectFailed,
@@ -40,10 +40,6 @@ class Dialer(Protocol):
     async def dial_async(self, message: bytes) -> AsyncConnection: ...
 
 
-class _Ended(Exception):
-    """The session is over, as it should be."""
-
-
 class Session(BaseSession[int], Iterator[Frame]):
     """A blocking session: iterate over its frames, press keys from this thread or another."""
 
@@ -60,7 +56,7 @@ class Session(BaseSession[int], Iterator[Frame]):
         """The next frame; iteration ends with the session. Raises ClientError. The session survives EventRefused."""
         try:
             self._read_until(lambda: bool(self._decoded))
-        except _Ended:
+        except SessionEnded:
             raise StopIteration from None
         return self._decoded.popleft()
 
@@ -75,7 +71,7 @@ class Session(BaseSession[int], Iterator[Frame]):
         self._event("save", None)
         try:
             self._read_until(has_come, time.monotonic() + limit_s)
-        except _Ended:
+        except SessionEnded:
             raise SaveFailed("save: the session ended first") from None
         return _write(path, self._protocol.take_world(event_id))
 
@@ -105,11 +101,10 @@ class Session(BaseSession[int], Iterator[Frame]):
                 self._decoded.extend(self._protocol.receive(self._socket.recv(limit_s)))
         except ConnectionClosed as end:
             code, reason = _close_of(end)
-            if not self._left.is_set() and self._protocol.can_resume(code):
-                self._come_back(code, reason)
-                return
-            self._protocol.closed(code, reason)
-            raise _Ended from None
+            if self._left.is_set():
+                raise SessionEnded from None
+            self._protocol.require_resumable(code, reason)
+            self._come_back(code, reason)
 
     def _come_back(self, code: int | None, reason: str) -> None:
         """Opens a new line and goes on. Raises SessionLost if that is not possible within the server's time."""
@@ -128,7 +123,8 @@ class Session(BaseSession[int], Iterator[Frame]):
                         socket.send(event)
                     self._socket = socket
                 return
-            except ConnectionClosed:
+            except ConnectionClosed as end:
+                self._protocol.require_resumable(*_close_of(end))
                 message = self._protocol.resume_message()
             except (ServerNotReady, ServerBusy) as error:
                 _wait_for(error, retry)
@@ -176,7 +172,7 @@ class AsyncSession(BaseSession[Coroutine[Any, Any, int]], AsyncIterator[Frame]):
         """The next frame; iteration ends with the session. Raises ClientError. The session survives EventRefused."""
         try:
             await self._read_until(lambda: bool(self._decoded))
-        except _Ended:
+        except SessionEnded:
             raise StopAsyncIteration from None
         return self._decoded.popleft()
 
@@ -200,7 +196,7 @@ class AsyncSession(BaseSession[Coroutine[Any, Any, int]], AsyncIterator[Frame]):
             with suppress(TimeoutError):
                 async with asyncio.timeout(limit_s):
                     await self._read_until(has_come)
-        except _Ended:
+        except SessionEnded:
             raise SaveFailed("save: the session ended first") from None
         world = self._protocol.take_world(event_id)
         return await asyncio.to_thread(_write, path, world)
@@ -216,11 +212,8 @@ class AsyncSession(BaseSession[Coroutine[Any, Any, int]], AsyncIterator[Frame]):
             self._decoded.extend(self._protocol.receive(await self._socket.recv()))
         except ConnectionClosed as end:
             code, reason = _close_of(end)
-            if self._protocol.can_resume(code):
-                await self._come_back(code, reason)
-                return
-            self._protocol.closed(code, reason)
-            raise _Ended from None
+            self._protocol.require_resumable(code, reason)
+            await self._come_back(code, reason)
 
     async def _come_back(self, code: int | None, reason: str) -> None:
         """As ``Session._come_back``. A cancelled one may be called again."""
@@ -240,7 +233,8 @@ class AsyncSession(BaseSession[Coroutine[Any, Any, int]], AsyncIterator[Frame]):
                 for event in self._protocol.events.take_all():
                     await socket.send(event)
                 return
-            except ConnectionClosed:
+            except ConnectionClosed as end:
+                self._protocol.require_resumable(*_close_of(end))
                 message = self._protocol.resume_message()
             except (ServerNotReady, ServerBusy) as error:
                 _wait_for(error, retry)

@@ -190,7 +190,9 @@ def test_all_connections_take_the_proxy(monkeypatch):
         with connect("http://world.invalid:30000", **INIT) as world:
             assert next(world).index == 0
         assert fetch_model_info("http://world.invalid:30000") == {}
-    assert [line.split()[:2] for line in asked] == [[b"CONNECT", b"world.invalid:30000"]] * 3  # the init depends on what the server has
+    assert [line.split()[:2] for line in asked] == [
+        [b"CONNECT", b"world.invalid:30000"]
+    ] * 3  # the init depends on what the server has
 
 
 def test_a_socks_proxy_without_its_package_is_named(monkeypatch):
