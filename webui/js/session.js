@@ -1,5 +1,6 @@
 // One session: from the WebSocket to decoded frames. The socket, the worker and the clock are arguments, for tests.
 
+import { EventsInFlight, ReceivedFrames } from "./kept.js";
 import { LatencyMeter } from "./latency.js";
 import { EXTENSIONS, MessageReader, eventMessage, initMessage, promptPayload, statePayload } from "./wire.js";
 
@@ -11,8 +12,13 @@ const SLEPT_MS = 5_000; // a timer this late means that the computer slept; rece
  * States: connecting -> (waiting) -> opening -> (warming -> opening) -> live <-> paused -> ended | lost.
  *
  * `on` has the callbacks state(name), queue(position, waitedMs), warming({size, expectedMs}), frames(frames),
- * stats(chunk_stats), applied(eventId, chunkIndex), skipped(detail) for data that could not be read, refused(detail)
- * for an event that the server refused, and ended({normal, code, message, errorCode, wasLive}).
+ * stats(chunk_stats), applied(eventId, chunkIndex), skipped(detail) for data that could not be read, refused(detail,
+ * event) for an event that the server refused, opened({token, resumeMs, isResumed}) when the server says that the
+ * session is open, rewound({chunkIndex, branch, exact, eventId}), world(bytes), and ended({normal, code, message,
+ * errorCode, wasLive}).
+ *
+ * `received` and `events` are those of the session before, and `isPaused` says whether that one was, when `init`
+ * resumes it.
  */
 export class Session {
   #socket;
@@ -28,11 +34,16 @@ export class Session {
   #receivedAt = 0;
   #silenceTimer = null;
 
+  #isPaused;
+
   latency = new LatencyMeter();
   capabilities = {};
   hasOpened = false; // the WebSocket did
 
-  constructor({ socket, worker, init, on, clock, nextEventId }) {
+  constructor({ socket, worker, init, on, clock, nextEventId, received, events, isPaused = false }) {
+    this.received = received ?? new ReceivedFrames();
+    this.events = events ?? new EventsInFlight();
+    this.#isPaused = isPaused;
     this.#socket = socket;
     this.#worker = worker;
     this.#on = on;
@@ -72,10 +83,18 @@ export class Session {
   }
 
   sendEvent(kind, payload) {
+    const eventId = this.request(kind, payload);
+    if (eventId !== null) this.latency.sent(eventId, this.#clock.now());
+    return eventId;
+  }
+
+  /** Sends an event that no frame answers. Returns its id, or null if the session is not open. */
+  request(kind, payload) {
     if (this.hasEnded || this.#state === "connecting") return null;
     const eventId = this.#nextEventId();
-    this.latency.sent(eventId, this.#clock.now());
-    this.#socket.send(eventMessage(kind, payload, eventId));
+    const message = eventMessage(kind, payload, eventId);
+    this.events.add(eventId, kind, message);
+    this.#socket.send(message);
     return eventId;
   }
 
@@ -124,7 +143,7 @@ export class Session {
   #decoded({ id, images, error }) {
     const header = this.#jobs.get(id);
     this.#jobs.delete(id);
-    if (error !== undefined || this.hasEnded) {
+    if (error !== undefined || this.hasEnded || header.isStale) {
       images?.forEach((image) => image.close());
       if (error !== undefined) this.#on.skipped(`Some frames were skipped: ${error}`);
       return;
@@ -133,6 +152,7 @@ export class Session {
     const eventId = header.event_id ?? null;
     this.latency.decoded(eventId, now);
     if (["opening", "waiting", "warming"].includes(this.#state)) this.#enter("live");
+    this.received.add(header.chunk_index, images.length);
     const shared = { eventId, chunkIndex: header.chunk_index, decodedAt: now };
     this.#on.frames(images.map((image) => ({ image, ...shared })));
   }
@@ -146,6 +166,7 @@ export class Session {
         this.capabilities = message.capabilities ?? {};
         if (this.#state === "waiting" || this.#state === "warming") this.#enter("opening");
         if (this.capabilities.extensions?.includes("heartbeat")) this.#watchSilence();
+        this.#opened(message);
         break;
       case "queue":
         this.#enter(message.position > 0 ? "waiting" : "opening");
@@ -159,7 +180,15 @@ export class Session {
         this.#enter("warming");
         this.#watchSilence(); // heartbeats come meanwhile
         break;
+      case "rewound":
+        this.#rewound(message);
+        break;
+      case "world":
+        this.events.answered(message.event_id);
+        this.#on.world(message.payload);
+        break;
       case "control_ack":
+        this.events.received(message.event_id);
         if (message.state === "applied" && message.event_id !== undefined) {
           this.latency.applied(message.event_id, message.chunk_index, this.#clock.now());
           this.#on.applied(message.event_id, message.chunk_index);
@@ -172,10 +201,28 @@ export class Session {
     }
   }
 
+  #opened({ resume_token: token = null, resume_s: seconds = 0, resumed = false, chunk_index: chunkIndex = null }) {
+    this.#on.opened({ token, resumeMs: 1000 * seconds, isResumed: resumed });
+    if (!resumed) return;
+    if (chunkIndex !== null) this.received.resumedAt(chunkIndex);
+    for (const event of this.events.takeAll()) this.#socket.send(event);
+    if (!this.#isPaused) return;
+    this.#socket.send(eventMessage("pause", null, undefined));
+    this.#enter("paused");
+  }
+
+  /** Frames of the old line that still decode are not shown. */
+  #rewound({ chunk_index: chunkIndex, branch = 0, exact = true, event_id: eventId = null }) {
+    for (const header of this.#jobs.values()) header.isStale = true;
+    this.received.wentOnAt(chunkIndex);
+    this.events.answered(eventId);
+    this.#on.rewound({ chunkIndex, branch, exact, eventId });
+  }
+
   #error(message) {
     const content = String(message.content ?? "");
     if (this.isLive && content.startsWith("invalid event")) {
-      this.#on.refused(content);
+      this.#on.refused(content, this.events.refused());
       return;
     }
     this.#lastError = { message: content, code: message.code ?? null };
