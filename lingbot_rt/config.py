@@ -350,6 +350,11 @@ class ServeConfig:
             )
         if self.vae_parallel == "width" and self.num_gpus == 1:
             raise ConfigError("--vae-parallel width needs --num-gpus 2 or more", field="vae_parallel")
+        if self.snapshot_kv and self.num_gpus > 1:
+            raise ConfigError(
+                f"--snapshot-kv with --num-gpus {self.num_gpus}: each GPU has some of the keys and values, expected 1",
+                field="snapshot_kv",
+            )
         if self.enable_upscaling_warmup and not self.warmup:
             raise ConfigError("--enable-upscaling-warmup needs --warmup true", field="enable_upscaling_warmup")
         for field in dataclasses.fields(self) if self.record_dir is None else ():

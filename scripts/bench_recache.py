@@ -20,7 +20,7 @@ from lingbot_rt.client.start_picture import start_picture
 from lingbot_rt.commands.options import frame_size
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.chunk_runner import run_chunk
-from lingbot_rt.engine.dmd import ChunkForward
+from lingbot_rt.engine.dmd import commit_again
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import default_plan
@@ -41,17 +41,15 @@ def run(pipeline: Pipeline, plan: SessionPlan, how: str, args: argparse.Namespac
         recache = how in (RECACHED, AT_ONCE) and index == args.before
         if how == AT_ONCE and recache:
             text_kv, recache = session.text_kv(prompt), False
-            session.recache.begin()
+            session.recache.begin(session.history.window())
             while (past := session.recache.next()) is not None:
-                ChunkForward.of(pipeline, session, past.index, text_kv, past.relative_poses, past.lenses).commit_again(
-                    past.latents
-                )
+                commit_again(pipeline, session, past, text_kv)
         poses = camera.extend((("w",),) * plan.latent_frames)
         chunk = ChunkPlan(plan.session_id, index, prompt, poses, None, recache=recache)
         dit_ms = run_chunk(pipeline, session, chunk, lambda group: None).timings.dit_ms
-        latents = session.recache.newest
-        assert latents is not None
-        found.append((latents.double(), dit_ms))
+        newest = session.history.newest
+        assert newest is not None
+        found.append((newest.latents.double(), dit_ms))
     return found[args.before :]
 
 

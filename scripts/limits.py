@@ -169,6 +169,9 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
             "error `session_busy`, close 1008",
         ),
         Limit("time without reading", "--send-timeout-s", "s", "the connection ends"),
+        Limit("history of a session", "--history-mb", "MiB", "other branches and the oldest chunks are forgotten"),
+        Limit("branches of a session", "engine.history:MAX_BRANCHES", "", "error `invalid_event`; the session goes on"),
+        Limit("chunks before a snapshot", "engine.world:MAX_CHUNKS", "", "error `invalid_init`"),
         Limit("length of a pause", "--pause-limit-s", "s", "error `pause_expired`, close 1008"),
         Limit(
             "time to stop sending a message that is too large",

@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from lingbot_rt.engine.dmd import ChunkForward, denoise
+from lingbot_rt.engine.dmd import ChunkForward, commit_again, denoise
 from lingbot_rt.engine.frame_readback import FrameReadback
 from lingbot_rt.engine.pipeline import Pipeline
-from lingbot_rt.engine.recache import CommittedChunk
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.stage_clock import StageClock
 from lingbot_rt.session.plan import ChunkPlan, ChunkResult, ChunkTimings, FrameGroup
@@ -32,13 +31,10 @@ def run_chunk(
         text_kv = session.text_kv(plan.prompt)
 
     if plan.recache:
-        session.recache.begin()
+        session.recache.begin(session.history.window())
     if (past := session.recache.next()) is not None:
         with clock.stage("recache"):
-            # Held by no name: its camera modulation is freed before that of the chunk itself is computed.
-            ChunkForward.of(pipeline, session, past.index, text_kv, past.relative_poses, past.lenses).commit_again(
-                past.latents
-            )
+            commit_again(pipeline, session, past, text_kv)
 
     with clock.stage("camera"):
         camera = plan.relative_poses, plan.intrinsics
@@ -47,7 +43,7 @@ def run_chunk(
     with clock.stage("denoise"):
         latents = denoise(forward, pipeline.schedule, session.plan.num_steps, session.draw)
 
-    decoding = pipeline.decoding(session.plan)
+    decoding = session.decoding
     with FrameReadback(pipeline.device, session.postprocessor, emit) as readback:
         readback.check(latents)
         # The frames leave before the context pass. On an accelerator they could be decoded beside it. But both fill the
@@ -61,7 +57,7 @@ def run_chunk(
 
         with clock.stage("context"):
             forward.commit(latents)
-    session.recache.keep(CommittedChunk(plan.chunk_index, latents, *camera))
+    session.keep(plan, latents, past)
 
     stages = clock.finish()
     postprocess = session.postprocessor.take_timings()
@@ -70,6 +66,7 @@ def run_chunk(
         chunk_index=plan.chunk_index,
         num_frames=readback.num_frames,
         window_frames=session.cache.visible_frames,
+        kept_from=session.history.kept_from() if pipeline.history_bytes else None,
         timings=ChunkTimings(
             prepare_ms=stages["text"] + stages["camera"],
             dit_ms=stages["denoise"] + stages["context"] + stages.get("recache", 0.0),

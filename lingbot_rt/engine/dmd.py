@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from lingbot_rt.engine.flow_match import CLEAN, FlowSchedule, predict_x0, renoise
+from lingbot_rt.engine.history import KeptChunk
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.models.dit import CameraModulation, CausalDiT, TextKV
 from lingbot_rt.models.i2v_condition import MASK_CHANNELS
 from lingbot_rt.models.kv_cache import KVCache
+from lingbot_rt.models.transfer import to_device
 from lingbot_rt.session.camera_path import Pose
 
 
@@ -69,6 +71,14 @@ class ChunkForward:
         channels = torch.cat([x, self.condition], dim=1).to(self.session.dtype)
         time = self.session.time_modulation[timestep]
         return self.dit(channels, time, text_kv, self.camera, cache, self.start_frame, commit=commit)
+
+
+def commit_again(pipeline: Pipeline, session: SessionState, chunk: KeptChunk, text_kv: TextKV) -> None:
+    """Computes the K/V of an older chunk for another prompt."""
+    # The forward is held by no name: its camera modulation is freed before that of the next chunk is computed.
+    ChunkForward.of(pipeline, session, chunk.index, text_kv, chunk.relative_poses, chunk.lenses).commit_again(
+        to_device(chunk.latents, pipeline.device)
+    )
 
 
 def denoise(

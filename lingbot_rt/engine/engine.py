@@ -19,18 +19,21 @@ from lingbot_rt.engine.chunk_run import Emit, ThreadedChunkRun
 from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.compilation import compilations
 from lingbot_rt.engine.device_memory import allocated_bytes, memory_parts
-from lingbot_rt.engine.memory import describe_share, release_unused, require_room
+from lingbot_rt.engine.going_back import set_back
+from lingbot_rt.engine.memory import describe_share, fits, release_unused, require_room
 from lingbot_rt.engine.model_memory import require_memory
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
 from lingbot_rt.engine.profiler import ChunkProfiler
 from lingbot_rt.engine.progress import POLL_S, ThreadProgress
+from lingbot_rt.engine.residency import Residency
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import LimitedWarmUp, warm_up
 from lingbot_rt.engine.worker import worker_command
+from lingbot_rt.engine.world import go_on_from, read_snapshot, to_bytes, world_parts
 from lingbot_rt.errors import CapacityError, ChunkCancelled, EngineFailed, LingbotError, UnsoundFrames, one_line
 from lingbot_rt.models.dit import COMPILED_SHAPES
-from lingbot_rt.parallel.coordinator import Close, WarmUpShape, create_coordinator
-from lingbot_rt.session.plan import ChunkPlan, ChunkResult, EngineStatus, ModelInfo, SessionPlan, WarmUp
+from lingbot_rt.parallel.coordinator import Close, Move, OpenFrom, Rewind, WarmUpShape, create_coordinator
+from lingbot_rt.session.plan import ChunkPlan, ChunkResult, EngineStatus, ModelInfo, Rewound, SessionPlan, WarmUp
 from lingbot_rt.shapes import FrameSize
 
 log = logging.getLogger(__name__)
@@ -66,6 +69,7 @@ class Engine:
         self._pipeline: Pipeline | None = None
         self._model_bytes = 0  # on the device, before any session
         self._sessions: dict[str, SessionState] = {}
+        self._residency = Residency(self._move)
         # What compiled code is there for. The engine thread replaces it as a whole.
         self._compiled: tuple[Shape, ...] = ()
         self._warm_up: LimitedWarmUp | None = None  # of the session that opens
@@ -134,12 +138,14 @@ class Engine:
             return None
         return WarmUp(plan.size, plan.latent_frames, self._warm_up_took_s)
 
-    async def open(self, plan: SessionPlan) -> None:
+    async def open(self, plan: SessionPlan, world: bytes | None = None) -> Rewound | None:
         """Compiles for the session's shape if need be, encodes prompt and picture, allocates the session's window.
+
+        ``world``: a snapshot that the session goes on from. Sessions that do not compute make room if need be.
 
         Raises CapacityError, with nothing allocated, if the session does not fit in the memory that is free now, or if
         compiling took longer than --session-warmup-limit-s. Raises InvalidInit if an upscaling or interpolation model
-        does not load, ChunkCancelled if ``close`` came before compiling ended.
+        does not load or the snapshot does not fit, ChunkCancelled if ``close`` came before it was open.
         """
         if self.warm_up_of(plan) is not None:
             warm_up = self._warm_up = LimitedWarmUp(plan.session_id)
@@ -149,15 +155,19 @@ class Engine:
                 warm_up.stop()  # the client may be gone
                 self._warm_up = None
 
-        def build() -> None:
+        def build() -> Rewound | None:
             if not self._loaded.postprocess.loaded(plan.postprocess):
                 log.info("first use of upscaling or interpolation: loading its networks")
             # Checked before the other ranks are told: what does not load or fit concerns this client only.
+            snapshot = None if world is None else read_snapshot(self._loaded, plan, world)
+            self._residency.make_room(lambda: fits(self._loaded, plan))
             require_room(self._loaded, plan)
-            with self._coordinator.command(plan):
-                self._sessions[plan.session_id] = SessionState(self._loaded, plan)
+            with self._coordinator.command(plan if world is None else OpenFrom(plan, world)):
+                session = self._sessions[plan.session_id] = SessionState(self._loaded, plan)
+                self._residency.opened(plan.session_id)
+                return None if snapshot is None else go_on_from(self._loaded, session, snapshot)
 
-        await self._on_thread(build)
+        return await self._on_thread(build)
 
     def run(self, plan: ChunkPlan) -> ThreadedChunkRun:
         """Starts one chunk: iterate what this returns for its frames.
@@ -165,6 +175,30 @@ class Engine:
         The iteration raises ChunkCancelled after ``close`` and EngineFailed when the computation broke.
         """
         return ThreadedChunkRun(lambda emit: self._on_thread(lambda: self._run_chunk(plan, emit)))
+
+    async def rewind(self, session_id: str, chunk_index: int, branch: int, keep: bool) -> Rewound:
+        """As ``EnginePort`` says. Raises ChunkCancelled if ``close`` came before it was done."""
+
+        def rewind() -> Rewound:
+            session = self._used(session_id)
+            window = session.history.go_back(branch, chunk_index, keep=keep)
+            with self._coordinator.command(Rewind(session_id, chunk_index, branch, keep)):
+                is_exact = set_back(self._loaded, session, window, chunk_index)
+            return Rewound(chunk_index, session.history.branch, is_exact)
+
+        return await self._on_thread(rewind)
+
+    async def snapshot(self, session_id: str, about: str) -> bytes:
+        """As ``EnginePort`` says. The engine goes on while the file is put together."""
+        parts = await self._on_thread(lambda: world_parts(self._loaded, self._session(session_id), about))
+        return await asyncio.to_thread(to_bytes, parts)
+
+    async def park(self, session_id: str) -> int:
+        def park() -> int:
+            self._residency.parked(session_id)
+            return self._session(session_id).nbytes
+
+        return await self._on_thread(park)
 
     async def profile(self, chunks: int, file: Path, limit_s: float) -> int:
         """Writes a trace of the next chunks of rank 0 to ``file``; how many came within ``limit_s``."""
@@ -201,9 +235,7 @@ class Engine:
         await asyncio.to_thread(self._thread.shutdown, wait=not self.is_lost, cancel_futures=True)
 
     def _run_chunk(self, plan: ChunkPlan, emit: Emit) -> ChunkResult:
-        session = self._sessions.get(plan.session_id)
-        if session is None:
-            raise EngineFailed(f"session {plan.session_id} is not open")
+        session = self._used(plan.session_id)
         with self._profiler.chunk(), self._coordinator.command(plan):
             try:
                 result: ChunkResult | UnsoundFrames = run_chunk(self._loaded, session, plan, emit)
@@ -214,6 +246,27 @@ class Engine:
             raise result
         timings = replace(result.timings, ranks_ms=self._coordinator.compute_ms)
         return replace(result, timings=timings)
+
+    def _session(self, session_id: str) -> SessionState:
+        session = self._sessions.get(session_id)
+        if session is None:
+            raise EngineFailed(f"session {session_id} is not open")
+        return session
+
+    def _used(self, session_id: str) -> SessionState:
+        """The session, on the device."""
+        session = self._session(session_id)
+        self._residency.use(session_id, lambda: fits(self._loaded, session.plan))
+        return session
+
+    def _move(self, session_id: str, to_host: bool) -> None:
+        begun = time.monotonic()
+        with self._coordinator.command(Move(session_id, to_host)):
+            self._sessions[session_id].move(torch.device("cpu") if to_host else self._loaded.device)
+            if to_host:
+                release_unused(self._loaded.device)
+        where = "off" if to_host else "back to"
+        log.info("session %s moved %s the device in %.1f s", session_id, where, time.monotonic() - begun)
 
     def _load(self) -> None:
         if self._config.num_gpus > 1:
@@ -272,6 +325,7 @@ class Engine:
             return
         with self._coordinator.command(Close(session_id)):
             self._sessions.pop(session_id).release()
+            self._residency.closed(session_id)
             release_unused(self._loaded.device)
 
     def _lose(self, failure: str) -> None:

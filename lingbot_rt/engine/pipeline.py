@@ -64,6 +64,8 @@ class Pipeline:
     text_encoder: PromptEncoder
     postprocess: PostprocessNetworks
     half_vae: HalfVAE | None = None  # None: the VAE is in bfloat16 itself
+    history_bytes: int = 0  # per session, for chunks that it can go back to; 0: only what its window is computed from
+    keeps_kv: bool = False  # histories hold K/V and VAE features too
     ranks: Ranks = field(default_factory=SingleRank)
 
     @property
@@ -214,6 +216,8 @@ def _assembled(config: ServeConfig, folder: CheckpointFolder, networks: Networks
         text_encoder=text_encoder,
         postprocess=PostprocessNetworks(device),
         half_vae=None if vae.dtype == torch.bfloat16 else HalfVAE(vae, set_up),
+        history_bytes=config.history_mb * 2**20,
+        keeps_kv=config.snapshot_kv,
         ranks=ranks,
     )
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lingbot_rt.engine.flow_match import CLEAN
+from lingbot_rt.engine.history import History, KeptChunk, WholeState
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.engine.recache import Recache
 from lingbot_rt.errors import ChunkCancelled
@@ -20,7 +21,9 @@ from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.models.ray_map import ray_map
 from lingbot_rt.models.transfer import to_device
 from lingbot_rt.session.camera_path import Pose
-from lingbot_rt.session.plan import SessionPlan
+from lingbot_rt.session.plan import ChunkPlan, SessionPlan
+
+_HOST = torch.device("cpu")
 
 _SAME_POSE = 1e-9
 """Poses that differ by less come from the same keys; the ray maps' float32 does not tell them apart."""
@@ -54,6 +57,12 @@ class SessionState:
         self._generator = torch.Generator(self._noise_device).manual_seed(plan.seed)
         self.cache = self._new_cache()
         latent_frames = plan.latent_frames
+        self.history = History(
+            latent_frames=latent_frames,
+            sink_frames=plan.sink_frames,
+            window_frames=plan.window_frames,
+            limit_bytes=pipeline.history_bytes,
+        )
         self.recache = Recache(
             -(-plan.sink_frames // latent_frames),
             lambda index: self.cache.holds(index * latent_frames, latent_frames),
@@ -66,10 +75,10 @@ class SessionState:
             timestep: pipeline.dit.time_modulation(timestep) for timestep in (*timesteps, CLEAN)
         }
         image = preprocess_image(plan.first_frame).to(pipeline.device)
-        decoding = pipeline.decoding(plan)
-        with decoding.placement.on_device():
-            self._condition_first, self._condition_later = decoding.vae.encode_condition(image, plan.latent_frames)
-        self.features: FeatureCache = decoding.vae.new_features()
+        self.decoding = pipeline.decoding(plan)
+        with self.decoding.placement.on_device():
+            self._condition_first, self._condition_later = self.decoding.vae.encode_condition(image, plan.latent_frames)
+        self.features: FeatureCache = self.decoding.vae.new_features()
         self.text_kv(plan.prompt)
         self.postprocessor = pipeline.open_postprocessor(plan)
 
@@ -81,15 +90,87 @@ class SessionState:
             self.recache.stop()
         return self._text_kv
 
+    @property
+    def windows(self) -> tuple[KVCache, ...]:
+        """The attention window, and that of the negative prompt with guidance."""
+        return (self.cache,) if self.negative is None else (self.cache, self.negative.cache)
+
+    @property
+    def random_state(self) -> Tensor:
+        """Of the noise generator. uint8 on the host."""
+        return self._generator.get_state()
+
+    def set_random_state(self, state: Tensor | None) -> bool:
+        """``random_state`` of another time; None is that of the beginning. Whether this device takes it."""
+        if state is None:
+            self._generator.manual_seed(self.plan.seed)
+            return True
+        if state.shape != self._generator.get_state().shape:  # of another device's generator
+            return False
+        self._generator.set_state(state)
+        return True
+
+    def keep(self, plan: ChunkPlan, latents: Tensor, again: KeptChunk | None) -> None:
+        """Puts the chunk that is finished into the history. ``again``: the older one that was computed with it."""
+        recached = None if again is None else again.index
+        self.history.add(
+            KeptChunk(
+                index=plan.chunk_index,
+                latents=latents.to(_HOST),
+                prompt=plan.prompt,
+                relative_poses=self._poses,
+                lenses=self._lenses,
+                recent_frames=plan.recent_frames,
+                recached=recached,
+                pending=self.recache.pending,
+                random_state=self.random_state,
+                whole=self._whole_state(plan.chunk_index, recached) if self._pipeline.keeps_kv else None,
+            )
+        )
+
+    def _whole_state(self, chunk_index: int, recached: int | None) -> WholeState:
+        last = self.postprocessor.last_frame
+        return WholeState(
+            frame_of_slot=self.cache.frame_of_slot,
+            kv=self._kv_of(chunk_index),
+            again={} if recached is None else self._kv_of(recached),
+            features=[slot.to(_HOST) if isinstance(slot, Tensor) else slot for slot in self.features.slots],
+            last_frame=None if last is None else last.to(_HOST),
+        )
+
+    def _kv_of(self, chunk_index: int) -> dict[int, tuple[Tensor, ...]]:
+        """What the windows hold of a chunk, by latent frame."""
+        first = chunk_index * self.plan.latent_frames
+        held = [frame for frame in range(first, first + self.plan.latent_frames) if self.cache.holds(frame, 1)]
+        return {frame: tuple(window.read(frame) for window in self.windows) for frame in held}
+
+    def holds_camera_of(self, chunk: KeptChunk | None) -> None:
+        """The next chunk takes this one's camera modulation if its poses are the same, as when it followed it."""
+        self._camera = None
+        self._poses, self._lenses = (None, None) if chunk is None else (chunk.relative_poses, chunk.lenses)
+
+    @property
+    def nbytes(self) -> int:
+        """What stays of the session between its chunks, but for text and condition."""
+        return sum(window.nbytes for window in self.windows) + self.features.nbytes + self.history.nbytes
+
+    def move(self, device: torch.device) -> None:
+        """Moves what is large to ``device``: windows and VAE features. What is soon computed again is dropped."""
+        for window in self.windows:
+            window.move(device)
+        self.features.slots = [slot.to(device) if isinstance(slot, Tensor) else slot for slot in self.features.slots]
+        self._camera = None
+
     def camera(self, relative_poses: Pose | None, lenses: Pose | None = None) -> CameraModulation | None:
         """Camera modulation of a chunk; that of the chunk before while the same keys are held. ``lenses``: [F, 4]."""
-        is_kept = (
+        if (
             relative_poses is not None
             and self._poses is not None
             and np.allclose(relative_poses, self._poses, 0, _SAME_POSE)
             and np.array_equal(lenses, self._lenses)  # type: ignore[arg-type]  # None equals None alone
-        )
-        if not is_kept:
+        ):
+            relative_poses = self._poses
+        if self._camera is None or relative_poses is not self._poses:
             # Freed before the next one is computed: 3.8 GB for the 14B. Should that fail, nothing is kept.
             self._camera = self._poses = self._lenses = None
             if relative_poses is not None:
@@ -105,7 +186,7 @@ class SessionState:
     def limit_window(self, recent_frames: int | None) -> None:
         """The next forwards see only the ``recent_frames`` latent frames before their chunk, the sink and the chunk."""
         visible = None if recent_frames is None else recent_frames + self.plan.latent_frames
-        for cache in (self.cache, *((self.negative.cache,) if self.negative else ())):
+        for cache in self.windows:
             cache.limit(visible)
 
     def draw(self, shape: tuple[int, ...]) -> Tensor:
@@ -124,7 +205,8 @@ class SessionState:
             self.negative.cache.release()
             self.negative = None
         self.features.release()
-        self.recache.release()
+        self.history.clear()
+        self.recache.stop()
         self.time_modulation.clear()
         self._text_kv = []
         self._camera = self._poses = None

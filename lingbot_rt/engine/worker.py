@@ -21,12 +21,14 @@ import torch
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.chunk_runner import run_chunk
+from lingbot_rt.engine.going_back import set_back
 from lingbot_rt.engine.memory import describe_share, release_unused
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import warm_up, warm_up_shape
+from lingbot_rt.engine.world import go_on_from, read_snapshot
 from lingbot_rt.errors import ChunkCancelled, PeerLost, UnsoundFrames, one_line
-from lingbot_rt.parallel.coordinator import Close, Stop, WarmUpShape
+from lingbot_rt.parallel.coordinator import Close, Move, OpenFrom, Rewind, Stop, WarmUpShape
 from lingbot_rt.parallel.groups import RankGroup
 from lingbot_rt.parallel.launch import RankInfo, require_ranks, uses_cuda
 from lingbot_rt.parallel.watchdog import START_PATIENCE, HeartbeatSender
@@ -85,7 +87,7 @@ def worker_loop(pipeline: Pipeline, group: RankGroup) -> None:
     group.agree(True)
     sessions: dict[str, SessionState] = {}
     while True:
-        match group.receive(WarmUpShape, SessionPlan, ChunkPlan, Close, Stop):
+        match group.receive(WarmUpShape, SessionPlan, OpenFrom, ChunkPlan, Rewind, Move, Close, Stop):
             case WarmUpShape(plan):
                 with suppress(ChunkCancelled):
                     warm_up_shape(pipeline, plan)
@@ -94,10 +96,23 @@ def worker_loop(pipeline: Pipeline, group: RankGroup) -> None:
                 _close(sessions, plan.session_id)
                 # Only rank 0 has frames to upscale or interpolate.
                 sessions[plan.session_id] = SessionState(pipeline, replace(plan, postprocess=UNCHANGED))
+            case OpenFrom(plan, world):
+                snapshot = read_snapshot(pipeline, plan, world)
+                session = sessions[plan.session_id] = SessionState(pipeline, replace(plan, postprocess=UNCHANGED))
+                with suppress(ChunkCancelled):
+                    go_on_from(pipeline, session, snapshot)
             case ChunkPlan() as plan:
                 # All ranks agree on a cancelled chunk, and stop before the same forward or decode.
                 with suppress(ChunkCancelled, UnsoundFrames):
                     run_chunk(pipeline, sessions[plan.session_id], plan, lambda group: None)
+            case Rewind(session_id, chunk_index, branch, keep):
+                session = sessions[session_id]
+                with suppress(ChunkCancelled):
+                    set_back(pipeline, session, session.history.go_back(branch, chunk_index, keep=keep), chunk_index)
+            case Move(session_id, to_host):
+                sessions[session_id].move(torch.device("cpu") if to_host else pipeline.device)
+                if to_host:
+                    release_unused(pipeline.device)
             case Close(session_id):
                 _close(sessions, session_id)
                 release_unused(pipeline.device)

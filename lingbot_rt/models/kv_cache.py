@@ -7,14 +7,15 @@ A window that some chunks see only the newest part of has more than one ring: th
 frame that leaves a ring is copied to the next one, once per chunk. So what a chunk sees is always one piece of memory.
 
 A chunk before the newest one may be computed again, for another prompt. It sees what the window holds of itself and of
-the frames before it, copied together, and those of its frames that have left the window stay out.
+the frames before it, copied together, and those of its frames that have left the window stay out. A window that is
+computed again as a whole has gaps until it is full; its chunks see copies too.
 
 Shapes: L layers, S the keys and the values, B batch, N tokens, H heads, D head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -50,6 +51,7 @@ class KVCache:
         self._tokens_per_frame = tokens_per_frame
         shape = (num_layers, 2, batch, window_frames * tokens_per_frame, num_heads, head_dim)
         self._kv_LSBNHD = torch.zeros(shape, dtype=dtype, device=device)
+        self._host_LSBNHD: Tensor | None = None  # where the window is while it is off a GPU
         self._frames: list[int | None] = [None] * window_frames
         ring = window_frames - sink_frames
         ends = sorted({0, ring, *(count for count in recent_frames if count < ring)})
@@ -88,6 +90,7 @@ class KVCache:
     def release(self) -> None:
         """Frees the window's memory, whoever still holds this cache. Nothing else may be called afterwards."""
         self._kv_LSBNHD = self._kv_LSBNHD.new_empty(0)
+        self._host_LSBNHD = None
 
     def limit(self, recent_frames: int | None) -> None:
         """From now on a query attends to the sink and to the newest ``recent_frames`` others; None: to the window.
@@ -105,11 +108,13 @@ class KVCache:
         end = start_frame + num_frames
         self._seen = None
         slots: list[int | None]
-        if any(frame is not None and frame >= end for frame in self._frames):
+        is_older = any(frame is not None and frame >= end for frame in self._frames)
+        if is_older:
             slots = [self._frames.index(frame) if frame in self._frames else None for frame in range(start_frame, end)]
-            self._seen = self._slots_before(end)
         else:
             slots = [self._slot_of(frame) for frame in range(start_frame, end)]
+        if is_older or self._has_gaps:
+            self._seen = self._slots_before(end)
         tokens = self._tokens_per_frame
         self._spans = [
             (first * tokens, None if slot is None else slot * tokens, count * tokens)
@@ -119,6 +124,42 @@ class KVCache:
     def holds(self, start_frame: int, num_frames: int) -> bool:
         """Whether any of these frames is in the window."""
         return any(frame in self._frames for frame in range(start_frame, start_frame + num_frames))
+
+    @property
+    def _has_gaps(self) -> bool:
+        """Whether a free slot comes before a used one: after ``clear``, while not every frame is computed again."""
+        used = [frame is not None for frame in self._frames]
+        return used != sorted(used, reverse=True)
+
+    def clear(self) -> None:
+        """Forgets every frame, so that the window can be filled again. Its memory stays."""
+        self._frames = [None] * self.window_frames
+        self._spans, self._seen = [], None
+
+    def read(self, frame: int) -> Tensor:
+        """K/V [L, 2, B, N, H, D] of one latent frame that the window holds, copied to the host."""
+        return self._slot(self._frames.index(frame)).to("cpu", copy=True)
+
+    def load(self, frame_of_slot: Sequence[int | None], read: Callable[[int], Tensor]) -> None:
+        """Fills the window with what ``frame_of_slot`` and ``read`` gave of one like it."""
+        self.clear()
+        for slot, frame in enumerate(frame_of_slot):
+            if frame is not None:
+                self._slot(slot).copy_(read(frame))
+        self._frames = list(frame_of_slot)
+
+    def move(self, device: torch.device) -> None:
+        """Moves the window to ``device``. Its place on the host stays reserved: pinning memory takes seconds."""
+        if device.type == "cpu" and self._kv_LSBNHD.is_cuda:
+            if self._host_LSBNHD is None:
+                self._host_LSBNHD = torch.empty_like(self._kv_LSBNHD, device=device, pin_memory=True)
+            self._kv_LSBNHD = self._host_LSBNHD.copy_(self._kv_LSBNHD)
+        else:
+            self._kv_LSBNHD = self._kv_LSBNHD.to(device)
+
+    def _slot(self, slot: int) -> Tensor:
+        """[L, 2, B, N, H, D]"""
+        return self._kv_LSBNHD[:, :, :, slot * self._tokens_per_frame : (slot + 1) * self._tokens_per_frame]
 
     def _slots_before(self, end: int) -> list[int]:
         """Slots of the frames before ``end`` that a query may see, in the order of memory."""
@@ -147,10 +188,7 @@ class KVCache:
 
     def _copy(self, source: int, target: int) -> None:
         """The frame in slot ``source`` to slot ``target``, in all layers."""
-        old, new = (
-            slice(slot * self._tokens_per_frame, (slot + 1) * self._tokens_per_frame) for slot in (source, target)
-        )
-        self._kv_LSBNHD[:, :, :, new].copy_(self._kv_LSBNHD[:, :, :, old])
+        self._slot(target).copy_(self._slot(source))
         self._frames[target] = self._frames[source]
 
     def slots(self, layer: int) -> Iterator[tuple[slice, Tensor, Tensor]]:

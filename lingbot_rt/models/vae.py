@@ -212,6 +212,11 @@ class StreamingVAE:
         return sum(parameter.numel() for parameter in self._vae.parameters())
 
     @property
+    def identifying_weights(self) -> tuple[Tensor, ...]:
+        """Small ones that tell this network from others of its shape."""
+        return self._vae.decoder.conv_in.weight, self._vae.encoder.conv_in.weight
+
+    @property
     def on_meta(self) -> StreamingVAE:
         """The same network on the meta device: shapes only, no weights and no arithmetic.
 

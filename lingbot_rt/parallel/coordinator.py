@@ -44,6 +44,32 @@ class WarmUpShape:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenFrom:
+    """Command: open a session and set it to where a snapshot was taken."""
+
+    plan: SessionPlan
+    world: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Rewind:
+    """Command: set a session back, as ``EnginePort.rewind`` does."""
+
+    session_id: str
+    chunk_index: int
+    branch: int
+    keep: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Command: move what a session holds to the host's memory, or back to the device."""
+
+    session_id: str
+    to_host: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Command: end the worker loop."""
 

@@ -47,6 +47,15 @@ class PostProcessor:
     def size_out(self) -> FrameSize:
         return self._plan.size_out(self._size)
 
+    @property
+    def last_frame(self) -> Tensor | None:
+        """The decoded frame [1, H, W, 3] from which the next call interpolates; None before the first, and without."""
+        return self._last
+
+    def go_on_from(self, frame: Tensor | None) -> None:
+        """``frame``, another time's ``last_frame`` on this device, is the one before the next call's."""
+        self._last = frame if self._interpolator is not None else None
+
     @torch.inference_mode()
     def process(self, frames_nHWC: Tensor) -> Tensor:
         """uint8 [n, H, W, 3] -> uint8 [plan.frames_out(n), sH, sW, 3] on the same device, in order of time.

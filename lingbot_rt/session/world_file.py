@@ -49,7 +49,7 @@ def read_world(data: bytes) -> WorldFile:
         frame = tensors[FIRST_FRAME]
         pixels = np.frombuffer(bytes(frame["data"]), np.uint8).reshape(frame["shape"])
         if frame["dtype"] != "U8" or pixels.ndim != 3 or pixels.shape[2] != 3:
-            raise _refused(f"its {FIRST_FRAME} is {frame['dtype']} {list(pixels.shape)}, expected U8 [height, width, 3]")
+            raise _refused(f"{FIRST_FRAME} is {frame['dtype']} {list(pixels.shape)}, expected U8 [height, width, 3]")
         world = json.loads(metadata["world"])
         file = WorldFile(metadata["about"], world, pixels)
         if file.chunk_index < 0 or not isinstance(world["model"], dict):

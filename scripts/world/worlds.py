@@ -118,6 +118,7 @@ class ServedSession:
         with torch.inference_mode():
             fork._state.cache = copy.deepcopy(self._state.cache)
             fork._state.features = copy.deepcopy(self._state.features)
+            fork._state.history = copy.deepcopy(self._state.history)
         return fork
 
     def _zero_cache(self) -> None:

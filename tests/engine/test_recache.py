@@ -130,7 +130,7 @@ def test_each_chunk_is_computed_as_by_hand(pipeline, session_plan, sink, window)
         before = window_of(walk.session.cache)
         if index == 6:
             walk.session.text_kv(NEW)
-            walk.session.recache.begin()
+            walk.session.recache.begin(walk.session.history.window())
         past = walk.session.recache.next()
         if past is None:
             continue
@@ -175,18 +175,20 @@ def test_a_newer_prompt_ends_it(pipeline, session_plan, passes):
         passes.append([])
         walk.step(prompt, recache=recache)
         assert len(passes[-1]) == (2 if index in (4, 6, 7) else 1)
-    assert len(walk.session.recache._kept) == 8
+    assert len(walk.session.history.window()) == 8
 
 
 def test_what_is_kept_is_as_long_as_the_window(pipeline, session_plan):
     """The latents of chunks that have left the window are dropped, and a closed session keeps none."""
+    pipeline = dataclasses.replace(pipeline, history_bytes=0)
     walk = Walk(pipeline, session_plan({}, sink_frames=1, window_frames=6, num_steps=1))
     for index in range(8):
         walk.step()
-        kept = [chunk.index for chunk in walk.session.recache._kept]
+        kept = [chunk.index for chunk in walk.session.history.window()]
         assert kept == sorted({0, *range(max(index - 1, 0), index + 1)})
+        assert walk.session.history.nbytes == sum(chunk.nbytes for chunk in walk.session.history.window())
     walk.session.release()
-    assert walk.session.recache._kept == []
+    assert (walk.session.history.newest, walk.session.history.nbytes) == (None, 0)
 
 
 def test_one_camera_modulation_is_held_at_a_time(pipeline, session_plan, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lingbot_rt.engine import chunk_runner, warmup
-from lingbot_rt.errors import ChunkCancelled, EngineFailed
+from lingbot_rt.errors import ChunkCancelled, EngineFailed, InvalidEvent
 from tests.parallel.conftest import SIZE, chunk, engine_of, session_plan
 
 CHUNKS = 8
@@ -132,3 +132,31 @@ async def test_ranks_compile_for_a_new_size_together(monkeypatch):
         assert patience == [10] * 4
         assert await count_frames(engine.run(chunk(0, camera=True))) == 9
         assert engine._coordinator._watchdog._patience == 1
+
+
+async def test_ranks_go_back_together():
+    """To a boundary of the session and to a snapshot, also after a move off the device: frames are those of before."""
+
+    async def frames_of(engine, session_id: str, first: int) -> np.ndarray:
+        frames = []
+        for index in range(first, 5):
+            plan = dataclasses.replace(chunk(index, camera=index != 2), session_id=session_id)
+            frames += [group.pixels async for group in engine.run(plan)]
+        return np.concatenate(frames)
+
+    async with engine_of(2) as engine:
+        await engine.open(session_plan(window_frames=18))
+        expected = await frames_of(engine, "s", 0)
+        world = await engine.snapshot("s", "")
+        assert (await engine.rewind("s", 3, 0, True)).exact
+        assert np.array_equal(await frames_of(engine, "s", 3), expected[33:])
+        await engine._on_thread(lambda: engine._move("s", True))
+        await engine._on_thread(lambda: engine._move("s", False))
+        with pytest.raises(InvalidEvent, match="kept of branch 1 are 0 to 5"):
+            await engine.rewind("s", 6, 1, False)
+        assert (await engine.rewind("s", 2, 1, False)).exact
+        assert np.array_equal(await frames_of(engine, "s", 2), expected[21:])
+        rewound = await engine.open(session_plan("t", window_frames=18), world)
+        assert (rewound.chunk_index, rewound.exact) == (5, True)
+        await engine.rewind("t", 1, 0, False)
+        assert np.array_equal(await frames_of(engine, "t", 1), expected[9:])

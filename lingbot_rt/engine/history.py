@@ -1,0 +1,201 @@
+"""The chunks that a session has finished, on the host: what its window can be computed from again, and as many before
+them as fit, so that the session can go back.
+
+Boundary k lies before chunk k. A session that goes back to one either forgets what came after it, or begins a new
+branch there and leaves the old one as it is. Branches share the chunks before they part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lingbot_rt.errors import InvalidEvent
+from lingbot_rt.session.camera_path import Pose
+
+MAX_BRANCHES = 32
+"""Most branches of a session, the first included."""
+
+
+@dataclass(eq=False, slots=True)
+class WholeState:
+    """What is exact after a chunk and cannot be computed again without all chunks before it. On the host."""
+
+    frame_of_slot: tuple[int | None, ...]  # of the window, or of both windows
+    kv: dict[int, tuple[Tensor, ...]]  # by latent frame of this chunk: [L, 2, 1, N, H, D] of each window
+    again: dict[int, tuple[Tensor, ...]]  # the same of an older chunk that was computed again with this one
+    features: list[Tensor | str | None]  # of the VAE's decoder
+    last_frame: Tensor | None  # that interpolation goes on from
+
+    @property
+    def nbytes(self) -> int:
+        windows = [kv for frames in (self.kv, self.again) for both in frames.values() for kv in both]
+        features = [slot for slot in self.features if isinstance(slot, Tensor)]
+        last = [] if self.last_frame is None else [self.last_frame]
+        return sum(tensor.nbytes for tensor in (*windows, *features, *last))
+
+
+@dataclass(eq=False, slots=True)
+class KeptChunk:
+    """A finished chunk: what its context pass needed, and how the session stood after it. Tensors are on the host."""
+
+    index: int
+    latents: Tensor  # [1, z, F, h, w], clean
+    prompt: str
+    relative_poses: Pose | None
+    lenses: Pose | None  # (fx, fy, cx, cy) [F, 4] in pixels; None: the model's own lens
+    recent_frames: int | None  # that the chunk saw beside the sink; None: the window
+    recached: int | None  # the older chunk that was computed again before this one
+    pending: tuple[int, ...]  # chunks that are still to be computed again, in this order
+    random_state: Tensor  # of the noise generator
+    whole: WholeState | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.latents.nbytes + self.random_state.nbytes + (0 if self.whole is None else self.whole.nbytes)
+
+
+def window_indices(latent_frames: int, sink_frames: int, window_frames: int, boundary: int) -> list[int]:
+    """The chunks of which a window has frames at a boundary, in order."""
+    sink_chunks = min(boundary, -(-sink_frames // latent_frames))
+    oldest_frame = max(sink_frames, boundary * latent_frames - (window_frames - sink_frames))
+    ring = range(min(oldest_frame // latent_frames, boundary), boundary)
+    return sorted({*range(sink_chunks), *ring})
+
+
+class History:
+    """One session's. The chunks that its window holds are always kept, others while they fit into ``limit_bytes``."""
+
+    def __init__(self, *, latent_frames: int, sink_frames: int, window_frames: int, limit_bytes: int) -> None:
+        self._latent_frames = latent_frames
+        self._sink_frames = sink_frames
+        self._ring_frames = window_frames - sink_frames
+        self._limit_bytes = limit_bytes
+        self._kept: dict[tuple[int, int], KeptChunk] = {}  # by (branch, index), oldest first
+        self._origin: dict[int, tuple[int, int]] = {0: (0, 0)}  # branch -> the boundary at which it begins
+        self._bytes = 0
+        self.branch = 0
+        self.next_index = 0
+
+    @property
+    def newest(self) -> KeptChunk | None:
+        """The newest finished chunk."""
+        return self._find(self.branch, self.next_index - 1)
+
+    @property
+    def nbytes(self) -> int:
+        return self._bytes
+
+    def add(self, chunk: KeptChunk) -> None:
+        """The session has finished ``chunk``. Others leave for it, those of other branches and the oldest first."""
+        assert chunk.index == self.next_index, (chunk.index, self.next_index)
+        self._kept[self.branch, chunk.index] = chunk
+        self._bytes += chunk.nbytes
+        self.next_index += 1
+        if self._bytes > self._limit_bytes:
+            self._make_room()
+
+    def window(self) -> list[KeptChunk]:
+        """The chunks of which the window has frames, in order."""
+        found = self.window_at(self.branch, self.next_index)
+        assert found is not None
+        return found
+
+    def window_at(self, branch: int, boundary: int) -> list[KeptChunk] | None:
+        """The same at another boundary; None when one of them is not kept."""
+        indices = window_indices(
+            self._latent_frames, self._sink_frames, self._sink_frames + self._ring_frames, boundary
+        )
+        found = [self._find(branch, index) for index in indices]
+        return None if None in found else [chunk for chunk in found if chunk is not None]
+
+    def kept_from(self, branch: int | None = None) -> int:
+        """The first boundary of a branch, the current one by default, to which the session can go back."""
+        branch = self.branch if branch is None else branch
+        last = oldest = self._last_boundary(branch)
+        while oldest > 0 and self._find(branch, oldest - 1) is not None:
+            oldest -= 1
+        # Before chunk 0 nothing is missing. Later windows need what the ring holds, and the sink is always kept.
+        return 0 if oldest == 0 else min(last, oldest - (-self._ring_frames // self._latent_frames))
+
+    def go_back(self, branch: int, boundary: int, *, keep: bool) -> list[KeptChunk]:
+        """Sets the session to a boundary of a branch; the chunks of the window there.
+
+        With ``keep`` a new branch begins there. Raises InvalidEvent for a boundary that is not kept, which then changes
+        nothing.
+        """
+        if branch not in self._origin:
+            raise InvalidEvent(f"{branch}, expected one of the branches {sorted(self._origin)}", field="branch")
+        first, last = self.kept_from(branch), self._last_boundary(branch)
+        window = self.window_at(branch, boundary) if first <= boundary <= last else None
+        if window is None:
+            raise InvalidEvent(f"{boundary}, kept of branch {branch} are {first} to {last}", field="chunk")
+        if keep:
+            if len(self._origin) >= MAX_BRANCHES:
+                raise InvalidEvent(f"{len(self._origin)} branches are kept, no more can begin", field="branch")
+            self.branch = max(self._origin) + 1
+            self._origin[self.branch] = (branch, boundary)
+        else:
+            self._forget(branch, boundary)
+            self.branch = branch
+        self.next_index = boundary
+        return window
+
+    def begin_at(self, chunks: list[KeptChunk], boundary: int) -> None:
+        """Takes over the window of a snapshot, as the first branch of this session."""
+        self.clear()
+        self._kept = {(0, chunk.index): chunk for chunk in chunks}
+        self._bytes = sum(chunk.nbytes for chunk in chunks)
+        self.branch, self.next_index = 0, boundary
+
+    def clear(self) -> None:
+        self._kept.clear()
+        self._origin = {0: (0, 0)}
+        self._bytes = self.branch = self.next_index = 0
+
+    def _find(self, branch: int, index: int) -> KeptChunk | None:
+        while 0 <= index < self._origin[branch][1]:
+            branch = self._origin[branch][0]
+        return self._kept.get((branch, index))
+
+    def _last_boundary(self, branch: int) -> int:
+        """Where a branch ends."""
+        if branch == self.branch:
+            return self.next_index
+        own = [index + 1 for of, index in self._kept if of == branch]
+        return max(own, default=self._origin[branch][1])
+
+    def _forget(self, branch: int, boundary: int) -> None:
+        """What came after a boundary of a branch, but for what other branches have in common with it."""
+        later = {
+            other: start
+            for other, (parent, start) in self._origin.items()
+            if parent == branch and other != branch and start > boundary
+        }
+        if later:
+            heir = max(later, key=lambda other: later[other])
+            for index in range(boundary, later[heir]):
+                if (branch, index) in self._kept:
+                    self._kept[heir, index] = self._kept.pop((branch, index))
+            for other, start in later.items():
+                self._origin[other] = (branch, boundary) if other == heir else (heir, start)
+        for key in [key for key in self._kept if key[0] == branch and key[1] >= boundary]:
+            self._bytes -= self._kept.pop(key).nbytes
+        parent, start = self._origin[branch]
+        self._origin[branch] = parent, min(start, boundary)
+
+    def _make_room(self) -> None:
+        window = {id(chunk) for chunk in self.window()}
+        for key in [*self._by_age(own=False), *self._by_age(own=True)]:
+            if self._bytes <= self._limit_bytes:
+                return
+            if id(self._kept[key]) not in window:
+                self._bytes -= self._kept.pop(key).nbytes
+
+    def _by_age(self, *, own: bool) -> Iterator[tuple[int, int]]:
+        """Keys of chunks before the newest one of this branch, or of all others, oldest first."""
+        for key in list(self._kept):
+            if (self._find(self.branch, key[1]) is self._kept[key]) == own:
+                yield key

@@ -1,0 +1,244 @@
+"""A session as a file and back: ``session/world_file.py`` says what the file is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+import lingbot_rt
+from lingbot_rt.engine.going_back import set_back
+from lingbot_rt.engine.history import KeptChunk, WholeState, window_indices
+from lingbot_rt.engine.pipeline import Pipeline
+from lingbot_rt.engine.session_state import SessionState
+from lingbot_rt.errors import InvalidInit
+from lingbot_rt.session.messages import MAX_PROMPT_CHARACTERS
+from lingbot_rt.session.plan import Rewound, SessionPlan
+from lingbot_rt.session.world_file import FIRST_FRAME, FORMAT, read_world
+
+MAX_CHUNKS = 10**7
+"""Most chunks before a snapshot: more than a year of them."""
+
+_PLAN = ("size", "latent_frames", "sink_frames", "window_frames", "recent_frames")
+"""What of a plan must be the same, beside guidance: the window has its shape from it."""
+
+
+WorldParts = tuple[dict[str, Tensor], dict[str, str]]
+"""Tensors and texts of a file."""
+
+
+def world_parts(pipeline: Pipeline, session: SessionState, about: str) -> WorldParts:
+    """The session at the end of its newest chunk. ``about`` is a text for the reader. Nothing large is copied."""
+    history, plan = session.history, session.plan
+    window = history.window()
+    tensors: dict[str, Tensor] = {FIRST_FRAME: torch.tensor(plan.first_frame)}
+    for chunk in window:
+        tensors |= dict(_chunk_tensors(chunk, is_newest=chunk is window[-1]))
+    world = {
+        "chunk_index": history.next_index,
+        "model": _model(pipeline),
+        "build": _build(pipeline),
+        "plan": _plan_fields(plan),
+        "chunks": [_chunk_fields(chunk) for chunk in window],
+    }
+    return tensors, {"format": FORMAT, "world": json.dumps(world), "about": about}
+
+
+def to_bytes(parts: WorldParts) -> bytes:
+    """The file of ``world_parts``."""
+    tensors, texts = parts
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()}, texts)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A checked file."""
+
+    chunk_index: int  # the next chunk
+    window: list[KeptChunk]
+    is_same_build: bool  # False: frames differ in rounding at least
+
+
+def read_snapshot(pipeline: Pipeline, plan: SessionPlan, data: bytes) -> Snapshot:
+    """What ``to_bytes`` made, for a session of ``plan``.
+
+    Raises InvalidInit with the field ``resume`` when it is of another model or another window, or damaged.
+    """
+    world = read_world(data).world
+    _require(world["model"], _model(pipeline), "model")
+    build = _build(pipeline)
+    try:
+        _require(world["plan"], _plan_fields(plan), "session")
+        tensors = load(data)
+        window = [_chunk(fields, tensors, with_kv=world["build"] == build) for fields in world["chunks"]]
+        boundary = int(world["chunk_index"])
+        expected = window_indices(plan.latent_frames, plan.sink_frames, plan.window_frames, boundary)
+        if boundary > MAX_CHUNKS or [chunk.index for chunk in window] != expected:
+            raise ValueError("the chunks of the window")
+        for chunk in window:
+            _check(pipeline, plan, chunk)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise InvalidInit(f"the snapshot is damaged ({type(error).__name__})", field="resume") from None
+    return Snapshot(boundary, window, world["build"] == build)
+
+
+def go_on_from(pipeline: Pipeline, session: SessionState, snapshot: Snapshot) -> Rewound:
+    """Sets a session that has just been opened to where the snapshot was taken. Raises ChunkCancelled."""
+    session.history.begin_at(snapshot.window, snapshot.chunk_index)
+    is_exact = set_back(pipeline, session, snapshot.window, snapshot.chunk_index)
+    return Rewound(snapshot.chunk_index, 0, is_exact and snapshot.is_same_build)
+
+
+def _model(pipeline: Pipeline) -> dict[str, Any]:
+    """What a snapshot says of its model: the DiT's configuration, and a digest of some weights of both networks.
+
+    In bfloat16, so that it does not depend on the number format in which they are loaded.
+    """
+    digest = hashlib.sha256()
+    for weight in (
+        pipeline.dit.head.head.weight,
+        pipeline.dit.patch_embedding.weight,
+        *pipeline.vae.identifying_weights,
+    ):
+        digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return asdict(pipeline.dit.config) | {"weights": digest.hexdigest()[:16]}
+
+
+def _build(pipeline: Pipeline) -> dict[str, Any]:
+    """What the bits of a frame depend on beside model and session."""
+    info = pipeline.model_info
+    names = ("device", "dtype", "num_ranks", "attention_backend", "kv_cache_dtype", "quantization", "vae_dtype")
+    versions = {"lingbot_rt": lingbot_rt.__version__, "torch": torch.__version__, "compiled": info.compiled}
+    return {name: getattr(info, name) for name in names} | versions
+
+
+def _plan_fields(plan: SessionPlan) -> dict[str, Any]:
+    found = {name: getattr(plan, name) for name in _PLAN}
+    return found | {
+        "size": str(plan.size),
+        "recent_frames": list(plan.recent_frames),
+        "guidance": plan.guidance_scale > 1,
+    }
+
+
+def _require(found: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise InvalidInit(
+                f"the snapshot is of another {what}: {name} {str(found.get(name))[:60]}, expected {str(value)[:60]}",
+                field="resume",
+            )
+
+
+# --- one chunk ---
+
+
+def _chunk_fields(chunk: KeptChunk) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        name: getattr(chunk, name) for name in ("index", "prompt", "recent_frames", "recached", "pending")
+    }
+    if chunk.whole is not None:
+        features = [slot if isinstance(slot, str) else slot is not None for slot in chunk.whole.features]
+        fields["whole"] = {
+            "frame_of_slot": chunk.whole.frame_of_slot,
+            "kv": list(chunk.whole.kv),
+            "again": list(chunk.whole.again),
+            "features": features,
+        }
+    return fields
+
+
+def _chunk_tensors(chunk: KeptChunk, *, is_newest: bool) -> Iterator[tuple[str, Tensor]]:
+    """Of the features only the newest chunk's are needed."""
+    place = f"chunk.{chunk.index}"
+    yield f"{place}.latents", chunk.latents
+    yield f"{place}.random_state", chunk.random_state
+    for name in ("relative_poses", "lenses"):
+        array = getattr(chunk, name)
+        if array is not None:
+            yield f"{place}.{name}", torch.tensor(array)
+    if chunk.whole is None:
+        return
+    for part, frames in (("kv", chunk.whole.kv), ("again", chunk.whole.again)):
+        for frame, windows in frames.items():
+            for number, kv in enumerate(windows):
+                yield f"{place}.{part}.{frame}.{number}", kv
+    if is_newest:
+        for number, slot in enumerate(chunk.whole.features):
+            if isinstance(slot, Tensor):
+                yield f"{place}.features.{number}", slot
+        if chunk.whole.last_frame is not None:
+            yield f"{place}.last_frame", chunk.whole.last_frame
+
+
+def _chunk(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], *, with_kv: bool) -> KeptChunk:
+    """``with_kv``: whether keys, values and features of this build can be used."""
+    place = f"chunk.{int(fields['index'])}"
+
+    def array(name: str) -> Any:
+        found = tensors.get(f"{place}.{name}")
+        return None if found is None else found.numpy()
+
+    return KeptChunk(
+        index=int(fields["index"]),
+        latents=tensors[f"{place}.latents"],
+        prompt=str(fields["prompt"]),
+        relative_poses=array("relative_poses"),
+        lenses=array("lenses"),
+        recent_frames=None if fields["recent_frames"] is None else int(fields["recent_frames"]),
+        recached=None if fields["recached"] is None else int(fields["recached"]),
+        pending=tuple(int(index) for index in fields["pending"]),
+        random_state=tensors[f"{place}.random_state"],
+        whole=_whole(fields["whole"], tensors, place) if with_kv and "whole" in fields else None,
+    )
+
+
+def _check(pipeline: Pipeline, plan: SessionPlan, chunk: KeptChunk) -> None:
+    """Raises ValueError for tensors that no session of ``plan`` has."""
+    size, frames = plan.size, plan.latent_frames
+    latents = (1, pipeline.dit.config.out_channels, frames, size.latent_height, size.latent_width)
+    sound = [
+        chunk.latents.is_floating_point() and chunk.latents.shape == latents and bool(chunk.latents.isfinite().all()),
+        chunk.random_state.dtype == torch.uint8 and chunk.random_state.dim() == 1,
+        0 < len(chunk.prompt) <= MAX_PROMPT_CHARACTERS,
+        chunk.recent_frames is None or chunk.recent_frames in plan.recent_frames,
+        _is_sound(chunk.relative_poses, (frames, 4, 4)),
+        _is_sound(chunk.lenses, (frames, 4)),
+    ]
+    if chunk.whole is not None:
+        sound.append(len(chunk.whole.frame_of_slot) == plan.window_frames)
+        sound.append(all(kv.dtype == pipeline.kv_cache_dtype for both in chunk.whole.kv.values() for kv in both))
+    if not all(sound):
+        raise ValueError(f"chunk {chunk.index}")
+
+
+def _is_sound(array: Any, shape: tuple[int, ...]) -> bool:
+    return array is None or (array.dtype == np.float64 and array.shape == shape and bool(np.isfinite(array).all()))
+
+
+def _whole(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], place: str) -> WholeState:
+    def windows(part: str) -> dict[int, tuple[Tensor, ...]]:
+        found = {}
+        for frame in fields[part]:
+            names = [f"{place}.{part}.{frame}.{number}" for number in range(2)]
+            found[int(frame)] = tuple(tensors[name] for name in names if name in tensors)
+        return found
+
+    features = [
+        tensors.get(f"{place}.features.{number}") if slot is True else slot or None
+        for number, slot in enumerate(fields["features"])
+    ]
+    return WholeState(
+        frame_of_slot=tuple(fields["frame_of_slot"]),
+        kv=windows("kv"),
+        again=windows("again"),
+        features=features,
+        last_frame=tensors.get(f"{place}.last_frame"),
+    )
