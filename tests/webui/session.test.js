@@ -41,7 +41,7 @@ beforeEach(() => {
   clock = new FakeClock();
   socket = new FakeSocket();
   worker = new FakeWorker();
-  seen = { states: [], ended: [], frames: [], stats: [], applied: [], skipped: [], refused: [], queue: [], warming: [] };
+  seen = { states: [], ended: [], frames: [], stats: [], applied: [], skipped: [], refused: [], queue: [], warming: [], opened: [], rewound: [], worlds: [] };
   let eventId = 40;
   session = new Session({
     socket,
@@ -58,6 +58,9 @@ beforeEach(() => {
       applied: (...applied) => seen.applied.push(applied),
       skipped: (detail) => seen.skipped.push(detail),
       refused: (detail) => seen.refused.push(detail),
+      opened: (opened) => seen.opened.push(opened),
+      rewound: (place) => seen.rewound.push(place),
+      world: (bytes) => seen.worlds.push(bytes),
       ended: (end) => seen.ended.push(end),
     },
   });

@@ -39,6 +39,7 @@ export class Session {
   latency = new LatencyMeter();
   capabilities = {};
   hasOpened = false; // the WebSocket did
+  wasPaused = false; // when it ended
 
   constructor({ socket, worker, init, on, clock, nextEventId, received, events, isPaused = false }) {
     this.received = received ?? new ReceivedFrames();
@@ -100,8 +101,16 @@ export class Session {
 
   pause(isPaused) {
     if (!this.isLive) return;
+    this.#isPaused = isPaused;
     this.#socket.send(eventMessage(isPaused ? "pause" : "resume", null, undefined));
     this.#enter(isPaused ? "paused" : "live");
+  }
+
+  /** Takes the line for lost. */
+  abandon() {
+    if (this.hasEnded) return;
+    this.#closeSocket("no answer");
+    this.#closed(1006, "The server does not answer.");
   }
 
   /** Ends the session from this side. `ended` is called at once, as a normal end. */
@@ -267,6 +276,7 @@ export class Session {
 
   #end(end) {
     const wasLive = this.isLive;
+    this.wasPaused = this.#isPaused;
     this.latency.clearPending();
     this.#stopWatching();
     this.#enter(end.normal ? "ended" : "lost");
