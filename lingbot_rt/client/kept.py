@@ -154,7 +154,7 @@ class Retry:
 
     def delay_s(self, now: float) -> float | None:
         """Seconds until the next try; None: no more. The first one is always made."""
-        delay = _DELAYS_S[min(self._tries, len(_DELAYS_S) - 1)]
+        delay = min(_DELAYS_S[min(self._tries, len(_DELAYS_S) - 1)], self._limit_s)
         if self._tries and now + delay > self._until:
             return None
         self._tries += 1

@@ -111,7 +111,7 @@ export class Comeback {
   }
 
   #plan() {
-    const delay = DELAYS_MS[Math.min(this.#tries, DELAYS_MS.length - 1)];
+    const delay = Math.min(DELAYS_MS[Math.min(this.#tries, DELAYS_MS.length - 1)], this.#limitMs);
     if (this.#tries && this.#clock.now() + delay > this.#until) {
       this.#giveUp();
       return;
