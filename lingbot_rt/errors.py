@@ -16,6 +16,7 @@ LingbotError
 ├── SessionBusy            another session is running -> close 1008
 ├── CapacityError          the session does not fit in memory: the message gives the numbers
 ├── PauseExpired           the session stayed paused for longer than --pause-limit-s -> close 1008
+├── ResumedElsewhere       another connection came with the session's token -> close 1008
 ├── MessageTooLarge        a client message is larger than --max-message-mb -> close 1009
 ├── ShuttingDown           the server stops -> close 1001
 ├── ChunkCancelled         the session of a running chunk was closed: never sent to a client
@@ -175,6 +176,13 @@ class Unauthorized(LingbotError):
 
 class PauseExpired(LingbotError):
     code = "pause_expired"
+
+
+class ResumedElsewhere(LingbotError):
+    code = "resumed_elsewhere"
+
+    def __init__(self) -> None:
+        super().__init__("the session goes on over another connection, which came with its token")
 
 
 class MessageTooLarge(LingbotError):

@@ -82,7 +82,7 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         ),
         Limit(
             "text of an error",
-            "session.messages:_MAX_TEXT",
+            "session.server_messages:_MAX_TEXT",
             "characters",
             "the text is cut",
         ),
@@ -207,7 +207,10 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("pictures per message", "session.settings:ENCODED_FRAMES_PER_BATCH", "", "more messages are sent"),
         Limit("raw frames per message", "session.settings:RAW_FRAMES_PER_BATCH", "", "more messages are sent"),
         Limit(
-            "payload inside its header", "session.messages:INLINE_PAYLOAD_LIMIT", "bytes", "it is a message of its own"
+            "payload inside its header",
+            "session.server_messages:INLINE_PAYLOAD_LIMIT",
+            "bytes",
+            "it is a message of its own",
         ),
         Limit("transitions that wait for a chunk", "session.controls:MAX_PENDING", "", "the oldest are left out"),
         Limit(

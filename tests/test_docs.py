@@ -16,6 +16,7 @@ from lingbot_rt import errors
 from lingbot_rt.commands.options import GROUPS
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.session import camera_poses, controls, messages, settings
+from lingbot_rt.session.history import HISTORY_KINDS
 from lingbot_rt.session.messages import EXTENSIONS
 from lingbot_rt.telemetry import Metrics
 from scripts import limits
@@ -126,7 +127,7 @@ def test_every_extension_is_listed():
 
 def test_every_kind_of_event_is_listed():
     """docs/wire.md has a row for each kind, and for each field of a camera path's payload."""
-    kinds = set(controls._PARSERS) | {"pause", "resume"}
+    kinds = set(controls._PARSERS) | {"pause", "resume", *HISTORY_KINDS}
     assert set(first_cells(page("wire.md"), "event")) == kinds | {"type", "kind", "payload", "event_id"}
     fields = {field.name for field in dataclasses.fields(camera_poses.PosesEvent)} - {"notices"}
     assert set(first_cells(page("wire.md"), "Camera poses")) == fields

@@ -33,8 +33,8 @@ from lingbot_rt.server.middleware import BrowserHeaders, HeadAsGet, HostCheck, o
 from lingbot_rt.server.model_entry import model_entry
 from lingbot_rt.server.profiles import Profiles, profile_routes
 from lingbot_rt.server.websocket import websocket_protocol
-from lingbot_rt.session.messages import error_message
 from lingbot_rt.session.plan import EnginePort, EngineStatus, ModelInfo
+from lingbot_rt.session.server_messages import error_message
 from lingbot_rt.telemetry import Metrics
 from lingbot_rt.telemetry.tracing import open_tracing
 

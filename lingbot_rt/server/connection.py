@@ -43,17 +43,9 @@ from lingbot_rt.server.admission import Admission
 from lingbot_rt.server.first_frame import load_first_frame
 from lingbot_rt.server.stream import Stream
 from lingbot_rt.server.websocket import NOT_UTF8, TOO_LARGE
-from lingbot_rt.session.messages import (
-    EXTENSIONS,
-    Event,
-    Init,
-    decode,
-    error_message,
-    queue_message,
-    session_message,
-    warming_message,
-)
+from lingbot_rt.session.messages import EXTENSIONS, Event, Init, Resume, decode
 from lingbot_rt.session.plan import EnginePort, SessionPlan
+from lingbot_rt.session.server_messages import error_message, queue_message, session_message, warming_message
 from lingbot_rt.session.session import Session
 from lingbot_rt.session.settings import resolve
 from lingbot_rt.telemetry import Metrics
@@ -296,6 +288,8 @@ class Connection:
                 return ()
             case Event() as event:
                 return self._take_event(event)
+            case Resume():
+                raise InvalidInit("sessions are not kept by this server", field="resume")
 
     def _unread(self, what: str) -> RequestError:
         refusal = InvalidInit if self._session is None else InvalidEvent

@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from lingbot_rt.recording.record_file import RecordedEvent
 from lingbot_rt.recording.session_record import SessionRecorder
-from lingbot_rt.session.messages import EncodedBatch, stats_fields
 from lingbot_rt.session.plan import ChunkRun, EnginePort
+from lingbot_rt.session.server_messages import EncodedBatch, stats_fields
 from lingbot_rt.session.session import Chunk, Session
 from lingbot_rt.telemetry.session import SessionTelemetry
 from lingbot_rt.transport.encode import FrameEncoder

@@ -7,12 +7,14 @@ c2w: camera-to-world [4, 4], OpenCV axes (x right, y down, z forward). F latent 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
 from lingbot_rt.session.camera_poses import CameraPose, PosesEvent, step_lengths
 from lingbot_rt.session.controls import Keys, Moves
+from lingbot_rt.session.session_state import CameraState, Lens, PathTable, rows
 from lingbot_rt.shapes import FrameSize, intrinsics
 
 Pose = npt.NDArray[np.float64]
@@ -57,6 +59,32 @@ class CameraPath:
     def previous(self) -> Pose | None:
         """The pose of the newest latent frame; None before the first."""
         return self._previous
+
+    def state(self, paths: PathTable) -> CameraState:
+        """Where it is. The path it follows is told only if ``paths`` holds it, because frames of it wait."""
+        is_followed = paths.holds(self._path)
+        return CameraState(
+            yaw=self._yaw,
+            pitch=self._pitch,
+            roll=self._roll,
+            position=cast(tuple[float, float, float], tuple(self._position.tolist())),
+            previous=None if self._previous is None else rows(self._previous),
+            longest=self._longest,
+            path=paths.place_of(self._path) if self._path is not None and is_followed else None,
+            placement=rows(self._placement) if self._placement is not None and is_followed else None,
+        )
+
+    @classmethod
+    def restored(cls, state: CameraState, paths: PathTable) -> CameraPath:
+        """Raises InvalidInit for a path that ``paths`` does not have."""
+        it = cls()
+        it._yaw, it._pitch, it._roll = state.yaw, state.pitch, state.roll
+        it._position = np.array(state.position, np.float64)
+        it._previous = None if state.previous is None else np.array(state.previous, np.float64)
+        it._longest = state.longest
+        it._path = None if state.path is None else paths.at(state.path)
+        it._placement = None if state.placement is None else np.array(state.placement, np.float64)
+        return it
 
     def extend(self, moves: Moves) -> Pose:
         """Moves the camera by one latent frame an entry; returns each pose relative to the one before it, [F, 4, 4].
@@ -113,6 +141,17 @@ class CameraLens:
         self._size = size
         self._own = np.array(intrinsics(size))
         self._in_force: npt.NDArray[np.float64] | None = None
+
+    @property
+    def state(self) -> Lens | None:
+        """That of the newest path; None before any."""
+        return None if self._in_force is None else cast(Lens, tuple(self._in_force.tolist()))
+
+    @classmethod
+    def restored(cls, size: FrameSize, state: Lens | None) -> CameraLens:
+        it = cls(size)
+        it._in_force = None if state is None else np.array(state, np.float64)
+        return it
 
     def extend(self, moves: Moves) -> npt.NDArray[np.float64] | None:
         """(fx, fy, cx, cy) of each latent frame in pixels of the session, [F, 4]; None: the model's own for all."""

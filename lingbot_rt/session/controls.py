@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from lingbot_rt.errors import InvalidEvent
 from lingbot_rt.session.camera_poses import CameraPose, PosesEvent, parse_poses
 from lingbot_rt.session.messages import MAX_PROMPT_CHARACTERS
+from lingbot_rt.session.session_state import FrameState, NextPrompt, PathTable, QueueState, SentEvent, WaitingState
 from lingbot_rt.session.shown import shown
 
 TOKENS = ("w", "a", "s", "d", "i", "j", "k", "l")
@@ -148,6 +149,58 @@ class ConditionQueue:
         self._waiting.append(_Waiting(received, is_prompt=all(isinstance(event, PromptEvent) for event in events)))
         return self._drop_replaced() if len(self._waiting) > MAX_WAITING else ()
 
+    @property
+    def prompt_in_force(self) -> tuple[str, SentEvent | None]:
+        """The prompt of the newest sample, and the event that set it."""
+        return self._prompt, _sent(self._prompt_event)
+
+    def go_back(self, prompt: str, prompt_event: SentEvent | None, num_samples: int) -> tuple[Received, ...]:
+        """Puts an older prompt in force, as after ``num_samples`` samples. Keys that are held now stay held.
+
+        A script, a path and prompts that wait are forgotten. Returns the events that no chunk will sample for that.
+        """
+        self._prompt, self._prompt_event = prompt, _received(prompt_event)
+        self._next_prompt = None
+        self._script.clear()
+        self._num_samples = num_samples
+        frames = [*self._transitions, *([self._held] if self._held else [])]
+        alive = {frame.event.order for frame in frames if frame.event is not None}
+        return self._drop_all_but(alive)
+
+    def state(self, paths: PathTable) -> QueueState:
+        """Everything that waits and that is in force. Adds the paths that wait to ``paths``."""
+        waiting = tuple(WaitingState(_told(entry.event), entry.is_prompt) for entry in self._waiting)
+        return QueueState(
+            prompt=self._prompt,
+            prompt_event=_sent(self._prompt_event),
+            next_prompt=None if self._next_prompt is None else _next_prompt(*self._next_prompt),
+            script=tuple(_frame_state(frame, paths) for frame in self._script),
+            transitions=tuple(_frame_state(frame, paths) for frame in self._transitions),
+            held=None if self._held is None else _frame_state(self._held, paths),
+            keys_event=_sent(self._keys_event),
+            newest_keys=self._newest_keys,
+            waiting=waiting,
+            num_received=self._num_received,
+            num_samples=self._num_samples,
+        )
+
+    @classmethod
+    def restored(cls, state: QueueState, paths: PathTable, at: float) -> ConditionQueue:
+        """``at``: when what waits counts as arrived. Raises InvalidInit for a pose that ``paths`` does not have."""
+        it = cls(state.prompt)
+        it._prompt_event = _received(state.prompt_event)
+        if state.next_prompt is not None:
+            entry = state.next_prompt
+            it._next_prompt = (PromptEvent(entry.prompt, entry.recache), _arrived(entry.event, at))
+        it._script.extend(_frame(frame, paths, at) for frame in state.script)
+        it._transitions.extend(_frame(frame, paths, at) for frame in state.transitions)
+        it._held = None if state.held is None else _frame(state.held, paths, at)
+        it._keys_event = _received(state.keys_event)
+        it._newest_keys = state.newest_keys
+        it._waiting = [_Waiting(_arrived(entry.event, at), entry.is_prompt) for entry in state.waiting]
+        it._num_received, it._num_samples = state.num_received, state.num_samples
+        return it
+
     def abandon(self) -> tuple[Received, ...]:
         """The events that still wait, once no chunk will come."""
         waiting, self._waiting = self._waiting, []
@@ -216,9 +269,50 @@ class ConditionQueue:
         alive = {frame.event.order for frame in frames if frame.event is not None} | {self._newest_keys}
         if self._next_prompt is not None:
             alive.add(self._next_prompt[1].order)
+        return self._drop_all_but(alive)
+
+    def _drop_all_but(self, alive: set[int]) -> tuple[Received, ...]:
         dropped = tuple(entry.event for entry in self._waiting if entry.event.order not in alive)
         self._waiting = [entry for entry in self._waiting if entry.event.order in alive]
         return dropped
+
+
+# --- what waits <-> a state ---
+
+
+def _told(event: Received) -> SentEvent:
+    return SentEvent(event.order, event.event_id)
+
+
+def _sent(event: Received | None) -> SentEvent | None:
+    return None if event is None else _told(event)
+
+
+def _arrived(event: SentEvent, at: float) -> Received:
+    return Received(event.order, event.event_id, at)
+
+
+def _received(event: SentEvent | None) -> Received | None:
+    """Of an event that was sampled: nobody asks any more when it arrived."""
+    return None if event is None else _arrived(event, 0.0)
+
+
+def _next_prompt(event: PromptEvent, received: Received) -> NextPrompt:
+    return NextPrompt(event.prompt, event.recache, _told(received))
+
+
+def _frame_state(frame: _Frame, paths: PathTable) -> FrameState:
+    event = _sent(frame.event)
+    if isinstance(frame.move, CameraPose):
+        return FrameState(event, (), paths.place_of(frame.move.path), frame.move.index)
+    return FrameState(event, cast(Any, frame.move))
+
+
+def _frame(state: FrameState, paths: PathTable, at: float) -> _Frame:
+    event = None if state.event is None else _arrived(state.event, at)
+    if state.path is None:
+        return _Frame(state.keys, event)
+    return _Frame(paths.pose(state.path, state.index), event)
 
 
 def _keys_of(frame: _Frame) -> set[str]:

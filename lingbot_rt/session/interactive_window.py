@@ -31,15 +31,15 @@ def recent_frames(sink_frames: int, window_frames: int, latent_frames: int) -> t
 class InteractiveWindow:
     """How many latent frames before it each chunk of a session sees. ``recent``: (still, moving), or empty for all."""
 
-    def __init__(self, recent: tuple[int, ...]) -> None:
+    def __init__(self, recent: tuple[int, ...], still_chunks: int = 0) -> None:
         self._recent = recent
-        self._still_chunks = 0
+        self.still_chunks = still_chunks  # in a row, up to the newest chunk
 
     def next(self, relative_poses: Pose | None) -> int | None:
         """For the chunk with these poses [F, 4, 4]; None: all of the window, as without camera control."""
         if not self._recent or relative_poses is None:
             return None
         is_still = np.allclose(relative_poses, np.eye(4), rtol=0, atol=_STILL)
-        self._still_chunks = self._still_chunks + 1 if is_still else 0
+        self.still_chunks = self.still_chunks + 1 if is_still else 0
         still, moving = self._recent
-        return still if self._still_chunks >= AT_REST_AFTER else moving
+        return still if self.still_chunks >= AT_REST_AFTER else moving

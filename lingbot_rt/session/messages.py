@@ -1,16 +1,13 @@
-"""The wire's messages: decodes what clients send and encodes what they get. Bytes in, bytes out.
+"""The messages that clients send: bytes in, checked structs out. ``server_messages.py`` has those that clients get.
 
-The structs ``Init`` and ``Event`` specify the messages of clients. Each field has its range and says in words what it
-takes; the checks and the error messages both come from there. ``docs/wire.md`` has the same tables for readers.
-
-Existing clients cannot read negative integers, uint64, int8..64, str32, map32 or ext types. No message here has them.
+The structs ``Init``, ``Resume`` and ``Event`` specify them. Each field has its range and says in words what it takes;
+the checks and the error messages both come from there. ``docs/wire.md`` has the same tables for readers.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Annotated, Any, Literal, get_args
 
@@ -18,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from lingbot_rt.config import OUTPUT_FORMATS, FormatName
-from lingbot_rt.errors import InvalidEvent, InvalidInit, LingbotError, RequestError
+from lingbot_rt.errors import InvalidEvent, InvalidInit, RequestError
 from lingbot_rt.session.message_reader import MessageReader, Unreadable
 from lingbot_rt.session.shown import MAX_SHOWN, shown
 
@@ -29,14 +26,10 @@ DELTA_GZIP_TYPE = "application/x-raw-rgb-delta-gzip"
 ENCODED_TYPES = {"webp": "image/webp", "jpeg": "image/jpeg"}
 """Content types of frame batches."""
 
-EXTENSIONS = ("session", "queue", "warming", "control_ack", "heartbeat", "pause", "pinned_events", "warning")
+EXTENSIONS = (
+    *("session", "queue", "warming", "control_ack", "heartbeat", "pause", "pinned_events", "warning", "history"),
+)
 """Names an init may list in ``protocol_extensions``. Other names are ignored."""
-
-AckState = Literal["received", "applied", "dropped"]
-"""What a ``control_ack`` says: each event is received, and then applied or dropped."""
-
-INLINE_PAYLOAD_LIMIT = 65536
-"""A payload below this many bytes travels inside its header map. A larger one is a message of its own."""
 
 WIRE_SIZE = "832x480"
 """The size of an init that names none."""
@@ -55,7 +48,6 @@ MAX_PINNED_EVENTS = 4096
 
 _MAX_UINT32 = 2**32 - 1
 _MAX_EVENT_ID = 2**53  # JavaScript has no exact integers above it
-_MAX_TEXT = 2000
 
 
 # --- client to server ---------------------------------------------------------------------------------------------
@@ -69,6 +61,13 @@ _Text = Annotated[str, Meta(description="a string")]
 _Flag = Annotated[bool, Meta(description="true or false")]
 _EventId = Annotated[int, Meta(ge=0, le=_MAX_EVENT_ID, description="a whole number from 0 to 2^53")]
 _EventKind = Annotated[str, Meta(max_length=64, description="prompt, camera_actions, camera_poses or composite_input")]
+_Format = Annotated[FormatName, Meta(description=f"one of {', '.join(OUTPUT_FORMATS)}")]
+_Compression = Annotated[int, _range(1, 100)]
+_PreviewWidth = Annotated[
+    int, Meta(ge=0, le=8192, description="a whole number of pixels from 0 to 8192; 0 is no limit")
+]
+_MaxChunks = Annotated[int, Meta(ge=1, le=_MAX_UINT32, description="a whole number, at least 1")]
+_Extensions = Annotated[tuple[str, ...], Meta(description="a list of extension names")]
 
 
 class PinnedEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,7 +105,7 @@ class Init(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="ini
         str,
         Meta(max_length=MAX_PROMPT_CHARACTERS, description=f"a string of at most {MAX_PROMPT_CHARACTERS} characters"),
     ] = ""
-    max_chunks: Annotated[int, Meta(ge=1, le=_MAX_UINT32, description="a whole number, at least 1")] | None = None
+    max_chunks: _MaxChunks | None = None
     realtime_causal_sink_size: Annotated[int, _range(0, 4096, "a whole number of latent frames")] | None = None
     realtime_causal_kv_cache_num_frames: Annotated[int, _range(1, 4096, "a whole number of latent frames")] | None = (
         None
@@ -114,11 +113,9 @@ class Init(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="ini
     interactive_kv_window: _Flag | None = None
     quality: _Text | None = None
     recache: _Flag = False
-    realtime_output_format: Annotated[FormatName, Meta(description=f"one of {', '.join(OUTPUT_FORMATS)}")] | None = None
-    output_compression: Annotated[int, _range(1, 100)] | None = None
-    realtime_preview_max_width: (
-        Annotated[int, Meta(ge=0, le=8192, description="a whole number of pixels from 0 to 8192; 0 is no limit")] | None
-    ) = None
+    realtime_output_format: _Format | None = None
+    output_compression: _Compression | None = None
+    realtime_preview_max_width: _PreviewWidth | None = None
     realtime_output_pacing: _Flag = False
     enable_upscaling: _Flag = False
     upscaling_scale: Annotated[int, Meta(ge=2, le=4, description="2, 3 or 4")] = 4
@@ -132,7 +129,7 @@ class Init(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="ini
     ) = None
     enhance_prompt: Annotated[Literal[False], Meta(description="false: prompts are never rewritten")] = False
     profile: _Flag = False
-    protocol_extensions: Annotated[tuple[str, ...], Meta(description="a list of extension names")] = ()
+    protocol_extensions: _Extensions = ()
     pinned_events: Annotated[
         tuple[PinnedEvent, ...],
         Meta(
@@ -147,6 +144,27 @@ class Init(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="ini
             raise TypeError("first_frame must be bytes or str")
 
 
+class Resume(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="init"):
+    """An init with the key ``resume``: a session goes on, and what is not named stays as it was."""
+
+    resume: Annotated[  # bytes | str, as `Init.first_frame`
+        Any, Meta(description="the resume_token of a session message, or the bytes of a saved world")
+    ]
+    received_chunk: Annotated[int, _range(0, _MAX_UINT32)] | None = None
+    received_frames: Annotated[int, _range(0, _MAX_UINT32)] | None = None
+    protocol_extensions: _Extensions | None = None
+    realtime_output_format: _Format | None = None
+    output_compression: _Compression | None = None
+    realtime_preview_max_width: _PreviewWidth | None = None
+    realtime_output_pacing: _Flag | None = None
+    max_chunks: _MaxChunks | None = None
+    profile: _Flag | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.resume, bytes | str):
+            raise TypeError("resume must be bytes or str")
+
+
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="event"):
     """A message into a running session. ``controls.py`` checks ``payload``."""
 
@@ -155,11 +173,12 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="ev
     event_id: _EventId | None = None
 
 
-_KNOWN_KEYS = frozenset({"type", *Init.__struct_fields__, *Event.__struct_fields__})
-_ENCODER = msgspec.msgpack.Encoder()
+ClientMessage = Init | Resume | Event
+
+_KNOWN_KEYS = frozenset({"type", *Init.__struct_fields__, *Resume.__struct_fields__, *Event.__struct_fields__})
 
 
-def decode(data: bytes | bytearray, refusal: type[RequestError] = InvalidInit) -> Init | Event:
+def decode(data: bytes | bytearray, refusal: type[RequestError] = InvalidInit) -> ClientMessage:
     """One binary client message. A nil value counts as an absent key. Unknown keys are ignored.
 
     ``refusal`` is the error for bytes that are neither; InvalidEvent says that only an event can come, and the limits
@@ -177,8 +196,9 @@ def decode(data: bytes | bytearray, refusal: type[RequestError] = InvalidInit) -
     given = {key: value for key, value in read.items() if value is not None}
     if given.get("type") == "event":
         _check_event_size(len(data), reader.values)
+    message: ClientMessage
     try:
-        message = msgspec.convert(given, Init | Event)
+        message = msgspec.convert(given, Resume if _resumes(given) else Init | Event)
     except msgspec.ValidationError:
         raise _explained(given, refusal) from None
     unknown += [key for key in given if key not in ("type", *message.__struct_fields__)]
@@ -211,12 +231,16 @@ def _place(path: list[str | int]) -> str:
     return "".join(parts).removeprefix(".")[:MAX_SHOWN]
 
 
+def _resumes(given: Mapping[str, Any]) -> bool:
+    return given.get("type") == "init" and "resume" in given
+
+
 def _explained(given: Mapping[str, Any], refusal: type[RequestError]) -> RequestError:
-    """The error for a map that is neither a valid Init nor a valid Event. Names the first field that is wrong."""
-    struct: type[Init] | type[Event]
+    """The error for a map that is neither a valid init nor a valid event. Names the first field that is wrong."""
+    struct: type[Init] | type[Resume] | type[Event]
     match given.get("type"):
         case "init":
-            struct, refusal = Init, InvalidInit
+            struct, refusal = Resume if _resumes(given) else Init, InvalidInit
         case "event":
             struct, refusal = Event, InvalidEvent
         case tag:
@@ -255,7 +279,7 @@ def _first_problem(struct: type[msgspec.Struct], given: Mapping[str, Any]) -> tu
 def _is_valid(value: Any, field: msgspec.structs.FieldInfo) -> bool:
     if value is None:
         return not field.required
-    if field.name == "first_frame":
+    if field.name in ("first_frame", "resume"):
         return isinstance(value, bytes | str)
     return _converts(value, field.type)
 
@@ -266,209 +290,3 @@ def _converts(value: Any, kind: Any) -> bool:
     except msgspec.ValidationError:
         return False
     return True
-
-
-# --- server to client ---------------------------------------------------------------------------------------------
-
-
-def _count(value: int) -> int | float:
-    """A count as clients can read it: never negative, and float64 above 32 bits."""
-    return max(value, 0) if value <= _MAX_UINT32 else float(value)
-
-
-def _ms(value: float) -> int | float:
-    """Milliseconds, rounded half up, never negative."""
-    return _count(int(value + 0.5))
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())[:_MAX_TEXT]
-
-
-def error_message(error: LingbotError) -> bytes:
-    """``content`` is one line of at most 2000 characters; ``field`` is there only when the error names one."""
-    message: dict[str, Any] = {"type": "error", "content": _line(error.wire_content), "code": error.code}
-    if error.field is not None:
-        message["field"] = error.field[:_MAX_TEXT]
-    return _ENCODER.encode(message)
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedBatch:
-    """The payload of one frame batch and what its header says about it."""
-
-    content_type: str
-    encoding: str  # "raw", "delta-gzip", "webp", "jpeg"
-    num_frames: int
-    payload: bytes
-    payload_lengths: tuple[int, ...] | None  # bytes of each picture; None for raw and delta-gzip
-    width: int  # of the frames as sent, pixels
-    height: int
-    source_width: int  # of the frames as generated
-    source_height: int
-    raw_size: int  # bytes of the frames before any encoding
-    delta_reference: str | None = None  # "previous-frame": XORed with the last frame of the batch before
-
-
-def batch_messages(
-    batch: EncodedBatch,
-    *,
-    request_id: str,
-    chunk_index: int,
-    frame_batch_index: int,
-    num_frame_batches: int,
-    event_id: int | None,
-) -> tuple[bytes, ...]:
-    """One batch as one ``frame_batch`` message, or as two: a ``frame_batch_header`` and, right after it, the payload.
-
-    delta-gzip batches and payloads of ``INLINE_PAYLOAD_LIMIT`` bytes or more come as two.
-    """
-    is_delta = batch.encoding == "delta-gzip"
-    inline = len(batch.payload) < INLINE_PAYLOAD_LIMIT and not is_delta
-    header: dict[str, Any] = {
-        "type": "frame_batch" if inline else "frame_batch_header",
-        "request_id": request_id,
-        "chunk_index": _count(chunk_index),
-        "content_type": batch.content_type,
-        "num_frames": batch.num_frames,
-        "total_size": len(batch.payload),
-        "frame_batch_index": frame_batch_index,
-        "num_frame_batches": num_frame_batches,
-        "is_final_frame_batch": frame_batch_index == num_frame_batches - 1,
-    }
-    if event_id is not None:
-        header["event_id"] = _count(event_id)
-    header |= {
-        "format": "rgb24" if batch.payload_lengths is None else batch.encoding,
-        "width": batch.width,
-        "height": batch.height,
-        "channels": 3,
-        "bytes_per_frame": batch.source_width * batch.source_height * 3,
-    }
-    if batch.payload_lengths is None:
-        header |= {"raw_size": batch.raw_size, "encoding": batch.encoding}
-        if batch.delta_reference is not None:
-            header["delta_reference"] = batch.delta_reference
-    else:
-        header |= {
-            "encoding": batch.encoding,
-            "source_width": batch.source_width,
-            "source_height": batch.source_height,
-            "preview_width": batch.width,
-            "preview_height": batch.height,
-            "payload_lengths": batch.payload_lengths,
-        }
-    if inline:
-        header["payload"] = batch.payload
-        return (_ENCODER.encode(header),)
-    return _ENCODER.encode(header), batch.payload
-
-
-@dataclass(slots=True)
-class ChunkStats:
-    """The times and sizes of one chunk. Filled while the chunk is made and sent; sent itself after the last frame."""
-
-    session_id: str
-    request_id: str
-    chunk_index: int
-    event_id: int | None = None
-    request_prepare_ms: float = 0.0  # sampling the conditions and computing the camera poses
-    scheduler_forward_ms: float = 0.0  # the whole engine
-    pace_wait_ms: float = 0.0  # waiting because of realtime_output_pacing
-    header_write_ms: float = 0.0  # writing headers, and payloads that are inline, to the socket
-    raw_payload_build_ms: float = 0.0  # encoding
-    raw_write_ms: float = 0.0  # writing payload messages to the socket
-    chunk_total_ms: float = 0.0  # from the last frame of the previous chunk, or the start, to the last frame
-    num_batches: int = 0
-    num_frames: int = 0
-    raw_bytes: int = 0
-    ws_payload_bytes: int = 0
-    content_type: str = ""
-    # From here on: what the reference does not send.
-    queue_wait_ms: float = 0.0  # the engine was free, but a chunk before the last one was still unsent
-    dit_ms: float = 0.0
-    vae_ms: float = 0.0
-    event_latency_ms: float | None = None  # from receiving the event to sending the first frame that carries it
-    window_frames: int = 0  # latent frames that the last forward attended to
-    postprocess_ms: Mapping[str, float] = field(default_factory=dict)  # upscale_ms and interpolate_ms, if on
-    stages: Mapping[str, float] | None = None  # ms of each engine stage; only with `profile`
-
-
-def stats_fields(stats: ChunkStats) -> dict[str, Any]:
-    """The map of a ``chunk_stats`` message. The reference's keys come first, in its order."""
-    message: dict[str, Any] = {
-        "type": "chunk_stats",
-        "session_id": stats.session_id,
-        "request_id": stats.request_id,
-        "chunk_index": _count(stats.chunk_index),
-        "event_id": None if stats.event_id is None else _count(stats.event_id),
-        "request_prepare_ms": _ms(stats.request_prepare_ms),
-        "scheduler_forward_ms": _ms(stats.scheduler_forward_ms),
-        "pace_wait_ms": _ms(stats.pace_wait_ms),
-        "header_write_ms": _ms(stats.header_write_ms),
-        "raw_payload_build_ms": _ms(stats.raw_payload_build_ms),
-        "raw_write_ms": _ms(stats.raw_write_ms),
-        "ws_write_ms": _ms(stats.header_write_ms + stats.raw_write_ms),
-        # Clients divide by it.
-        "chunk_total_ms": max(_ms(stats.chunk_total_ms), 1),
-        "num_batches": stats.num_batches,
-        "num_frames": stats.num_frames,
-        "raw_bytes": _count(stats.raw_bytes),
-        "ws_payload_bytes": _count(stats.ws_payload_bytes),
-        "content_type": stats.content_type,
-        "queue_wait_ms": _ms(stats.queue_wait_ms),
-        "dit_ms": _ms(stats.dit_ms),
-        "vae_ms": _ms(stats.vae_ms),
-        "encode_ms": _ms(stats.raw_payload_build_ms),
-        "event_latency_ms": None if stats.event_latency_ms is None else _ms(stats.event_latency_ms),
-        "window_frames": _count(stats.window_frames),
-    }
-    message |= {name: _ms(ms) for name, ms in stats.postprocess_ms.items()}
-    if stats.stages is not None:
-        message["stages"] = {name: max(round(ms, 3), 0.0) for name, ms in stats.stages.items()}
-    return message
-
-
-def stats_message(stats: ChunkStats) -> bytes:
-    return _ENCODER.encode(stats_fields(stats))
-
-
-def session_message(session_id: str, capabilities: Mapping[str, Any]) -> bytes:
-    """Extension ``session``: sent once, when the session is open."""
-    return _ENCODER.encode({"type": "session", "session_id": session_id, "capabilities": dict(capabilities)})
-
-
-def queue_message(position: int, waited_ms: float) -> bytes:
-    """Extension ``queue``: the place in line, where 1 is next and 0 is the end of it, and the time so far."""
-    return _ENCODER.encode({"type": "queue", "position": _count(position), "waited_ms": _ms(waited_ms)})
-
-
-def warming_message(session_id: str, size: str, expected_ms: float | None) -> bytes:
-    """Extension ``warming``: the session opens once code is compiled for its ``size``. None: no telling how long."""
-    expected = {} if expected_ms is None else {"expected_ms": _ms(expected_ms)}
-    return _ENCODER.encode({"type": "warming", "session_id": session_id, "size": size} | expected)
-
-
-def control_ack_message(event_id: int | None, state: AckState, chunk_index: int | None) -> bytes:
-    """Extension ``control_ack``: an event was received, applies from chunk ``chunk_index`` on, or was dropped."""
-    message: dict[str, Any] = {"type": "control_ack", "state": state}
-    if event_id is not None:
-        message["event_id"] = _count(event_id)
-    if chunk_index is not None:
-        message["chunk_index"] = _count(chunk_index)
-    return _ENCODER.encode(message)
-
-
-def heartbeat_message(uptime_ms: float, state: str, chunk_index: int) -> bytes:
-    """Extension ``heartbeat``: the session is alive even when no frames come. ``state``: running, paused, warming."""
-    return _ENCODER.encode(
-        {"type": "heartbeat", "uptime_ms": _ms(uptime_ms), "state": state, "chunk_index": _count(chunk_index)}
-    )
-
-
-def warning_message(content: str, field: str, event_id: int | None) -> bytes:
-    """Extension ``warning``: what the client sent in ``field`` was taken, but not as it stands."""
-    message: dict[str, Any] = {"type": "warning", "content": _line(content), "field": field[:_MAX_TEXT]}
-    if event_id is not None:
-        message["event_id"] = _count(event_id)
-    return _ENCODER.encode(message)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from lingbot_rt.errors import InvalidEvent, InvalidInit
 from lingbot_rt.session.camera_poses import Notice, parse_poses
 from lingbot_rt.session.controls import MAX_PENDING, ControlEvent, Moves, parse_event, parse_script
 from lingbot_rt.session.interactive_window import recent_frames
-from lingbot_rt.session.messages import Init
+from lingbot_rt.session.messages import Init, Resume
 from lingbot_rt.session.plan import ModelInfo, PostprocessPlan, SessionPlan
 from lingbot_rt.session.shown import shown
 from lingbot_rt.shapes import FrameSize, latent_frames_for
@@ -91,6 +91,7 @@ class SessionSettings:
     bfloat16_vae: bool = False
     recache: bool = False  # the window is computed again for every new prompt
     recent_frames: tuple[int, ...] = ()  # of the interactive window: (still, moving); empty: it is off
+    keeps_history: bool = False  # chunks are kept that the session can go back to
 
     @property
     def playback_fps(self) -> float:
@@ -161,7 +162,35 @@ def resolve(init: Init, info: ModelInfo, config: ServeConfig) -> SessionSettings
         bfloat16_vae=init.quality == "high",
         recache=init.recache,
         recent_frames=recent_frames(sink_frames, window_frames, latent_frames) if is_interactive else (),
+        keeps_history=config.history_mb > 0,
     )
+
+
+def rejoined(settings: SessionSettings, resume: Resume, next_index: int) -> SessionSettings:
+    """``settings`` with what ``resume`` says of how the session is sent; ``max_chunks`` counts from ``next_index``.
+
+    Raises InvalidInit for pictures that are larger than their format.
+    """
+    output = settings.output
+    output = OutputFormat(
+        name=output.name if resume.realtime_output_format is None else resume.realtime_output_format,
+        quality=_given(resume.output_compression, output.quality),
+        preview_max_width=_given(resume.realtime_preview_max_width, output.preview_max_width),
+    )
+    _check_pictures(output, settings.size, settings.postprocess)
+    listed = resume.protocol_extensions
+    return replace(
+        settings,
+        output=output,
+        pacing=settings.pacing if resume.realtime_output_pacing is None else resume.realtime_output_pacing,
+        profile=settings.profile if resume.profile is None else resume.profile,
+        max_chunks=settings.max_chunks if resume.max_chunks is None else next_index + resume.max_chunks,
+        extensions=settings.extensions if listed is None else frozenset(listed),
+    )
+
+
+def _given(value: int | None, otherwise: int | None) -> int | None:
+    return otherwise if value is None else value
 
 
 def _size(text: str, max_pixels: int) -> FrameSize:

@@ -12,8 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from lingbot_rt import __version__
-from lingbot_rt.session.messages import ChunkStats
 from lingbot_rt.session.plan import ChunkTimings, ModelInfo
+from lingbot_rt.session.server_messages import ChunkStats
 
 SESSION_STATES = ("waiting", "opening", "playing", "paused")
 STAGES = ("prepare", "recache", "denoise", "context", "decode", "postprocess", "encode", "send")

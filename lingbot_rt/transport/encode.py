@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lingbot_rt.session.messages import DELTA_GZIP_TYPE, ENCODED_TYPES, RAW_TYPE, EncodedBatch
+from lingbot_rt.session.messages import DELTA_GZIP_TYPE, ENCODED_TYPES, RAW_TYPE
+from lingbot_rt.session.server_messages import EncodedBatch
 from lingbot_rt.session.settings import OutputFormat, preview_size
 
 Pixels = npt.NDArray[np.uint8]

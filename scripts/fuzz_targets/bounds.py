@@ -14,7 +14,7 @@ from random import Random
 import msgspec
 
 from lingbot_rt.errors import LingbotError
-from lingbot_rt.session.messages import error_message
+from lingbot_rt.session.server_messages import error_message
 
 CPU_S = 20.0
 """Most CPU time of one case; it says nothing about how busy the machine is."""

@@ -12,8 +12,9 @@ import numpy as np
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import InvalidEvent, PauseExpired
 from lingbot_rt.session.controls import MAX_PENDING, MAX_WAITING
-from lingbot_rt.session.messages import EncodedBatch, Event, Init, decode
+from lingbot_rt.session.messages import Event, Init, decode
 from lingbot_rt.session.plan import ChunkResult, ChunkTimings
+from lingbot_rt.session.server_messages import EncodedBatch
 from lingbot_rt.session.session import HEARTBEAT_S, MAX_RECORDED_EVENTS, Chunk, SendTimes, Session
 from lingbot_rt.session.settings import resolve
 from scripts.fuzz_targets.bounds import check_refusal, noted

@@ -233,13 +233,15 @@ async def test_the_references_consistency_check(serve):
 
 
 def test_the_field_tables_name_every_field():
-    """docs/wire.md has a row for each field of init and event, and for no other."""
+    """docs/wire.md has a row for each field of init, resume and event, and for no other."""
     from lingbot_rt.session import messages
 
     text = (Path(__file__).parents[2] / "docs" / "wire.md").read_text(encoding="utf-8")
     section = text.partition("## init")[2]
     init, _, rest = section.partition("## event")
     event = rest.partition("| kind |")[0]
+    resume = text.partition("### An init that resumes")[2].partition("\n### ")[0]
     row = re.compile(r"^\| `(\w+)`", re.MULTILINE)
+    assert set(row.findall(resume)) == set(messages.Resume.__struct_fields__) | {"type"}
     assert set(row.findall(init)) == set(messages.Init.__struct_fields__) | {"type"}
     assert set(row.findall(event)) == set(messages.Event.__struct_fields__) | {"type"}

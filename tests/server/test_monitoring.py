@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from lingbot_rt.server.connection import Connection
-from lingbot_rt.session.messages import ChunkStats
 from lingbot_rt.session.plan import ChunkTimings
+from lingbot_rt.session.server_messages import ChunkStats
 from lingbot_rt.telemetry.metrics import SESSION_STATES, STAGES, Metrics, stage_times
 from tests.server.conftest import event, init, running, state, wait_until
 from tests.server.fake_engine import FakeEngine

@@ -20,18 +20,25 @@ from lingbot_rt.session.messages import (
     MAX_EVENT_BYTES,
     MAX_EVENT_VALUES,
     MAX_INIT_VALUES,
-    ChunkStats,
     Event,
     Init,
+    Resume,
+    decode,
+    shown,
+)
+from lingbot_rt.session.plan import Rewound
+from lingbot_rt.session.server_messages import (
+    ChunkStats,
+    ResumeOffer,
     batch_messages,
     control_ack_message,
-    decode,
     error_message,
     heartbeat_message,
     queue_message,
+    rewound_message,
     session_message,
-    shown,
     stats_message,
+    world_message,
 )
 from lingbot_rt.session.settings import resolve
 from lingbot_rt.transport.encode import EncodedBatch, FrameEncoder, OutputFormat
@@ -637,6 +644,58 @@ def test_shown_values_are_one_short_line(value):
 def test_shown_values_keep_what_helps(value, text):
     """Errors show small values whole, the beginning of large ones, and the size of pictures."""
     assert shown(value) == text
+
+
+# --- an init that resumes ---
+
+RESUME = {"type": "init", "resume": "token"}
+
+
+def test_an_init_with_the_key_resume_needs_no_picture():
+    """A token is a string, a saved world is bytes; everything else stays as it was."""
+    assert decode(pack(RESUME)) == Resume(resume="token")
+    assert decode(pack(RESUME | {"resume": b"file", "prompt": 3, "received_chunk": 7.0})).received_chunk == 7
+    assert isinstance(decode(pack(GOOD | {"resume": None})), Init)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("resume", 3, "the resume_token of a session message, or the bytes of a saved world"),
+        ("received_chunk", -1, "a whole number from 0 to 4294967295"),
+        ("realtime_output_format", "png", "one of webp, jpeg, raw, delta-gzip"),
+        ("max_chunks", 0, "a whole number, at least 1"),
+        ("protocol_extensions", "session", "a list of extension names"),
+    ],
+)
+def test_a_wrong_field_of_it_is_named(field, value, expected):
+    """As for every init: the field, the value and what is expected."""
+    with pytest.raises(InvalidInit, match=expected) as refused:
+        decode(pack(RESUME | {field: value}))
+    assert refused.value.field == field
+
+
+def test_messages_about_kept_worlds_can_be_read_by_old_clients():
+    """No type byte that they fail on; a world that no message can carry is refused."""
+    place = Rewound(2**33, 3, exact=True)
+    offer = ResumeOffer("token", 60.0)
+    messages = [
+        rewound_message(place, 2**40),
+        world_message(bytes(70000), 7, None),
+        session_message("s", {"extensions": ["session"]}, offer, place),
+    ]
+    for message in messages:
+        check_old_clients_can_read(message)
+    read = msgspec.msgpack.decode(messages[2])
+    assert read["resume_token"] == "token"
+    assert (read["resumed"], read["chunk_index"], read["branch"], read["exact"]) == (True, 2.0**33, 3, True)
+
+    class Huge(bytes):
+        def __len__(self) -> int:
+            return 2**32
+
+    with pytest.raises(InvalidEvent, match="4294967296 bytes"):
+        world_message(Huge(), 7, None)
 
 
 # --- the script of an init ---

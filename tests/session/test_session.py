@@ -11,8 +11,9 @@ import pytest
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import InvalidEvent, InvalidInit, PauseExpired
 from lingbot_rt.session.controls import MAX_WAITING, parse_event
-from lingbot_rt.session.messages import EncodedBatch, Event, Init
+from lingbot_rt.session.messages import Event, Init
 from lingbot_rt.session.plan import ChunkResult, ChunkTimings
+from lingbot_rt.session.server_messages import EncodedBatch
 from lingbot_rt.session.session import HEARTBEAT_S, SendTimes, Session
 from lingbot_rt.session.settings import resolve
 from lingbot_rt.shapes import FrameSize
