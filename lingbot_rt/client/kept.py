@@ -30,7 +30,6 @@ RESUME_FIELDS = (
     "realtime_output_pacing",
     "max_chunks",
     "profile",
-    "record",
 )
 """Fields that may stand beside ``resume`` in an init. Everything else is the kept world's own."""
 

@@ -204,8 +204,16 @@ class ClientProtocol:
 
     def _acknowledged(self, fields: dict[str, Any]) -> None:
         event_id = fields.get("event_id")
-        if isinstance(event_id, int):
+        if not isinstance(event_id, int):
+            return
+        if fields.get("state") == "received":
             self.events.received(event_id)
+        elif fields.get("state") == "dropped":
+            self.events.answered(event_id)
+            if event_id in self._saves and self._saves[event_id] is None:
+                self._saves[event_id] = SaveFailed(
+                    "save: the server dropped it, for a newer one or for an error before"
+                )
 
     def _opened(self, fields: dict[str, Any]) -> None:
         self.has_opened = True

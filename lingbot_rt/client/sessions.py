@@ -115,29 +115,28 @@ class Session(BaseSession[int], Iterator[Frame]):
                 socket = self._dialer.dial(message)
             except ConnectFailed:
                 continue
+            is_back = False
             try:
                 while not self._protocol.has_opened:
                     self._decoded.extend(self._protocol.receive(socket.recv()))
                 with self._sending:
+                    self._socket, is_back = socket, True
                     for event in self._protocol.events.take_all():
                         socket.send(event)
-                    self._socket = socket
                 return
             except ConnectionClosed as end:
                 self._protocol.require_resumable(*_close_of(end))
                 message = self._protocol.resume_message()
             except (ServerNotReady, ServerBusy) as error:
                 _wait_for(error, retry)
-                socket.close()
             except ClientError as error:
-                socket.close()
-                raise self._lost(error, code) from None
+                self._protocol.token = None
+                raise _refused(error, code) from None
+            finally:
+                if not is_back:
+                    socket.close()
         self._protocol.token = None
         self._protocol.closed(code, reason)
-
-    def _lost(self, error: ClientError, code: int | None) -> ClientError:
-        self._protocol.token = None
-        return _refused(error, code)
 
     def _send(self, message: bytes, event_id: int) -> int:
         with self._sending:

@@ -375,6 +375,7 @@ def test_saves_that_fail(tmp_path):
         (lambda it: it.send(refusal), EventRefused, "--history-mb"),
         (lambda it: it.close(), SaveFailed, "ended"),
         (lambda it: [it.send(stats(i)) for i in range(40)], SaveFailed, "did not answer"),
+        (lambda it: it.send(pack({"type": "control_ack", "state": "dropped", "event_id": 1})), SaveFailed, "dropped"),
     ]
     for answer, kind, text in cases:
         with (

@@ -41,7 +41,7 @@ beforeEach(() => {
   clock = new FakeClock();
   socket = new FakeSocket();
   worker = new FakeWorker();
-  seen = { states: [], ended: [], frames: [], stats: [], applied: [], skipped: [], refused: [], queue: [], warming: [], opened: [], rewound: [], worlds: [] };
+  seen = { states: [], ended: [], frames: [], stats: [], applied: [], skipped: [], refused: [], queue: [], warming: [], opened: [], rewound: [], worlds: [], dropped: [] };
   let eventId = 40;
   session = new Session({
     socket,
@@ -59,6 +59,7 @@ beforeEach(() => {
       skipped: (detail) => seen.skipped.push(detail),
       refused: (detail) => seen.refused.push(detail),
       opened: (opened) => seen.opened.push(opened),
+      dropped: ({ kind }) => seen.dropped.push(kind),
       rewound: (place) => seen.rewound.push(place),
       world: (bytes) => seen.worlds.push(bytes),
       ended: (end) => seen.ended.push(end),
@@ -249,7 +250,7 @@ test("a connection that broke without a close is noticed by missing heartbeats",
   assert.equal(seen.ended.length, 1);
   assert.equal(seen.ended[0].normal, false);
   assert.match(seen.ended[0].message, /sent nothing/);
-  assert.equal(socket.closedWith.code, 1000);
+  assert.equal(socket.closedWith.code, 4000, "a normal close would end the session for good");
 });
 
 test("a computer that slept reads the received messages before it ends the session", () => {
@@ -348,4 +349,7 @@ test("a world comes as bytes; a refused way back says which event it was", () =>
   assert.equal(seen.refused.length, 1);
   assert.deepEqual(session.events.refused(), null);
   assert.equal(id, 41);
+  for (const [kind, payload] of [["save", null], ["prompt", "x"]])
+    socket.says({ type: "control_ack", state: "dropped", event_id: session.request(kind, payload) });
+  assert.deepEqual(seen.dropped, ["save"]);
 });

@@ -60,6 +60,13 @@ export class EventsInFlight {
     this.#events.delete(eventId);
   }
 
+  /** No chunk will do it. Returns the event if it waited for an answer of its own, else null. */
+  dropped(eventId) {
+    const event = this.#events.get(eventId);
+    this.#events.delete(eventId);
+    return event && ANSWERED.includes(event.kind) ? event : null;
+  }
+
   /** {eventId, kind} of the event that the server refused just now; null if it is none that is known. */
   refused() {
     const events = [...this.#events.values()];

@@ -84,7 +84,8 @@ export class KeptWorld {
     return this.#view.rewound(place);
   }
 
-  refused(event) {
+  /** The server does not do `event`. */
+  notDone(event) {
     if (event?.kind === "save") this.#saved();
     else if (event?.kind === "rewind" || event?.kind === "branch") this.#view.notGone();
   }

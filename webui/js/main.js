@@ -136,7 +136,7 @@ const player = new Player($("canvas"), {
       minor: true,
     }),
   refused: (detail, event) => {
-    kept.refused(event);
+    kept.notDone(event);
     errors.show({
       key: "refused",
       title: "The server refused the last change",
@@ -144,6 +144,7 @@ const player = new Player($("canvas"), {
       advice: "The session continues unchanged.",
     });
   },
+  dropped: (event) => kept.notDone(event),
   opened: (ticket) => kept.opened(ticket),
   rewound: wentBack,
   world: (bytes) => kept.worldCame(bytes),

@@ -23,7 +23,7 @@ const NOT_YET = ["not_ready", "session_busy", SHUT_DOWN];
  *
  * `on` has the callbacks state(name), queue(position, waitedMs), warming({size, expectedMs}), drawn(frame, now),
  * latency(samples), stats(chunk_stats, drawMs), tick(now, stalledMs), skipped(detail), refused(detail, event),
- * opened(ticket), rewound(place), world(bytes) and ended(end), which also has hasOpened: whether the WebSocket ever
+ * dropped(event), opened(ticket), rewound(place), world(bytes) and ended(end), which also has hasOpened: whether the WebSocket ever
  * opened, and wasKept: whether the server had promised to keep the session.
  */
 export class Player {
@@ -260,6 +260,7 @@ export class Player {
       applied: (eventId, chunkIndex) => this.log?.applied(eventId, chunkIndex),
       skipped: (detail) => this.#on.skipped(detail),
       refused: (detail, event) => this.#on.refused(detail, event),
+      dropped: (event) => this.#on.dropped(event),
       opened: ({ token, resumeMs, isResumed }) => {
         this.#token = token;
         this.#resumeMs = resumeMs;

@@ -5,6 +5,7 @@ import { LatencyMeter } from "./latency.js";
 import { EXTENSIONS, MessageReader, eventMessage, initMessage, promptPayload, statePayload } from "./wire.js";
 
 const NORMAL_CLOSE = 1000;
+const LINE_LOST_CLOSE = 4000; // after a normal close the server would not keep the session
 const SILENCE_LIMIT_MS = 30_000; // six heartbeats
 const SLEPT_MS = 5_000; // a timer this late means that the computer slept; received messages may still be unread
 
@@ -13,7 +14,7 @@ const SLEPT_MS = 5_000; // a timer this late means that the computer slept; rece
  *
  * `on` has the callbacks state(name), queue(position, waitedMs), warming({size, expectedMs}), frames(frames),
  * stats(chunk_stats), applied(eventId, chunkIndex), skipped(detail) for data that could not be read, refused(detail,
- * event) for an event that the server refused, opened({token, resumeMs, isResumed}) when the server says that the
+ * event) for an event that the server refused, dropped(event) for a rewind, branch or save that is not done, opened({token, resumeMs, isResumed}) when the server says that the
  * session is open, rewound({chunkIndex, branch, exact, eventId}), world(bytes), and ended({normal, code, message,
  * errorCode, wasLive}).
  *
@@ -109,7 +110,7 @@ export class Session {
   /** Takes the line for lost. */
   abandon() {
     if (this.hasEnded) return;
-    this.#closeSocket("no answer");
+    this.#closeSocket("no answer", LINE_LOST_CLOSE);
     this.#closed(1006, "The server does not answer.");
   }
 
@@ -197,7 +198,8 @@ export class Session {
         this.#on.world(message.payload);
         break;
       case "control_ack":
-        this.events.received(message.event_id);
+        if (message.state === "received") this.events.received(message.event_id);
+        if (message.state === "dropped") this.#dropped(message.event_id);
         if (message.state === "applied" && message.event_id !== undefined) {
           this.latency.applied(message.event_id, message.chunk_index, this.#clock.now());
           this.#on.applied(message.event_id, message.chunk_index);
@@ -218,6 +220,11 @@ export class Session {
     if (!this.#isPaused) return;
     this.#socket.send(eventMessage("pause", null, undefined));
     this.#enter("paused");
+  }
+
+  #dropped(eventId) {
+    const event = this.events.dropped(eventId);
+    if (event) this.#on.dropped(event);
   }
 
   /** Frames of the old line that still decode are not shown. */
@@ -253,7 +260,7 @@ export class Session {
       const now = this.#clock.now();
       if (now - planned > SLEPT_MS) this.#receivedAt = now;
       if (now - this.#receivedAt < SILENCE_LIMIT_MS) return this.#watchSilence();
-      this.#closeSocket("server silent");
+      this.#closeSocket("server silent", LINE_LOST_CLOSE);
       this.#closed(1006, `The server sent nothing for ${SILENCE_LIMIT_MS / 1000} s.`);
     }, planned - this.#clock.now());
   }
@@ -263,9 +270,9 @@ export class Session {
     this.#silenceTimer = null;
   }
 
-  #closeSocket(reason) {
+  #closeSocket(reason, code = NORMAL_CLOSE) {
     this.#socket.onclose = null;
-    this.#socket.close(NORMAL_CLOSE, reason);
+    this.#socket.close(code, reason);
   }
 
   #closed(code, reason) {
