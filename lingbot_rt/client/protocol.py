@@ -362,6 +362,10 @@ class BaseSession(ABC, Generic[Sent]):
         """
         return self._event("branch", _place_payload(chunk, branch))
 
+    def send_event(self, kind: str, payload: object = None) -> Sent:
+        """Any other event of the wire."""
+        return self._event(kind, payload)
+
     def _event(self, kind: str, payload: object) -> Sent:
         self._event_id += 1
         event = {"type": "event", "kind": kind, "event_id": self._event_id, "payload": payload}
