@@ -51,7 +51,7 @@ def test_name_version_command_and_licence(wheel):
 
 
 BASH_SCRIPTS = [
-    *(ROOT / "scripts" / name for name in ("fetch_models", "install", "lint", "serve", "test")),
+    *(ROOT / "scripts" / name for name in ("check_supply", "fetch_models", "install", "lint", "serve", "test")),
     ROOT / ".ci" / "run",
 ]
 

@@ -14,6 +14,9 @@ from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.models.transfer import to_device
 
+_DECODER_FRAMES = 24
+"""Latent frames that the decoder looks back: after as many its features no longer depend on what came before."""
+
 
 @torch.inference_mode()
 def set_back(pipeline: Pipeline, session: SessionState, window: Sequence[KeptChunk], boundary: int) -> bool:
@@ -75,7 +78,7 @@ def _decode(pipeline: Pipeline, session: SessionState, window: Sequence[KeptChun
     session.features.slots, session.features.frames = [None] * len(session.features.slots), 0
     newest = list(window[-1:])
     for chunk in reversed(window[:-1]):
-        if chunk.index != newest[0].index - 1:
+        if chunk.index != newest[0].index - 1 or len(newest) * session.plan.latent_frames >= _DECODER_FRAMES:
             break
         newest.insert(0, chunk)
     pixels: Tensor | None = None

@@ -1,7 +1,7 @@
-"""Gives the engine to one session at a time. Other clients wait in line, and get it in the order in which they came.
+"""Gives slots to sessions, one by default. Other clients wait in line, and get one in the order in which they came.
 
 A client that hears its place in line waits without a limit; at most ``max_waiting`` clients do so at a time. Any other
-client is refused after ``wait_s``, but not while the running session is ending. When a page reloads, its old session is
+client is refused after ``wait_s``, but not while a running session is ending. When a page reloads, its old session is
 still there, and interrupting that session's chunk can take longer than ``wait_s``.
 """
 
@@ -28,7 +28,7 @@ TellPlace = Callable[[int, float], Awaitable[None]]
 
 
 class Slot:
-    """The place of the running session. Call ``leaving`` as soon as the session begins to end."""
+    """The place of a running session. Call ``leaving`` as soon as the session begins to end."""
 
     def __init__(self) -> None:
         self.is_leaving = False
@@ -61,16 +61,25 @@ class _Ticket:
 class Admission:
     """All methods are called from one event loop."""
 
-    def __init__(self, wait_s: float, max_waiting: int, leaving_limit_s: float = LEAVING_LIMIT_S) -> None:
+    def __init__(
+        self, wait_s: float, max_waiting: int, leaving_limit_s: float = LEAVING_LIMIT_S, slots: int = 1
+    ) -> None:
         self._wait_s = wait_s
         self._max_waiting = max_waiting
         self._leaving_limit_s = leaving_limit_s
-        self._holder: Slot | None = None
+        self._slots = slots
+        self._holders: list[Slot] = []
         self._line: list[_Ticket] = []
 
     @property
     def is_busy(self) -> bool:
-        return self._holder is not None
+        """Whether every slot is taken."""
+        return len(self._holders) >= self._slots
+
+    @property
+    def running(self) -> int:
+        """Slots that are taken."""
+        return len(self._holders)
 
     @property
     def waiting(self) -> int:
@@ -79,7 +88,7 @@ class Admission:
 
     @asynccontextmanager
     async def slot(self, tell_place: TellPlace | None = None) -> AsyncIterator[Slot]:
-        """Holds the slot for the block.
+        """Holds a slot for the block.
 
         With ``tell_place`` the client waits as long as it takes. It is awaited with each new place in line, and every
         ``REMINDER_S`` seconds. Without it, or when ``max_waiting`` clients wait so already, SessionBusy is raised when
@@ -89,12 +98,11 @@ class Admission:
         try:
             yield slot
         finally:
-            self._pass_on()
+            self._pass_on(slot)
 
     async def _acquire(self, tell_place: TellPlace | None) -> Slot:
-        if self._holder is None:
-            self._holder = Slot()
-            return self._holder
+        if not self.is_busy:
+            return self._new_slot()
         is_full = sum(ticket.tell_place is not None for ticket in self._line) >= self._max_waiting
         ticket = _Ticket(asyncio.get_running_loop().time(), None if is_full else tell_place)
         self._line.append(ticket)
@@ -112,9 +120,9 @@ class Admission:
             if ticket in self._line:
                 self._line.remove(ticket)
                 self._number_places()
-            elif not entered:
+            elif not entered and ticket.slot is not None:
                 # Cancelled or refused in the same turn in which the slot was granted: the next client gets it.
-                self._pass_on()
+                self._pass_on(ticket.slot)
 
     async def _wait_in_line(self, ticket: _Ticket, tell_place: TellPlace) -> None:
         """Returns when the slot is granted."""
@@ -135,19 +143,22 @@ class Admission:
         deadline = ticket.joined_at + self._wait_s
         while ticket.slot is None:
             now = loop.time()
-            is_leaving = self._holder is not None and self._holder.is_leaving
+            is_leaving = any(holder.is_leaving for holder in self._holders)
             if now >= deadline + (self._leaving_limit_s if is_leaving else 0):
                 return False
-            # Past the deadline the wait goes on only while the holder is leaving, so look again soon.
+            # Past the deadline the wait goes on only while a holder is leaving, so look again soon.
             await ticket.change_before(deadline if now < deadline else now + LOOK_AGAIN_S)
         return True
 
-    def _pass_on(self) -> None:
-        self._holder = None
+    def _new_slot(self) -> Slot:
+        self._holders.append(Slot())
+        return self._holders[-1]
+
+    def _pass_on(self, slot: Slot) -> None:
+        self._holders.remove(slot)
         if self._line:
             ticket = self._line.pop(0)
-            self._holder = Slot()
-            ticket.slot = self._holder
+            ticket.slot = self._new_slot()
             ticket.change()
             self._number_places()
 

@@ -223,3 +223,27 @@ def test_the_slot_never_gets_lost(clients):
         assert admission.waiting == 0
 
     asyncio.run(play())
+
+
+async def test_several_slots_are_passed_on_one_by_one():
+    """Two sessions run at a time; the third waits for whichever ends first."""
+    admission, served = Admission(wait_s=0, max_waiting=9, slots=2), []
+    leave = {name: asyncio.Event() for name in "abcd"}
+
+    async def client(name: str) -> None:
+        async with admission.slot(ignore_place):
+            served.append(name)
+            await leave[name].wait()
+
+    async with asyncio.TaskGroup() as tasks:
+        for name in "abcd":
+            tasks.create_task(client(name))
+            await asyncio.sleep(0)
+        assert (served, admission.is_busy, admission.running, admission.waiting) == (["a", "b"], True, 2, 2)
+        for name, expected in [("b", "abc"), ("a", "abcd"), ("d", "abcd")]:
+            leave[name].set()
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert served == list(expected)
+        assert (admission.is_busy, admission.running) == (False, 1)
+        leave["c"].set()

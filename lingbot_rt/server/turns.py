@@ -1,0 +1,71 @@
+"""The engine's time, chunk by chunk: of the sessions that want it, the one whose frames are due first gets it."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import Callable
+from itertools import count
+from typing import TypeVar
+
+from lingbot_rt.session.plan import ChunkRun
+
+Started = TypeVar("Started")
+
+
+class Turns:
+    """All methods are called from one event loop. At most one caller per session waits."""
+
+    def __init__(self) -> None:
+        self._is_taken = False
+        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []  # a heap
+        self._order = count()
+        self._running: set[asyncio.Task[None]] = set()  # at most one
+
+    async def begin(self, due_at: float, start: Callable[[], tuple[Started, ChunkRun]]) -> tuple[Started, ChunkRun]:
+        """Calls ``start`` when it is the session's turn; the turn lasts until the chunk that it started has finished.
+
+        ``due_at``: when the chunk's frames are wanted, in seconds of one clock. What is wanted at once is due now: so
+        nobody waits for ever behind sessions that always want more.
+        """
+        await self._acquire(due_at)
+        try:
+            started, run = start()
+        except BaseException:
+            self._pass_on()
+            raise
+        task = asyncio.create_task(self._until_finished(run), name="turn")
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return started, run
+
+    async def _acquire(self, due_at: float) -> None:
+        if not self._is_taken:
+            self._is_taken = True
+            return
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (due_at, next(self._order), granted)
+        heapq.heappush(self._waiting, entry)
+        try:
+            await granted
+        except asyncio.CancelledError:
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+                heapq.heapify(self._waiting)
+            elif not granted.cancelled():
+                self._pass_on()  # granted in the same turn of the loop in which it was cancelled
+            raise
+
+    async def _until_finished(self, run: ChunkRun) -> None:
+        try:
+            await run.finished()
+        finally:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        while self._waiting:
+            _, _, granted = heapq.heappop(self._waiting)
+            if not granted.done():
+                granted.set_result(None)
+                return
+        self._is_taken = False
