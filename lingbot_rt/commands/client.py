@@ -116,7 +116,7 @@ def _kept_world(args: argparse.Namespace, world: KeptWorld) -> _Plan:
     kind, payload, latent_frames = ("", None, len(actions)) if args.live else moves_of(args)
     chunks = args.chunks or max(-(-latent_frames // world.latent_frames), 1)
     prompt = new_prompt(args)
-    events = [("prompt", prompt)] if prompt is not None else []
+    events: list[tuple[str, Any]] = [("prompt", prompt)] if prompt is not None else []
     events += [(kind, payload)] if kind else []
     fields = {
         "resume": world.resume,

@@ -23,10 +23,10 @@ export class WalkView {
     range.oninput = () => this.#choose(Number(range.value));
     range.onkeydown = (event) => {
       if (event.key === "Enter") this.#go();
-      if (event.key === "Escape") this.#stay();
+      if (event.key === "Escape") this.#cancel();
     };
     $("walk-go").onclick = () => this.#go();
-    $("walk-stay").onclick = () => this.#stay();
+    $("walk-cancel").onclick = () => this.#cancel();
     new ResizeObserver(() => this.#draw()).observe($("walk-strip"));
   }
 
@@ -92,10 +92,11 @@ export class WalkView {
     const kind = chunk > this.#end ? "rewind" : "branch";
     if (!this.#onGo({ kind, chunk, branch })) return;
     this.#asked = { branch };
+    focusWorld();
     this.#show();
   }
 
-  #stay() {
+  #cancel() {
     this.#branch = this.#walk.branch;
     this.#leave();
     focusWorld();
@@ -111,12 +112,16 @@ export class WalkView {
   #show() {
     const line = this.#walk.line(this.#branch);
     const { branches, keptFrom } = this.#walk;
-    $("walk").hidden = keptFrom === null || line.length < 2;
-    if ($("walk").hidden) return this.#preview(null);
-    const end = line.at(-1).chunk + 1;
-    const at = Math.max(Math.min(this.#chosen ?? end, end), line[0].chunk);
+    $("walk").hidden = keptFrom === null || (line.length < 2 && branches.length < 2);
+    if ($("walk").hidden) {
+      document.body.removeAttribute("data-scrubbing");
+      return this.#preview(null);
+    }
+    const first = line[0]?.chunk ?? 0;
+    const end = Math.max(this.#end + 1, first);
+    const at = Math.max(Math.min(this.#chosen ?? end, end), first);
     const range = $("walk-at");
-    range.min = line[0].chunk;
+    range.min = first;
     range.max = end;
     range.value = at;
     const text = this.#isNow ? "Now" : clockText(startOfChunk(at, this.#init));
@@ -124,7 +129,7 @@ export class WalkView {
     setText($("walk-time"), text);
     $("walk-go").disabled = this.#asked !== null;
     setText($("walk-go").querySelector("span"), this.#asked ? "Going back" : "Go back to here");
-    for (const id of ["walk-go", "walk-stay"]) $(id).hidden = this.#isNow;
+    document.body.toggleAttribute("data-scrubbing", !this.#isNow);
     this.#preview(this.#isNow ? null : pictureAt(line, at));
     this.#showLines(branches);
     this.#draw();
@@ -160,7 +165,6 @@ export class WalkView {
   #preview(picture) {
     const canvas = $("walk-preview");
     canvas.hidden = picture === null;
-    document.body.toggleAttribute("data-scrubbing", picture !== null);
     if (picture) drawAll(canvas, picture);
   }
 
