@@ -293,6 +293,36 @@ class ServeConfig:
         "bit for bit, and takes much more memory",
         group="limits",
     )
+    resume_s: float = _option(
+        60.0,
+        "seconds for which a session is kept after its client's line was lost, for clients with the protocol extension "
+        "session; 0 keeps none",
+        low=0,
+        high=86400,
+        group="limits",
+    )
+    parked_mb: int = _option(
+        4096,
+        "host memory in MiB for sessions that wait for their clients; beyond it the oldest are kept as snapshots, which "
+        "are small, and beyond that they end",
+        low=0,
+        high=10**7,
+        group="limits",
+    )
+    park_dir: str | None = _option(
+        None,
+        "folder for the sessions that run when the server stops; the next start resumes them (default: they end)",
+        group="limits",
+        form=path_value,
+    )
+    snapshot_every: int = _option(
+        0,
+        "write a running session to --park-dir every so many chunks, so that a server that is killed loses no more; 0: "
+        "only when it stops",
+        low=0,
+        high=10**6,
+        group="limits",
+    )
     send_timeout_s: float = _option(
         20.0,
         "seconds after which a client that stopped reading is disconnected",
@@ -363,6 +393,13 @@ class ServeConfig:
                     f"{flag(field.name)} {getattr(self, field.name)} needs --record-dir, where records are kept",
                     field=field.name,
                 )
+        if self.park_dir is not None and not self.resume_s:
+            raise ConfigError("--park-dir needs --resume-s above 0: no client could come back", field="park_dir")
+        if self.snapshot_every and self.park_dir is None:
+            raise ConfigError(
+                f"--snapshot-every {self.snapshot_every} needs --park-dir, where snapshots are kept",
+                field="snapshot_every",
+            )
         if self.record_total_mb < self.record_max_mb:
             raise ConfigError(
                 f"--record-total-mb {self.record_total_mb} must be at least --record-max-mb {self.record_max_mb}",

@@ -85,6 +85,7 @@ def require_folders(config: ServeConfig) -> None:
         ("first_frame_dir", os.R_OK | os.X_OK, "read"),
         ("postprocess_model_dir", os.R_OK | os.X_OK, "read"),
         ("record_dir", os.W_OK | os.X_OK, "written"),
+        ("park_dir", os.W_OK | os.X_OK, "written"),
         ("profile_dir", os.W_OK | os.X_OK, "written"),
         ("compile_cache", os.W_OK | os.X_OK, "written"),
     ):

@@ -27,11 +27,13 @@ from lingbot_rt.config import ENDPOINT, ServeConfig
 from lingbot_rt.errors import EngineFailed, LingbotError, Unauthorized, public_text
 from lingbot_rt.server.access import KnownHosts, has_key, may_connect
 from lingbot_rt.server.admission import Admission
-from lingbot_rt.server.connection import Connection, Service
+from lingbot_rt.server.connection import Connection
 from lingbot_rt.server.http import ShortageLog, http_protocol, raise_descriptor_limit
 from lingbot_rt.server.middleware import BrowserHeaders, HeadAsGet, HostCheck, openai_error, page_policy
 from lingbot_rt.server.model_entry import model_entry
+from lingbot_rt.server.parking import Parking
 from lingbot_rt.server.profiles import Profiles, profile_routes
+from lingbot_rt.server.service import Service
 from lingbot_rt.server.websocket import websocket_protocol
 from lingbot_rt.session.plan import EnginePort, EngineStatus, ModelInfo
 from lingbot_rt.session.server_messages import error_message
@@ -75,7 +77,8 @@ def create_app(config: ServeConfig, engine: EnginePort, page: Path | None = None
     """
     tracing = open_tracing(config.trace_endpoint)
     encoders = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="batches")
-    service = Service(config, engine, Admission(config.session_wait_s, config.max_waiting), Metrics(), encoders)
+    admission = Admission(config.session_wait_s, config.max_waiting)
+    service = Service(config, engine, admission, Metrics(), encoders, Parking(config, engine))
     service.tracer = None if tracing is None else tracing.tracer
 
     @asynccontextmanager
@@ -85,6 +88,8 @@ def create_app(config: ServeConfig, engine: EnginePort, page: Path | None = None
         yield
         await service.close_all(SHUTDOWN_LIMIT_S)
         starting.cancel()
+        if engine.status.ready:
+            await service.parking.close()
         await engine.stop()
         encoders.shutdown(wait=False, cancel_futures=True)
         if tracing is not None:
@@ -113,6 +118,7 @@ def create_app(config: ServeConfig, engine: EnginePort, page: Path | None = None
 async def _start(service: Service) -> None:
     try:
         await service.engine.start()
+        await service.parking.started()
         # What was loaded stays. A full collection that walks all of it holds up every client for half a second.
         gc.freeze()
     except LingbotError as error:

@@ -75,6 +75,12 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         else:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * UNSENT_BYTES)
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.handshake_complete and self.conn.close_rcvd is None:
+            # uvicorn's own event for a line that broke has the code of a close without one.
+            self.queue.put_nowait(cast(Any, {"type": "websocket.disconnect", "code": CloseCode.ABNORMAL_CLOSURE}))
+        super().connection_lost(exc)
+
     def data_received(self, data: bytes) -> None:
         if not self.handshake_initiated:
             super().data_received(data)

@@ -8,6 +8,7 @@ latent frame.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -390,9 +391,11 @@ def _parse_time(value: object, field: str) -> float | None:
         return None
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         try:
-            return float(value)
+            number = float(value)
         except (ValueError, OverflowError):
             pass  # the error below names it
+        else:
+            return number if math.isfinite(number) else None
     raise InvalidEvent(f"{shown(value)} is not a time in milliseconds", field=f"{field}.client_ts_ms")
 
 

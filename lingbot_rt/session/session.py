@@ -210,6 +210,10 @@ class Session:
 
     # --- between two chunks ---
 
+    @property
+    def has_asked(self) -> bool:
+        return bool(self._asked)
+
     def take_asked(self) -> Asked | None:
         """What is to be done now that no chunk is in work; it counts as done."""
         return self._asked.pop(next(iter(self._asked))) if self._asked else None

@@ -15,7 +15,10 @@ from lingbot_rt import __version__
 from lingbot_rt.session.plan import ChunkTimings, ModelInfo
 from lingbot_rt.session.server_messages import ChunkStats
 
-SESSION_STATES = ("waiting", "opening", "playing", "paused")
+SESSION_STATES = ("waiting", "opening", "playing", "paused", "parked")
+RESUME_SOURCES = ("memory", "snapshot", "file")
+"""Where a session was that goes on: parked whole, kept as a snapshot, or with its client."""
+
 STAGES = ("prepare", "recache", "denoise", "context", "decode", "postprocess", "encode", "send")
 """Of a chunk, in the order in which its frames pass through them."""
 
@@ -33,6 +36,7 @@ class Metrics:
         self.ready = self._gauge("ready", "1 when the engine is ready for sessions")
         self.connections = self._gauge("connections", "open WebSockets")
         self.sessions = self._counter("sessions", "sessions opened")
+        self.resumes = self._counter("session_resumes", "sessions that went on", "source")
         self.session_ends = self._counter("session_ends", "sessions that ended after they opened", "reason")
         self.ends = self._counter("connection_ends", "closed WebSockets", "code")
         self.errors = self._counter("errors", "error messages sent", "code")
@@ -50,7 +54,8 @@ class Metrics:
         )
         self._stage_ms = self._histogram("stage_ms", "time per chunk and stage", _MS_BUCKETS, "stage")
         self._rank_ms = self._gauge("rank_ms", "newest chunk per rank, without waits for other ranks", "rank")
-        self._live_sessions = self._gauge("live_sessions", "sessions of open WebSockets", "state")
+        self._live_sessions = self._gauge("live_sessions", "sessions of open WebSockets, and parked ones", "state")
+        self.parked_bytes = self._gauge("parked_bytes", "host memory of parked sessions")
         self._outbox_bytes = self._gauge("outbox_bytes", "bytes of messages that sockets have not taken yet")
         self._memory_bytes = self._gauge("device_memory_bytes", "memory of rank 0's device by what holds it", "part")
         self._model_info = self._gauge("model_info", "1, for the loaded model", "model", "device", "dtype")
@@ -60,7 +65,9 @@ class Metrics:
             self._live_sessions.labels(state)
         for stage in STAGES:
             self._stage_ms.labels(stage)
-        for reason in ("complete", "client_gone", "client_too_slow", "engine_failed"):
+        for source in RESUME_SOURCES:
+            self.resumes.labels(source)
+        for reason in ("complete", "client_gone", "client_too_slow", "engine_failed", "not_resumed"):
             self.session_ends.labels(reason)  # a rate needs the zero before the first one
 
     def count_chunk(self, stats: ChunkStats, timings: ChunkTimings, playback_fps: float) -> None:
@@ -79,7 +86,7 @@ class Metrics:
             self._rank_ms.labels(str(rank)).set(ms)
 
     def show_sessions(self, states: Iterable[str | None]) -> None:
-        """``states``: that of each connection; None without a session."""
+        """``states``: that of each connection, None without a session, and that of each parked session."""
         counts = dict.fromkeys(SESSION_STATES, 0)
         for state in states:
             if state is not None:

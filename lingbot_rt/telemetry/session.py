@@ -68,6 +68,20 @@ class SessionTelemetry:
         settings = self._session.settings
         log.info("session %s: %s, %d latent frames", self._session.id, settings.size, settings.latent_frames)
 
+    def parked(self, now: float) -> None:
+        """Its client's line is lost."""
+        self._phase_at = now
+
+    def came_back(self, now: float) -> None:
+        """Its client is there again: from here on it waits for its turn."""
+        self._phase("parked", now)
+
+    def resumed(self, source: str, now: float) -> None:
+        """It goes on. ``source``: one of ``metrics.RESUME_SOURCES``."""
+        self._phase("open", now)
+        self._metrics.resumes.labels(source).inc()
+        log.info("session %s goes on, from %s", self._session.id, source)
+
     def sent(self, chunk: Chunk, result: ChunkResult) -> None:
         """All frames of a chunk and its statistics have left."""
         stats, figures = chunk.stats, self.figures

@@ -117,7 +117,7 @@ class SessionTrace:
         self._chunk_spans = 0
 
     def phase(self, name: str, begun_at: float, ended_at: float) -> None:
-        """What comes before the first chunk: picture, queue, open."""
+        """What comes before the first chunk, or between two: picture, queue, open, parked."""
         self._span(name, self._within_root, begun_at, ended_at)
 
     def chunk(self, chunk: Chunk, stages_ms: Mapping[str, float]) -> None:

@@ -14,7 +14,8 @@ from fastapi import WebSocketDisconnect
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import EngineFailed
 from lingbot_rt.server.app import create_app
-from lingbot_rt.server.connection import Connection, Service
+from lingbot_rt.server.connection import Connection
+from lingbot_rt.server.service import Service
 from lingbot_rt.server.websocket import NOT_UTF8, TOO_LARGE
 from scripts.fuzz_targets import messages
 from scripts.fuzz_targets.bounds import noted

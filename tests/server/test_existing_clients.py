@@ -184,7 +184,7 @@ async def test_every_library_plays_the_same_session(serve):
 
 
 def _events_received(service) -> int:
-    sessions = [connection._session for connection in service.connections]
+    sessions = [connection._serving.session for connection in service.connections]
     return sessions[0]._queue._num_received if sessions and sessions[0] else 0
 
 

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from websockets.exceptions import ConnectionClosed
 
-from lingbot_rt.server import connection
+from lingbot_rt.server import connection, service, serving
 from lingbot_rt.server.connection import Connection
 from lingbot_rt.server.frame_pieces import FramePieces
 from lingbot_rt.server.websocket import READ_BYTES, READ_PAYLOAD_BYTES, UNSENT_BYTES, WebSocketProtocol
@@ -56,15 +56,15 @@ async def test_health_is_answered_while_a_large_message_is_read(serve, monkeypat
     def noted(name, work):
         def call(*args):
             threads.setdefault(name, []).append(threading.current_thread())
-            if name == "decode" and len(args[0]) > connection.INLINE_BYTES:
+            if name == "decode" and len(args[0]) > service.INLINE_BYTES:
                 reading.set()
                 assert gate.wait(30)
             return work(*args)
 
         return call
 
-    for name in ("decode", "resolve"):
-        monkeypatch.setattr(connection, name, noted(name, getattr(connection, name)))
+    for module, name in ((connection, "decode"), (serving, "resolve")):
+        monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
     server = await serve(FakeEngine(group_s=SLOW))
     async with server.client(init(max_chunks=3, unread=bytes(10**6))) as client, httpx.AsyncClient() as http:
         await wait_until(reading.is_set)
