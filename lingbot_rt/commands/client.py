@@ -12,9 +12,9 @@ from lingbot_rt.commands.kept_world import (
     KeptWorld,
     add_resume_option,
     add_save_option,
+    events_of,
     kept_world,
-    moves_of,
-    new_prompt,
+    prompts_of,
 )
 from lingbot_rt.commands.options import (
     add_client_options,
@@ -113,11 +113,8 @@ def _kept_world(args: argparse.Namespace, world: KeptWorld) -> _Plan:
         if name not in RESUME_FIELDS:
             raise ConfigError(f"--init {name}: expected none beside --resume: a kept world has its own", field="init")
     actions: Actions = parse_keys(args.keys or DEFAULT_KEYS) if args.live else ()
-    kind, payload, latent_frames = ("", None, len(actions)) if args.live else moves_of(args)
-    chunks = args.chunks or max(-(-latent_frames // world.latent_frames), 1)
-    prompt = new_prompt(args)
-    events: list[tuple[str, Any]] = [("prompt", prompt)] if prompt is not None else []
-    events += [(kind, payload)] if kind else []
+    events, moves = (prompts_of(args), actions) if args.live else events_of(args)
+    chunks = chunks_for(moves, world.latent_frames, args.chunks)
     fields = {
         "resume": world.resume,
         "realtime_output_format": args.format,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +85,7 @@ def kept_world(option: str, given: str | None, args: argparse.Namespace) -> Kept
         if getattr(args, name) != DEFAULTS.get(name):
             own = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{own}: expected nothing beside {option}: a kept world has its own", field=name)
-    if is_token(given):
+    if option == "--resume" and is_token(given):
         return KeptWorld(given)
     try:
         with open(given, "rb") as source:
@@ -97,18 +98,22 @@ def kept_world(option: str, given: str | None, args: argparse.Namespace) -> Kept
     return KeptWorld(data, file, *_timing(file))
 
 
-def new_prompt(args: argparse.Namespace) -> str | None:
-    """The prompt that a kept world goes on under; None: its own."""
-    return None if args.prompt == DEFAULT_PROMPT else str(args.prompt)
+def events_of(args: argparse.Namespace) -> tuple[list[tuple[str, Any]], Sequence[Any]]:
+    """Kinds and payloads of the events that walk on in a kept world, and its moves, one per latent frame.
 
-
-def moves_of(args: argparse.Namespace) -> tuple[str, Any, int]:
-    """Kind and payload of the event that walks on in a kept world, and its latent frames."""
+    A prompt is sent only if one is named; keys that are pressed live are not sent.
+    """
+    events = prompts_of(args)
     conditions, moves = script_of(args)
-    ((kind, payload),) = conditions.items()
-    if kind == "camera_poses":
-        payload = payload | {"anchor": "camera"}  # from where the camera is
-    return kind, payload, len(moves)
+    for kind, payload in conditions.items():
+        # A path goes on from where the camera is.
+        events.append((kind, payload | {"anchor": "camera"} if kind == "camera_poses" else payload))
+    return events, moves
+
+
+def prompts_of(args: argparse.Namespace) -> list[tuple[str, Any]]:
+    """The event of the prompt that a kept world goes on under, if one is named."""
+    return [] if args.prompt == DEFAULT_PROMPT else [("prompt", args.prompt)]
 
 
 def _timing(file: WorldFile) -> tuple[int, float]:
