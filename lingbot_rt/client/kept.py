@@ -35,7 +35,6 @@ RESUME_FIELDS = (
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{32,}")
 _KEPT_EVENTS = 1024
-_KEPT_COUNTS = 4096
 _DELAYS_S = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 _ANSWERED = ("rewind", "branch", "save")
 """Events with an answer of their own. Until it comes they are sent again."""
@@ -59,34 +58,29 @@ class SavedWorld:
 
 
 class ReceivedFrames:
-    """How many pixel frames of each chunk have come, along the line that the session is on."""
+    """The newest chunk of the session's line, and how many of its pixel frames have come."""
 
     def __init__(self) -> None:
-        self._newest: int | None = None
-        self._counts: OrderedDict[int, int] = OrderedDict()
+        self._chunk = 0
+        self._frames = 0
 
     def add(self, chunk_index: int, frames: int) -> None:
-        self._newest = chunk_index
-        self._counts[chunk_index] = self._counts.get(chunk_index, 0) + frames
-        if len(self._counts) > _KEPT_COUNTS:
-            self._counts.popitem(last=False)
+        if chunk_index != self._chunk:
+            self._chunk, self._frames = chunk_index, 0
+        self._frames += frames
 
     def went_on_at(self, chunk_index: int) -> None:
         """The next frames are those of ``chunk_index``: nothing of it, or of later chunks, has come."""
-        for later in [known for known in self._counts if known >= chunk_index]:
-            del self._counts[later]
-        self._newest = chunk_index - 1 if chunk_index - 1 in self._counts else None
+        self._chunk, self._frames = chunk_index, 0
 
     def resumed_at(self, chunk_index: int) -> None:
         """A server that came back with an older world makes its later chunks again."""
-        if self._newest is not None and chunk_index < self._newest:
+        if chunk_index < self._chunk:
             self.went_on_at(chunk_index)
 
     def fields(self) -> dict[str, int]:
-        """What an init that resumes says of them; nothing before the first frame."""
-        if self._newest is None:
-            return {}
-        return {"received_chunk": self._newest, "received_frames": self._counts[self._newest]}
+        """What an init that resumes says of them. A server that is told nothing takes all that it sent for received."""
+        return {"received_chunk": self._chunk, "received_frames": self._frames}
 
 
 @dataclass(slots=True)

@@ -54,7 +54,7 @@ class FakeWorld:
     def __call__(self, connection: ServerConnection) -> None:
         init = unpack(connection.recv())
         self.inits.append(init)
-        seen = FRAMES * init["received_chunk"] + init["received_frames"] if "received_chunk" in init else 0
+        seen = FRAMES * init["received_chunk"] + init["received_frames"] if "resume" in init else 0
         connection.send(opened(resumed="resume" in init, chunk_index=seen // FRAMES))
         allowed = self._limit(len(self.inits))
         for number, message in enumerate(self._messages(seen)):
@@ -487,19 +487,20 @@ def test_a_key_that_is_refused_meanwhile():
         next(session)
 
 
-def test_what_is_kept_is_bounded():
-    """Counts of chunks and events without an answer."""
+def test_what_is_kept():
+    """The newest chunk of the line that the session is on, and a bounded number of events without an answer."""
     received, events = ReceivedFrames(), EventsInFlight()
+    assert received.fields() == {"received_chunk": 0, "received_frames": 0}
     for number in range(10_000):
-        received.add(number, 3)
+        received.add(number // 2, 3)
         events.add(number, "prompt", b"x")
-    assert received.fields() == {"received_chunk": 9999, "received_frames": 3}
-    received.resumed_at(9999)
-    assert received.fields() == {"received_chunk": 9999, "received_frames": 3}
-    received.resumed_at(9000)
-    assert received.fields() == {"received_chunk": 8999, "received_frames": 3}
-    received.went_on_at(0)
-    assert received.fields() == {}
+    assert received.fields() == {"received_chunk": 4999, "received_frames": 6}
+    received.resumed_at(4999)
+    assert received.fields() == {"received_chunk": 4999, "received_frames": 6}
+    received.resumed_at(4000)
+    assert received.fields() == {"received_chunk": 4000, "received_frames": 0}
+    received.went_on_at(5000)
+    assert received.fields() == {"received_chunk": 5000, "received_frames": 0}
     assert len(events.take_all()) == 1024
 
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
+import socket
+import socketserver
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +166,64 @@ def test_no_share_of_a_chunk_is_negative(server: Server, capsys):
     )
     assert overhead >= 0
     assert "overlap" in out or dit + vae + overhead == total
+
+
+@contextmanager
+def breaking_line(port: int, limits: Iterator[int]) -> Iterator[str]:
+    """A relay to ``port`` whose WebSocket connections break after so many bytes from the server. Yields its address."""
+
+    def pump(source: socket.socket, target: socket.socket, limit: float) -> None:
+        with suppress(OSError):
+            while limit > 0 and (data := source.recv(min(65536, int(min(limit, 65536))))):
+                limit -= len(data)
+                target.sendall(data)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    class Relay(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            head = self.request.recv(65536)
+            limit = next(limits) if b"Upgrade: websocket" in head else math.inf
+            with socket.create_connection(("127.0.0.1", port)) as upstream:
+                upstream.sendall(head)
+                up = threading.Thread(target=pump, args=(self.request, upstream, math.inf))
+                up.start()
+                pump(upstream, self.request, limit)
+                up.join()
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+    with Server(("127.0.0.1", 0), Relay) as relay:
+        thread = threading.Thread(target=relay.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{relay.server_address[1]}"
+        finally:
+            relay.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("kind", ["raw", "delta-gzip"])
+def test_a_line_that_breaks_again_and_again_costs_no_frame(server: Server, kind):
+    """The frames are those of a line that holds: none is missing, none comes twice, and each is the same."""
+    init = {
+        "prompt": "A street.",
+        "size": "64x64",
+        "max_chunks": 4,
+        "realtime_output_format": kind,
+        "script": [["w"]] * 9,
+    }
+    with connect(server.http, **init) as world:
+        whole = [(frame.chunk_index, frame.pixels) for frame in world]
+    limits = itertools.chain([3_000, 25_000, 60_000, 90_000, 130_000], itertools.repeat(10**9))
+    with breaking_line(server.port, limits) as url, connect(url, **init) as world:
+        broken = [(frame.chunk_index, frame.pixels) for frame in world]
+        assert len(world.resumes) >= 3
+        assert all(place.exact for place in world.resumes)
+    assert [chunk for chunk, _ in broken] == [chunk for chunk, _ in whole]
+    np.testing.assert_array_equal(*(np.stack([pixels for _, pixels in frames]) for frames in (broken, whole)))
 
 
 def test_a_walk_goes_on_from_a_saved_world(server: Server, model, tmp_path, capsys):

@@ -1,36 +1,33 @@
 // What the page keeps of a session, so that it can go on after a lost line. No DOM; times are arguments.
 
 const KEPT_EVENTS = 1024;
-const KEPT_COUNTS = 4096;
 const DELAYS_MS = [0, 250, 500, 1000, 2000, 4000];
 const ANSWERED = ["rewind", "branch", "save"]; // with an answer of their own; until it comes they are sent again
 
-/** How many frames of each chunk were decoded, along the line that the session is on. */
+/** The newest chunk of the session's line, and how many of its frames were decoded. */
 export class ReceivedFrames {
-  #newest = null;
-  #counts = new Map();
+  #chunk = 0;
+  #frames = 0;
 
   add(chunkIndex, frames) {
-    this.#newest = chunkIndex;
-    this.#counts.set(chunkIndex, (this.#counts.get(chunkIndex) ?? 0) + frames);
-    if (this.#counts.size > KEPT_COUNTS) this.#counts.delete(this.#counts.keys().next().value);
+    if (chunkIndex !== this.#chunk) this.wentOnAt(chunkIndex);
+    this.#frames += frames;
   }
 
   /** The next frames are those of `chunkIndex`: nothing of it, or of later chunks, has come. */
   wentOnAt(chunkIndex) {
-    for (const known of [...this.#counts.keys()]) if (known >= chunkIndex) this.#counts.delete(known);
-    this.#newest = this.#counts.has(chunkIndex - 1) ? chunkIndex - 1 : null;
+    this.#chunk = chunkIndex;
+    this.#frames = 0;
   }
 
   /** A server that came back with an older world makes its later chunks again. */
   resumedAt(chunkIndex) {
-    if (this.#newest !== null && chunkIndex < this.#newest) this.wentOnAt(chunkIndex);
+    if (chunkIndex < this.#chunk) this.wentOnAt(chunkIndex);
   }
 
-  /** What an init that resumes says of them; nothing before the first frame. */
+  /** What an init that resumes says of them. A server that is told nothing takes all that it sent for received. */
   get fields() {
-    if (this.#newest === null) return {};
-    return { received_chunk: this.#newest, received_frames: this.#counts.get(this.#newest) };
+    return { received_chunk: this.#chunk, received_frames: this.#frames };
   }
 }
 
