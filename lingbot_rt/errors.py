@@ -32,6 +32,7 @@ LingbotError
     ├── MessageRefused     a message, such as the init, is larger than the server's limit
     ├── InitRefused        the server, or connect itself, refused the init: the message names the field
     ├── EventRefused       the server refused one event: nothing changes, and the session goes on
+    ├── SaveFailed         the server did not answer with the world                reconnectable
     ├── SessionLost        the server ended the session, or the connection broke   reconnectable
     └── ProtocolError      the server sent something that this client cannot read
 """
@@ -229,6 +230,11 @@ class InitRefused(ClientError):
 
 class EventRefused(ClientError):
     code = "invalid_event"
+
+
+class SaveFailed(ClientError):
+    code = "save_failed"
+    reconnectable = True
 
 
 class SessionLost(ClientError):

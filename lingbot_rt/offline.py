@@ -1,20 +1,22 @@
-"""A session without a socket: init in, chunks of frames out, by the same state machine and engine as the server's."""
+"""A session without a socket: an init or a saved world in, frames out, by the server's own state machine and engine."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.server.first_frame import decode_picture
-from lingbot_rt.session.messages import Init
+from lingbot_rt.server.live_session import SavedSession
+from lingbot_rt.session.messages import Event, Init
 from lingbot_rt.session.plan import ChunkPlan, ChunkResult, EnginePort
 from lingbot_rt.session.session import Session
 from lingbot_rt.session.settings import resolve
+from lingbot_rt.session.world_file import read_world
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +36,33 @@ async def play(
     ``init.first_frame`` must be the bytes of a picture. Raises InvalidInit, CapacityError or EngineFailed.
     """
     session = Session(session_id, resolve(init, engine.model_info, config))
-    plan = session.settings.session_plan(session_id, decode_picture(init.first_frame, session.settings.size))
-    await engine.open(plan)
+    await engine.open(
+        session.settings.session_plan(session_id, decode_picture(init.first_frame, session.settings.size))
+    )
+    async for chunk in _chunks(engine, session):
+        yield chunk
+
+
+async def go_on(
+    engine: EnginePort, config: ServeConfig, world: bytes, events: Iterable[Event], chunks: int
+) -> AsyncIterator[OfflineChunk]:
+    """Runs a started engine on from a saved world, for ``chunks`` chunks. ``events`` come before the first of them.
+
+    Raises InvalidInit for a file that cannot go on here, InvalidEvent, CapacityError or EngineFailed.
+    """
+    file = read_world(world)
+    saved = SavedSession.of(file, engine.model_info, config)
+    settings = replace(saved.settings, max_chunks=file.chunk_index + chunks, extensions=frozenset())
+    session = Session.restored("offline", settings, saved.control | {"is_paused": False})
+    for event in events:
+        session.receive(event, time.monotonic())
+    await engine.open(settings.session_plan(session.id, saved.first_frame), world)
+    async for chunk in _chunks(engine, session):
+        yield chunk
+
+
+async def _chunks(engine: EnginePort, session: Session) -> AsyncIterator[OfflineChunk]:
+    """Of a session that is open on the engine, to its end; then closes it."""
     try:
         while not session.is_complete:
             chunk = session.next_chunk(time.monotonic()).plan
@@ -43,4 +70,4 @@ async def play(
             groups = [group.pixels async for group in run]
             yield OfflineChunk(chunk, run.result, np.concatenate(groups))
     finally:
-        await engine.close(session_id)
+        await engine.close(session.id)

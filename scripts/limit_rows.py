@@ -129,6 +129,7 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("time of a refused connection", "server.http:REFUSED_LIMIT_S", "s", "the connection closes"),
         Limit("time to send a valid init", "--init-timeout-s", "s", "error `invalid_init`, close 1008"),
         Limit("time to wait for the slot", "--session-wait-s", "s", "error `session_busy`, close 1008"),
+        Limit("sessions at a time", "--max-sessions", "", "further clients wait in line"),
         Limit("clients that wait in line", "--max-waiting", "", "as without the extension `queue`"),
         Limit(
             "more time while the session before is closing",

@@ -1,10 +1,11 @@
-"""``connect`` and the two sessions it opens: blocking under ``with``, async under ``async with``."""
+"""``connect``: opens a blocking session under ``with`` and an async one under ``async with``."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -13,9 +14,10 @@ from websockets.exceptions import ConnectionClosed, InvalidProxy, InvalidStatus,
 from websockets.sync.client import connect as connect_blocking
 
 from lingbot_rt.client.address import proxy_for
-from lingbot_rt.client.frames import Frame
-from lingbot_rt.client.protocol import BaseSession, init_fields
-from lingbot_rt.client.server_info import served_size, server_at
+from lingbot_rt.client.kept import NEEDED_EXTENSIONS, resume_fields
+from lingbot_rt.client.protocol import init_fields
+from lingbot_rt.client.server_info import served_model, server_at
+from lingbot_rt.client.sessions import AsyncSession, Session
 from lingbot_rt.config import ENDPOINT
 from lingbot_rt.config_values import key_value
 from lingbot_rt.errors import ConnectFailed, one_line, reason_of
@@ -30,64 +32,6 @@ _CLOSE_LIMIT_S = 0.5  # the server's close may be stuck behind unread frames, so
 _RETRYABLE_STATUS = (429, 502, 503, 504)
 
 
-class Session(BaseSession[int], Iterator[Frame]):
-    """A blocking session: iterate over its frames, press keys from this thread or another."""
-
-    def __init__(self, socket: BlockingConnection) -> None:
-        super().__init__()
-        self._socket = socket
-
-    def __next__(self) -> Frame:
-        """The next frame; iteration ends with the session. Raises ClientError. The session survives EventRefused."""
-        while not self._decoded:
-            try:
-                self._decoded.extend(self._protocol.receive(self._socket.recv()))
-            except ConnectionClosed as end:
-                self._protocol.closed(*_close_of(end))
-                raise StopIteration from None
-        return self._decoded.popleft()
-
-    def _send(self, message: bytes, event_id: int) -> int:
-        try:
-            self._socket.send(message)
-        except ConnectionClosed as end:
-            self._protocol.closed(*_close_of(end))
-        return event_id
-
-
-class AsyncSession(BaseSession[Coroutine[Any, Any, int]], AsyncIterator[Frame]):
-    """The async session: ``async for frame in session``, ``await session.press("w")``."""
-
-    def __init__(self, socket: AsyncConnection) -> None:
-        super().__init__()
-        self._socket = socket
-
-    async def __anext__(self) -> Frame:
-        """The next frame; iteration ends with the session. Raises ClientError. The session survives EventRefused."""
-        while not self._decoded:
-            try:
-                self._decoded.extend(self._protocol.receive(await self._socket.recv()))
-            except ConnectionClosed as end:
-                self._protocol.closed(*_close_of(end))
-                raise StopAsyncIteration from None
-        return self._decoded.popleft()
-
-    async def messages(self) -> AsyncIterator[bytes | str]:
-        """In place of frames: every message as it came, not decoded, until the session ends. Raises SessionLost."""
-        try:
-            while True:
-                yield await self._socket.recv()
-        except ConnectionClosed as end:
-            self._protocol.closed(*_close_of(end))
-
-    async def _send(self, message: bytes, event_id: int) -> int:
-        try:
-            await self._socket.send(message)
-        except ConnectionClosed as end:
-            self._protocol.closed(*_close_of(end))
-        return event_id
-
-
 class connect:
     """Opens a session at ``url`` (``http://host:port``, ``ws://host:port`` or the endpoint itself).
 
@@ -95,13 +39,21 @@ class connect:
 
     ``init`` takes the arguments of ``protocol.init_fields``: prompt, first_frame, script and any field of the wire. A
     name that is none of them raises InitRefused at once. Without ``size`` the session has the served model's own.
+    ``resume`` goes on with a kept world instead: the file that ``save`` wrote, its bytes, or a session's token. Beside
+    it stand the fields of ``kept.RESUME_FIELDS`` only.
+
+    If the server keeps worlds, the session comes back by itself after a lost line. For that the init names
+    ``kept.NEEDED_EXTENSIONS``, unless it has ``protocol_extensions`` of the caller's: then exactly those.
+
     Entering raises ConnectFailed. If the server refuses the init, the first iteration raises the error.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None, **init: Any) -> None:
+    def __init__(
+        self, url: str, *, api_key: str | None = None, resume: str | Path | bytes | None = None, **init: Any
+    ) -> None:
         self._server = server_at(url)
         self._proxy = proxy_for(self._server)
-        self._init = init_fields(**init)
+        self._init = init_fields(**init) if resume is None else resume_fields(resume, **_without_script(init))
         self._url, self._api_key = url, None if api_key is None else _key(api_key)
         self._options: dict[str, Any] = {
             "proxy": self._proxy.url if self._proxy else None,
@@ -113,33 +65,51 @@ class connect:
         }
 
     def __enter__(self) -> Session:
-        init = self._message()
-        with self._named_errors():
-            self._blocking = connect_blocking(self._server.socket_url, **self._options)
-        # A server that refuses the client sends an error and closes, perhaps before it reads the init. The first
-        # iteration raises that error.
-        with suppress(ConnectionClosed):
-            self._blocking.send(init)
-        return Session(self._blocking)
+        self._blocking = Session(self, self.dial(self._message()))
+        return self._blocking
 
     def __exit__(self, *error: object) -> None:
         self._blocking.close()
 
     async def __aenter__(self) -> AsyncSession:
-        init = await asyncio.to_thread(self._message)
-        with self._named_errors():
-            self._async = await connect_async(self._server.socket_url, **self._options)
-        with suppress(ConnectionClosed):
-            await self._async.send(init)
-        return AsyncSession(self._async)
+        self._async = AsyncSession(self, await self.dial_async(await asyncio.to_thread(self._message)))
+        return self._async
 
     async def __aexit__(self, *error: object) -> None:
         await self._async.close()
 
+    def dial(self, message: bytes) -> BlockingConnection:
+        """A new line to the server, with ``message`` on it. Raises ConnectFailed."""
+        with self._named_errors():
+            socket = connect_blocking(self._server.socket_url, **self._options)
+        # A server that refuses the client sends an error and closes, perhaps before it reads the init. The first
+        # iteration raises that error.
+        with suppress(ConnectionClosed):
+            socket.send(message)
+        return socket
+
+    async def dial_async(self, message: bytes) -> AsyncConnection:
+        """As ``dial``."""
+        with self._named_errors():
+            socket = await connect_async(self._server.socket_url, **self._options)
+        with suppress(ConnectionClosed):
+            await socket.send(message)
+        return socket
+
     def _message(self) -> bytes:
-        """The init message. Asks the server for its size if the caller named none: the wire's default is the 14B's."""
-        size = self._init.get("size") or served_size(self._url, self._api_key)
-        return msgspec.msgpack.encode(self._init if size is None else self._init | {"size": str(size)})
+        """The message that begins.
+
+        Asks the server for what the caller left out: its size, since the wire's default is the 14B's, and its
+        extensions. A server that does not tell them gets neither.
+        """
+        init = dict(self._init)
+        if "size" not in init or "protocol_extensions" not in init:
+            served = served_model(self._url, self._api_key)
+            if "resume" not in init and "size" not in init and served.size is not None:
+                init["size"] = str(served.size)
+            if "protocol_extensions" not in init and set(NEEDED_EXTENSIONS) <= served.extensions:
+                init["protocol_extensions"] = list(NEEDED_EXTENSIONS)
+        return msgspec.msgpack.encode(init)
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -190,5 +160,6 @@ def _key(text: str) -> str:
         raise ConnectFailed(f"api_key: {error}", reconnectable=False) from None
 
 
-def _close_of(end: ConnectionClosed) -> tuple[int | None, str]:
-    return (end.rcvd.code, end.rcvd.reason) if end.rcvd is not None else (None, "")
+def _without_script(init: dict[str, Any]) -> dict[str, Any]:
+    """``script=None`` says that an init has none; beside ``resume`` it says nothing."""
+    return {name: value for name, value in init.items() if name != "script" or value is not None}

@@ -52,6 +52,10 @@ class FrameDecoder:
         self._next_index += len(frames)
         return frames
 
+    def forget_reference(self) -> None:
+        """The next batch comes on a new line, whose first delta stands alone."""
+        self._reference = None
+
     def _pictures(self, header: dict[str, Any], payload: bytes) -> Iterator[Pixels]:
         content_type = header.get("content_type")
         if content_type in ENCODED_TYPES.values():

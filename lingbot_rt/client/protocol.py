@@ -11,7 +11,7 @@ import io
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -23,6 +23,7 @@ from PIL import Image
 
 from lingbot_rt.client.camera_poses import poses_payload
 from lingbot_rt.client.frames import Frame, FrameDecoder, Pixels
+from lingbot_rt.client.kept import EventsInFlight, Place, ReceivedFrames, SavedWorld, world_of
 from lingbot_rt.client.start_picture import start_picture
 from lingbot_rt.errors import (
     ClientError,
@@ -31,6 +32,7 @@ from lingbot_rt.errors import (
     KeyRefused,
     MessageRefused,
     ProtocolError,
+    SaveFailed,
     ServerBusy,
     ServerNotReady,
     SessionLost,
@@ -44,7 +46,10 @@ CAMERA_ON: tuple[tuple[str, ...], ...] = ((),)
 
 _KEPT_STATS = 1024
 _KEPT_WARNINGS = 64
+_KEPT_PLACES = 64
 _NORMAL_CLOSE = 1000
+_SHUT_DOWN_CLOSE = 1001  # the next start of the server may go on with the session
+_SAVE_CHUNKS = 16  # a world comes at the end of the chunk in work, or of the one after
 
 Sent = TypeVar("Sent")
 
@@ -62,6 +67,8 @@ class ChunkStats:
     encode_ms: float | None
     window_frames: int | None
     message: dict[str, Any] = field(repr=False)  # the whole chunk_stats message
+    kept_from: int | None = None  # the first chunk that ``rewind`` can go back to; None: the server keeps none
+    branch: int | None = None
 
     @classmethod
     def from_message(cls, message: dict[str, Any]) -> ChunkStats:
@@ -86,12 +93,26 @@ class ChunkStats:
         return (self.dit_ms or 0) + (self.vae_ms or 0) > self.chunk_total_ms
 
 
+class SessionEnded(Exception):
+    """The session is over, as it should be."""
+
+
 class ClientProtocol:
     """Takes every received message in order. Holds at most one frame header whose payload has not arrived."""
 
     def __init__(self) -> None:
         self.stats: deque[ChunkStats] = deque(maxlen=_KEPT_STATS)
         self.warnings: deque[str] = deque(maxlen=_KEPT_WARNINGS)
+        self.rewinds: deque[Place] = deque(maxlen=_KEPT_PLACES)
+        self.resumes: deque[Place] = deque(maxlen=_KEPT_PLACES)
+        self.events = EventsInFlight()
+        self.token: str | None = None  # with which the session goes on after a lost line
+        self.resume_s = 0.0  # for so long the server keeps it
+        self.has_opened = False  # a ``session`` message came on this line
+        self._extensions: list[str] = []  # of the session, as the server says
+        self._received = ReceivedFrames()
+        self._saves: dict[int, SavedWorld | ClientError | None] = {}  # by event id; None: no answer yet
+        self._chunks = 0
         self._decoder = FrameDecoder()
         self._header: dict[str, Any] | None = None
         self._closing_error: str | None = None
@@ -102,17 +123,26 @@ class ClientProtocol:
             raise ProtocolError("the server sent text where MessagePack was expected")
         if self._header is not None:
             header, self._header = self._header, None
-            return self._decoder.decode(header, message)
+            return self._decode(header, message)
         fields = _unpack(message)
         match fields.get("type"):
             case "frame_batch":
-                return self._decoder.decode(fields, fields.get("payload", b""))
+                return self._decode(fields, fields.get("payload", b""))
             case "frame_batch_header":
                 self._header = fields
             case "chunk_stats":
                 self.stats.append(ChunkStats.from_message(fields))
+                self._chunks += 1
             case "warning":
                 self.warnings.append(f"{fields.get('field', '')}: {fields.get('content', '')}")
+            case "control_ack":
+                self._acknowledged(fields)
+            case "session":
+                self._opened(fields)
+            case "rewound":
+                self._rewound(fields)
+            case "world":
+                self._answer(fields.get("event_id"), world_of(fields))
             case "error":
                 self._raise(str(fields.get("content", "")), fields.get("code"))
             case _:
@@ -125,6 +155,99 @@ class ClientProtocol:
             cause = self._closing_error or reason or "the connection broke"
             raise SessionLost(f"session lost: {cause}", close_code=code)
 
+    def can_resume(self, code: int | None) -> bool:
+        """Whether the server may go on with the session after this end of the connection.
+
+        It sends an error before it ends a session itself: then only its own shutdown leaves one to go on with.
+        """
+        if self.token is None or code == _NORMAL_CLOSE:
+            return False
+        return self._closing_error is None or code == _SHUT_DOWN_CLOSE
+
+    def require_resumable(self, code: int | None, reason: str) -> None:
+        """Raises SessionEnded or SessionLost after an end that leaves nothing to go on with."""
+        if not self.can_resume(code):
+            self.closed(code, reason)
+            raise SessionEnded
+
+    def resume_message(self) -> bytes:
+        """The init that goes on with the session on a new line, which begins here. It waits in line for its turn."""
+        self._header = self._closing_error = None
+        self.has_opened = False
+        self._decoder.forget_reference()
+        message: dict[str, Any] = {"type": "init", "resume": self.token} | self._received.fields()
+        if self._extensions:
+            message["protocol_extensions"] = list(dict.fromkeys([*self._extensions, "queue"]))
+        return msgspec.msgpack.encode(message)
+
+    def expect_world(self, event_id: int) -> Callable[[], bool]:
+        """Says whether the answer to the ``save`` with this id has come, or so many chunks that none will."""
+        self._saves[event_id] = None
+        limit = self._chunks + _SAVE_CHUNKS
+        return lambda: self._saves[event_id] is not None or self._chunks >= limit
+
+    def take_world(self, event_id: int) -> SavedWorld:
+        """The answer. Raises ClientError for a refusal and for none."""
+        answer = self._saves.pop(event_id)
+        if answer is None:
+            self.events.answered(event_id)
+            raise SaveFailed("save: the server did not answer with the world")
+        if isinstance(answer, ClientError):
+            raise answer
+        return answer
+
+    def _decode(self, header: dict[str, Any], payload: bytes) -> list[Frame]:
+        frames = self._decoder.decode(header, payload)
+        if frames:
+            self._received.add(frames[0].chunk_index, len(frames))
+        return frames
+
+    def _acknowledged(self, fields: dict[str, Any]) -> None:
+        event_id = fields.get("event_id")
+        if not isinstance(event_id, int):
+            return
+        if fields.get("state") == "received":
+            self.events.received(event_id)
+        elif fields.get("state") == "dropped":
+            self.events.answered(event_id)
+            if event_id in self._saves and self._saves[event_id] is None:
+                self._saves[event_id] = SaveFailed(
+                    "save: the server dropped it, for a newer one or for an error before"
+                )
+
+    def _opened(self, fields: dict[str, Any]) -> None:
+        self.has_opened = True
+        token, resume_s = fields.get("resume_token"), fields.get("resume_s")
+        if isinstance(token, str) and isinstance(resume_s, int | float):
+            self.token, self.resume_s = token, float(resume_s)
+        capabilities = fields.get("capabilities")
+        named = capabilities.get("extensions") if isinstance(capabilities, dict) else None
+        self._extensions = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+        if fields.get("resumed") is True:
+            place = _place(fields)
+            self.resumes.append(place)
+            if place.chunk_index is not None:
+                self._received.resumed_at(place.chunk_index)
+
+    def _rewound(self, fields: dict[str, Any]) -> None:
+        place = _place(fields)
+        self.rewinds.append(place)
+        if place.chunk_index is not None:
+            self._received.went_on_at(place.chunk_index)
+        event_id = fields.get("event_id")
+        if isinstance(event_id, int):
+            self.events.answered(event_id)
+
+    def _answer(self, event_id: Any, answer: SavedWorld | ClientError) -> bool:
+        """Whether a ``save`` waits for it."""
+        if not isinstance(event_id, int):
+            return False
+        self.events.answered(event_id)
+        if event_id not in self._saves:
+            return False
+        self._saves[event_id] = answer
+        return True
+
     def _raise(self, content: str, code: str | None) -> None:
         kinds: list[tuple[str, type[ClientError]]] = [
             ("another realtime session", ServerBusy),
@@ -136,7 +259,10 @@ class ClientProtocol:
         ]
         for start, kind in kinds:
             if content.startswith(start) or code == kind.code:
-                raise kind(content)
+                error = kind(content)
+                if kind is EventRefused and self._answer(self.events.refused(), error):
+                    return
+                raise error
         # The server closes after any other error. ``closed`` then raises it.
         self._closing_error = content
 
@@ -163,6 +289,24 @@ class BaseSession(ABC, Generic[Sent]):
     def warnings(self) -> deque[str]:
         """The newest 64 warnings of the server, for a session whose init names the extension ``warning``."""
         return self._protocol.warnings
+
+    @property
+    def resume_token(self) -> str | None:
+        """What ``connect(url, resume=...)`` goes on with after this line is lost; None if the server keeps no worlds.
+
+        The session itself comes back with it as long as it is iterated.
+        """
+        return self._protocol.token
+
+    @property
+    def resumes(self) -> deque[Place]:
+        """Where the session went on after a lost line, the newest 64."""
+        return self._protocol.resumes
+
+    @property
+    def rewinds(self) -> deque[Place]:
+        """Where the session went on after ``rewind`` and ``branch``, the newest 64."""
+        return self._protocol.rewinds
 
     @abstractmethod
     def _send(self, message: bytes, event_id: int) -> Sent: ...
@@ -203,10 +347,31 @@ class BaseSession(ABC, Generic[Sent]):
         """
         return self._event("prompt", text if recache is None else {"prompt": text, "recache": recache})
 
+    def rewind(self, chunk: int, branch: int | None = None) -> Sent:
+        """Go back to just before ``chunk``; what came after it in its branch is forgotten.
+
+        ``ChunkStats.kept_from`` is the first chunk that is kept. ``branch`` None: the one that the session is on.
+        Frames of the old line may still come first; ``rewinds`` has where the session went on.
+        """
+        return self._event("rewind", _place_payload(chunk, branch))
+
+    def branch(self, chunk: int, branch: int | None = None) -> Sent:
+        """Go back to just before ``chunk`` and begin a new branch there. What came after stays: ``rewind`` gets to it.
+
+        Branches are numbered from 0, that of the session's beginning.
+        """
+        return self._event("branch", _place_payload(chunk, branch))
+
+    def send_event(self, kind: str, payload: object = None) -> Sent:
+        """Any other event of the wire."""
+        return self._event(kind, payload)
+
     def _event(self, kind: str, payload: object) -> Sent:
         self._event_id += 1
         event = {"type": "event", "kind": kind, "event_id": self._event_id, "payload": payload}
-        return self._send(msgspec.msgpack.encode(event), self._event_id)
+        message = msgspec.msgpack.encode(event)
+        self._protocol.events.add(self._event_id, kind, message)
+        return self._send(message, self._event_id)
 
 
 def init_fields(
@@ -248,6 +413,19 @@ def nearest_hint(name: str, also: Sequence[str] = ()) -> str:
     known = [*Init.__struct_fields__, *also]
     found = difflib.get_close_matches(name, known, n=1) or [each for each in known if name.lower() in each]
     return f"; the nearest is {found[0]}" if found else ""
+
+
+def _place(fields: dict[str, Any]) -> Place:
+    chunk_index, branch = fields.get("chunk_index"), fields.get("branch")
+    return Place(
+        chunk_index if isinstance(chunk_index, int) else None,
+        branch if isinstance(branch, int) else None,
+        fields.get("exact") is not False,
+    )
+
+
+def _place_payload(chunk: int, branch: int | None) -> dict[str, int]:
+    return {"chunk": chunk} if branch is None else {"chunk": chunk, "branch": branch}
 
 
 def _unpack(message: bytes) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -53,12 +54,31 @@ def server_answers(url: str) -> bool:
     return True
 
 
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What an init depends on; nothing of a server that does not tell it."""
+
+    size: FrameSize | None = None  # the model's own
+    extensions: frozenset[str] = frozenset()
+
+
+def served_model(url: str, api_key: str | None = None) -> ServedModel:
+    """Of the server at ``url``, also if it does not answer."""
+    try:
+        entry = fetch_model_info(url, api_key)
+    except ConnectFailed:
+        return ServedModel()
+    names = entry.get("extensions")
+    extensions = frozenset(name for name in names if isinstance(name, str)) if isinstance(names, list) else frozenset()
+    try:
+        return ServedModel(FrameSize.parse(entry["default_size"]), extensions)
+    except (KeyError, TypeError, ValueError):
+        return ServedModel(None, extensions)
+
+
 def served_size(url: str, api_key: str | None = None) -> FrameSize | None:
     """The default size of the model that the server at ``url`` serves; None if it does not tell."""
-    try:
-        return FrameSize.parse(fetch_model_info(url, api_key)["default_size"])
-    except (ConnectFailed, KeyError, TypeError, ValueError):
-        return None
+    return served_model(url, api_key).size
 
 
 def server_at(url: str) -> ServerAddress:

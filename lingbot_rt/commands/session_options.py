@@ -42,6 +42,8 @@ from lingbot_rt.shapes import FrameSize
 
 DEFAULT_PROMPT = "A quiet street in soft morning light, stable camera motion."
 DEFAULT_KEYS = "w*12,l*6,w*6"
+DEFAULTS = {"num_frames": 9, "seed": 42, "fps": 16.0}
+"""Of options of a session, beside those that are not set."""
 
 _KEYS_STEP = re.compile(rf"([{''.join(TOKENS)}]+|-)(?:\*([1-9]\d{{0,5}}))?")
 
@@ -73,7 +75,7 @@ def add_session_options(parser: argparse.ArgumentParser, *, default_out: str | N
     parser.add_argument(
         "--num-frames",
         type=whole_number(1, MAX_NUM_FRAMES),
-        default=9,
+        default=DEFAULTS["num_frames"],
         metavar="N",
         help=f"pixel frames of the first chunk, 1 to {MAX_NUM_FRAMES} (default: %(default)s)",
     )
@@ -81,12 +83,16 @@ def add_session_options(parser: argparse.ArgumentParser, *, default_out: str | N
         "--steps", type=whole_number(*STEPS_RANGE), metavar="N", help="denoise steps per chunk (default: the model's)"
     )
     parser.add_argument(
-        "--seed", type=whole_number(0, 2**63 - 1), default=42, metavar="N", help="seed of the noise (default: 42)"
+        "--seed",
+        type=whole_number(0, 2**63 - 1),
+        default=DEFAULTS["seed"],
+        metavar="N",
+        help="seed of the noise (default: 42)",
     )
     parser.add_argument(
         "--fps",
         type=real_number(*FPS_RANGE),
-        default=16.0,
+        default=DEFAULTS["fps"],
         metavar="N",
         help="playback rate in frames/s (default: 16)",
     )

@@ -363,7 +363,7 @@ class Serving:
                 await service.parking.boundary(start.kept)
 
         link = Link(self._outbox, service.encoders, self._refuse, at_boundary)
-        self._stream = Stream(live, service.engine, link)
+        self._stream = Stream(live, service.engine, service.turns, link)
         if self._finishes:
             self._stream.finish()
         await self._stream.run(start.received)

@@ -118,6 +118,7 @@ class FakeWorld:
         self.compiles = False  # before a session opens; ``open_session`` then opens it
         self._picture = (WEBUI / "presets" / "snow.webp").read_bytes()
         self._chunk = 0
+        self._stats: dict[str, Any] = {}  # beside those of every chunk
         self._route: Any = None
         page.route_web_socket(re.compile(re.escape(base.replace("http", "ws", 1))), self._opened)
 
@@ -138,7 +139,7 @@ class FakeWorld:
             }
         )
         stats = {"chunk_index": self._chunk, "num_frames": 4, "chunk_total_ms": self.chunk_ms, "ws_write_ms": 0.0}
-        self.send({"type": "chunk_stats", **stats})
+        self.send({"type": "chunk_stats", **stats, **self._stats})
         self._chunk += 1
         if self._chunk == self.inits[-1].get("max_chunks"):
             self.close(1000, "generation complete")
@@ -170,3 +171,62 @@ class FakeWorld:
             self.events.append(message)
             if "event_id" in message:
                 self.chunk(message["event_id"])
+
+
+class FakeKeptWorld(FakeWorld):
+    """One that keeps its session after a lost line, goes back and is saved. A key event gives one chunk, as there."""
+
+    def __init__(self, page: Any, base: str) -> None:
+        super().__init__(page, base)
+        self.has_world = True  # for whoever comes with the token
+        self.answers = True  # inits
+        self.is_exact = True
+        self.refusal: str | None = None  # of going back and saving
+        self.world = b"a world"
+        self._branches = 1
+        self._stats = {"kept_from": 0, "branch": 0}
+
+    def lose_line(self) -> None:
+        self.close(1001)
+
+    def open_session(self) -> None:
+        init = self.inits[-1]
+        resumed = isinstance(init.get("resume"), str)
+        if resumed and not self.has_world:
+            content = "invalid generate request: resume: no session has this token"
+            self.send({"type": "error", "code": "invalid_init", "field": "resume", "content": content})
+            return
+        self._chunk = init.get("received_chunk", -1) + 1
+        capabilities = {"extensions": ["session", "history"]}
+        message = {"type": "session", "session_id": "x", "capabilities": capabilities, "resume_token": "t" * 43}
+        place = {"resumed": True, "chunk_index": self._chunk, "branch": 0, "exact": True} if "resume" in init else {}
+        self.send(message | {"resume_s": 60.0} | place)
+        self.chunk()
+
+    def _heard(self, data: str | bytes) -> None:
+        assert isinstance(data, bytes)
+        message = msgspec.msgpack.decode(data)
+        if message["type"] == "init" and not self.answers:
+            self.inits.append(message)
+            return
+        if message["type"] == "init" or message["kind"] not in ("rewind", "branch", "save"):
+            super()._heard(data)
+            return
+        self.events.append(message)
+        if self.refusal is not None:
+            self.send({"type": "error", "code": "invalid_event", "content": self.refusal})
+            return
+        if message["kind"] == "save":
+            self.send({"type": "world", "chunk_index": self._chunk, "payload": self.world} | _id_of(message))
+            return
+        self._chunk, branch = message["payload"]["chunk"], message["payload"]["branch"]
+        if message["kind"] == "branch":
+            branch, self._branches = self._branches, self._branches + 1
+        self._stats["branch"] = branch
+        place = {"chunk_index": self._chunk, "branch": branch, "exact": self.is_exact}
+        self.send({"type": "rewound"} | place | _id_of(message))
+        self.chunk()
+
+
+def _id_of(message: dict[str, Any]) -> dict[str, Any]:
+    return {"event_id": message["event_id"]}

@@ -190,7 +190,9 @@ def test_all_connections_take_the_proxy(monkeypatch):
         with connect("http://world.invalid:30000", **INIT) as world:
             assert next(world).index == 0
         assert fetch_model_info("http://world.invalid:30000") == {}
-    assert [line.split()[:2] for line in asked] == [[b"CONNECT", b"world.invalid:30000"]] * 2
+    assert [line.split()[:2] for line in asked] == [
+        [b"CONNECT", b"world.invalid:30000"]
+    ] * 3  # the init depends on what the server has
 
 
 def test_a_socks_proxy_without_its_package_is_named(monkeypatch):
@@ -226,7 +228,7 @@ def test_something_that_is_no_http_server():
     """An answer that is not HTTP is one named error, for the session and for the model information."""
 
     def greet(listener: socket.socket) -> None:
-        for _ in range(2):
+        for _ in range(3):
             client, _ = listener.accept()
             with client:
                 client.recv(65536)
@@ -257,7 +259,7 @@ def test_a_key_that_no_header_can_carry():
 
     with serving(two_chunks, process_request=remember) as url, connect(url, api_key="secret\r\n", **INIT) as world:
         next(world)
-    assert keys == ["Bearer secret"]
+    assert set(keys) == {"Bearer secret"}
     with pytest.raises(ConnectFailed, match="api_key") as caught:
         connect("http://127.0.0.1:1", api_key="sec\nret", **INIT)
     assert "sec" not in str(caught.value)

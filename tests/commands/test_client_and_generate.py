@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
+import socket
+import socketserver
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +166,110 @@ def test_no_share_of_a_chunk_is_negative(server: Server, capsys):
     )
     assert overhead >= 0
     assert "overlap" in out or dit + vae + overhead == total
+
+
+@contextmanager
+def breaking_line(port: int, limits: Iterator[int]) -> Iterator[str]:
+    """A relay to ``port`` whose WebSocket connections break after so many bytes from the server. Yields its address."""
+
+    def pump(source: socket.socket, target: socket.socket, limit: float) -> None:
+        with suppress(OSError):
+            while limit > 0 and (data := source.recv(min(65536, int(min(limit, 65536))))):
+                limit -= len(data)
+                target.sendall(data)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    class Relay(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            head = self.request.recv(65536)
+            limit = next(limits) if b"Upgrade: websocket" in head else math.inf
+            with socket.create_connection(("127.0.0.1", port)) as upstream:
+                upstream.sendall(head)
+                up = threading.Thread(target=pump, args=(self.request, upstream, math.inf))
+                up.start()
+                pump(upstream, self.request, limit)
+                up.join()
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+    with Server(("127.0.0.1", 0), Relay) as relay:
+        thread = threading.Thread(target=relay.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{relay.server_address[1]}"
+        finally:
+            relay.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("kind", ["raw", "delta-gzip"])
+def test_a_line_that_breaks_again_and_again_costs_no_frame(server: Server, kind):
+    """The frames are those of a line that holds: none is missing, none comes twice, and each is the same."""
+    init = {
+        "prompt": "A street.",
+        "size": "64x64",
+        "max_chunks": 4,
+        "realtime_output_format": kind,
+        "script": [["w"]] * 9,
+    }
+    with connect(server.http, **init) as world:
+        whole = [(frame.chunk_index, frame.pixels) for frame in world]
+    limits = itertools.chain([3_000, 25_000, 60_000, 90_000, 130_000], itertools.repeat(10**9))
+    with breaking_line(server.port, limits) as url, connect(url, **init) as world:
+        broken = [(frame.chunk_index, frame.pixels) for frame in world]
+        assert len(world.resumes) >= 3
+        assert all(place.exact for place in world.resumes)
+    assert [chunk for chunk, _ in broken] == [chunk for chunk, _ in whole]
+    np.testing.assert_array_equal(*(np.stack([pixels for _, pixels in frames]) for frames in (broken, whole)))
+
+
+def test_a_walk_goes_on_from_a_saved_world(server: Server, model, tmp_path, capsys):
+    """``client --save`` has the frames up to the world that it saves. From there ``client --resume`` and
+    ``generate --from`` walk on alike, with the prompt and the keys of the second walk.
+    """
+    world = str(tmp_path / "world.safetensors")
+    live = ["client", "--url", server.http, "--format", "raw"]
+    first = tmp_path / "first"
+    assert main([*live, *SESSION, "--out", str(first), "--save", world]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    (chunk,) = re.findall(rf"^{re.escape(world)}: the world before chunk (\d+)$", said)
+    assert int(chunk) in (2, 3)
+    assert len(pictures(first)) == 9 + 12 * (int(chunk) - 1)
+    further = ["--keys", "l*6", "--prompt", "Heavy rain."]
+    assert main([*live, "--resume", world, *further, "--out", str(tmp_path / "client")]) == 0
+    assert "24 frames in 2 chunks" in capsys.readouterr().out
+    assert main(["generate", *model, "--from", world, *further, "--out", str(tmp_path / "generate")]) == 0
+    assert "24 frames in 2 chunks" in capsys.readouterr().out
+    frames = [np.stack(pictures(tmp_path / name)) for name in ("client", "generate")]
+    np.testing.assert_array_equal(*frames)
+    assert main(["generate", *model, "--from", world, "--keys", "-*6", "--out", str(tmp_path / "still")]) == 0
+    assert not np.array_equal(frames[0], np.stack(pictures(tmp_path / "still")))
+
+
+def test_a_world_that_cannot_go_on(server: Server, model, tmp_path, capsys):
+    """One line names the option and what is expected, before a server or an engine is asked."""
+    file = tmp_path / "no-world"
+    file.write_bytes(b"no world")
+    cases = [
+        (["client", "--resume", str(file)], f"--resume '{file}': the snapshot cannot be read"),
+        (["client", "--resume", "nothing-here"], "'nothing-here': there is no such file, expected a saved world"),
+        (["client", "--resume", "t" * 43, "--seed", "3"], "--seed: expected nothing beside --resume"),
+        (["client", "--resume", "t" * 43, "--init", "fps=3"], "--init fps: expected none beside --resume"),
+        (["client", "--save", str(tmp_path / "no" / "folder")], "there is no folder"),
+        (["generate", *model, "--from", str(file)], f"--from '{file}': the snapshot cannot be read"),
+        (["generate", *model, "--from", str(tmp_path / "missing")], "No such file"),
+        (["generate", *model, "--from", str(file), "--size", "64x64"], "--size: expected nothing beside --from"),
+    ]
+    for words, expected in cases:
+        server_words = ["--url", "http://127.0.0.1:1"] if words[0] == "client" else []
+        try:
+            code = main([words[0], *server_words, *words[1:]])
+        except SystemExit as end:  # argparse
+            code = end.code
+        assert code == 2
+        assert expected in capsys.readouterr().err
+    assert main(["client", "--url", server.http, "--resume", "t" * 43]) == 2
+    assert "resume" in capsys.readouterr().err

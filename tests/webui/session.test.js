@@ -41,7 +41,7 @@ beforeEach(() => {
   clock = new FakeClock();
   socket = new FakeSocket();
   worker = new FakeWorker();
-  seen = { states: [], ended: [], frames: [], stats: [], applied: [], skipped: [], refused: [], queue: [], warming: [] };
+  seen = { states: [], ended: [], frames: [], stats: [], applied: [], skipped: [], refused: [], queue: [], warming: [], opened: [], rewound: [], worlds: [], dropped: [] };
   let eventId = 40;
   session = new Session({
     socket,
@@ -58,6 +58,10 @@ beforeEach(() => {
       applied: (...applied) => seen.applied.push(applied),
       skipped: (detail) => seen.skipped.push(detail),
       refused: (detail) => seen.refused.push(detail),
+      opened: (opened) => seen.opened.push(opened),
+      dropped: ({ kind }) => seen.dropped.push(kind),
+      rewound: (place) => seen.rewound.push(place),
+      world: (bytes) => seen.worlds.push(bytes),
       ended: (end) => seen.ended.push(end),
     },
   });
@@ -246,7 +250,7 @@ test("a connection that broke without a close is noticed by missing heartbeats",
   assert.equal(seen.ended.length, 1);
   assert.equal(seen.ended[0].normal, false);
   assert.match(seen.ended[0].message, /sent nothing/);
-  assert.equal(socket.closedWith.code, 1000);
+  assert.equal(socket.closedWith.code, 4000, "a normal close would end the session for good");
 });
 
 test("a computer that slept reads the received messages before it ends the session", () => {
@@ -290,4 +294,62 @@ test("queue positions are ordinals, and every end has a title and advice", () =>
   assert.doesNotMatch(explainEnd({ ...never, isBlocked: true }).advice, /server runs/);
   assert.match(explainEnd(never).advice, /server runs/);
   assert.match(explainEnd({ code: 1008, message: "another realtime session is already active", errorCode: "session_busy", wasLive: false }).title, /in use/);
+});
+
+test("a session tells its token, and a resumed one sends again what was not heard, and the pause", () => {
+  goLive();
+  socket.says({ type: "session", session_id: "x", resume_token: "t", resume_s: 60 });
+  assert.deepEqual(seen.opened, [{ token: "t", resumeMs: 60_000, isResumed: false }]);
+  session.sendPrompt("heard", []);
+  session.sendPrompt("not heard", []);
+  socket.says({ type: "control_ack", state: "received", event_id: 40 });
+  session.pause(true);
+  socket.onclose({ code: 1006, reason: "" });
+  assert.ok(session.wasPaused);
+
+  const { received, events } = session;
+  const next = new FakeSocket();
+  const states = [];
+  const opened = [];
+  const on = { state: (state) => states.push(state), opened: (ticket) => opened.push(ticket), frames() {} };
+  const again = new Session({
+    socket: next, worker: new FakeWorker(), clock, nextEventId: () => 50, on, received, events, isPaused: true,
+    init: { resume: "t", ...received.fields },
+  });
+  next.onopen();
+  assert.deepEqual({ ...next.sent[0], protocol_extensions: null }, { type: "init", resume: "t", received_chunk: 0, received_frames: 4, protocol_extensions: null });
+  next.says({ type: "session", session_id: "x", resume_token: "t", resume_s: 60, resumed: true, chunk_index: 1 });
+  assert.deepEqual(next.sent.slice(1).map(({ kind, event_id }) => [kind, event_id]), [["composite_input", 41], ["pause", undefined]]);
+  assert.deepEqual(states, ["opening", "paused"]);
+  assert.ok(again.isLive && opened[0].isResumed);
+});
+
+test("frames of the old line that still decode are not shown after the session went back", () => {
+  goLive();
+  const id = session.request("branch", { chunk: 0, branch: 0 });
+  socket.says(batch({ chunk_index: 1 }));
+  socket.says({ type: "rewound", chunk_index: 0, branch: 1, exact: false, event_id: id });
+  socket.says(batch({ chunk_index: 0 }));
+  assert.deepEqual(seen.rewound, [{ chunkIndex: 0, branch: 1, exact: false, eventId: id }]);
+  worker.done();
+  assert.equal(seen.frames.length, 4);
+  worker.done();
+  assert.equal(seen.frames.length, 8);
+  assert.deepEqual(session.received.fields, { received_chunk: 0, received_frames: 4 });
+  assert.equal(session.latency.drawn(id, clock.now()).length, 0, "no frame answers it");
+});
+
+test("a world comes as bytes; a refused way back says which event it was", () => {
+  goLive();
+  session.request("save", null);
+  const id = session.request("rewind", { chunk: 9 });
+  socket.says({ type: "world", chunk_index: 1, event_id: 40, payload: new Uint8Array([7]) });
+  assert.deepEqual([...seen.worlds[0]], [7]);
+  socket.says({ type: "error", content: "invalid event: chunk 9 is not kept", code: "invalid_event" });
+  assert.equal(seen.refused.length, 1);
+  assert.deepEqual(session.events.refused(), null);
+  assert.equal(id, 41);
+  for (const [kind, payload] of [["save", null], ["prompt", "x"]])
+    socket.says({ type: "control_ack", state: "dropped", event_id: session.request(kind, payload) });
+  assert.deepEqual(seen.dropped, ["save"]);
 });

@@ -165,3 +165,12 @@ function pressable(element, { down, move, up }) {
   for (const name of ["pointerup", "pointercancel", "lostpointercapture"]) element.addEventListener(name, end);
   element.addEventListener("contextmenu", (event) => event.preventDefault());
 }
+
+/** Shows on the on-screen keys which actions are held. */
+export function showHeldPads(actions) {
+  for (const pad of document.querySelectorAll(".pad")) {
+    const isHeld = actions.includes(pad.dataset.action);
+    pad.classList.toggle("held", isHeld);
+    pad.setAttribute("aria-pressed", String(isHeld));
+  }
+}

@@ -2,15 +2,18 @@
 
 import { chosenBindings } from "./bindings.js";
 import { $, ask, closeButtons, setIcon, setText } from "./dom.js";
+import { EndCard } from "./end_card.js";
 import { ErrorCards } from "./errors_view.js";
 import { ExportMenu } from "./export.js";
 import { Gallery } from "./gallery.js";
 import { HeldKeys } from "./held_keys.js";
-import { Gamepads } from "./inputs.js";
+import { Gamepads, showHeldPads } from "./inputs.js";
+import { KeptWorld } from "./kept_world.js";
+import { LatencyPill } from "./latency_pill.js";
 import { Layout } from "./layout.js";
 import { LineView } from "./line_view.js";
-import { coldSizeText, explainEnd, inUseText, isServerAway, stateText, untrainedText, warmUpText } from "./messages.js";
-import { MetersView, latencyText } from "./meters_view.js";
+import { coldSizeText, inUseText, stateText, untrainedText, warmUpText } from "./messages.js";
+import { MetersView } from "./meters_view.js";
 import { Player } from "./player.js";
 import { PromptField } from "./prompt_field.js";
 import { MeasuredRates } from "./rates.js";
@@ -33,12 +36,13 @@ const OPENING = ["connecting", "waiting", "opening", "warming"];
 
 const store = new SettingsStore(browserStorage());
 const held = new HeldKeys((actions) => {
-  showHeld(actions);
+  showHeldPads(actions);
   player.hold(actions);
 });
 const errors = new ErrorCards($("errors"));
 const timeline = new PromptTimeline($("timeline"));
 const meters = new MetersView($("meters"), store);
+const latencyPill = new LatencyPill({ meters, store, getPlayer: () => player });
 const gamepads = new Gamepads(held);
 const prompt = new PromptField({
   store,
@@ -70,6 +74,7 @@ const server = new Server({
   onModel: useModel,
   isOurs: () => player.isRunning && holdsServer,
 });
+const endCard = new EndCard(errors, server);
 const startView = new StartView(server);
 const serverForm = new ServerForm($("server-form"), server, () => $("server-dialog").close());
 
@@ -94,8 +99,6 @@ let warmUp = null; // what the server prepares before the session opens
 let sentPrompt = "";
 let metersShownAt = 0;
 let isStarting = false; // between the click on Start and the connection
-let waitsForServer = false; // a card says that the server went away
-let sawServerAway = false; // since that card
 
 const line = new LineView(() => {
   player.stop();
@@ -114,18 +117,14 @@ const player = new Player($("canvas"), {
   drawn: (frame, now) => {
     if (now === player.firstDrawnAt) showState();
     timeline.frameDrawn(frame.eventId, now - player.firstDrawnAt);
+    kept.frameDrawn(frame, timeline.prompt);
     recording.frameDrawn(now);
   },
-  latency: (samples) => {
-    const { totalMs, parts } = samples.at(-1);
-    $("latency-text").textContent = `Key to frame ${Math.round(totalMs)} ms`;
-    $("latency-pill").title = latencyText(parts);
-    meters.latency(player.latency.summary());
-    showLatency();
-  },
+  latency: (samples) => latencyPill.measured(samples),
   stats: (stats, drawMs) => {
     meters.chunk(stats, drawMs);
     rates.chunkCame(stats);
+    kept.chunkCame(stats);
   },
   tick,
   skipped: (detail) =>
@@ -136,14 +135,28 @@ const player = new Player($("canvas"), {
       advice: "The session continues.",
       minor: true,
     }),
-  refused: (detail) =>
+  refused: (detail, event) => {
+    kept.notDone(event);
     errors.show({
       key: "refused",
       title: "The server refused the last change",
       detail,
       advice: "The session continues unchanged.",
-    }),
+    });
+  },
+  dropped: (event) => kept.notDone(event),
+  opened: (ticket) => kept.opened(ticket),
+  rewound: wentBack,
+  world: (bytes) => kept.worldCame(bytes),
   ended: sessionEnded,
+});
+const kept = new KeptWorld({
+  player,
+  errors,
+  canvas: $("canvas"),
+  getBase: () => server.base,
+  onOpen: openWorld,
+  onStop: () => player.stop(),
 });
 
 // --- the session ---
@@ -153,48 +166,34 @@ function keysSteer() {
   return player.isRunning ? !player.isReplay : isStarting;
 }
 
-async function start({ saved = null } = {}) {
+async function start({ saved = null, world = null } = {}) {
+  const given = saved ?? world;
   if (isStarting) return;
   if (!server.model?.ready) {
-    const advice = "Try again when it is ready. The top of the page shows its state.";
-    errors.show({
-      key: "session",
-      title: "The server is not ready",
-      detail: server.status,
-      advice,
-      actions: [["Try again", () => start({ saved })]],
-    });
-    waitsForServer = sawServerAway = true;
+    endCard.notReady(() => start({ saved, world }));
     return;
   }
-  if (!saved && !prompt.check()) return;
+  if (!given && !prompt.check()) return;
   isStarting = true;
   showState();
   try {
-    errors.dismiss("session");
-    waitsForServer = false;
+    endCard.dismiss();
     // The user may click Start while the first frame is still loading.
-    if (!saved) await firstFrame.settled();
-    if (!saved && !firstFrame.exists) {
-      errors.show({
-        key: "session",
-        title: "A first frame is needed",
-        advice: "Choose a preset, or use an image of your own.",
-      });
+    if (!given) await firstFrame.settled();
+    if (!given && !firstFrame.exists) {
+      endCard.show({ title: "A first frame is needed", advice: "Choose a preset, or use an image of your own." });
       return;
     }
-    if (!saved) startForm.size = form.values.size;
-    const init = saved?.init ?? (await initFromPage());
+    if (!given) startForm.size = form.values.size;
+    const init = given?.init ?? (await initFromPage());
     if (!init.prompt) {
-      errors.show({ key: "session", title: "A prompt is needed", advice: "Describe the world in a sentence." });
+      endCard.show({ title: "A prompt is needed", advice: "Describe the world in a sentence." });
       prompt.focus();
       return;
     }
     await recording.stop();
     meters.clear();
-    sentPrompt = init.prompt;
-    timeline.start(init.prompt);
-    startForm.size = init.size;
+    showSession(init);
     rates.sessionStarts(server.base, server.model, init);
     player.start({
       url: socketUrl(server.base, server.apiKey),
@@ -203,6 +202,7 @@ async function start({ saved = null } = {}) {
       model: server.model,
       mode: form.values.playback,
       saved,
+      world: world?.bytes,
     });
     layout.openSheet(false);
     focusWorld();
@@ -210,6 +210,37 @@ async function start({ saved = null } = {}) {
     isStarting = false;
     showState();
   }
+}
+
+function showSession(init) {
+  sentPrompt = init.prompt;
+  timeline.start(init.prompt);
+  kept.start(init);
+  startForm.size = init.size;
+}
+
+/** Goes on with the session that this page had before it was loaded again. */
+function resumeAfterReload() {
+  const ticket = kept.takeTicket();
+  if (!ticket || player.isRunning || isStarting) return;
+  showSession(ticket.init);
+  player.resume({ ...ticket, url: socketUrl(server.base, server.apiKey), mode: form.values.playback });
+  void kept.showPicture(ticket);
+}
+
+function wentBack(place) {
+  const inForce = kept.rewound(place) ?? timeline.prompt;
+  sentPrompt = inForce;
+  timeline.wentBack(inForce, performance.now() - player.firstDrawnAt);
+  showApplyPrompt();
+}
+
+async function openWorld({ bytes, init, firstFrame: { data, width, height } }) {
+  await firstFrame.use(new ImageData(data, width, height));
+  prompt.value = init.prompt;
+  seed.value = init.seed ?? seed.value;
+  form.set(init);
+  await start({ world: { bytes, init: { ...init, ...wireValues(form.fields, form.values) } } });
 }
 
 async function initFromPage() {
@@ -229,6 +260,7 @@ function enter(next) {
   if (["opening", "warming", "live"].includes(next)) holdsServer = true;
   else if (["idle", "connecting", "waiting"].includes(next)) holdsServer = false;
   if (next !== "waiting") line.hide();
+  kept.showAway(next === "away");
   if (next === "connecting") queuePosition = null;
   if (next === "idle") startForm.size = form.values.size;
   document.body.dataset.state = OPENING.includes(next) ? "connecting" : next;
@@ -237,6 +269,7 @@ function enter(next) {
 
 async function sessionEnded(end) {
   held.releaseAll();
+  kept.ended();
   if (document.pointerLockElement) document.exitPointerLock();
   void recording.stop();
   $("stall").hidden = true;
@@ -247,9 +280,7 @@ async function sessionEnded(end) {
   const actions = [["Try again", () => start()]];
   if (end.wasLive) actions.push(["Start from the last frame", startFromLastFrame]);
   if (!end.wasLive) actions.push(["Server", openServer]);
-  errors.show({ key: "session", ...explainEnd({ ...end, isBlocked }), actions });
-  waitsForServer = isServerAway(end.code);
-  sawServerAway = false;
+  endCard.ended({ ...end, isBlocked }, actions);
 }
 
 function tick(now, stalledMs) {
@@ -267,10 +298,10 @@ function showState() {
   const isLive = state === "live" || state === "paused";
   const text = stateText(state, queuePosition, player.isReplay);
   document.body.toggleAttribute("data-replay", isLive && player.isReplay);
-  $("state-pill").hidden = !isLive && state !== "lost" && state !== "ended";
+  $("state-pill").hidden = !isLive && !["away", "lost", "ended"].includes(state);
   $("state-text").textContent = text;
   setText($("status"), text);
-  showLatency();
+  latencyPill.show();
   for (const id of ["pause", "mouse-look"]) $(id).disabled = !isLive;
   for (const id of ["screenshot", "first-continue"]) $(id).disabled = !player.hasDrawn;
   $("record").disabled = !isLive;
@@ -290,19 +321,6 @@ function showState() {
   });
   showLaterChanges();
   showApplyPrompt();
-}
-
-/** The latency is on the video only while the meters are open: those who did not ask for figures get none. */
-function showLatency() {
-  $("latency-pill").hidden = !(player.isLive && meters.isOpen && player.latency.samples.length);
-}
-
-function showHeld(actions) {
-  for (const pad of document.querySelectorAll(".pad")) {
-    const isHeld = actions.includes(pad.dataset.action);
-    pad.classList.toggle("held", isHeld);
-    pad.setAttribute("aria-pressed", String(isHeld));
-  }
 }
 
 function startNote() {
@@ -390,7 +408,8 @@ async function startFromLastFrame() {
 async function useModel(model) {
   form.build(model);
   $("advanced").hidden = false;
-  startForm.size = form.values.size;
+  if (!player.isRunning) startForm.size = form.values.size;
+  resumeAfterReload();
   showState();
   await proposePreset(model.id);
 }
@@ -407,11 +426,7 @@ async function proposePreset(modelId) {
 
 function showServer() {
   showServerFacts(server);
-  sawServerAway ||= server.reachable === false;
-  if (waitsForServer && sawServerAway && server.model?.ready) {
-    errors.dismiss("session");
-    waitsForServer = false;
-  }
+  endCard.serverChanged();
   showState();
 }
 
@@ -440,25 +455,15 @@ async function replay(saved) {
 
 // --- controls ---
 
-async function toggleMeters() {
-  const shown = meters.toggle();
-  $("toggle-meters").setAttribute("aria-pressed", String(meters.isOpen));
-  showLatency();
-  store.set("meters", meters.isOpen);
-  await shown;
-}
-
 function connectControls() {
   closeButtons();
-  showHeld([]);
+  showHeldPads([]);
   $("start").onclick = () => (state === "paused" ? player.pause(false) : start());
   $("pause").onclick = () => player.pause(state !== "paused");
   $("restart").onclick = () => start();
   $("stop").onclick = () => player.stop();
   $("record").onclick = () => recording.toggle();
   $("record").hidden = !canRecord();
-  $("toggle-meters").onclick = toggleMeters;
-  $("latency-pill").onclick = toggleMeters;
   $("prompt").onkeydown = (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) (player.isLive ? applyPrompt : start)();
   };
@@ -475,7 +480,7 @@ function connectControls() {
 
 async function boot() {
   connectControls();
-  if (store.get("meters", false)) await toggleMeters();
+  await latencyPill.restore();
   await startForm.load();
   // The places are there although no server has answered yet.
   await Promise.all([server.start(), proposePreset("")]);

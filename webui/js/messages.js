@@ -8,6 +8,7 @@ const STATES = {
   warming: "Preparing this size",
   live: "Live",
   paused: "Paused",
+  away: "Back in a moment",
   ended: "Ended",
   lost: "Interrupted",
 };
@@ -55,9 +56,9 @@ export const isServerAway = (code) => code === 1001 || code === 1006;
 
 /**
  * An error card {title, detail, advice} for a session that ended without the user's wish. `isBlocked`: the WebSocket
- * never opened although the server answers.
+ * never opened although the server answers. `wasKept`: the server had promised to keep the session.
  */
-export function explainEnd({ code, message, errorCode, wasLive, isBlocked = false }) {
+export function explainEnd({ code, message, errorCode, wasLive, isBlocked = false, wasKept = false }) {
   const card = (title, advice) => ({ title, detail: message, advice });
   if (isBlocked)
     return card(
@@ -65,6 +66,10 @@ export function explainEnd({ code, message, errorCode, wasLive, isBlocked = fals
       "The server answers over HTTP, but something between browser and server does not let its WebSocket through. " +
         "A proxy must pass the headers Upgrade and Connection.",
     );
+  if (errorCode === "resumed_elsewhere")
+    return { ...card("This world went on in another window", "It is open there. You can start a new one here."), minor: true };
+  if (wasKept && errorCode === "invalid_init")
+    return card("The server no longer has this world", "The last frame stays on screen. Your settings are kept.");
   if (errorCode === "session_busy" || /another realtime session/.test(message)) {
     const isFull = message.includes("--max-waiting");
     const title = isFull ? "The line is full" : "The server is in use";

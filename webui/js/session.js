@@ -1,9 +1,11 @@
 // One session: from the WebSocket to decoded frames. The socket, the worker and the clock are arguments, for tests.
 
+import { EventsInFlight, ReceivedFrames } from "./kept.js";
 import { LatencyMeter } from "./latency.js";
 import { EXTENSIONS, MessageReader, eventMessage, initMessage, promptPayload, statePayload } from "./wire.js";
 
 const NORMAL_CLOSE = 1000;
+const LINE_LOST_CLOSE = 4000; // after a normal close the server would not keep the session
 const SILENCE_LIMIT_MS = 30_000; // six heartbeats
 const SLEPT_MS = 5_000; // a timer this late means that the computer slept; received messages may still be unread
 
@@ -11,8 +13,13 @@ const SLEPT_MS = 5_000; // a timer this late means that the computer slept; rece
  * States: connecting -> (waiting) -> opening -> (warming -> opening) -> live <-> paused -> ended | lost.
  *
  * `on` has the callbacks state(name), queue(position, waitedMs), warming({size, expectedMs}), frames(frames),
- * stats(chunk_stats), applied(eventId, chunkIndex), skipped(detail) for data that could not be read, refused(detail)
- * for an event that the server refused, and ended({normal, code, message, errorCode, wasLive}).
+ * stats(chunk_stats), applied(eventId, chunkIndex), skipped(detail) for data that could not be read, refused(detail,
+ * event) for an event that the server refused, dropped(event) for a rewind, branch or save that is not done, opened({token, resumeMs, isResumed}) when the server says that the
+ * session is open, rewound({chunkIndex, branch, exact, eventId}), world(bytes), and ended({normal, code, message,
+ * errorCode, wasLive}).
+ *
+ * `received` and `events` are those of the session before, and `isPaused` says whether that one was, when `init`
+ * resumes it.
  */
 export class Session {
   #socket;
@@ -28,11 +35,17 @@ export class Session {
   #receivedAt = 0;
   #silenceTimer = null;
 
+  #isPaused;
+
   latency = new LatencyMeter();
   capabilities = {};
   hasOpened = false; // the WebSocket did
+  wasPaused = false; // when it ended
 
-  constructor({ socket, worker, init, on, clock, nextEventId }) {
+  constructor({ socket, worker, init, on, clock, nextEventId, received, events, isPaused = false }) {
+    this.received = received ?? new ReceivedFrames();
+    this.events = events ?? new EventsInFlight();
+    this.#isPaused = isPaused;
     this.#socket = socket;
     this.#worker = worker;
     this.#on = on;
@@ -72,17 +85,33 @@ export class Session {
   }
 
   sendEvent(kind, payload) {
+    const eventId = this.request(kind, payload);
+    if (eventId !== null) this.latency.sent(eventId, this.#clock.now());
+    return eventId;
+  }
+
+  /** Sends an event that no frame answers. Returns its id, or null if the session is not open. */
+  request(kind, payload) {
     if (this.hasEnded || this.#state === "connecting") return null;
     const eventId = this.#nextEventId();
-    this.latency.sent(eventId, this.#clock.now());
-    this.#socket.send(eventMessage(kind, payload, eventId));
+    const message = eventMessage(kind, payload, eventId);
+    this.events.add(eventId, kind, message);
+    this.#socket.send(message);
     return eventId;
   }
 
   pause(isPaused) {
     if (!this.isLive) return;
+    this.#isPaused = isPaused;
     this.#socket.send(eventMessage(isPaused ? "pause" : "resume", null, undefined));
     this.#enter(isPaused ? "paused" : "live");
+  }
+
+  /** Takes the line for lost. */
+  abandon() {
+    if (this.hasEnded) return;
+    this.#closeSocket("no answer", LINE_LOST_CLOSE);
+    this.#closed(1006, "The server does not answer.");
   }
 
   /** Ends the session from this side. `ended` is called at once, as a normal end. */
@@ -124,7 +153,7 @@ export class Session {
   #decoded({ id, images, error }) {
     const header = this.#jobs.get(id);
     this.#jobs.delete(id);
-    if (error !== undefined || this.hasEnded) {
+    if (error !== undefined || this.hasEnded || header.isStale) {
       images?.forEach((image) => image.close());
       if (error !== undefined) this.#on.skipped(`Some frames were skipped: ${error}`);
       return;
@@ -133,6 +162,7 @@ export class Session {
     const eventId = header.event_id ?? null;
     this.latency.decoded(eventId, now);
     if (["opening", "waiting", "warming"].includes(this.#state)) this.#enter("live");
+    this.received.add(header.chunk_index, images.length);
     const shared = { eventId, chunkIndex: header.chunk_index, decodedAt: now };
     this.#on.frames(images.map((image) => ({ image, ...shared })));
   }
@@ -146,6 +176,7 @@ export class Session {
         this.capabilities = message.capabilities ?? {};
         if (this.#state === "waiting" || this.#state === "warming") this.#enter("opening");
         if (this.capabilities.extensions?.includes("heartbeat")) this.#watchSilence();
+        this.#opened(message);
         break;
       case "queue":
         this.#enter(message.position > 0 ? "waiting" : "opening");
@@ -159,7 +190,16 @@ export class Session {
         this.#enter("warming");
         this.#watchSilence(); // heartbeats come meanwhile
         break;
+      case "rewound":
+        this.#rewound(message);
+        break;
+      case "world":
+        this.events.answered(message.event_id);
+        this.#on.world(message.payload);
+        break;
       case "control_ack":
+        if (message.state === "received") this.events.received(message.event_id);
+        if (message.state === "dropped") this.#dropped(message.event_id);
         if (message.state === "applied" && message.event_id !== undefined) {
           this.latency.applied(message.event_id, message.chunk_index, this.#clock.now());
           this.#on.applied(message.event_id, message.chunk_index);
@@ -172,10 +212,33 @@ export class Session {
     }
   }
 
+  #opened({ resume_token: token = null, resume_s: seconds = 0, resumed = false, chunk_index: chunkIndex = null }) {
+    this.#on.opened({ token, resumeMs: 1000 * seconds, isResumed: resumed });
+    if (!resumed) return;
+    if (chunkIndex !== null) this.received.resumedAt(chunkIndex);
+    for (const event of this.events.takeAll()) this.#socket.send(event);
+    if (!this.#isPaused) return;
+    this.#socket.send(eventMessage("pause", null, undefined));
+    this.#enter("paused");
+  }
+
+  #dropped(eventId) {
+    const event = this.events.dropped(eventId);
+    if (event) this.#on.dropped(event);
+  }
+
+  /** Frames of the old line that still decode are not shown. */
+  #rewound({ chunk_index: chunkIndex, branch = 0, exact = true, event_id: eventId = null }) {
+    for (const header of this.#jobs.values()) header.isStale = true;
+    this.received.wentOnAt(chunkIndex);
+    this.events.answered(eventId);
+    this.#on.rewound({ chunkIndex, branch, exact, eventId });
+  }
+
   #error(message) {
     const content = String(message.content ?? "");
     if (this.isLive && content.startsWith("invalid event")) {
-      this.#on.refused(content);
+      this.#on.refused(content, this.events.refused());
       return;
     }
     this.#lastError = { message: content, code: message.code ?? null };
@@ -197,7 +260,7 @@ export class Session {
       const now = this.#clock.now();
       if (now - planned > SLEPT_MS) this.#receivedAt = now;
       if (now - this.#receivedAt < SILENCE_LIMIT_MS) return this.#watchSilence();
-      this.#closeSocket("server silent");
+      this.#closeSocket("server silent", LINE_LOST_CLOSE);
       this.#closed(1006, `The server sent nothing for ${SILENCE_LIMIT_MS / 1000} s.`);
     }, planned - this.#clock.now());
   }
@@ -207,9 +270,9 @@ export class Session {
     this.#silenceTimer = null;
   }
 
-  #closeSocket(reason) {
+  #closeSocket(reason, code = NORMAL_CLOSE) {
     this.#socket.onclose = null;
-    this.#socket.close(NORMAL_CLOSE, reason);
+    this.#socket.close(code, reason);
   }
 
   #closed(code, reason) {
@@ -220,6 +283,7 @@ export class Session {
 
   #end(end) {
     const wasLive = this.isLive;
+    this.wasPaused = this.#isPaused;
     this.latency.clearPending();
     this.#stopWatching();
     this.#enter(end.normal ? "ended" : "lost");

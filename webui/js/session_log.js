@@ -9,6 +9,8 @@ export class SessionFileError extends Error {}
 export class SessionLog {
   #events;
   #chunks = 0;
+  #branch = 0;
+  #others = new Map(); // branch -> {events, chunks} of the lines that the session is not on
 
   /** `init` holds the fields of the init message, first_frame as bytes. A replay begins with the `events` it repeats. */
   constructor({ model, init, firstFrameType, startedAt, events = [] }) {
@@ -41,6 +43,20 @@ export class SessionLog {
   /** Chunk `chunkIndex` arrived. */
   chunkCame(chunkIndex) {
     this.#chunks = Math.max(this.#chunks, chunkIndex + 1);
+  }
+
+  /**
+   * The session went back to just before `chunkIndex` of the branch `source` and goes on as `branch`. The log is then of
+   * the line that leads there. `held` {kind, payload, eventId} is the event of what is held at that moment.
+   */
+  wentBack({ source, branch, chunkIndex, held }) {
+    this.#others.set(this.#branch, { events: this.#events, chunks: this.#chunks });
+    const { events } = this.#others.get(source) ?? { events: [] };
+    this.#events = events.filter(({ chunk_index: chunk }) => chunk !== null && chunk < chunkIndex);
+    this.#branch = branch;
+    this.#chunks = chunkIndex;
+    this.add({ ...held, at: this.#events.at(-1)?.at_ms ?? 0 });
+    this.#events.at(-1).chunk_index = chunkIndex;
   }
 
   toJSON() {

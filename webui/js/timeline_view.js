@@ -6,6 +6,9 @@ export class PromptTimeline {
   #root;
   #waiting = [];
 
+  /** The prompt of the frame that was drawn last. */
+  prompt = "";
+
   constructor(root) {
     this.#root = root;
   }
@@ -14,18 +17,28 @@ export class PromptTimeline {
     this.#waiting = [];
     this.#root.replaceChildren();
     this.#root.hidden = true;
+    this.prompt = prompt;
     this.#entry(prompt, "0:00");
+  }
+
+  /** The session went back to where `prompt` was in force. Prompts that had not taken effect never will. */
+  wentBack(prompt, sinceStartMs) {
+    for (const { entry } of this.#waiting.splice(0)) entry.remove();
+    if (prompt === this.prompt) return;
+    this.prompt = prompt;
+    this.#entry(prompt, clockText(sinceStartMs));
   }
 
   /** A prompt was sent. It takes effect with the first drawn frame that carries its event. */
   promptSent(prompt, eventId) {
-    this.#waiting.push({ eventId, entry: this.#entry(prompt, null) });
+    this.#waiting.push({ eventId, prompt, entry: this.#entry(prompt, null) });
     this.#root.hidden = false;
   }
 
   frameDrawn(eventId, sinceStartMs) {
     while (this.#waiting.length && eventId !== null && this.#waiting[0].eventId <= eventId) {
-      const { entry } = this.#waiting.shift();
+      const { entry, prompt } = this.#waiting.shift();
+      this.prompt = prompt;
       entry.classList.remove("waiting");
       entry.querySelector("time").textContent = clockText(sinceStartMs);
     }

@@ -3,7 +3,16 @@
 import { decode, encode } from "./msgpack.js";
 
 const ENDPOINT = "/v1/realtime_video/generate";
-export const EXTENSIONS = ["session", "queue", "warming", "control_ack", "heartbeat", "pause", "pinned_events"];
+export const EXTENSIONS = [
+  "session",
+  "queue",
+  "warming",
+  "control_ack",
+  "heartbeat",
+  "pause",
+  "pinned_events",
+  "history",
+];
 export const STATIC_PAGE_PORT = "18080";
 const SERVER_PORT = "30000";
 
