@@ -236,7 +236,7 @@ async def test_a_token_of_someone_else_opens_nothing(serve):
     for guess in ("", token[:-1], token + "x", token.swapcase(), "x" * 10**5):
         async with server.client(resume(guess)) as client:
             assert (await client.error())["field"] == "resume"
-    assert server.service.parking.count == 1
+    await wait_until(lambda: server.service.parking.count == 1)
 
 
 async def test_an_engine_that_fails_while_nobody_watches_ends_the_world(serve):
