@@ -180,6 +180,34 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
             "between two log lines about the same shortage", "server.http:LOG_INTERVAL_S", "s", "it is not logged again"
         ),
     ),
+    "replicas": (
+        Limit("replicas", "--ray-replicas", "", "an option that is refused"),
+        Limit("replicas that waiting clients bring up", "--ray-max-replicas", "", "clients wait in line"),
+        Limit("time to connect to a replica", "deploy.relay:CONNECT_LIMIT_S", "s", "error `engine_failed`, close 1011"),
+        Limit(
+            "messages that a client in line sends ahead",
+            "deploy.relay:BACKLOG_MESSAGES",
+            "",
+            "the others are read once it has a replica",
+        ),
+        Limit(
+            "bytes of a replica that the kernel keeps for the front",
+            "deploy.relay:RECEIVE_BYTES",
+            "bytes",
+            "the session waits; no frame is dropped",
+        ),
+        Limit("time to read the last error, and to close", "deploy.relay:FAREWELL_LIMIT_S", "s", "the connection ends"),
+        Limit(
+            "time to answer `/metrics` and `/v1/models`", "deploy.front:REPLY_LIMIT_S", "s", "the replica is left out"
+        ),
+        Limit("bytes read of such an answer", "deploy.front:MAX_REPLY_BYTES", "bytes", "the replica is left out"),
+        Limit("time to tell clients of a shutdown", "deploy.front:SHUTDOWN_LIMIT_S", "s", "the connection ends"),
+        Limit(
+            "time until a session comes to its replica", "deploy.ray:CLAIM_LIMIT_S", "s", "the replica is free again"
+        ),
+        Limit("time to end a session on a replica that is to go", "deploy.ray:DRAIN_LIMIT_S", "s", "the session ends"),
+        Limit("silence of a replica", "deploy.ray:FORGET_AFTER_S", "s", "metrics leave it out"),
+    ),
     "queues": (
         Limit(
             "unsent bytes in the kernel, and again in the process",
@@ -306,6 +334,9 @@ NOT_LIMITS = {
     "commands.output:_MAX_CHARACTERS": "of what is printed",
     "commands.walk:_LINE_INTERVAL_S": "between two lines of progress",
     "commands.local_engine:_POLL_S": "between two looks of a command",
+    "deploy.ray:HEALTH_PERIOD_S": "between two looks at a replica",
+    "deploy.ray:POLL_S": "between two looks at a session",
+    "deploy.relay:TELL_AFTER_S": "a client that waits no longer hears of no line",
     "engine.warmup:_GUIDED_CHUNKS": "of the warm-up",
     "models.file_checks:_LISTED": "files named in an error",
     "models.file_checks:_SHOWN": "characters of a file named in an error",

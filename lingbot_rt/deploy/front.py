@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response, WebSocket, WebSocketDisconnect
@@ -24,14 +24,13 @@ from starlette.middleware.cors import CORSMiddleware
 
 import lingbot_rt
 from lingbot_rt.config import ENDPOINT, ServeConfig
-from lingbot_rt.deploy.relay import Lease, Line, Relay
+from lingbot_rt.deploy.relay import Line, Pool, Relay
 from lingbot_rt.deploy.summary import merged_entry, merged_metrics
 from lingbot_rt.errors import LingbotError, Unauthorized
 from lingbot_rt.server.access import KnownHosts, has_key, may_connect
 from lingbot_rt.server.app import page_folder
 from lingbot_rt.server.middleware import BrowserHeaders, HeadAsGet, HostCheck, openai_error, page_policy
 from lingbot_rt.session.messages import error_message
-from lingbot_rt.session.plan import EngineStatus
 
 log = logging.getLogger(__name__)
 
@@ -43,23 +42,6 @@ MAX_REPLY_BYTES = 2**22
 
 SHUTDOWN_LIMIT_S = 3.0
 """How long clients have to hear that the server ends."""
-
-
-class Pool(Protocol):
-    """The replicas. ``deploy/ray.py`` has the real one; tests bring one without Ray."""
-
-    @property
-    def status(self) -> EngineStatus:
-        """Of all together: ready once one replica is."""
-
-    async def start(self) -> None: ...
-
-    async def stop(self) -> None: ...
-
-    def lease(self) -> Lease: ...
-
-    async def addresses(self) -> list[str]:
-        """``host:port`` of every replica that answers."""
 
 
 @dataclass(eq=False)
@@ -230,7 +212,7 @@ def _socket_of(front: Front) -> Callable[[WebSocket], Awaitable[None]]:
                 await websocket.send_bytes(error_message(Unauthorized()))
                 await websocket.close(1008, "unauthorized")
                 return
-            relay = Relay(websocket, front.config, front.engine.lease, front.line)
+            relay = Relay(websocket, front.config, front.engine, front.line)
             front.connections.add(relay)
             try:
                 await relay.run()

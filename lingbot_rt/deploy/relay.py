@@ -6,7 +6,6 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from lingbot_rt.errors import (
     InvalidInit,
     LingbotError,
     MessageTooLarge,
+    NotReady,
     RequestError,
     SessionBusy,
     ShuttingDown,
@@ -30,6 +30,7 @@ from lingbot_rt.errors import (
 from lingbot_rt.server.admission import REMINDER_S
 from lingbot_rt.server.websocket import NOT_UTF8, TOO_LARGE
 from lingbot_rt.session.messages import Event, Init, decode, error_message, queue_message
+from lingbot_rt.session.plan import EngineStatus
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,25 @@ class Lease(Protocol):
 
     async def release(self) -> None:
         """Gives the place or the replica back. Idempotent; raises nothing."""
+
+
+class Pool(Protocol):
+    """The replicas. ``deploy/ray.py`` has the real one; tests bring one without Ray."""
+
+    @property
+    def status(self) -> EngineStatus:
+        """Of all together: ready once one replica is."""
+
+    async def start(self) -> None:
+        """Returns when a replica is ready. Raises EngineFailed."""
+
+    async def stop(self) -> None: ...
+
+    def lease(self) -> Lease:
+        """A place at the end of the queue, once it is acquired. Only while the status is ready."""
+
+    async def addresses(self) -> list[str]:
+        """``host:port`` of every replica that answers."""
 
 
 class Line:
@@ -105,12 +125,12 @@ GONE = Close(None)
 class Relay:
     """Serves one accepted WebSocket."""
 
-    def __init__(self, client: WebSocket, config: ServeConfig, new_lease: Callable[[], Lease], line: Line) -> None:
+    def __init__(self, client: WebSocket, config: ServeConfig, pool: Pool, line: Line) -> None:
         self.gone = asyncio.Event()
         self.has_replica = False
         self._client = client
         self._config = config
-        self._new_lease = new_lease
+        self._pool = pool
         self._line = line
         self._backlog: list[dict[str, Any]] = []  # read before there was a replica
         self._stopped: asyncio.Future[Close] = asyncio.get_running_loop().create_future()
@@ -160,7 +180,7 @@ class Relay:
             return Close(1008, "no init", error)
         if init is None:
             return Close(1007, "not UTF-8", InvalidInit("a text message that is not UTF-8 is not read here"))
-        lease = self._new_lease()
+        lease = self._pool.lease()
         try:
             address = await self._turn(lease, in_line="queue" in init.protocol_extensions)
             self.has_replica = True
@@ -183,10 +203,12 @@ class Relay:
                     raise InvalidInit("a text message is not read here, send binary MessagePack")
                 match await asyncio.to_thread(decode, data, InvalidInit):
                     case Init() as init:
+                        if not self._pool.status.ready:
+                            raise NotReady(f"the server is not ready: {self._pool.status}; try again")
                         return data, init
                     case Event():
                         raise InvalidEvent("there is no session yet, send an init first")
-            except RequestError as error:
+            except (RequestError, NotReady) as error:
                 await self._send(error_message(error))
 
     async def _turn(self, lease: Lease, *, in_line: bool) -> str:
