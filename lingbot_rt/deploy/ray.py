@@ -37,6 +37,12 @@ log = logging.getLogger(__name__)
 
 APP_NAME = "lingbot-rt"
 
+ALONE = "127.0.0.1"
+"""Where replicas listen whose front is on the same machine."""
+
+ANY = "0.0.0.0"
+"""Stands for the address of the replica's machine in its cluster, where no other machine than the front should reach."""
+
 POLL_S = 0.2
 """How often a replica looks whether its session is over."""
 
@@ -82,7 +88,7 @@ class EngineReplica:
 
         self._directory = directory
         self._listener = socket.socket()
-        host = ray.util.get_node_ip_address()
+        host = config.host if config.host == ALONE else ray.util.get_node_ip_address()
         self._listener.bind((host, 0))
         self.address = f"{host}:{self._listener.getsockname()[1]}"
         self._engine = Engine(config)
@@ -191,16 +197,18 @@ class RayPool(HandlePool):
             await asyncio.to_thread(self._deploy)
         except (RayError, RayServeException, RuntimeError, ConnectionError, ValueError) as error:
             self.status = EngineStatus("failed", detail=one_line(error))
-            raise EngineFailed(f"the replicas did not start: {one_line(error)}") from None
+            raise EngineFailed(one_line(error)) from None
         await super().start()
 
     def _deploy(self) -> None:
         address = environment_value("RAY_ADDRESS")
-        # A cluster of this machine alone listens on no other address.
-        alone = {"_node_ip_address": "127.0.0.1", "include_dashboard": False} if address is None else {}
-        ray.init(address, logging_level="warning", **alone)
+        ray.init(address, logging_level="warning", **({"include_dashboard": False} if address is None else {}))
         serve.start(http_options={"location": "NoServer"})
-        self._engines = serve.run(_engines(self._config, _directory()), name=APP_NAME, route_prefix=None)
+        self._engines = serve.run(
+            _engines(self._config, _directory(), host=ALONE if address is None else ANY),
+            name=APP_NAME,
+            route_prefix=None,
+        )
         self._directory = serve.get_deployment_handle("Directory", APP_NAME)
 
     async def stop(self) -> None:
@@ -215,7 +223,7 @@ def _directory() -> Any:
     return serve.deployment(Directory, ray_actor_options={"num_cpus": 0}).bind()
 
 
-def _engines(config: ServeConfig, directory: Any) -> Any:
+def _engines(config: ServeConfig, directory: Any, *, host: str) -> Any:
     """The deployment of the replicas. Ray must be connected: the cluster decides whether they are on GPUs."""
     on_gpu = config.device == "cuda" or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
     # All GPUs of an actor are of one machine, as the processes of one session need them.
@@ -235,7 +243,7 @@ def _engines(config: ServeConfig, directory: Any) -> Any:
         **options,
     )
     inner = dataclasses.replace(  # of a server that the front alone calls: it has checked hosts and origins
-        config, port=0, allowed_hosts="*", cors_allow_origins="*", ray_replicas=None, ray_max_replicas=None
+        config, host=host, port=0, allowed_hosts="*", cors_allow_origins="*", ray_replicas=None, ray_max_replicas=None
     )
     return deployment.bind(inner, directory)
 
@@ -264,4 +272,4 @@ def app(arguments: dict[str, str]) -> Any:
     config = load_config({name: parse_value(fields[name], text, source=name) for name, text in arguments.items()})
     directory = _directory()
     front = serve.deployment(Ingress, max_ongoing_requests=config.max_connections)
-    return front.bind(config, _engines(config, directory), directory)
+    return front.bind(config, _engines(config, directory, host=ANY), directory)
