@@ -41,7 +41,7 @@ ALONE = "127.0.0.1"
 """Where replicas listen whose front is on the same machine."""
 
 ANY = "0.0.0.0"
-"""Stands for the address of the replica's machine in its cluster, where no other machine than the front should reach."""
+"""Stands for the address of the replica's machine in its cluster. Nobody but the front should be able to reach it."""
 
 POLL_S = 0.2
 """How often a replica looks whether its session is over."""
