@@ -235,6 +235,9 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit(
             "a coordinate, in a snapshot", "session.session_state:_MAX_POSITION", "world units", "error `invalid_init`"
         ),
+        Limit("header of a saved world", "session.world_file:MAX_HEADER_BYTES", "bytes", "error `invalid_init`"),
+        Limit("values in it", "session.world_file:MAX_TEXT_VALUES", "", "error `invalid_init`"),
+        Limit("tensors in it", "session.world_file:MAX_TENSORS", "", "error `invalid_init`"),
         Limit("time to write sessions at a stop", "server.parking:CLOSE_LIMIT_S", "s", "the others end"),
         Limit(
             "newest frames of such a session are sent",
