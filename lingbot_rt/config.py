@@ -247,6 +247,14 @@ class ServeConfig:
         high=3600,
         group="limits",
     )
+    max_sessions: int = _option(
+        1,
+        "sessions that are open at a time and take turns on the GPU, chunk by chunk; windows that do not fit together "
+        "wait in host memory",
+        low=1,
+        high=64,
+        group="limits",
+    )
     max_waiting: int = _option(
         32,
         "most clients that wait in line for the running session to end (the protocol extension queue); further ones "
@@ -303,8 +311,8 @@ class ServeConfig:
     )
     parked_mb: int = _option(
         4096,
-        "host memory in MiB for sessions that wait for their clients; beyond it the oldest are kept as snapshots, which "
-        "are small, and beyond that they end",
+        "host memory in MiB for sessions that wait for their clients; beyond it the oldest are kept as small "
+        "snapshots, and beyond that they end",
         low=0,
         high=10**7,
         group="limits",

@@ -4,8 +4,8 @@
     .venv/bin/python scripts/soak.py --minutes 10 -- --device cuda --load-format dummy
 
 Starts a server of its own; what follows ``--`` are further options of ``lingbot-rt serve``. Clients walk, change
-prompts, break off, read slowly, send nonsense, ask the HTTP endpoints, or only connect. Whatever they do, these must
-hold at the end:
+prompts, break off, come back to their session, go back in it, read slowly, send nonsense, ask the HTTP endpoints, or
+only connect. ``--only come_back`` lets all of them do one of these. Whatever they do, these must hold at the end:
 
 - no error or close but those that the clients provoke
 - resident memory grows by less than --memory-slope MB an hour after the first quarter
@@ -86,6 +86,8 @@ class Findings:
     latencies: list[tuple[float, float]] = field(default_factory=list)  # seconds since the start, chunk times
     memory: list[tuple[float, float]] = field(default_factory=list)  # seconds since the start, MB
     frames: int = 0
+    resumed: int = 0  # sessions that went on after their line was lost
+    rewound: int = 0
 
 
 class Server:
@@ -152,10 +154,15 @@ class Server:
 class Client:
     """One client after another, each with a random temper, until the time is over."""
 
-    def __init__(self, server: Server, found: Findings, seed: int, began: float, seconds: float) -> None:
+    def __init__(
+        self, server: Server, found: Findings, seed: int, began: float, seconds: float, only: str | None
+    ) -> None:
+        self._only = only
         self._server, self._found, self._began, self._end = server, found, began, began + seconds
         self._rng = random.Random(seed)
         noise = np.random.default_rng(seed)
+        self._token = ""  # of the session that it can come back to
+        self._received: dict[str, int] = {}  # the newest chunk that it has frames of, and how many
         self._picture = noise.integers(0, 255, (96, 160, 3), dtype=np.uint8)
         self._url = ServerAddress.parse(server.url).socket_url
 
@@ -165,13 +172,14 @@ class Client:
             self.walk,
             self.walk,
             self.break_off,
+            self.come_back,
             self.read_slowly,
             self.nonsense,
             self.idle,
             self.http,
         )
         while time.monotonic() < self._end:
-            temper = self._rng.choice(tempers)
+            temper = getattr(self, self._only) if self._only else self._rng.choice(tempers)
             self._found.did[temper.__name__] += 1
             try:
                 await asyncio.wait_for(temper(), 300)
@@ -242,10 +250,24 @@ class Client:
                     found.wrong.append(f"error: {fields['content']:.300}")
             case "frame_batch" | "frame_batch_header":
                 found.frames += fields["num_frames"]
+                index, before = fields["chunk_index"], self._received
+                more = before.get("received_frames", 0) if before.get("received_chunk") == index else 0
+                self._received = {"received_chunk": index, "received_frames": more + fields["num_frames"]}
+            case "session":
+                self._token = fields.get("resume_token", "")
+                found.resumed += bool(fields.get("resumed"))
+            case "rewound":
+                found.rewound += 1
+                self._received = {}
             case "chunk_stats":
                 if fields["event_latency_ms"] is not None and reads_at_once:
                     chunks = fields["event_latency_ms"] / fields["chunk_total_ms"]
                     found.latencies.append((time.monotonic() - self._began, chunks))
+                if fields.get("kept_from") is not None and self._rng.random() < 0.2:
+                    chunk = self._rng.randint(fields["kept_from"], fields["chunk_index"])
+                    kind = self._rng.choice(("rewind", "branch"))
+                    back = {"type": "event", "kind": kind, "payload": {"chunk": chunk}}
+                    await socket.send(msgspec.msgpack.encode(back))
                 for i in range(self._rng.choice((0, 0, 1, 1, 2, 20))):
                     await socket.send(self._event(1000 * fields["chunk_index"] + i))
 
@@ -269,6 +291,20 @@ class Client:
             await socket.send(self._init(max_chunks=None))
             await self._receive(socket, most=self._rng.randint(0, 12))
             socket.transport.abort()
+
+    async def come_back(self) -> None:
+        """Loses its line again and again, and each time goes on where it was. At the end it says goodbye."""
+        rng, self._token = self._rng, ""
+        message = self._init(max_chunks=None, protocol_extensions=["session", "queue", "history"])
+        for lost in range(rng.randint(2, 12), -1, -1):
+            async with connect(self._url, max_size=None, compression=None) as socket:
+                await socket.send(message)
+                await self._receive(socket, most=rng.randint(1, 9))
+                if not self._token or lost == 0:
+                    break
+                socket.transport.abort()
+            known = self._received if rng.random() < 0.7 else {}
+            message = msgspec.msgpack.encode({"type": "init", "resume": self._token} | known)
 
     async def read_slowly(self) -> None:
         """Takes its time with every message."""
@@ -302,7 +338,7 @@ class Client:
                 self._found.wrong.append(f"{path} answered {status}")
 
 
-async def soak(server: Server, minutes: float, clients: int, seed: int) -> Findings:
+async def soak(server: Server, minutes: float, clients: int, seed: int, only: str | None = None) -> Findings:
     found, began = Findings(), time.monotonic()
 
     async def measure() -> None:
@@ -310,7 +346,7 @@ async def soak(server: Server, minutes: float, clients: int, seed: int) -> Findi
             await asyncio.sleep(SAMPLE_EVERY_S)
             found.memory.append((time.monotonic() - began, server.memory_mb()))
 
-    crowd = [Client(server, found, seed + i, began, 60 * minutes).run() for i in range(clients)]
+    crowd = [Client(server, found, seed + i, began, 60 * minutes, only).run() for i in range(clients)]
     await asyncio.gather(measure(), *crowd)
     return found
 
@@ -341,6 +377,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--only", metavar="TEMPER", help="walk, break_off, come_back, read_slowly, nonsense, idle, http"
+    )
     parser.add_argument("--memory-slope", type=float, default=1.0, metavar="MB", help="most growth per hour")
     parser.add_argument("serve_options", nargs="*", metavar="-- OPTIONS", help="of lingbot-rt serve")
     args = parser.parse_args()
@@ -348,9 +387,9 @@ def main() -> int:
         server = Server(args.serve_options, Path(folder))
         server.wait_ready()
         # One session first: what is made once, such as thread pools and tables, counts as there from the start.
-        asyncio.run(soak(server, 0.2, 2, args.seed + 10**6))
+        asyncio.run(soak(server, 0.2, 2, args.seed + 10**6, args.only))
         before = server.counts()
-        found = asyncio.run(soak(server, args.minutes, args.clients, args.seed))
+        found = asyncio.run(soak(server, args.minutes, args.clients, args.seed, args.only))
         after = at_rest(server, before)
         exit_code, log = server.stop(), server.tail()
     seconds = 60 * args.minutes
@@ -370,7 +409,8 @@ def main() -> int:
         wrong.append(f"the server's exit code is {exit_code}; its log ends: {log}")
     memory = [round(megabytes, 1) for _, megabytes in found.memory[:: max(1, len(found.memory) // 12)]]
     figures = {
-        "minutes": args.minutes, "did": dict(found.did), "frames": found.frames, "errors": dict(found.errors),
+        "minutes": args.minutes, "did": dict(found.did), "frames": found.frames,
+        "resumed": found.resumed, "rewound": found.rewound, "errors": dict(found.errors),
         "closes": dict(found.closes), "memory_mb": memory, "memory_slope_mb_per_hour": round(slope, 2),
         "before": before, "after": after,
         "event_latency_p99_chunks": [first, last], "wrong": wrong,

@@ -20,6 +20,7 @@ from lingbot_rt.session.history import HISTORY_KINDS
 from lingbot_rt.session.messages import EXTENSIONS
 from lingbot_rt.telemetry import Metrics
 from scripts import limits
+from scripts.limit_rows import NOT_LIMITS
 from tests.e2e.served import running
 
 ROOT = Path(__file__).parents[1]
@@ -165,8 +166,8 @@ def test_the_example_gets_its_prompt_back(printed_by_the_example):
 def test_every_bound_is_listed():
     """Each constant, queue and option that looks like a limit is a row of docs/limits.md, or is said to be none."""
     unlisted = limits.bound_like() - limits.listed()
-    assert sorted(unlisted - set(limits.NOT_LIMITS)) == [], "scripts/limits.py lacks rows for these"
-    assert sorted(set(limits.NOT_LIMITS) - unlisted) == [], "scripts/limits.py says that these are no limits"
+    assert sorted(unlisted - set(NOT_LIMITS)) == [], "scripts/limit_rows.py lacks rows for these"
+    assert sorted(set(NOT_LIMITS) - unlisted) == [], "scripts/limit_rows.py says that these are no limits"
 
 
 def test_every_section_of_limits_is_on_the_page():

@@ -186,7 +186,11 @@ REFERENCE_FLAGS = (
     _idle("--pin-cpu-memory", "true|false", "copies to the GPU use pinned memory where that helps"),
     _idle("--trust-remote-code", "true|false", "code of a model folder is never run"),
     _idle("--enable-layerwise-nvtx-marker", "true|false", "`--profile` of `lingbot-rt bench pipeline` writes a trace"),
-    _idle("--realtime-max-sessions", "N", "one session runs; `--max-waiting` others wait in line"),
+    _idle(
+        "--realtime-max-sessions",
+        "N",
+        "`--max-sessions` of this server take turns, and `--max-waiting` others wait in line",
+    ),
     _idle("--batching-max-size", "N", "sessions are not batched"),
     _idle("--batching-delay-ms", "N", "sessions are not batched"),
     _idle("--master-port", "N", "processes find each other at a free port"),

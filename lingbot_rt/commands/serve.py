@@ -86,6 +86,7 @@ def _serve(config: ServeConfig, listeners: Sequence[socket.socket], on_ready: Ca
     """Returns the exit code: 0 after a stop signal."""
     from lingbot_rt.engine.engine import Engine
     from lingbot_rt.server.app import Server, create_app
+    from lingbot_rt.server.parking import CLOSE_LIMIT_S
     from lingbot_rt.telemetry import configure_logging
 
     class EndingServer(Server):
@@ -96,6 +97,8 @@ def _serve(config: ServeConfig, listeners: Sequence[socket.socket], on_ready: Ca
             if not self.should_exit:
                 self.stopped_while_loading = not engine.status.ready
                 limit_s = LOADING_STOP_LIMIT_S if self.stopped_while_loading else STOP_LIMIT_S
+                if config.park_dir is not None and not self.stopped_while_loading:
+                    limit_s += CLOSE_LIMIT_S  # sessions are written
                 why = LOADING if self.stopped_while_loading else f"still busy {limit_s} s after the stop signal"
                 watchdog = threading.Timer(limit_s, _end_now, [why])
                 watchdog.daemon = True

@@ -63,9 +63,10 @@ class SessionState:
             window_frames=plan.window_frames,
             limit_bytes=pipeline.history_bytes,
         )
+        cache = self.cache  # not by way of `self`: a cycle would keep a closed session until the next collection
         self.recache = Recache(
             -(-plan.sink_frames // latent_frames),
-            lambda index: self.cache.holds(index * latent_frames, latent_frames),
+            lambda index: cache.holds(index * latent_frames, latent_frames),
         )
         self.negative: NegativeBranch | None = None
         if plan.guidance_scale > 1:

@@ -67,14 +67,14 @@ class Admission:
         self._wait_s = wait_s
         self._max_waiting = max_waiting
         self._leaving_limit_s = leaving_limit_s
-        self._slots = slots
+        self.slots = slots
         self._holders: list[Slot] = []
         self._line: list[_Ticket] = []
 
     @property
     def is_busy(self) -> bool:
         """Whether every slot is taken."""
-        return len(self._holders) >= self._slots
+        return len(self._holders) >= self.slots
 
     @property
     def running(self) -> int:

@@ -34,6 +34,7 @@ from lingbot_rt.server.model_entry import model_entry
 from lingbot_rt.server.parking import Parking
 from lingbot_rt.server.profiles import Profiles, profile_routes
 from lingbot_rt.server.service import Service
+from lingbot_rt.server.turns import Turns
 from lingbot_rt.server.websocket import websocket_protocol
 from lingbot_rt.session.plan import EnginePort, EngineStatus, ModelInfo
 from lingbot_rt.session.server_messages import error_message
@@ -77,8 +78,8 @@ def create_app(config: ServeConfig, engine: EnginePort, page: Path | None = None
     """
     tracing = open_tracing(config.trace_endpoint)
     encoders = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="batches")
-    admission = Admission(config.session_wait_s, config.max_waiting)
-    service = Service(config, engine, admission, Metrics(), encoders, Parking(config, engine))
+    admission = Admission(config.session_wait_s, config.max_waiting, slots=config.max_sessions)
+    service = Service(config, engine, admission, Metrics(), encoders, Parking(config, engine), Turns(admission))
     service.tracer = None if tracing is None else tracing.tracer
 
     @asynccontextmanager

@@ -50,6 +50,14 @@ def model_entry(
             "guidance": True,
             "camera_poses": True,
             "recache": True,
+            "resume": config.resume_s > 0,
+            "history": config.history_mb > 0,
+        },
+        "kept_worlds": {
+            "resume_s": config.resume_s,
+            "history_mb": config.history_mb,
+            "exact": config.snapshot_kv,
+            "outlive_the_server": config.park_dir is not None,
         },
         "fps": {"default": 16, "min": FPS_RANGE[0], "max": FPS_RANGE[1]},
         "limits": {

@@ -173,7 +173,7 @@ class Parking:
         if kept.is_open:
             await self._engine.close(live.id)
         live.telemetry.ended(reason, time.monotonic())
-        await live.end_record(reason)
+        await live.over(reason)
 
     async def _settle(self, kept: KeptSession) -> None:
         live = kept.live
@@ -218,8 +218,7 @@ class Parking:
             await self.end(kept, error.code)
             return
         await self._engine.close(live.id)
-        live.newest.clear()
-        await live.end_record("the session was kept as a snapshot")
+        await live.over("the session was kept as a snapshot")
         kept.is_open, kept.nbytes = False, len(kept.world)
         log.info("session %s is kept as a snapshot of %.1f MB (--parked-mb)", live.id, kept.nbytes / 1e6)
 
@@ -257,8 +256,8 @@ class Parking:
     async def _leave(self, kept: KeptSession) -> None:
         """Writes one session for the next server, and ends it in this one."""
         live, folder = kept.live, self._folder
-        if live is None:
-            return  # it is on disk
+        if live is None or kept.leave is not None:
+            return  # it is on disk, or its connection could not be ended in time
         is_written = False
         if folder is not None:
             try:

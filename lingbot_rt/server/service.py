@@ -13,6 +13,7 @@ from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import LingbotError
 from lingbot_rt.server.admission import Admission
 from lingbot_rt.server.parking import Parking
+from lingbot_rt.server.turns import Turns
 from lingbot_rt.session.plan import EnginePort
 from lingbot_rt.telemetry import Metrics
 from lingbot_rt.telemetry.tracing import Tracer
@@ -48,6 +49,7 @@ class Service:
     metrics: Metrics
     encoders: Executor
     parking: Parking
+    turns: Turns
     readers: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="read"))
     connections: set[OpenConnection] = field(default_factory=set)
     tracer: Tracer | None = None

@@ -307,7 +307,7 @@ class Serving:
             await self._service.parking.end(kept)
         elif kept is not None:
             self._give_back(kept)
-        await live.end_record(reason)
+        await (live.over(reason) if kept is None or is_open else live.end_record(reason))
 
     async def _opened(self, start: Start, live: LiveSession, picture: Pixels | None) -> Rewound:
         """Opens the session on the engine, if it is not open. Where it stands."""
@@ -363,7 +363,7 @@ class Serving:
                 await service.parking.boundary(start.kept)
 
         link = Link(self._outbox, service.encoders, self._refuse, at_boundary)
-        self._stream = Stream(live, service.engine, link)
+        self._stream = Stream(live, service.engine, service.turns, link)
         if self._finishes:
             self._stream.finish()
         await self._stream.run(start.received)

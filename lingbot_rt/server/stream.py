@@ -19,9 +19,10 @@ from typing import Any, Generic, TypeVar
 from lingbot_rt.errors import LingbotError, RequestError
 from lingbot_rt.recording.record_file import RecordedEvent
 from lingbot_rt.server.live_session import LiveSession, NewChunk, Pixels, Received
+from lingbot_rt.server.turns import Turns
 from lingbot_rt.session.history import Asked
 from lingbot_rt.session.plan import EnginePort
-from lingbot_rt.session.server_messages import EncodedBatch, stats_fields
+from lingbot_rt.session.server_messages import EncodedBatch, Share, stats_fields
 from lingbot_rt.session.session import Chunk
 from lingbot_rt.transport.encode import FrameEncoder
 from lingbot_rt.transport.outbox import Outbox
@@ -43,10 +44,11 @@ class Link:
 class Stream:
     """Serves one opened session until it is complete, or until ``finish``."""
 
-    def __init__(self, live: LiveSession, engine: EnginePort, link: Link) -> None:
+    def __init__(self, live: LiveSession, engine: EnginePort, turns: Turns, link: Link) -> None:
         self._live = live
         self._session = live.session
         self._engine = engine
+        self._turns = turns
         self._link = link
         self._outbox = link.outbox
         self._woken = asyncio.Event()
@@ -88,15 +90,32 @@ class Stream:
             pace_wait_ms = await self._may_start()
             if pace_wait_ms is None:
                 return
-            now = time.monotonic()
-            chunk = self._session.next_chunk(now)
-            new = self._live.begin(chunk, self._engine.run(chunk.plan))
-            chunk.stats.request_prepare_ms = 1000 * (time.monotonic() - now)
-            chunk.stats.queue_wait_ms = 1000 * max(asked_at - idle_since, 0.0)
-            chunk.stats.pace_wait_ms = pace_wait_ms
-            self._pacer.plan(chunk.num_frames)
-            await self._outbox.send(*chunk.acknowledgements)
+            ready_at = time.monotonic()
+            new = await self._turns.begin(self._pacer.due_at, self._begin)
+            if new is None:
+                continue
+            stats = new.chunk.stats
+            stats.queue_wait_ms = 1000 * max(asked_at - idle_since, 0.0)
+            stats.pace_wait_ms = pace_wait_ms
+            if self._turns.is_shared and "session" in self._session.settings.extensions:
+                stats.share = Share(self._turns.sessions, 1000 * (new.chunk.begun_at - ready_at))
+            await self._outbox.send(*new.chunk.acknowledgements)
             yield new
+
+    def _begin(self) -> NewChunk | None:
+        """Samples the next chunk and starts it; None when something came up while it waited for its turn."""
+        if self._is_held_up:
+            return None
+        now = time.monotonic()
+        chunk = self._session.next_chunk(now)
+        new = self._live.begin(chunk, self._engine.run(chunk.plan))
+        chunk.stats.request_prepare_ms = 1000 * (time.monotonic() - now)
+        self._pacer.plan(chunk.num_frames)
+        return new
+
+    @property
+    def _is_held_up(self) -> bool:
+        return self._session.is_paused or self._session.has_asked or self._is_finishing
 
     async def _may_start(self) -> float | None:
         """The one place that decides when the next chunk may start, once the engine is free; what pacing took, in ms.
@@ -115,7 +134,7 @@ class Stream:
                 continue
             await self._link.at_boundary()
             pace_wait_ms = await self._pacer.until_worth_starting(self._first_frames_s)
-            if not (self._session.is_paused or self._session.has_asked or self._is_finishing):
+            if not self._is_held_up:
                 return pace_wait_ms
 
     async def _do_asked(self) -> None:

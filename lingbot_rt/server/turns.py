@@ -6,38 +6,59 @@ import asyncio
 import heapq
 from collections.abc import Callable
 from itertools import count
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
+from lingbot_rt.server.admission import Admission
 from lingbot_rt.session.plan import ChunkRun
 
-Started = TypeVar("Started")
+
+class HasRun(Protocol):
+    @property
+    def run(self) -> ChunkRun: ...
+
+
+Started = TypeVar("Started", bound=HasRun)
 
 
 class Turns:
     """All methods are called from one event loop. At most one caller per session waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
         self._is_taken = False
         self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []  # a heap
         self._order = count()
         self._running: set[asyncio.Task[None]] = set()  # at most one
 
-    async def begin(self, due_at: float, start: Callable[[], tuple[Started, ChunkRun]]) -> tuple[Started, ChunkRun]:
+    @property
+    def is_shared(self) -> bool:
+        """Whether several sessions may have the engine at the same time."""
+        return self._admission.slots > 1
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions have the engine now."""
+        return self._admission.running
+
+    async def begin(self, due_at: float, start: Callable[[], Started | None]) -> Started | None:
         """Calls ``start`` when it is the session's turn; the turn lasts until the chunk that it started has finished.
 
         ``due_at``: when the chunk's frames are wanted, in seconds of one clock. What is wanted at once is due now: so
-        nobody waits for ever behind sessions that always want more.
+        nobody waits for ever behind sessions that always want more. ``start`` may find that nothing is to be started
+        any more, and return None.
         """
         await self._acquire(due_at)
+        started = None
         try:
-            started, run = start()
-        except BaseException:
-            self._pass_on()
-            raise
-        task = asyncio.create_task(self._until_finished(run), name="turn")
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        return started, run
+            started = start()
+        finally:
+            if started is None:
+                self._pass_on()
+        if started is not None:
+            task = asyncio.create_task(self._until_finished(started.run), name="turn")
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+        return started
 
     async def _acquire(self, due_at: float) -> None:
         if not self._is_taken:

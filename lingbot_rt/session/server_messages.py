@@ -129,6 +129,14 @@ class KeptChunks:
     branch: int  # that the session is in
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a chunk had of an engine that several sessions share."""
+
+    sessions: int  # that have it
+    wait_ms: float  # for its turn
+
+
 @dataclass(slots=True)
 class ChunkStats:
     """The times and sizes of one chunk. Filled while the chunk is made and sent; sent itself after the last frame."""
@@ -158,6 +166,7 @@ class ChunkStats:
     postprocess_ms: Mapping[str, float] = field(default_factory=dict)  # upscale_ms and interpolate_ms, if on
     stages: Mapping[str, float] | None = None  # ms of each engine stage; only with `profile`
     kept: KeptChunks | None = None  # only with the extension `history`
+    share: Share | None = None  # only with the extension `session`, where several sessions share the engine
 
 
 def stats_fields(stats: ChunkStats) -> dict[str, Any]:
@@ -193,6 +202,8 @@ def stats_fields(stats: ChunkStats) -> dict[str, Any]:
     if stats.kept is not None:
         kept_from = stats.kept.kept_from
         message |= {"kept_from": None if kept_from is None else _count(kept_from), "branch": _count(stats.kept.branch)}
+    if stats.share is not None:
+        message |= {"sessions": _count(stats.share.sessions), "turn_wait_ms": _ms(stats.share.wait_ms)}
     if stats.stages is not None:
         message["stages"] = {name: max(round(ms, 3), 0.0) for name, ms in stats.stages.items()}
     return message

@@ -23,7 +23,7 @@ MAX_EVENTS = 1024
 """Most events that wait: ``controls.MAX_WAITING``."""
 
 _MAX_PROMPT = 8192
-_MAX_POSITION = 1e12
+_MAX_POSITION = 10**12
 _NEAR_ROTATION = 1e-3
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]

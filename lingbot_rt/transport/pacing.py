@@ -74,6 +74,11 @@ class Pacer:
         self._next_due = due + num_frames / self._fps
         return due
 
+    @property
+    def due_at(self) -> float:
+        """When the first frames of the next chunk may leave."""
+        return self.worth_starting_at(0.0)
+
     def worth_starting_at(self, expected_s: float) -> float:
         """The time before which starting a chunk only makes its first frames wait.
 

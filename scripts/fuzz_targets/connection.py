@@ -25,7 +25,7 @@ LIMIT_S = 120.0
 
 CODES = {
     *("invalid_init", "invalid_event", "not_ready", "capacity", "session_busy", "pause_expired"),
-    *("message_too_large", "engine_failed", "shutting_down"),
+    *("message_too_large", "engine_failed", "shutting_down", "resumed_elsewhere"),
 }
 CLOSES = {1000, 1001, 1007, 1008, 1009, 1011}
 PICTURE = b"P6 64 64 255\n" + bytes(64 * 64 * 3)
@@ -65,11 +65,17 @@ async def _serve(random: Random, kept: _Kept) -> str:
         fail_at_chunk=random.choice((None, None, None, 0, 1)), max_open_pixels=random.choice((10**9, 10**9, 64 * 64))
     )
     config = ServeConfig(
-        session_wait_s=random.choice((0.0, 0.001, 60.0)), init_timeout_s=random.choice((0.1, 60.0)), max_message_mb=1
+        session_wait_s=random.choice((0.0, 0.001, 60.0)),
+        init_timeout_s=random.choice((0.1, 60.0)),
+        max_message_mb=1,
+        resume_s=random.choice((0.0, 60.0, 60.0)),
+        parked_mb=random.choice((0, 1, 4096)),
+        history_mb=random.choice((0, 512)),
     )
     service: Service = create_app(config, engine).state.service
     await engine.start()
-    sockets = [_Socket(random) for _ in range(random.choice((1, 1, 2, 3)))]
+    tokens: list[str] = []
+    sockets = [_Socket(random, tokens) for _ in range(random.choice((1, 1, 2, 3)))]
     with noted([socket.story for socket in sockets]):
         try:
             connections = [Connection(socket, service) for socket in sockets]  # type: ignore[arg-type]
@@ -86,6 +92,11 @@ async def _serve(random: Random, kept: _Kept) -> str:
             assert not service.connections
             assert not service.admission.is_busy
             assert not service.admission.waiting
+            await service.parking.settled()
+            assert engine.live == sum(each.is_open for each in service.parking._kept.values()), "a session stays open"
+            for each in list(service.parking._kept.values()):
+                assert each.is_parked, "nobody holds it, and it is not parked"
+                await service.parking.end(each, "not_resumed")
             assert not engine.live, "a session stays open"
             assert not kept.errors, kept.errors[0]
             return ", ".join(sorted({socket.check() for socket in sockets}))
@@ -104,11 +115,19 @@ async def _stop_when_told(service: Service, sockets: list[_Socket], random: Rand
         connection.stop()
 
 
+def _going_back(random: Random) -> dict[str, Any]:
+    kind = random.choice(("rewind", "branch", "save"))
+    payload = {"chunk": random.choice((0, 0, 1, 2, 9)), "branch": random.choice((None, None, 0, 1))}
+    event = {"type": "event", "kind": kind, "payload": payload, "event_id": 3}
+    return {"type": "websocket.receive", "bytes": msgspec.msgpack.encode(event)}
+
+
 @dataclass(eq=False)
 class _Socket:
     """What a connection sees of a client that sends ``story`` and then leaves, or listens to the end."""
 
     random: Random
+    tokens: list[str]  # of all sockets
     story: list[Any] = field(default_factory=list)
     sent: list[bytes] = field(default_factory=list)
     closed: tuple[int, str] | None = None
@@ -125,11 +144,12 @@ class _Socket:
                 "first_frame": PICTURE,
                 "max_chunks": random.choice((None, 1, 3)),
                 "realtime_output_format": random.choice(("raw", "webp", "delta-gzip")),
-                "protocol_extensions": ["control_ack", "pause", "queue", "session", "heartbeat"],
+                "protocol_extensions": ["control_ack", "pause", "queue", "session", "heartbeat", "history"],
             }
-            self.story.append({"type": "websocket.receive", "bytes": msgspec.msgpack.encode(init)})
+            start = {"type": "websocket.receive", "bytes": msgspec.msgpack.encode(init)}
+            self.story += random.choice(([start], [start], ["resumes", start], [random.randrange(4), "resumes"]))
         for _ in range(random.choice((0, 2, 10))):
-            self.story.append(random.choice((_message(random), random.randrange(4))))
+            self.story.append(random.choice((_message(random), random.randrange(4), _going_back(random))))
         self.story.append(random.choice(("leaves", "listens", "breaks")))
         self._breaks_at = random.choice((None, None, None, 0, 1, 5))
 
@@ -143,7 +163,13 @@ class _Socket:
                 case "leaves" | "breaks":
                     self.is_gone = True
                     self.listens.set()
-                    return {"type": "websocket.disconnect", "code": 1005}
+                    return {"type": "websocket.disconnect", "code": 1005 if step == "leaves" else 1006}
+                case "resumes" if self.tokens:
+                    self._at += 1
+                    resume = {"type": "init", "resume": self.random.choice(self.tokens), "received_chunk": 0}
+                    return {"type": "websocket.receive", "bytes": msgspec.msgpack.encode(resume)}
+                case "resumes":
+                    pass
                 case "listens":
                     self.listens.set()
                     await asyncio.get_running_loop().create_future()
@@ -162,6 +188,8 @@ class _Socket:
         for _ in range(self.random.choice((0, 0, 1, 3))):
             await asyncio.sleep(0)
         self.sent.append(message["bytes"])
+        if b"resume_token" in message["bytes"][:500]:
+            self.tokens.append(msgspec.msgpack.decode(message["bytes"])["resume_token"])
 
     async def close(self, code: int, reason: str) -> None:
         assert self.closed is None, "closed twice"

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from itertools import count
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import save
@@ -16,6 +17,7 @@ from websockets.exceptions import ConnectionClosed
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import ConfigError, EngineFailed
+from lingbot_rt.recording.record_file import read_record
 from tests.server.conftest import LIMIT_S, Client, Running, event, init, running, state, wait_until
 from tests.server.fake_engine import FakeEngine, frame, frames_before
 
@@ -510,6 +512,46 @@ def test_options_that_need_each_other(options, text):
     """The start says which flag is missing."""
     with pytest.raises(ConfigError, match=text):
         ServeConfig(**options)
+
+
+async def test_a_record_goes_on_and_ends_where_the_session_goes_back(serve, tmp_path, caplog):
+    """A lost line leaves no gap in it. Going back would make chunks of one number twice, so it ends there."""
+    caplog.set_level("INFO")
+    server, player = await serve(FakeEngine(group_s=SLOW), record_dir=str(tmp_path)), Player()
+    async with lost(server, init(**KEPT)) as client:
+        token = await token_of(client)
+        await player.take_frames(client, 12)
+    async with server.client(resume(token, **player.received)) as client:
+        await client.until("session")
+        await player.take_frames(client, 40)
+        await client.send(event("rewind", {"chunk": 1}))
+        await client.until("rewound")
+        await client.chunk()
+    await server.idle()
+    (folder,) = tmp_path.iterdir()
+    record = read_record(folder)
+    assert [chunk.index for chunk in record.chunks] == list(range(len(record.chunks)))
+    assert len(record.chunks) >= 2
+    assert [len(chunk.hashes) for chunk in record.chunks] == [9] + [12] * (len(record.chunks) - 1)
+    assert record.end.reason == "the session went back to an earlier chunk"
+    texts = [entry.getMessage() for entry in caplog.records]
+    assert any(text.endswith("for 60 s") and "is parked" in text for text in texts)
+    assert any(text.endswith("goes on, from memory") for text in texts)
+    assert sum("ended: client_gone" in text for text in texts) == 1
+
+
+async def test_the_server_says_what_it_keeps(serve):
+    """From /v1/models a page knows whether there is anything to come back to."""
+    for options, expected in (
+        ({}, {"resume_s": 60, "history_mb": 512, "exact": False, "outlive_the_server": False}),
+        ({"resume_s": 0, "history_mb": 0}, {"resume_s": 0, "history_mb": 0, "exact": False}),
+    ):
+        server = await serve(**options)
+        async with httpx.AsyncClient() as client:
+            entry = (await client.get(f"{server.http}/v1/models")).json()["data"][0]
+        assert entry["kept_worlds"] == expected | {"outlive_the_server": False}
+        assert (entry["features"]["resume"], entry["features"]["history"]) == (not options, not options)
+        assert "history" in entry["extensions"]
 
 
 async def test_many_cycles_leave_nothing(serve):
