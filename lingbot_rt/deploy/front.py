@@ -30,7 +30,7 @@ from lingbot_rt.errors import LingbotError, Unauthorized
 from lingbot_rt.server.access import KnownHosts, has_key, may_connect
 from lingbot_rt.server.app import page_folder
 from lingbot_rt.server.middleware import BrowserHeaders, HeadAsGet, HostCheck, openai_error, page_policy
-from lingbot_rt.session.messages import error_message
+from lingbot_rt.session.server_messages import error_message
 
 log = logging.getLogger(__name__)
 

@@ -29,8 +29,9 @@ from lingbot_rt.errors import (
 )
 from lingbot_rt.server.admission import REMINDER_S
 from lingbot_rt.server.websocket import NOT_UTF8, TOO_LARGE
-from lingbot_rt.session.messages import Event, Init, decode, error_message, queue_message
+from lingbot_rt.session.messages import Event, Init, decode
 from lingbot_rt.session.plan import EngineStatus
+from lingbot_rt.session.server_messages import error_message, queue_message
 
 log = logging.getLogger(__name__)
 
