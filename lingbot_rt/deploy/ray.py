@@ -271,5 +271,5 @@ def app(arguments: dict[str, str]) -> Any:
         raise ConfigError(f"{quoted(unknown[0])}: no such option; expected one of {', '.join(sorted(fields))}")
     config = load_config({name: parse_value(fields[name], text, source=name) for name, text in arguments.items()})
     directory = _directory()
-    front = serve.deployment(Ingress, max_ongoing_requests=config.max_connections)
+    front = serve.deployment(Ingress, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=config.max_connections)
     return front.bind(config, _engines(config, directory, host=ANY), directory)
