@@ -417,6 +417,13 @@ class ServeConfig:
                 f"--ray-max-replicas {self.ray_max_replicas} needs --ray-replicas, and at least as many",
                 field="ray_max_replicas",
             )
+        for name in ("park_dir", "max_sessions") if self.ray_replicas is not None else ():
+            if getattr(self, name) not in (None, 1):
+                raise ConfigError(
+                    f"{flag(name)} {getattr(self, name)} with --ray-replicas: each replica plays one session, and "
+                    "keeps none for a client that comes back",
+                    field=name,
+                )
         for field in dataclasses.fields(self) if self.record_dir is None else ():
             if field.name.startswith("record_") and getattr(self, field.name) != field.default:
                 raise ConfigError(

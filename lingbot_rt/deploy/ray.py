@@ -243,7 +243,14 @@ def _engines(config: ServeConfig, directory: Any, *, host: str) -> Any:
         **options,
     )
     inner = dataclasses.replace(  # of a server that the front alone calls: it has checked hosts and origins
-        config, host=host, port=0, allowed_hosts="*", cors_allow_origins="*", ray_replicas=None, ray_max_replicas=None
+        config,
+        host=host,
+        port=0,
+        allowed_hosts="*",
+        cors_allow_origins="*",
+        ray_replicas=None,
+        ray_max_replicas=None,
+        resume_s=0.0,  # a client that comes back gets any free replica
     )
     return deployment.bind(inner, directory)
 

@@ -29,7 +29,7 @@ from lingbot_rt.errors import (
 )
 from lingbot_rt.server.admission import REMINDER_S
 from lingbot_rt.server.websocket import NOT_UTF8, TOO_LARGE
-from lingbot_rt.session.messages import Event, Init, decode
+from lingbot_rt.session.messages import Event, Init, Resume, decode
 from lingbot_rt.session.plan import EngineStatus
 from lingbot_rt.session.server_messages import error_message, queue_message
 
@@ -183,7 +183,7 @@ class Relay:
             return Close(1007, "not UTF-8", InvalidInit("a text message that is not UTF-8 is not read here"))
         lease = self._pool.lease()
         try:
-            address = await self._turn(lease, in_line="queue" in init.protocol_extensions)
+            address = await self._turn(lease, in_line="queue" in (init.protocol_extensions or ()))
             self.has_replica = True
             return await self._converse(address, first)
         finally:
@@ -192,7 +192,7 @@ class Relay:
 
     # --- before there is a replica ---
 
-    async def _read_init(self) -> tuple[bytes, Init | None]:
+    async def _read_init(self) -> tuple[bytes, Init | Resume | None]:
         """The first valid init as it came; None for text that is none, which ends the connection."""
         while True:
             message = await self._receive()
@@ -203,7 +203,13 @@ class Relay:
                 if data is None:
                     raise InvalidInit("a text message is not read here, send binary MessagePack")
                 match await asyncio.to_thread(decode, data, InvalidInit):
-                    case Init() as init:
+                    case Resume(resume=str()):
+                        raise InvalidInit(
+                            "sessions of a server with --ray-replicas are not kept; send a saved world, or an init "
+                            "without resume",
+                            field="resume",
+                        )
+                    case Init() | Resume() as init:
                         if not self._pool.status.ready:
                             raise NotReady(f"the server is not ready: {self._pool.status}; try again")
                         return data, init

@@ -10,7 +10,9 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from lingbot_rt.config import ServeConfig
 from lingbot_rt.deploy.summary import merged_entry, merged_metrics
+from lingbot_rt.errors import ConfigError
 from tests.server.conftest import event, init, state, wait_until
 
 
@@ -235,3 +237,27 @@ def test_entries_are_merged():
     merged = merged_entry([loading, busy], waiting=3)
     assert merged == busy | {"waiting": 3, "replicas": {"ready": 1, "busy": 1}}
     assert merged_entry([], waiting=0) is None
+
+
+async def test_a_saved_world_goes_on_at_any_replica_and_a_token_at_none(front):
+    """Replicas keep no sessions for clients that come back. A file brings its world along."""
+    front = await front(1)
+    async with front.client(init(protocol_extensions=["history", "pause"])) as client:
+        await client.chunk()
+        await client.send(event("save"))
+        while (message := await client.receive())[0]["type"] != "world":
+            pass
+    saved = message[1]
+    async with front.client({"type": "init", "resume": "a" * 43}) as client:
+        error = await client.error()
+        assert (error["code"], error["field"]) == ("invalid_init", "resume")
+        assert "--ray-replicas" in error["content"]
+        await client.send({"type": "init", "resume": saved, "realtime_output_format": "raw"})
+        assert (await client.chunk()).stats["chunk_index"] == message[0]["chunk_index"]
+
+
+@pytest.mark.parametrize("changes", [{"park_dir": "kept"}, {"max_sessions": 2}])
+def test_options_that_a_front_cannot_keep_are_refused(changes):
+    (name, value), *_ = changes.items()
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} {value} with --ray-replicas"):
+        ServeConfig(ray_replicas=2, **changes)
