@@ -297,8 +297,45 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("wait for the server's close", "client.connect:_CLOSE_LIMIT_S", "s", "the connection is cut"),
         Limit("statistics kept", "client.protocol:_KEPT_STATS", "chunks", "the oldest are forgotten"),
         Limit("warnings kept", "client.protocol:_KEPT_WARNINGS", "", "the oldest are forgotten"),
+        Limit("places kept where a session went on", "client.protocol:_KEPT_PLACES", "", "the oldest are forgotten"),
+        Limit(
+            "events without an answer, to be sent again",
+            "client.kept:_KEPT_EVENTS",
+            "",
+            "the oldest are not sent again",
+        ),
+        Limit("wait for a saved world", "client.sessions:SAVE_LIMIT_S", "s", "`SaveFailed`"),
+        Limit("chunks until a saved world comes", "client.protocol:_SAVE_CHUNKS", "", "`SaveFailed`"),
         Limit("answer of /v1/models", "client.server_info:_MAX_BYTES", "bytes", "the rest is not read"),
         Limit("each wait for it", "client.server_info:_TIMEOUT_S", "s", "an error that names the server"),
+    ),
+    "replicas": (
+        Limit("replicas", "--ray-replicas", "", "an option that is refused"),
+        Limit("replicas that waiting clients bring up", "--ray-max-replicas", "", "clients wait in line"),
+        Limit("time to connect to a replica", "deploy.relay:CONNECT_LIMIT_S", "s", "error `engine_failed`, close 1011"),
+        Limit(
+            "messages that a client in line sends ahead",
+            "deploy.relay:BACKLOG_MESSAGES",
+            "",
+            "the others are read once it has a replica",
+        ),
+        Limit(
+            "bytes of a replica that the kernel keeps for the front",
+            "deploy.relay:RECEIVE_BYTES",
+            "bytes",
+            "the session waits; no frame is dropped",
+        ),
+        Limit("time to read the last error, and to close", "deploy.relay:FAREWELL_LIMIT_S", "s", "the connection ends"),
+        Limit(
+            "time to answer `/metrics` and `/v1/models`", "deploy.front:REPLY_LIMIT_S", "s", "the replica is left out"
+        ),
+        Limit("bytes read of such an answer", "deploy.front:MAX_REPLY_BYTES", "bytes", "the replica is left out"),
+        Limit("time to tell clients of a shutdown", "deploy.front:SHUTDOWN_LIMIT_S", "s", "the connection ends"),
+        Limit(
+            "time until a session comes to its replica", "deploy.ray:CLAIM_LIMIT_S", "s", "the replica is free again"
+        ),
+        Limit("time to end a session on a replica that is to go", "deploy.ray:DRAIN_LIMIT_S", "s", "the session ends"),
+        Limit("silence of a replica", "deploy.ray:FORGET_AFTER_S", "s", "metrics leave it out"),
     ),
 }
 """Section of the page -> its rows."""
@@ -318,6 +355,7 @@ NOT_LIMITS = {
     "parallel.groups:_LENGTH_BYTES": "a form",
     "postprocess.loader:_LISTED_KEYS": "names in an error",
     "server.admission:LOOK_AGAIN_S": "between two looks at the slot",
+    "client.kept:_DELAYS_S": "between two tries of a client that comes back",
     "server.admission:REMINDER_S": "between two messages to a client in line",
     "server.connection:TICK_S": "between two looks at a session",
     "server.first_frame:_BAND_PIXELS": "a picture is converted in bands of it",
@@ -341,5 +379,8 @@ NOT_LIMITS = {
     "transport.pacing:_SHORTEST_WAIT_S": "between two looks at a stream",
     "--port": "a number, not an amount",
     "--ulysses-degree": "must equal --num-gpus",
+    "deploy.ray:HEALTH_PERIOD_S": "between two looks at a replica",
+    "deploy.ray:POLL_S": "between two looks at a session",
+    "deploy.relay:TELL_AFTER_S": "a client that waits no longer hears of no line",
 }
 """Names that look like limits and are none, each with the reason."""

@@ -111,7 +111,9 @@ async def _run_cases(
         with tqdm(total=sum(case.chunks for case in cases), unit="chunk", disable=None) as bar:
             for case, consumer in zip(cases, consumers, strict=True):
                 bar.set_description(case.name)
-                async for chunk in runner.run(scripted_init(case.init, case.events, case.chunks)):
+                # Ground truth is of sessions in one piece: those that are saved and go on must equal them.
+                reopen = case.reopen_before if args.action == "run" else ()
+                async for chunk in runner.run(scripted_init(case.init, case.events, case.chunks), reopen):
                     await asyncio.to_thread(consumer.add, chunk)
                     bar.update()
                 results.append(consumer.finish(runner.origin))

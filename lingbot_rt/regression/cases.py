@@ -43,6 +43,8 @@ class Case(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chunks: Annotated[int, Meta(ge=1)]
     init: dict[str, Any]  # as on the wire; first_frame is a path in the file and the picture's bytes here
     events: tuple[CaseEvent, ...] = ()
+    # `check run` in one process saves the session before these chunks and goes on from the file.
+    reopen_before: tuple[Annotated[int, Meta(ge=1)], ...] = ()
     thresholds: Thresholds = Thresholds()
     keep_every: Annotated[int, Meta(ge=1)] = 1  # save key frames of every k-th chunk
     ignore_initial_chunks: Annotated[int, Meta(ge=0)] = 1  # left out of times and sizes

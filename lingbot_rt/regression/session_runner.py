@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,8 +52,11 @@ class SessionRunner(Protocol):
     @property
     def origin(self) -> Origin: ...
 
-    def run(self, init: dict[str, Any]) -> AsyncIterator[ChunkOutput]:
-        """Every chunk of a ``scripted_init``. Raises LingbotError if the session is refused or fails."""
+    def run(self, init: dict[str, Any], reopen_before: Collection[int] = ()) -> AsyncIterator[ChunkOutput]:
+        """Every chunk of a ``scripted_init``. Raises LingbotError if the session is refused or fails.
+
+        In one process the session is saved before the chunks ``reopen_before``, and goes on from the file.
+        """
 
 
 _LEFT_OUT = {"output_compression", "realtime_preview_max_width", "record"}
@@ -86,7 +89,7 @@ class ServerRunner:
         fields = (str(served.get(name, "unknown")) for name in ("id", "device", "dtype"))
         self.origin = Origin("over the wire", *fields)
 
-    async def run(self, init: dict[str, Any]) -> AsyncIterator[ChunkOutput]:
+    async def run(self, init: dict[str, Any], reopen_before: Collection[int] = ()) -> AsyncIterator[ChunkOutput]:
         # The client would ask the server for its size. A scripted init means the wire's.
         fields = {"size": WIRE_SIZE} | {key: value for key, value in init.items() if key != "type"}
         frames: list[npt.NDArray[np.uint8]] = []
@@ -119,10 +122,10 @@ class EngineRunner:
         model_info = engine.model_info
         self.origin = Origin("in process", model_info.model_id, model_info.device, model_info.dtype)
 
-    async def run(self, init: dict[str, Any]) -> AsyncIterator[ChunkOutput]:
+    async def run(self, init: dict[str, Any], reopen_before: Collection[int] = ()) -> AsyncIterator[ChunkOutput]:
         message = decode(msgspec.msgpack.encode(init))
         assert isinstance(message, Init)
-        async for chunk in play(self._engine, self._config, message):
+        async for chunk in play(self._engine, self._config, message, reopen_before=reopen_before):
             timings = chunk.result.timings
             stats = {"chunk_total_ms": timings.total_ms, "dit_ms": timings.dit_ms, "vae_ms": timings.vae_ms}
             yield ChunkOutput(chunk.frames, stats, chunk.plan.event_id)

@@ -120,15 +120,25 @@ class LiveSession:
         return [(new, frames) for new, frames in wanted if frames or not new.is_told]
 
     def about(self) -> str:
-        """The server's part of a snapshot: the session as it stands between two chunks."""
-        init = _plain(self.init, self.session.settings)
-        return json.dumps({"session_id": self.id, "init": init, "control": self.session.state()})
+        """``about`` of this session."""
+        return about(self.session, self.init)
+
+    async def over(self, reason: str) -> None:
+        """Nobody comes back for its frames. Idempotent."""
+        self.newest.clear()
+        await self.end_record(reason)
 
     async def end_record(self, reason: str) -> None:
         """Idempotent."""
         recorder, self.recorder = self.recorder, None
         if recorder is not None:
             await asyncio.to_thread(recorder.close, reason)
+
+
+def about(session: Session, init: Init) -> str:
+    """The server's part of a snapshot: the session of ``init`` as it stands between two chunks."""
+    plain = _plain(init, session.settings)
+    return json.dumps({"session_id": session.id, "init": plain, "control": session.state()})
 
 
 def _plain(init: Init, settings: SessionSettings) -> dict[str, Any]:

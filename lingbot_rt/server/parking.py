@@ -173,7 +173,7 @@ class Parking:
         if kept.is_open:
             await self._engine.close(live.id)
         live.telemetry.ended(reason, time.monotonic())
-        await live.end_record(reason)
+        await live.over(reason)
 
     async def _settle(self, kept: KeptSession) -> None:
         live = kept.live
@@ -218,8 +218,7 @@ class Parking:
             await self.end(kept, error.code)
             return
         await self._engine.close(live.id)
-        live.newest.clear()
-        await live.end_record("the session was kept as a snapshot")
+        await live.over("the session was kept as a snapshot")
         kept.is_open, kept.nbytes = False, len(kept.world)
         log.info("session %s is kept as a snapshot of %.1f MB (--parked-mb)", live.id, kept.nbytes / 1e6)
 

@@ -307,7 +307,7 @@ class Serving:
             await self._service.parking.end(kept)
         elif kept is not None:
             self._give_back(kept)
-        await live.end_record(reason)
+        await (live.over(reason) if kept is None or is_open else live.end_record(reason))
 
     async def _opened(self, start: Start, live: LiveSession, picture: Pixels | None) -> Rewound:
         """Opens the session on the engine, if it is not open. Where it stands."""

@@ -73,6 +73,50 @@ def path_proxy(port: int, prefix: str, *, passes_upgrade: bool = True) -> Iterat
             thread.join()
 
 
+class CutLine:
+    """A relay to a port of this machine whose open connections can be cut."""
+
+    def __init__(self, port: int) -> None:
+        outer, self._open = self, set[socket.socket]()
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                try:
+                    upstream = socket.create_connection(("127.0.0.1", port))
+                except OSError:
+                    return
+                ends = {self.request, upstream}
+                outer._open |= ends
+                with upstream:
+                    up = threading.Thread(target=_pump, args=(lambda: self.request.recv(65536), upstream))
+                    up.start()
+                    _pump(lambda: upstream.recv(65536), self.request)
+                    up.join()
+                outer._open -= ends
+
+        class Server(socketserver.ThreadingTCPServer):
+            daemon_threads = True
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def cut(self) -> None:
+        for end in list(self._open):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> CutLine:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.cut()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
 def _pump(read: Callable[[], bytes], to: socket.socket) -> None:
     with suppress(OSError):
         while data := read():

@@ -39,7 +39,7 @@ def test_a_link_does_not_get_the_key_of_another_server(visitor, static_url):
 def test_without_a_server_the_stage_asks_for_one_and_shows_the_presets(visitor, static_url):
     """Address and key are asked for on the stage. Presets and picture are there. Enter connects, also in the dialog."""
     page = visitor.page
-    visitor.expected = "net::ERR_"
+    visitor.expected = ("net::ERR_",)
     FakeApi(page, HOME).is_up = False
     FakeApi(page, "http://box.example:1")
     page.goto(static_url)
@@ -79,7 +79,7 @@ def test_without_a_server_the_stage_asks_for_one_and_shows_the_presets(visitor, 
 def test_a_server_that_needs_a_key_is_asked_with_the_key_from_the_stage(visitor, static_url):
     """Without a key, and with a wrong one, the stage asks for it."""
     page = visitor.page
-    visitor.expected = "401"
+    visitor.expected = ("401",)
     FakeApi(page, HOME, key="secret")
     page.goto(static_url)
     page.wait_for_selector("#connect-title:has-text('needs a key')")
@@ -104,7 +104,7 @@ def test_a_link_with_something_else_than_an_address_is_refused(visitor, static_u
 def test_the_card_of_a_lost_server_goes_when_the_server_is_back(visitor, static_url):
     """The page connects again by itself, also through a proxy that answers 502 meanwhile. A click starts again."""
     page = visitor.page
-    visitor.expected = "502"
+    visitor.expected = ("502",)
     api, world = FakeApi(page, HOME), FakeWorld(page, HOME)
     visitor.open(static_url)
     visitor.start()

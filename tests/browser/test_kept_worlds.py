@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import struct
+import sys
+from pathlib import Path
 
 import pytest
 
-from tests.browser.sites import FakeApi, FakeKeptWorld, static_page
+from lingbot_rt.session.world_file import read_world
+from tests.browser.conftest import BUILTIN
+from tests.browser.sites import CutLine, FakeApi, FakeKeptWorld, static_page
+from tests.e2e.served import running
+from tests.preloaded import PreloadedProcess
 
 HOME = "http://127.0.0.1:30000"
 TOKEN = "t" * 43
+
+WATCH_STATES = """() => {
+    globalThis.states = [];
+    new MutationObserver(() => globalThis.states.push(document.body.dataset.state)).observe(document.body, {
+        attributeFilter: ["data-state"],
+    });
+}"""
+"""Notes every state of the session from now on."""
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +234,66 @@ def test_a_world_is_saved_and_opened(visitor, world, tmp_path):
     assert page.locator("#save-session").is_disabled()
     page.set_input_files("#open-world", {"name": "x.safetensors", "mimeType": "", "buffer": b"no world"})
     assert "no saved world" in page.wait_for_selector("[data-key=world]").inner_text()
+
+
+@pytest.fixture
+def parking_server(chromium, tmp_path):
+    """A server that keeps its sessions on disk when it stops."""
+    with running(tmp_path, *parking_flags(tmp_path)) as it:
+        yield it
+
+
+def parking_flags(folder: Path) -> list[str]:
+    """The page tries for as long as a loaded machine may need to restart the server."""
+    return [*BUILTIN, "--park-dir", str(folder / "parked"), "--resume-s", "600"]
+
+
+def test_a_walk_outlives_the_line_and_the_server(visitor, parking_server):
+    """The line is cut, then the server restarts: the page goes on by itself, and back to what was before both."""
+    page, server = visitor.page, parking_server
+    visitor.expected = ("net::ERR_", "WebSocket connection")  # the browser reports every request that failed
+
+    def walks_on() -> None:
+        """One more chunk at least, and frames that a key steers."""
+        end = int(page.get_attribute("#walk-at", "max"))
+        page.evaluate("() => (document.getElementById('latency-text').textContent = '')")
+        page.keyboard.press("w")
+        page.wait_for_function("() => document.getElementById('latency-text').textContent")
+        page.wait_for_function(f"() => Number(document.getElementById('walk-at').max) >= {end + 1}")
+
+    with CutLine(server.port) as line:
+        visitor.open(line.url)
+        visitor.start()
+        page.wait_for_selector("#walk:visible")
+        walks_on()
+
+        page.evaluate(WATCH_STATES)
+        line.cut()
+        page.wait_for_function("() => globalThis.states.includes('away') && globalThis.states.at(-1) === 'live'")
+        walks_on()
+
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+        visitor.wait_for_state("away")
+        before = int(page.get_attribute("#walk-at", "max"))
+        flags = ["--port", str(server.port), *parking_flags(server.log.parent)]
+        command = [sys.executable, "-m", "lingbot_rt", "serve", *flags]
+        server.process = PreloadedProcess(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, log=server.log)
+        visitor.wait_for_state("live")
+        assert int(page.get_attribute("#walk-at", "max")) >= before
+        walks_on()
+        assert page.locator(".card").count() == 0
+
+        page.focus("#walk-at")
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#walk-lines button:nth-child(2)[aria-pressed=true]")
+        walks_on()
+        page.click("#export summary")
+        with page.expect_download() as saved:
+            page.click("#save-world")
+        chunks = int(page.get_attribute("#walk-at", "max"))
+        assert read_world(Path(saved.value.path()).read_bytes()).chunk_index in range(chunks - 2, chunks + 3)
+        page.click("#stop")
+        visitor.wait_for_state("ended")

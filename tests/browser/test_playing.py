@@ -235,7 +235,7 @@ def test_values_out_of_range_are_refused_and_not_changed(visitor, world):
 def test_another_server_chosen_during_a_session_leaves_the_session_alone(visitor, world):
     """It goes on, its chunks count for its own server, and its end asks about the chosen one."""
     page = visitor.page
-    visitor.expected = "net::ERR_"
+    visitor.expected = ("net::ERR_",)
     FakeApi(page, "http://box.example:1").is_up = False
     visitor.start()
     page.click("#server-chip")

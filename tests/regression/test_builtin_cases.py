@@ -25,5 +25,5 @@ def test_the_built_in_model_passes_its_own_ground_truth(tmp_path, capsys):
     assert main(["check", "run", cases, "--gt", gt, "--json", "--no-latency", *model]) == 0
     verdicts = json.loads(capsys.readouterr().out)
     assert verdicts["passed"]
-    assert len(verdicts["cases"]) == 10
+    assert len(verdicts["cases"]) == 11
     assert all(case["different_frames"] == 0 and case["total_frames"] for case in verdicts["cases"])

@@ -40,6 +40,7 @@ export class Player {
   #loop = null;
   #fps = new RateMeter();
   #url = null;
+  #worker = null;
   #token = null; // with which the session comes back
   #resumeMs = 0;
   #comeback = null; // while the line is lost
@@ -124,13 +125,15 @@ export class Player {
       drop: ({ image }) => image.close(),
     });
     this.#sender = new TransitionSender((transitions) => this.#sendKeys(transitions), clock);
+    // One for the session, also after a lost line: while the server is away no other can be loaded.
+    this.#worker = new Worker(new URL("decode_worker.js", import.meta.url), { type: "module" });
   }
 
   /** Opens a line. `before`: the session that goes on there. */
   #open(init, before = null) {
     const session = new Session({
       socket: new WebSocket(this.#url),
-      worker: new Worker(new URL("decode_worker.js", import.meta.url), { type: "module" }),
+      worker: this.#worker,
       init,
       clock,
       nextEventId: () => this.#nextEventId++,
@@ -311,6 +314,7 @@ export class Player {
     const wasKept = this.#token !== null;
     this.#token = null;
     this.#sender.stop();
+    this.#worker.terminate();
     this.#playback.clear();
     this.#on.state(end.normal ? "ended" : "lost");
     this.#on.ended({ ...end, hasOpened: wasKept || (this.#session?.hasOpened ?? false), wasKept });

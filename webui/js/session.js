@@ -9,6 +9,8 @@ const LINE_LOST_CLOSE = 4000; // after a normal close the server would not keep 
 const SILENCE_LIMIT_MS = 30_000; // six heartbeats
 const SLEPT_MS = 5_000; // a timer this late means that the computer slept; received messages may still be unread
 
+let nextJob = 0; // of all sessions: one that goes on shares the worker of the one before
+
 /**
  * States: connecting -> (waiting) -> opening -> (warming -> opening) -> live <-> paused -> ended | lost.
  *
@@ -19,7 +21,7 @@ const SLEPT_MS = 5_000; // a timer this late means that the computer slept; rece
  * errorCode, wasLive}).
  *
  * `received` and `events` are those of the session before, and `isPaused` says whether that one was, when `init`
- * resumes it.
+ * resumes it. The worker stays the caller's.
  */
 export class Session {
   #socket;
@@ -28,7 +30,6 @@ export class Session {
   #clock;
   #reader = new MessageReader();
   #jobs = new Map();
-  #nextJob = 0;
   #lastError = null;
   #state = "connecting";
   #nextEventId;
@@ -143,7 +144,7 @@ export class Session {
 
   #frames({ header, payload }) {
     this.latency.arrived(header.event_id ?? null, this.#clock.now());
-    const id = this.#nextJob++;
+    const id = nextJob++;
     this.#jobs.set(id, header);
     // A payload inside its header message shares that message's buffer and is copied. A separate one is transferred.
     const isSeparate = payload.byteLength === payload.buffer.byteLength;
@@ -153,9 +154,9 @@ export class Session {
   #decoded({ id, images, error }) {
     const header = this.#jobs.get(id);
     this.#jobs.delete(id);
-    if (error !== undefined || this.hasEnded || header.isStale) {
+    if (error !== undefined || this.hasEnded || !header || header.isStale) {
       images?.forEach((image) => image.close());
-      if (error !== undefined) this.#on.skipped(`Some frames were skipped: ${error}`);
+      if (error !== undefined && header) this.#on.skipped(`Some frames were skipped: ${error}`);
       return;
     }
     const now = this.#clock.now();
@@ -287,7 +288,6 @@ export class Session {
     this.latency.clearPending();
     this.#stopWatching();
     this.#enter(end.normal ? "ended" : "lost");
-    this.#worker.terminate();
     this.#on.ended({ ...end, wasLive });
   }
 }
