@@ -225,6 +225,22 @@ class ServeConfig:
         "extra tracing (default: no traces)",
         group="server",
     )
+    ray_replicas: int | None = _option(
+        None,
+        "servers behind this address, each with its own model on --num-gpus, started with Ray Serve on the cluster of "
+        "the variable RAY_ADDRESS, else on this machine; needs the extra ray (default: this process alone)",
+        low=1,
+        high=1000,
+        group="server",
+    )
+    ray_max_replicas: int | None = _option(
+        None,
+        "as many of them as clients in line may bring up; more than --ray-replicas go away when they are not needed "
+        "(default: --ray-replicas)",
+        low=1,
+        high=1000,
+        group="server",
+    )
     # Limits
     max_message_mb: int = _option(64, "largest message of a client, MiB", low=1, high=1024, group="limits")
     max_pixels: int = _option(
@@ -395,6 +411,19 @@ class ServeConfig:
             )
         if self.enable_upscaling_warmup and not self.warmup:
             raise ConfigError("--enable-upscaling-warmup needs --warmup true", field="enable_upscaling_warmup")
+        most = self.ray_max_replicas
+        if most is not None and (self.ray_replicas is None or most < self.ray_replicas):
+            raise ConfigError(
+                f"--ray-max-replicas {self.ray_max_replicas} needs --ray-replicas, and at least as many",
+                field="ray_max_replicas",
+            )
+        for name in ("park_dir", "max_sessions") if self.ray_replicas is not None else ():
+            if getattr(self, name) not in (None, 1):
+                raise ConfigError(
+                    f"{flag(name)} {getattr(self, name)} with --ray-replicas: each replica plays one session, and "
+                    "keeps none for a client that comes back",
+                    field=name,
+                )
         for field in dataclasses.fields(self) if self.record_dir is None else ():
             if field.name.startswith("record_") and getattr(self, field.name) != field.default:
                 raise ConfigError(

@@ -10,6 +10,7 @@ The last line tries one case again. Targets:
 - settings    an init of random fields and values: settings that a session runs with, or one such line
 - session     events, pauses, chunks and time in any order: each event is answered once, and no queue passes its bound
 - connection  several clients at once over sockets that break: the right close, and nothing is left behind
+- worlds      damaged and strange files of saved worlds: a session that goes on, or one such line
 - pictures    mutated files of every format: a picture or one such line, in time and memory for its pixels
 
 Everything runs in this process, without sockets, a model or a GPU. A case follows from its seed, target and number. A
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from scripts.fuzz_targets import connection, messages, pictures, session, settings  # noqa: E402
+from scripts.fuzz_targets import connection, messages, pictures, session, settings, worlds  # noqa: E402
 
 HANG_S = 300.0
 """A case that takes longer hangs: the process says which one it is, and ends."""
@@ -47,6 +48,7 @@ TARGETS: dict[str, Callable[[Random], str]] = {
     "session": session.try_case,
     "connection": connection.try_case,
     "pictures": pictures.try_case,
+    "worlds": worlds.try_case,
 }
 """Each makes a case of the random numbers, tries it, and says in a word how it ended. Raises what must not happen."""
 

@@ -235,6 +235,9 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit(
             "a coordinate, in a snapshot", "session.session_state:_MAX_POSITION", "world units", "error `invalid_init`"
         ),
+        Limit("header of a saved world", "session.world_file:MAX_HEADER_BYTES", "bytes", "error `invalid_init`"),
+        Limit("values in it", "session.world_file:MAX_TEXT_VALUES", "", "error `invalid_init`"),
+        Limit("tensors in it", "session.world_file:MAX_TENSORS", "", "error `invalid_init`"),
         Limit("time to write sessions at a stop", "server.parking:CLOSE_LIMIT_S", "s", "the others end"),
         Limit(
             "newest frames of such a session are sent",
@@ -306,6 +309,34 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("answer of /v1/models", "client.server_info:_MAX_BYTES", "bytes", "the rest is not read"),
         Limit("each wait for it", "client.server_info:_TIMEOUT_S", "s", "an error that names the server"),
     ),
+    "replicas": (
+        Limit("replicas", "--ray-replicas", "", "an option that is refused"),
+        Limit("replicas that waiting clients bring up", "--ray-max-replicas", "", "clients wait in line"),
+        Limit("time to connect to a replica", "deploy.relay:CONNECT_LIMIT_S", "s", "error `engine_failed`, close 1011"),
+        Limit(
+            "messages that a client in line sends ahead",
+            "deploy.relay:BACKLOG_MESSAGES",
+            "",
+            "the others are read once it has a replica",
+        ),
+        Limit(
+            "bytes of a replica that the kernel keeps for the front",
+            "deploy.relay:RECEIVE_BYTES",
+            "bytes",
+            "the session waits; no frame is dropped",
+        ),
+        Limit("time to read the last error, and to close", "deploy.relay:FAREWELL_LIMIT_S", "s", "the connection ends"),
+        Limit(
+            "time to answer `/metrics` and `/v1/models`", "deploy.front:REPLY_LIMIT_S", "s", "the replica is left out"
+        ),
+        Limit("bytes read of such an answer", "deploy.front:MAX_REPLY_BYTES", "bytes", "the replica is left out"),
+        Limit("time to tell clients of a shutdown", "deploy.front:SHUTDOWN_LIMIT_S", "s", "the connection ends"),
+        Limit(
+            "time until a session comes to its replica", "deploy.ray:CLAIM_LIMIT_S", "s", "the replica is free again"
+        ),
+        Limit("time to end a session on a replica that is to go", "deploy.ray:DRAIN_LIMIT_S", "s", "the session ends"),
+        Limit("silence of a replica", "deploy.ray:FORGET_AFTER_S", "s", "metrics leave it out"),
+    ),
 }
 """Section of the page -> its rows."""
 
@@ -348,5 +379,8 @@ NOT_LIMITS = {
     "transport.pacing:_SHORTEST_WAIT_S": "between two looks at a stream",
     "--port": "a number, not an amount",
     "--ulysses-degree": "must equal --num-gpus",
+    "deploy.ray:HEALTH_PERIOD_S": "between two looks at a replica",
+    "deploy.ray:POLL_S": "between two looks at a session",
+    "deploy.relay:TELL_AFTER_S": "a client that waits no longer hears of no line",
 }
 """Names that look like limits and are none, each with the reason."""

@@ -13,7 +13,7 @@ from scripts import fuzz
 from scripts.fuzz_targets.bounds import check_refusal, within
 from scripts.fuzz_targets.pictures import corpus
 
-CASES = {"messages": 250, "settings": 250, "session": 20, "connection": 25, "pictures": 120}
+CASES = {"messages": 250, "settings": 250, "session": 20, "connection": 25, "pictures": 120, "worlds": 150}
 """About two seconds of each target."""
 
 

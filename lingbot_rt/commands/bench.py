@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from lingbot_rt.commands import bench_load
+from lingbot_rt.commands import bench_load, bench_replicas
 from lingbot_rt.commands.bench_options import (
     add_collectives_options,
     add_fidelity_options,
@@ -73,6 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "a running server under many clients: waiting, first frames, cadence, errors",
             bench_load.add_options,
             bench_load.measure,
+        ),
+        (
+            "replicas",
+            "time in line by the number of replicas, from a simulation of random clients",
+            bench_replicas.add_options,
+            bench_replicas.measure,
         ),
     ):
         options = kinds.add_parser(kind, help=summary, description=f"Measures {summary}.")

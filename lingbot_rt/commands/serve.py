@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lingbot_rt import __version__
 from lingbot_rt.commands import exit_code
@@ -24,6 +24,9 @@ from lingbot_rt.commands.reference_flags import add_reference_options
 from lingbot_rt.config import ENDPOINT, ServeConfig
 from lingbot_rt.config_values import environment_value
 from lingbot_rt.errors import MAX_QUOTED, ConfigError, OutputFailed, printable, quoted, reason_of
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +63,8 @@ def serve_until_stopped(config: ServeConfig, on_ready: Callable[[str], None] | N
         return run_launched_worker(config)
     with _ending_at_once(), listening_sockets(config) as listeners:
         require_folders(config)
-        require_devices(config)
+        if config.ray_replicas is None:
+            require_devices(config)
         return _serve(config, listeners, on_ready)
 
 
@@ -84,8 +88,7 @@ def _ending_at_once() -> Iterator[None]:
 
 def _serve(config: ServeConfig, listeners: Sequence[socket.socket], on_ready: Callable[[str], None] | None) -> int:
     """Returns the exit code: 0 after a stop signal."""
-    from lingbot_rt.engine.engine import Engine
-    from lingbot_rt.server.app import Server, create_app
+    from lingbot_rt.server.app import Server
     from lingbot_rt.server.parking import CLOSE_LIMIT_S
     from lingbot_rt.telemetry import configure_logging
 
@@ -107,8 +110,8 @@ def _serve(config: ServeConfig, listeners: Sequence[socket.socket], on_ready: Ca
             self.should_exit = True
 
     configure_logging(config.log_level, key=config.api_key, log_format=config.log_format)
-    engine = Engine(config)
-    app = create_app(config, engine)
+    app = _application(config)
+    engine = app.state.service.engine
     server = EndingServer(app, config)
 
     if config.log_level == "info":
@@ -121,11 +124,9 @@ def _serve(config: ServeConfig, listeners: Sequence[socket.socket], on_ready: Ca
         with StartupBars() as bars:
             await bars.follow(engine, serving)
         if engine.status.ready:
-            model_info = engine.model_info
             address = shown_address(listeners)
-            weights = ", random weights (--load-format dummy)" if model_info.load_format == "dummy" else ""
             show_banner(
-                f"lingbot-rt {__version__}: {model_info.model_id} on {model_info.device}, {model_info.dtype}{weights}",
+                f"lingbot-rt {__version__}: {_what_is_served(config, engine)}",
                 f"  page       http://{address}",
                 f"  WebSocket  ws://{address}{ENDPOINT}",
             )
@@ -144,6 +145,35 @@ def _serve(config: ServeConfig, listeners: Sequence[socket.socket], on_ready: Ca
         logging.shutdown()
         os._exit(code)
     return code
+
+
+def _application(config: ServeConfig) -> FastAPI:
+    """The server with its engine, or the front of the replicas. Raises ConfigError."""
+    if config.ray_replicas is None:
+        from lingbot_rt.engine.engine import Engine
+        from lingbot_rt.server.app import create_app
+
+        return create_app(config, Engine(config))
+    try:
+        from lingbot_rt.deploy.ray import RayPool
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise ConfigError(
+            f"--ray-replicas {config.ray_replicas} needs Ray: pip install 'lingbot-rt[ray]'", field="ray_replicas"
+        ) from None
+    from lingbot_rt.deploy.front import create_front
+
+    return create_front(config, RayPool(config))
+
+
+def _what_is_served(config: ServeConfig, engine: Any) -> str:
+    if config.ray_replicas is not None:
+        most = f" to {config.ray_max_replicas}" if config.ray_max_replicas else ""
+        return f"{config.model_id} on Ray, {config.ray_replicas}{most} replicas"
+    model_info = engine.model_info
+    weights = ", random weights (--load-format dummy)" if model_info.load_format == "dummy" else ""
+    return f"{model_info.model_id} on {model_info.device}, {model_info.dtype}{weights}"
 
 
 def _end_now(why: str) -> NoReturn:

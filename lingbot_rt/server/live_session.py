@@ -188,7 +188,7 @@ class SavedSession:
         try:
             about = msgspec.json.decode(file.about, type=_About)
             init = msgspec.convert(about.init | {"type": "init"}, Init)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise InvalidInit(f"the snapshot is damaged: {str(error)[:200]}", field="resume") from None
         try:
             settings = resolve(init, info, config)

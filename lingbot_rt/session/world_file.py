@@ -22,6 +22,13 @@ FORMAT = "lingbot_rt world 1"
 FIRST_FRAME = "first_frame"
 """Name of the tensor uint8 [H, W, 3] with the session's first frame."""
 
+MAX_HEADER_BYTES = 16 * 2**20
+"""Most bytes of the texts and of the table of tensors together."""
+
+MAX_TENSORS = 20_000
+MAX_TEXT_VALUES = 500_000
+"""Most items, keys and containers of a text."""
+
 _FIELD = "resume"
 
 
@@ -41,6 +48,7 @@ class WorldFile:
 
 def read_world(data: bytes) -> WorldFile:
     """Raises InvalidInit with the field ``resume`` for bytes that are no such file, or only a part of one."""
+    _require_small(data)
     try:
         tensors = dict(safetensors.deserialize(data))
         metadata = header_of(data)
@@ -57,6 +65,16 @@ def read_world(data: bytes) -> WorldFile:
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise _refused(f"damaged, incomplete or something else ({type(error).__name__})") from None
     return file
+
+
+def _require_small(data: bytes) -> None:
+    """Checked before anything is built: a stranger chooses the bytes."""
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + min(length, MAX_HEADER_BYTES)]
+    if length > MAX_HEADER_BYTES or header.count(b'"data_offsets"') > MAX_TENSORS:
+        raise _refused(f"its header has {length} bytes, expected at most {MAX_HEADER_BYTES}, and {MAX_TENSORS} tensors")
+    if sum(header.count(sign) for sign in (b",", b"[", b"{")) > MAX_TEXT_VALUES:
+        raise _refused(f"its header has more than {MAX_TEXT_VALUES} values")
 
 
 def header_of(data: bytes) -> dict[str, str]:
