@@ -136,6 +136,18 @@ test("a branch has the chunks before it of the line that it left", () => {
   assert.equal(dropped.length, 6 + 2 + 1);
 });
 
+test("a page that was loaded again knows the branch, and nothing before it", () => {
+  const walk = new Walk();
+  walk.resumed(2);
+  assert.deepEqual(walk.branches, [2]);
+  walk.chunkCame(7, 3);
+  assert.deepEqual(walk.line(), [{ chunk: 7, picture: null }]);
+  walk.rewound({ branch: 3, at: 7, source: 2 });
+  walk.resumed(2);
+  assert.deepEqual([walk.branch, walk.branches], [2, [2, 3]]);
+  assert.equal(walk.prompt, null);
+});
+
 test("pictures are bounded; a chunk without one shows that of the chunk before it", () => {
   const dropped = [];
   const walk = new Walk((picture) => dropped.push(picture));

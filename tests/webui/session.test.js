@@ -294,7 +294,7 @@ test("queue positions are ordinals, and every end has a title and advice", () =>
 test("a session tells its token, and a resumed one sends again what was not heard, and the pause", () => {
   goLive();
   socket.says({ type: "session", session_id: "x", resume_token: "t", resume_s: 60 });
-  assert.deepEqual(seen.opened, [{ token: "t", resumeMs: 60_000, isResumed: false }]);
+  assert.deepEqual(seen.opened, [{ token: "t", resumeMs: 60_000, isResumed: false, branch: 0 }]);
   session.sendPrompt("heard", []);
   session.sendPrompt("not heard", []);
   socket.says({ type: "control_ack", state: "received", event_id: 40 });

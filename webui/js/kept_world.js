@@ -14,6 +14,7 @@ export class KeptWorld {
   #getBase;
   #onOpen;
   #ticket = null;
+  #prompt = ""; // of the frame that was drawn last
   #isKept = false;
   #isSaving = false;
   #view;
@@ -43,6 +44,7 @@ export class KeptWorld {
   /** A session starts anew, or goes on after a reload, with `init`. */
   start(init) {
     this.#isKept = this.#isSaving = false;
+    this.#prompt = "";
     this.#view.start(init);
     this.#show();
   }
@@ -63,13 +65,15 @@ export class KeptWorld {
     this.#canvas.getContext("2d").drawImage(image, 0, 0);
   }
 
-  opened({ token, resumeMs, init }) {
+  opened({ token, resumeMs, init, isResumed, branch }) {
+    if (isResumed) this.#view.resumed(branch);
     this.#ticket = token === null ? null : { base: this.#getBase(), token, resumeMs, init };
     if (this.#ticket) keepTicket(this.#ticket);
     else forgetTicket();
   }
 
   frameDrawn(frame, prompt) {
+    this.#prompt = prompt;
     this.#view.frameDrawn(frame.chunkIndex, prompt, this.#canvas);
   }
 
@@ -145,6 +149,7 @@ export class KeptWorld {
   #pageLeaves() {
     if (!this.#ticket || !this.#player.isRunning) return;
     const picture = this.#player.hasDrawn ? this.#canvas.toDataURL("image/jpeg", PICTURE_QUALITY) : null;
-    keepTicket({ ...this.#ticket, leftAt: Date.now(), picture });
+    const init = { ...this.#ticket.init, prompt: this.#prompt || this.#ticket.init.prompt };
+    keepTicket({ ...this.#ticket, init, leftAt: Date.now(), picture });
   }
 }

@@ -264,11 +264,11 @@ export class Player {
       skipped: (detail) => this.#on.skipped(detail),
       refused: (detail, event) => this.#on.refused(detail, event),
       dropped: (event) => this.#on.dropped(event),
-      opened: ({ token, resumeMs, isResumed }) => {
-        this.#token = token;
-        this.#resumeMs = resumeMs;
-        if (isResumed) this.#playback.pausedAt(clock.now());
-        this.#on.opened({ token, resumeMs, isResumed, init: this.init });
+      opened: (ticket) => {
+        this.#token = ticket.token;
+        this.#resumeMs = ticket.resumeMs;
+        if (ticket.isResumed) this.#playback.pausedAt(clock.now());
+        this.#on.opened({ ...ticket, init: this.init });
       },
       rewound: (place) => {
         this.#playback.clear();

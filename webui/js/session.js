@@ -16,7 +16,7 @@ let nextJob = 0; // of all sessions: one that goes on shares the worker of the o
  *
  * `on` has the callbacks state(name), queue(position, waitedMs), warming({size, expectedMs}), frames(frames),
  * stats(chunk_stats), applied(eventId, chunkIndex), skipped(detail) for data that could not be read, refused(detail,
- * event) for an event that the server refused, dropped(event) for a rewind, branch or save that is not done, opened({token, resumeMs, isResumed}) when the server says that the
+ * event) for an event that the server refused, dropped(event) for a rewind, branch or save that is not done, opened({token, resumeMs, isResumed, branch}) when the server says that the
  * session is open, rewound({chunkIndex, branch, exact, eventId}), world(bytes), and ended({normal, code, message,
  * errorCode, wasLive}).
  *
@@ -213,10 +213,10 @@ export class Session {
     }
   }
 
-  #opened({ resume_token: token = null, resume_s: seconds = 0, resumed = false, chunk_index: chunkIndex = null }) {
-    this.#on.opened({ token, resumeMs: 1000 * seconds, isResumed: resumed });
+  #opened({ resume_token: token = null, resume_s: seconds = 0, resumed = false, ...place }) {
+    this.#on.opened({ token, resumeMs: 1000 * seconds, isResumed: resumed, branch: place.branch ?? 0 });
     if (!resumed) return;
-    if (chunkIndex !== null) this.received.resumedAt(chunkIndex);
+    if (place.chunk_index !== undefined) this.received.resumedAt(place.chunk_index);
     for (const event of this.events.takeAll()) this.#socket.send(event);
     if (!this.#isPaused) return;
     this.#socket.send(eventMessage("pause", null, undefined));

@@ -65,6 +65,15 @@ export class Walk {
     this.branch = branch;
   }
 
+  /** The session goes on in `branch`. Of one that is new the page knows nothing before that. */
+  resumed(branch) {
+    if (!this.#lines.has(branch)) {
+      if (!this.#lines.get(this.branch).chunks.size) this.#lines.delete(this.branch);
+      this.#lines.set(branch, { source: null, at: 0, chunks: new Map(), prompts: [] });
+    }
+    this.branch = branch;
+  }
+
   /** The prompt in force at the end of the current line; null if that is not known. */
   get prompt() {
     let below = Infinity;

@@ -40,6 +40,13 @@ export class WalkView {
     this.#leave();
   }
 
+  /** The session goes on in `branch` after a lost line, a reload, or from a file. */
+  resumed(branch) {
+    this.#walk.resumed(branch);
+    this.#branch = branch;
+    this.#show();
+  }
+
   chunkCame({ chunk_index: chunk, kept_from: keptFrom = null }) {
     this.#walk.chunkCame(chunk, keptFrom);
     this.#show();
