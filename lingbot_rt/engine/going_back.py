@@ -46,7 +46,7 @@ def _load(pipeline: Pipeline, session: SessionState, window: Sequence[KeptChunk]
     for chunk in window:
         assert chunk.whole is not None
         frames |= chunk.whole.kv
-        frames |= chunk.whole.again
+    frames |= state.again
     for number, cache in enumerate(session.windows):
         cache.load(state.frame_of_slot, {frame: both[number] for frame, both in frames.items()}.__getitem__)
     session.features.slots = [
@@ -61,9 +61,12 @@ def _compute(pipeline: Pipeline, session: SessionState, window: Sequence[KeptChu
     for cache in session.windows:
         cache.clear()
     by_index = {chunk.index: chunk for chunk in window}
+    in_turn = {chunk.recached for chunk in window}
     for chunk in window:
         session.limit_window(chunk.recent_frames)
-        text_kv = session.text_kv(chunk.prompt)
+        # One that was computed again with a chunk that has left the window has its newer prompt at once.
+        prompt = chunk.prompt if chunk.index in in_turn else window[-1].prompts.get(chunk.index, chunk.prompt)
+        text_kv = session.text_kv(prompt)
         if chunk.recached in by_index:
             commit_again(pipeline, session, by_index[chunk.recached], text_kv)
         camera = chunk.relative_poses, chunk.lenses

@@ -25,13 +25,15 @@ class WholeState:
 
     frame_of_slot: tuple[int | None, ...]  # of the window, or of both windows
     kv: dict[int, tuple[Tensor, ...]]  # by latent frame of this chunk: [L, 2, 1, N, H, D] of each window
-    again: dict[int, tuple[Tensor, ...]]  # the same of an older chunk that was computed again with this one
+    again: dict[int, tuple[Tensor, ...]]  # the same of older chunks, as far as they were computed again meanwhile
+    new_again: tuple[int, ...]  # the frames of ``again`` that were computed again with this chunk
     features: list[Tensor | str | None]  # of the VAE's decoder
     last_frame: Tensor | None  # that interpolation goes on from
 
     @property
     def nbytes(self) -> int:
-        windows = [kv for frames in (self.kv, self.again) for both in frames.values() for kv in both]
+        windows = [kv for both in self.kv.values() for kv in both]
+        windows += [kv for frame in self.new_again for kv in self.again[frame]]
         features = [slot for slot in self.features if isinstance(slot, Tensor)]
         last = [] if self.last_frame is None else [self.last_frame]
         return sum(tensor.nbytes for tensor in (*windows, *features, *last))
@@ -48,6 +50,7 @@ class KeptChunk:
     lenses: Pose | None  # (fx, fy, cx, cy) [F, 4] in pixels; None: the model's own lens
     recent_frames: int | None  # that the chunk saw beside the sink; None: the window
     recached: int | None  # the older chunk that was computed again before this one
+    prompts: dict[int, str]  # of the older chunks in the window that were computed again, the newest one
     pending: tuple[int, ...]  # chunks that are still to be computed again, in this order
     random_state: Tensor  # of the noise generator
     whole: WholeState | None = None
@@ -89,8 +92,13 @@ class History:
         return self._bytes
 
     def add(self, chunk: KeptChunk) -> None:
-        """The session has finished ``chunk``. Others leave for it, those of other branches and the oldest first."""
-        assert chunk.index == self.next_index, (chunk.index, self.next_index)
+        """The session has finished ``chunk``. Others leave for it, those of other branches and the oldest first.
+
+        One that does not follow the newest begins a history of its own.
+        """
+        if chunk.index != self.next_index:
+            self.clear()
+            self.next_index = chunk.index
         self._kept[self.branch, chunk.index] = chunk
         self._bytes += chunk.nbytes
         self.next_index += 1
@@ -99,17 +107,14 @@ class History:
 
     def window(self) -> list[KeptChunk]:
         """The chunks of which the window has frames, in order."""
-        found = self.window_at(self.branch, self.next_index)
-        assert found is not None
-        return found
+        return [chunk for chunk in self._window_at(self.branch, self.next_index) if chunk is not None]
 
-    def window_at(self, branch: int, boundary: int) -> list[KeptChunk] | None:
-        """The same at another boundary; None when one of them is not kept."""
+    def _window_at(self, branch: int, boundary: int) -> list[KeptChunk | None]:
+        """The same at any boundary. None stands for a chunk that is not kept."""
         indices = window_indices(
             self._latent_frames, self._sink_frames, self._sink_frames + self._ring_frames, boundary
         )
-        found = [self._find(branch, index) for index in indices]
-        return None if None in found else [chunk for chunk in found if chunk is not None]
+        return [self._find(branch, index) for index in indices]
 
     def kept_from(self, branch: int | None = None) -> int:
         """The first boundary of a branch, the current one by default, to which the session can go back."""
@@ -129,8 +134,8 @@ class History:
         if branch not in self._origin:
             raise InvalidEvent(f"{branch}, expected one of the branches {sorted(self._origin)}", field="branch")
         first, last = self.kept_from(branch), self._last_boundary(branch)
-        window = self.window_at(branch, boundary) if first <= boundary <= last else None
-        if window is None:
+        window = self._window_at(branch, boundary) if first <= boundary <= last else [None]
+        if None in window:
             raise InvalidEvent(f"{boundary}, kept of branch {branch} are {first} to {last}", field="chunk")
         if keep:
             if len(self._origin) >= MAX_BRANCHES:
@@ -141,7 +146,7 @@ class History:
             self._forget(branch, boundary)
             self.branch = branch
         self.next_index = boundary
-        return window
+        return [chunk for chunk in window if chunk is not None]
 
     def begin_at(self, chunks: list[KeptChunk], boundary: int) -> None:
         """Takes over the window of a snapshot, as the first branch of this session."""

@@ -64,10 +64,8 @@ class SessionState:
             limit_bytes=pipeline.history_bytes,
         )
         cache = self.cache  # not by way of `self`: a cycle would keep a closed session until the next collection
-        self.recache = Recache(
-            -(-plan.sink_frames // latent_frames),
-            lambda index: cache.holds(index * latent_frames, latent_frames),
-        )
+        self._holds = lambda index: cache.holds(index * latent_frames, latent_frames)
+        self.recache = Recache(-(-plan.sink_frames // latent_frames), self._holds)
         self.negative: NegativeBranch | None = None
         if plan.guidance_scale > 1:
             self.negative = NegativeBranch(pipeline.text_kv(plan.negative_prompt), self._new_cache())
@@ -113,7 +111,10 @@ class SessionState:
 
     def keep(self, plan: ChunkPlan, latents: Tensor, again: KeptChunk | None) -> None:
         """Puts the chunk that is finished into the history. ``again``: the older one that was computed with it."""
-        recached = None if again is None else again.index
+        recached, newest = None if again is None else again.index, self.history.newest
+        prompts = {} if newest is None else {index: old for index, old in newest.prompts.items() if self._holds(index)}
+        if recached is not None:
+            prompts[recached] = plan.prompt
         self.history.add(
             KeptChunk(
                 index=plan.chunk_index,
@@ -123,6 +124,7 @@ class SessionState:
                 lenses=self._lenses,
                 recent_frames=plan.recent_frames,
                 recached=recached,
+                prompts=prompts,
                 pending=self.recache.pending,
                 random_state=self.random_state,
                 whole=self._whole_state(plan.chunk_index, recached) if self._pipeline.keeps_kv else None,
@@ -130,11 +132,14 @@ class SessionState:
         )
 
     def _whole_state(self, chunk_index: int, recached: int | None) -> WholeState:
-        last = self.postprocessor.last_frame
+        last, newest = self.postprocessor.last_frame, self.history.newest
+        new_again = {} if recached is None else self._kv_of(recached)
+        again = {} if newest is None or newest.whole is None else newest.whole.again
         return WholeState(
             frame_of_slot=self.cache.frame_of_slot,
             kv=self._kv_of(chunk_index),
-            again={} if recached is None else self._kv_of(recached),
+            again={frame: kv for frame, kv in again.items() if self.cache.holds(frame, 1)} | new_again,
+            new_again=tuple(new_again),
             features=[slot.to(_HOST) if isinstance(slot, Tensor) else slot for slot in self.features.slots],
             last_frame=None if last is None else last.to(_HOST),
         )

@@ -46,7 +46,7 @@ def world_parts(pipeline: Pipeline, session: SessionState, about: str) -> WorldP
         "model": _model(pipeline),
         "build": _build(pipeline),
         "plan": _plan_fields(plan),
-        "chunks": [_chunk_fields(chunk) for chunk in window],
+        "chunks": [_chunk_fields(chunk, is_newest=chunk is window[-1]) for chunk in window],
     }
     return tensors, {"format": FORMAT, "world": json.dumps(world), "about": about}
 
@@ -140,23 +140,22 @@ def _require(found: Mapping[str, Any], expected: Mapping[str, Any], what: str) -
 # --- one chunk ---
 
 
-def _chunk_fields(chunk: KeptChunk) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        name: getattr(chunk, name) for name in ("index", "prompt", "recent_frames", "recached", "pending")
-    }
+def _chunk_fields(chunk: KeptChunk, *, is_newest: bool) -> dict[str, Any]:
+    names = ("index", "prompt", "recent_frames", "recached", "pending", "prompts")
+    fields: dict[str, Any] = {name: getattr(chunk, name) for name in names}
     if chunk.whole is not None:
         features = [slot if isinstance(slot, str) else slot is not None for slot in chunk.whole.features]
         fields["whole"] = {
             "frame_of_slot": chunk.whole.frame_of_slot,
             "kv": list(chunk.whole.kv),
-            "again": list(chunk.whole.again),
+            "again": list(chunk.whole.again) if is_newest else [],
             "features": features,
         }
     return fields
 
 
 def _chunk_tensors(chunk: KeptChunk, *, is_newest: bool) -> Iterator[tuple[str, Tensor]]:
-    """Of the features only the newest chunk's are needed."""
+    """Of the features, and of what was computed again, only the newest chunk's are needed."""
     place = f"chunk.{chunk.index}"
     yield f"{place}.latents", chunk.latents
     yield f"{place}.random_state", chunk.random_state
@@ -166,7 +165,7 @@ def _chunk_tensors(chunk: KeptChunk, *, is_newest: bool) -> Iterator[tuple[str, 
             yield f"{place}.{name}", torch.tensor(array)
     if chunk.whole is None:
         return
-    for part, frames in (("kv", chunk.whole.kv), ("again", chunk.whole.again)):
+    for part, frames in (("kv", chunk.whole.kv), ("again", chunk.whole.again if is_newest else {})):
         for frame, windows in frames.items():
             for number, kv in enumerate(windows):
                 yield f"{place}.{part}.{frame}.{number}", kv
@@ -195,6 +194,7 @@ def _chunk(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], *, with_kv:
         recent_frames=None if fields["recent_frames"] is None else int(fields["recent_frames"]),
         recached=None if fields["recached"] is None else int(fields["recached"]),
         pending=tuple(int(index) for index in fields["pending"]),
+        prompts={int(index): str(prompt) for index, prompt in fields["prompts"].items()},
         random_state=tensors[f"{place}.random_state"],
         whole=_whole(fields["whole"], tensors, place) if with_kv and "whole" in fields else None,
     )
@@ -207,7 +207,7 @@ def _check(pipeline: Pipeline, plan: SessionPlan, chunk: KeptChunk) -> None:
     sound = [
         chunk.latents.is_floating_point() and chunk.latents.shape == latents and bool(chunk.latents.isfinite().all()),
         chunk.random_state.dtype == torch.uint8 and chunk.random_state.dim() == 1,
-        0 < len(chunk.prompt) <= MAX_PROMPT_CHARACTERS,
+        all(0 < len(prompt) <= MAX_PROMPT_CHARACTERS for prompt in (chunk.prompt, *chunk.prompts.values())),
         chunk.recent_frames is None or chunk.recent_frames in plan.recent_frames,
         _is_sound(chunk.relative_poses, (frames, 4, 4)),
         _is_sound(chunk.lenses, (frames, 4)),
@@ -235,10 +235,12 @@ def _whole(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], place: str)
         tensors.get(f"{place}.features.{number}") if slot is True else slot or None
         for number, slot in enumerate(fields["features"])
     ]
+    again = windows("again")
     return WholeState(
         frame_of_slot=tuple(fields["frame_of_slot"]),
         kv=windows("kv"),
-        again=windows("again"),
+        again=again,
+        new_again=tuple(again),
         features=features,
         last_frame=tensors.get(f"{place}.last_frame"),
     )

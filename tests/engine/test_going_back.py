@@ -83,9 +83,38 @@ def test_with_keys_and_values_it_goes_on_bit_for_bit(keeping, session_plan, chan
     """Whatever the boundary, also after the window has slid and while chunks are still to be computed again."""
     walk = Walk(keeping(kv=True), session_plan({}, num_steps=2, **changes))
     expected = walk.run(0)
-    for boundary in (7, 6, 3, 0):
+    for boundary in (CHUNKS, 7, 6, 3, 0):
         assert walk.go_back(boundary)
         assert same(walk.run(boundary), expected[boundary:])
+
+
+def test_what_was_computed_again_stays_so(keeping, session_plan):
+    """The sink has its new prompt also when the chunk with which it got it has long left the window."""
+    plan = session_plan({}, num_steps=1, sink_frames=3, window_frames=9)
+    for kv in (True, False):
+        walk = Walk(keeping(kv=kv), plan)
+        walk.plans = [
+            dataclasses.replace(each, prompt="A meadow." if index >= 2 else plan.prompt, recache=index == 2)
+            for index, each in enumerate(walk.plans)
+        ]
+        expected = walk.run(0)
+        sinks = [walk.session.cache.read(frame) for frame in range(3)]
+        assert walk.go_back(7) == kv
+        assert same(walk.run(7), expected[7:]) == kv
+        differences = [(walk.session.cache.read(frame) - sinks[frame]).abs().max() for frame in range(3)]
+        # From latents it is computed again in another order, and what it saw differs; an old prompt is far away.
+        assert max(differences) <= (0 if kv else 0.5), differences
+
+
+def test_a_session_that_jumps_has_a_history_from_there_on(keeping, session_plan):
+    walk = Walk(keeping(), session_plan({}, num_steps=1, window_frames=9))
+    walk.run(0, 2)
+    walk.plans = [dataclasses.replace(each, chunk_index=each.chunk_index + 500) for each in walk.plans]
+    walk.run(0, 6)
+    history = walk.session.history
+    assert (history.next_index, history.kept_from()) == (506, 502)
+    with pytest.raises(InvalidEvent, match="1, kept of branch 0 are 502 to 506"):
+        walk.go_back(1)
 
 
 def test_until_the_window_slides_it_goes_on_bit_for_bit_from_latents_alone(keeping, session_plan):
