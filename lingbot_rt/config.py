@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from lingbot_rt.config_combinations import check_combinations
 from lingbot_rt.config_values import (
     host_value,
     key_value,
@@ -397,51 +398,7 @@ class ServeConfig:
         for field in dataclasses.fields(self):
             value = checked_value(field, getattr(self, field.name), source=flag(field.name))
             object.__setattr__(self, field.name, value)
-        if self.ulysses_degree is not None and self.ulysses_degree != self.num_gpus:
-            raise ConfigError(
-                f"--ulysses-degree {self.ulysses_degree} must equal --num-gpus {self.num_gpus}: all share one session",
-                field="ulysses_degree",
-            )
-        if self.vae_parallel == "width" and self.num_gpus == 1:
-            raise ConfigError("--vae-parallel width needs --num-gpus 2 or more", field="vae_parallel")
-        if self.snapshot_kv and self.num_gpus > 1:
-            raise ConfigError(
-                f"--snapshot-kv with --num-gpus {self.num_gpus}: each GPU has some of the keys and values, expected 1",
-                field="snapshot_kv",
-            )
-        if self.enable_upscaling_warmup and not self.warmup:
-            raise ConfigError("--enable-upscaling-warmup needs --warmup true", field="enable_upscaling_warmup")
-        most = self.ray_max_replicas
-        if most is not None and (self.ray_replicas is None or most < self.ray_replicas):
-            raise ConfigError(
-                f"--ray-max-replicas {self.ray_max_replicas} needs --ray-replicas, and at least as many",
-                field="ray_max_replicas",
-            )
-        for name in ("park_dir", "max_sessions") if self.ray_replicas is not None else ():
-            if getattr(self, name) not in (None, 1):
-                raise ConfigError(
-                    f"{flag(name)} {getattr(self, name)} with --ray-replicas: each replica plays one session, and "
-                    "keeps none for a client that comes back",
-                    field=name,
-                )
-        for field in dataclasses.fields(self) if self.record_dir is None else ():
-            if field.name.startswith("record_") and getattr(self, field.name) != field.default:
-                raise ConfigError(
-                    f"{flag(field.name)} {getattr(self, field.name)} needs --record-dir, where records are kept",
-                    field=field.name,
-                )
-        if self.park_dir is not None and not self.resume_s:
-            raise ConfigError("--park-dir needs --resume-s above 0: no client could come back", field="park_dir")
-        if self.snapshot_every and self.park_dir is None:
-            raise ConfigError(
-                f"--snapshot-every {self.snapshot_every} needs --park-dir, where snapshots are kept",
-                field="snapshot_every",
-            )
-        if self.record_total_mb < self.record_max_mb:
-            raise ConfigError(
-                f"--record-total-mb {self.record_total_mb} must be at least --record-max-mb {self.record_max_mb}",
-                field="record_total_mb",
-            )
+        check_combinations(self)
 
     @property
     def allowed_origins(self) -> tuple[str, ...]:

@@ -152,6 +152,16 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
             "between two log lines about the same shortage", "server.http:LOG_INTERVAL_S", "s", "it is not logged again"
         ),
     ),
+    "replicas": (
+        Limit("replicas", "--ray-replicas", "", "an option that is refused"),
+        Limit("replicas that waiting clients bring up", "--ray-max-replicas", "", "clients wait in line"),
+        Limit("time to connect to a replica", "deploy.relay:CONNECT_LIMIT_S", "s", "error `engine_failed`, close 1011"),
+        Limit(
+            "messages that a client in line sends ahead",
+            "deploy.relay:BACKLOG_MESSAGES",
+            "",
+            "the others are read once it has a replica",
+        ),
     "queues": (
         Limit(
             "unsent bytes in the kernel, and again in the process",
@@ -309,16 +319,6 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("answer of /v1/models", "client.server_info:_MAX_BYTES", "bytes", "the rest is not read"),
         Limit("each wait for it", "client.server_info:_TIMEOUT_S", "s", "an error that names the server"),
     ),
-    "replicas": (
-        Limit("replicas", "--ray-replicas", "", "an option that is refused"),
-        Limit("replicas that waiting clients bring up", "--ray-max-replicas", "", "clients wait in line"),
-        Limit("time to connect to a replica", "deploy.relay:CONNECT_LIMIT_S", "s", "error `engine_failed`, close 1011"),
-        Limit(
-            "messages that a client in line sends ahead",
-            "deploy.relay:BACKLOG_MESSAGES",
-            "",
-            "the others are read once it has a replica",
-        ),
         Limit(
             "bytes of a replica that the kernel keeps for the front",
             "deploy.relay:RECEIVE_BYTES",

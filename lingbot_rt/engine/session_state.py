@@ -169,14 +169,15 @@ class SessionState:
 
     def camera(self, relative_poses: Pose | None, lenses: Pose | None = None) -> CameraModulation | None:
         """Camera modulation of a chunk; that of the chunk before while the same keys are held. ``lenses``: [F, 4]."""
-        if (
+        is_same = (
             relative_poses is not None
             and self._poses is not None
             and np.allclose(relative_poses, self._poses, 0, _SAME_POSE)
             and np.array_equal(lenses, self._lenses)  # type: ignore[arg-type]  # None equals None alone
-        ):
+        )
+        if is_same:
             relative_poses = self._poses
-        if self._camera is None or relative_poses is not self._poses:
+        if self._camera is None or not is_same:
             # Freed before the next one is computed: 3.8 GB for the 14B. Should that fail, nothing is kept.
             self._camera = self._poses = self._lenses = None
             if relative_poses is not None:
