@@ -162,6 +162,24 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
             "",
             "the others are read once it has a replica",
         ),
+        Limit(
+            "bytes of a replica that the kernel keeps for the front",
+            "deploy.relay:RECEIVE_BYTES",
+            "bytes",
+            "the session waits; no frame is dropped",
+        ),
+        Limit("time to read the last error, and to close", "deploy.relay:FAREWELL_LIMIT_S", "s", "the connection ends"),
+        Limit(
+            "time to answer `/metrics` and `/v1/models`", "deploy.front:REPLY_LIMIT_S", "s", "the replica is left out"
+        ),
+        Limit("bytes read of such an answer", "deploy.front:MAX_REPLY_BYTES", "bytes", "the replica is left out"),
+        Limit("time to tell clients of a shutdown", "deploy.front:SHUTDOWN_LIMIT_S", "s", "the connection ends"),
+        Limit(
+            "time until a session comes to its replica", "deploy.ray:CLAIM_LIMIT_S", "s", "the replica is free again"
+        ),
+        Limit("time to end a session on a replica that is to go", "deploy.ray:DRAIN_LIMIT_S", "s", "the session ends"),
+        Limit("silence of a replica", "deploy.ray:FORGET_AFTER_S", "s", "metrics leave it out"),
+    ),
     "queues": (
         Limit(
             "unsent bytes in the kernel, and again in the process",
@@ -318,24 +336,6 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("chunks until a saved world comes", "client.protocol:_SAVE_CHUNKS", "", "`SaveFailed`"),
         Limit("answer of /v1/models", "client.server_info:_MAX_BYTES", "bytes", "the rest is not read"),
         Limit("each wait for it", "client.server_info:_TIMEOUT_S", "s", "an error that names the server"),
-    ),
-        Limit(
-            "bytes of a replica that the kernel keeps for the front",
-            "deploy.relay:RECEIVE_BYTES",
-            "bytes",
-            "the session waits; no frame is dropped",
-        ),
-        Limit("time to read the last error, and to close", "deploy.relay:FAREWELL_LIMIT_S", "s", "the connection ends"),
-        Limit(
-            "time to answer `/metrics` and `/v1/models`", "deploy.front:REPLY_LIMIT_S", "s", "the replica is left out"
-        ),
-        Limit("bytes read of such an answer", "deploy.front:MAX_REPLY_BYTES", "bytes", "the replica is left out"),
-        Limit("time to tell clients of a shutdown", "deploy.front:SHUTDOWN_LIMIT_S", "s", "the connection ends"),
-        Limit(
-            "time until a session comes to its replica", "deploy.ray:CLAIM_LIMIT_S", "s", "the replica is free again"
-        ),
-        Limit("time to end a session on a replica that is to go", "deploy.ray:DRAIN_LIMIT_S", "s", "the session ends"),
-        Limit("silence of a replica", "deploy.ray:FORGET_AFTER_S", "s", "metrics leave it out"),
     ),
 }
 """Section of the page -> its rows."""
