@@ -43,7 +43,7 @@ def run_chunk(
     with clock.stage("denoise"):
         latents = denoise(forward, pipeline.schedule, session.plan.num_steps, session.draw)
 
-    decoding = session.decoding
+    decoding = pipeline.decoding(session.plan)
     with FrameReadback(pipeline.device, session.postprocessor, emit) as readback:
         readback.check(latents)
         # The frames leave before the context pass. On an accelerator they could be decoded beside it. But both fill the

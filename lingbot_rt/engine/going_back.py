@@ -85,10 +85,11 @@ def _decode(pipeline: Pipeline, session: SessionState, window: Sequence[KeptChun
             break
         newest.insert(0, chunk)
     pixels: Tensor | None = None
-    with session.decoding.placement.on_device():
+    decoding = pipeline.decoding(session.plan)
+    with decoding.placement.on_device():
         for chunk in newest:
             latents = to_device(chunk.latents, pipeline.device)
             for i in range(session.plan.latent_frames):
                 session.raise_if_cancelled()
-                pixels = session.decoding.decode(latents[:, :, i : i + 1], session.features)
+                pixels = decoding.decode(latents[:, :, i : i + 1], session.features)
     session.postprocessor.go_on_from(None if pixels is None else to_uint8(pixels)[-1:])

@@ -74,10 +74,10 @@ class SessionState:
             timestep: pipeline.dit.time_modulation(timestep) for timestep in (*timesteps, CLEAN)
         }
         image = preprocess_image(plan.first_frame).to(pipeline.device)
-        self.decoding = pipeline.decoding(plan)
-        with self.decoding.placement.on_device():
-            self._condition_first, self._condition_later = self.decoding.vae.encode_condition(image, plan.latent_frames)
-        self.features: FeatureCache = self.decoding.vae.new_features()
+        decoding = pipeline.decoding(plan)
+        with decoding.placement.on_device():
+            self._condition_first, self._condition_later = decoding.vae.encode_condition(image, plan.latent_frames)
+        self.features: FeatureCache = decoding.vae.new_features()
         self.text_kv(plan.prompt)
         self.postprocessor = pipeline.open_postprocessor(plan)
 
