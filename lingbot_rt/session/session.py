@@ -379,9 +379,13 @@ class Session:
 
     def _ask(self, event: Event) -> tuple[bytes, ...]:
         """Takes an event of the extension ``history``; a newer one replaces it until it is done."""
-        asked = parse_asked(event.kind, event.payload, event.event_id, self._branch)
-        if asked.kind != "save":
-            self.require_kept(asked)
+        try:
+            asked = parse_asked(event.kind, event.payload, event.event_id, self._branch)
+            if asked.kind != "save":
+                self.require_kept(asked)
+        except InvalidEvent as error:
+            error.event_id = event.event_id
+            raise
         if self.is_complete:
             return self._acks([asked], "dropped")
         what = "save" if asked.kind == "save" else "back"

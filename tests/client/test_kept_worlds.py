@@ -535,6 +535,8 @@ def test_what_is_kept():
     received.went_on_at(5000)
     assert received.fields() == {"received_chunk": 5000, "received_frames": 0}
     assert len(events.take_all()) == 1024
+    assert events.refused(9999) == 9999  # the server says which one
+    assert events.refused(9999) == events.refused() - 1 == 8976  # of one that is not known, the oldest
 
 
 def test_when_a_lost_line_is_tried():
