@@ -49,6 +49,7 @@ class LingbotError(Exception):
     """
 
     code = "error"
+    event_id: int | None = None  # of the refused event, where it is told
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)

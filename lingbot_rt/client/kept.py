@@ -127,8 +127,13 @@ class EventsInFlight:
     def answered(self, event_id: int) -> None:
         self._events.pop(event_id, None)
 
-    def refused(self) -> int | None:
-        """The id of the event that the server refused just now. None: of none that is known."""
+    def refused(self, event_id: object = None) -> int | None:
+        """The id of the event that the server refused just now. None: of none that is known.
+
+        ``event_id``: where the server says it.
+        """
+        if isinstance(event_id, int) and self._events.pop(event_id, None) is not None:
+            return event_id
         sent = [event for event in self._events.values() if event.is_sent]
         event = next((event for event in sent if not event.is_received), sent[0] if sent else None)
         if event is None:

@@ -144,7 +144,7 @@ class ClientProtocol:
             case "world":
                 self._answer(fields.get("event_id"), world_of(fields))
             case "error":
-                self._raise(str(fields.get("content", "")), fields.get("code"))
+                self._raise(str(fields.get("content", "")), fields.get("code"), fields.get("event_id"))
             case _:
                 pass  # a message type of a later server
         return []
@@ -248,7 +248,7 @@ class ClientProtocol:
         self._saves[event_id] = answer
         return True
 
-    def _raise(self, content: str, code: str | None) -> None:
+    def _raise(self, content: str, code: str | None, event_id: object) -> None:
         kinds: list[tuple[str, type[ClientError]]] = [
             ("another realtime session", ServerBusy),
             ("the server is not ready", ServerNotReady),
@@ -260,7 +260,7 @@ class ClientProtocol:
         for start, kind in kinds:
             if content.startswith(start) or code == kind.code:
                 error = kind(content)
-                if kind is EventRefused and self._answer(self.events.refused(), error):
+                if kind is EventRefused and self._answer(self.events.refused(event_id), error):
                     return
                 raise error
         # The server closes after any other error. ``closed`` then raises it.

@@ -50,6 +50,7 @@ class Session(BaseSession[int], Iterator[Frame]):
         self._sending = threading.Lock()  # the socket, and which events were sent on it
         self._reading = threading.Condition()
         self._is_reading = False  # one thread at a time, which reads for all
+        self._coming: BlockingConnection | None = None  # a new line, before the session goes on there
         self._left = threading.Event()
 
     def __next__(self) -> Frame:
@@ -117,14 +118,20 @@ class Session(BaseSession[int], Iterator[Frame]):
                 continue
             is_back = False
             try:
-                while not self._protocol.has_opened:
+                with self._sending:
+                    self._coming = socket
+                while not self._protocol.has_opened and not self._left.is_set():
                     self._decoded.extend(self._protocol.receive(socket.recv()))
                 with self._sending:
+                    if self._left.is_set():
+                        break
                     self._socket, is_back = socket, True
                     for event in self._protocol.events.take_all():
                         socket.send(event)
                 return
             except ConnectionClosed as end:
+                if self._left.is_set():
+                    break
                 self._protocol.require_resumable(*_close_of(end))
                 message = self._protocol.resume_message()
             except (ServerNotReady, ServerBusy) as error:
@@ -133,6 +140,7 @@ class Session(BaseSession[int], Iterator[Frame]):
                 self._protocol.token = None
                 raise _refused(error, code) from None
             finally:
+                self._coming = None
                 if not is_back:
                     socket.close()
         self._protocol.token = None
@@ -154,8 +162,10 @@ class Session(BaseSession[int], Iterator[Frame]):
         """Ends the session, also while it tries to come back. ``with connect(...)`` does it."""
         self._left.set()
         with self._sending:
-            socket = self._socket
-        socket.close()
+            lines = (self._socket, self._coming)
+        for socket in lines:
+            if socket is not None:
+                socket.close()
 
 
 class AsyncSession(BaseSession[Coroutine[Any, Any, int]], AsyncIterator[Frame]):

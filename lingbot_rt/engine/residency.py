@@ -53,6 +53,6 @@ class Residency:
         while self._on_device and not fits():
             parked = [each for each in self._on_device if each in self._parked]
             session_id = parked[0] if parked else self._on_device[-1]
-            self._on_device.remove(session_id)
             self._move(session_id, True)
+            self._on_device.remove(session_id)
             self._on_host.add(session_id)

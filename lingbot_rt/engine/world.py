@@ -75,9 +75,12 @@ def read_snapshot(pipeline: Pipeline, plan: SessionPlan, data: bytes) -> Snapsho
     _require(world["model"], _model(pipeline), "model")
     build = _build(pipeline)
     try:
+        is_same_build = world["build"] == build
+        # Each of several ranks has some of the K/V only: no file of theirs holds any, whatever it says.
+        with_kv = is_same_build and pipeline.ranks.world == 1
         _require(world["plan"], _plan_fields(plan), "session")
         tensors = load(data)
-        window = [_chunk(fields, tensors, with_kv=world["build"] == build) for fields in world["chunks"]]
+        window = [_chunk(fields, tensors, with_kv=with_kv) for fields in world["chunks"]]
         boundary = int(world["chunk_index"])
         expected = window_indices(plan.latent_frames, plan.sink_frames, plan.window_frames, boundary)
         if boundary > MAX_CHUNKS or [chunk.index for chunk in window] != expected:
@@ -86,7 +89,7 @@ def read_snapshot(pipeline: Pipeline, plan: SessionPlan, data: bytes) -> Snapsho
             _check(pipeline, plan, chunk)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InvalidInit(f"the snapshot is damaged ({type(error).__name__})", field="resume") from None
-    return Snapshot(boundary, window, world["build"] == build)
+    return Snapshot(boundary, window, is_same_build)
 
 
 def go_on_from(pipeline: Pipeline, session: SessionState, snapshot: Snapshot) -> Rewound:
@@ -211,12 +214,25 @@ def _check(pipeline: Pipeline, plan: SessionPlan, chunk: KeptChunk) -> None:
         chunk.recent_frames is None or chunk.recent_frames in plan.recent_frames,
         _is_sound(chunk.relative_poses, (frames, 4, 4)),
         _is_sound(chunk.lenses, (frames, 4)),
+        _is_random_state(pipeline, chunk.random_state),
     ]
     if chunk.whole is not None:
         sound.append(len(chunk.whole.frame_of_slot) == plan.window_frames)
         sound.append(all(kv.dtype == pipeline.kv_cache_dtype for both in chunk.whole.kv.values() for kv in both))
     if not all(sound):
         raise ValueError(f"chunk {chunk.index}")
+
+
+def _is_random_state(pipeline: Pipeline, state: Tensor) -> bool:
+    """Whether the noise generator takes it; one of another device's generator is not used."""
+    generator = torch.Generator(pipeline.noise_device)
+    if state.shape != generator.get_state().shape:
+        return True
+    try:
+        generator.set_state(state)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _is_sound(array: Any, shape: tuple[int, ...]) -> bool:

@@ -118,8 +118,9 @@ def create_app(config: ServeConfig, engine: EnginePort, page: Path | None = None
 
 async def _start(service: Service) -> None:
     try:
+        await service.parking.find()
         await service.engine.start()
-        await service.parking.started()
+        service.parking.started()
         # What was loaded stays. A full collection that walks all of it holds up every client for half a second.
         gc.freeze()
     except LingbotError as error:

@@ -81,14 +81,20 @@ class Parking:
         """Bytes of host memory of parked sessions."""
         return sum(kept.nbytes for kept in self._kept.values() if kept.is_parked)
 
-    async def started(self) -> None:
-        """The engine is ready: from here on clients can come back to what an earlier server wrote."""
+    async def find(self) -> None:
+        """What an earlier server wrote is known from here on. Called before the engine is ready: a client that comes
+        back at that moment must not hear that its session is over."""
         if self._folder is None:
             return
         for digest in await asyncio.to_thread(self._folder.found):
             kept = self._kept[digest] = KeptSession(digest)
             kept.changed.set()
-            self._start_timer(kept)
+
+    def started(self) -> None:
+        """The engine is ready: clients have --resume-s from here on to come back to what an earlier server wrote."""
+        for kept in self._kept.values():
+            if kept.is_parked:
+                self._start_timer(kept)
 
     # --- tokens ---
 
@@ -213,11 +219,16 @@ class Parking:
         assert live is not None
         try:
             kept.world = await self._engine.snapshot(live.id, live.about())
+            await self._engine.close(live.id)
         except LingbotError as error:
             log.error("session %s cannot be kept: %s", live.id, error)
             await self.end(kept, error.code)
             return
-        await self._engine.close(live.id)
+        except Exception:
+            # As in ``_settle``.
+            log.exception("session %s cannot be kept", live.id)
+            await self.end(kept, "engine_failed")
+            return
         await live.over("the session was kept as a snapshot")
         kept.is_open, kept.nbytes = False, len(kept.world)
         log.info("session %s is kept as a snapshot of %.1f MB (--parked-mb)", live.id, kept.nbytes / 1e6)
@@ -259,6 +270,8 @@ class Parking:
         if live is None or kept.leave is not None:
             return  # it is on disk, or its connection could not be ended in time
         is_written = False
+        if kept.writing is not None:
+            await asyncio.wait({kept.writing})  # two writers would share one unfinished file
         if folder is not None:
             try:
                 data = kept.world or await self._engine.snapshot(live.id, live.about())
@@ -281,6 +294,8 @@ class Parking:
         kept.timer = loop.call_later(self._limit_s, lambda: self._in_background(self._expire(kept)))
 
     async def _expire(self, kept: KeptSession) -> None:
+        while kept.leave is None and not kept.changed.is_set():
+            await kept.changed.wait()  # it is made a snapshot just now
         if kept.is_parked:  # nobody came in the last moment
             await self.end(kept, "not_resumed")
 

@@ -318,6 +318,7 @@ class Serving:
         await service.parking.settled()
         plan = start.settings.session_plan(session.id, picture)
         place = await self._open(session, plan, start.world)
+        start.world = None  # it may be large: nobody keeps it while the client plays
         if start.kept is None or start.kept.live is None:
             telemetry.opened(time.monotonic())
         if place is None:
@@ -325,6 +326,7 @@ class Serving:
                 info = service.engine.model_info
                 live.recorder = await asyncio.to_thread(start_record, service.config, live.init, plan, info)
             return Rewound(0, 0, exact=True)
+        session.forget_boundaries()  # the engine's history begins with the snapshot
         telemetry.resumed("file" if start.kept is None else "snapshot", time.monotonic())
         if start.kept is not None:
             service.parking.opened(start.kept, live)

@@ -143,6 +143,7 @@ class Stream:
             try:
                 answers = await (self._save(asked) if asked.kind == "save" else self._go_back(asked))
             except RequestError as error:
+                error.event_id = asked.event_id
                 answers = (self._link.refuse(error), *self._session.not_done(asked))
             await self._outbox.send(*answers)
 

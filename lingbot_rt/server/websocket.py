@@ -168,6 +168,15 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             return
         super().keepalive_timeout()
 
+    def shutdown(self) -> None:
+        if self.handshake_complete and not self.close_sent and self.conn.state is not State.OPEN:
+            # The client closed first, and its answer is still on the way: uvicorn's second close would raise, and
+            # nothing that comes after it in the server's shutdown would be done.
+            self.stop_keepalive()
+            self.transport.close()
+            return
+        super().shutdown()
+
     def handle_parser_exception(self) -> None:
         if not isinstance(self.conn.parser_exc, PayloadTooBig):
             super().handle_parser_exception()

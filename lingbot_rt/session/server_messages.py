@@ -43,10 +43,12 @@ def _line(text: str) -> str:
 
 
 def error_message(error: LingbotError) -> bytes:
-    """``content`` is one line of at most 2000 characters; ``field`` is there only when the error names one."""
+    """``content`` is one line of at most 2000 characters; ``field`` and ``event_id`` are there only if known."""
     message: dict[str, Any] = {"type": "error", "content": _line(error.wire_content), "code": error.code}
     if error.field is not None:
         message["field"] = error.field[:_MAX_TEXT]
+    if error.event_id is not None:
+        message["event_id"] = _count(error.event_id)
     return _ENCODER.encode(message)
 
 

@@ -149,6 +149,10 @@ class Session:
         if self._paused_at is not None:
             self._paused_at = now if "pause" in settings.extensions else None
 
+    def forget_boundaries(self) -> None:
+        """The session goes on from a snapshot, which has none of its branches."""
+        self._boundaries = Boundaries()
+
     # --- what comes in ---
 
     @property
@@ -222,6 +226,8 @@ class Session:
         """Raises InvalidEvent when the session cannot go back to where ``asked`` says."""
         if not self.settings.keeps_history:
             raise InvalidEvent("this server keeps no chunks to go back to (--history-mb 0)", field=asked.kind)
+        if "history" not in self.settings.extensions:  # of a client that came back without it, before this was done
+            raise InvalidEvent('needs "history" in protocol_extensions', field=asked.kind)
         if (asked.branch, asked.chunk) != (self._branch, self._next_index):
             self._boundaries.require(asked.branch, asked.chunk)
 
@@ -373,9 +379,13 @@ class Session:
 
     def _ask(self, event: Event) -> tuple[bytes, ...]:
         """Takes an event of the extension ``history``; a newer one replaces it until it is done."""
-        asked = parse_asked(event.kind, event.payload, event.event_id, self._branch)
-        if asked.kind != "save":
-            self.require_kept(asked)
+        try:
+            asked = parse_asked(event.kind, event.payload, event.event_id, self._branch)
+            if asked.kind != "save":
+                self.require_kept(asked)
+        except InvalidEvent as error:
+            error.event_id = event.event_id
+            raise
         if self.is_complete:
             return self._acks([asked], "dropped")
         what = "save" if asked.kind == "save" else "back"

@@ -267,6 +267,39 @@ def test_leaving_ends_a_session_that_tries_to_come_back():
         thread.join()
 
 
+def test_leaving_ends_a_session_that_waits_in_line_to_come_back():
+    """The new line is closed too: the server would play on for nobody."""
+    waits, left = threading.Event(), threading.Event()
+    codes = []
+
+    def script(connection: ServerConnection) -> None:
+        if "resume" not in unpack(connection.recv()):
+            connection.send(opened(resume_s=10_000))
+            cut(connection)
+            return
+        connection.send(pack({"type": "queue", "position": 1, "waited_ms": 0}))
+        waits.set()
+        left.wait(30)
+        with contextlib.suppress(ConnectionClosed):
+            connection.send(opened(resumed=True, chunk_index=0))
+            connection.recv(30)
+        codes.append(connection.close_code)
+
+    with serving(script, **ENTRY) as url, connect(url, **INIT) as session:
+
+        def leave() -> None:
+            waits.wait(30)
+            session.close()
+            left.set()
+
+        thread = threading.Thread(target=leave)
+        thread.start()
+        with pytest.raises(SessionLost):
+            next(session)
+        thread.join()
+    assert codes == [1000]
+
+
 def test_events_that_the_server_did_not_hear_are_sent_again():
     """Those that it acknowledged are not; those of the time without a line come too, all in order."""
     heard: list[list[str]] = []
@@ -502,6 +535,8 @@ def test_what_is_kept():
     received.went_on_at(5000)
     assert received.fields() == {"received_chunk": 5000, "received_frames": 0}
     assert len(events.take_all()) == 1024
+    assert events.refused(9999) == 9999  # the server says which one
+    assert events.refused(9999) == events.refused() - 1 == 8976  # of one that is not known, the oldest
 
 
 def test_when_a_lost_line_is_tried():

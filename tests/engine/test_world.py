@@ -94,6 +94,8 @@ def damaged(kind: str, data: bytes) -> bytes:
         tensors["chunk.1.latents"] = tensors["chunk.1.latents"][..., :-1].contiguous()
     if kind == "not finite":
         tensors["chunk.1.relative_poses"][0, 0, 0] = float("nan")
+    if kind == "no random state":
+        tensors["chunk.2.random_state"].zero_()
     if kind == "a chunk less":
         world["chunks"].pop()
     if kind == "far away":
@@ -117,7 +119,7 @@ async def test_a_file_that_does_not_fit_is_refused(engine, session_plan, exact):
     await run(engine, plan, 0, 3)
     data = await engine.snapshot(plan.session_id, "")
     await engine.close(plan.session_id)
-    for kind in (*KINDS, "long prompt", "format"):
+    for kind in (*KINDS, "long prompt", "format", "no random state"):
         with pytest.raises(InvalidInit, match="the snapshot") as caught:
             await engine.open(plan, damaged(kind, data))
         assert caught.value.field == "resume", kind

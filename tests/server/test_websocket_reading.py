@@ -188,3 +188,15 @@ async def test_a_client_that_leaves_while_its_message_is_read_leaves_nothing(ser
             client.socket.transport.abort()
     gate.set()
     await server.idle()
+
+
+async def test_a_stop_meets_a_client_that_has_closed_already(serve):
+    """Whose close was answered, and whose socket is not gone yet: the stop goes on with the others."""
+    server = await serve()
+    async with server.client(init()) as client:
+        await client.chunk()
+        (protocol,) = server.server.server_state.connections
+        protocol.conn.send_close(1000)  # the answer, not written yet
+        protocol.shutdown()
+        assert protocol.transport.is_closing()
+    await server.idle()

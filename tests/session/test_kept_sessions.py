@@ -273,9 +273,19 @@ def test_what_cannot_be_gone_back_to_says_what_can():
         (3, "rewind", "3 is not a map"),
     ]:
         with pytest.raises(InvalidEvent, match=text) as refused:
-            it.receive(Event(kind="rewind", payload=payload), 0.0)
-        assert refused.value.field == field
+            it.receive(Event(kind="rewind", payload=payload, event_id=4), 0.0)
+        assert (refused.value.field, refused.value.event_id) == (field, 4)
     assert it.take_asked() is None
+
+
+def test_a_client_that_comes_back_without_history_does_not_go_back():
+    """What the one before asked for is refused before the engine goes back."""
+    it = new()
+    it.next_chunk(0.0)
+    it.receive(Event(kind="rewind", payload={"chunk": 1}), 0.0)
+    it.rejoin(rejoined(it.settings, Resume(resume="t", protocol_extensions=("session",)), 1), Rewound(1, 0, True), 0.0)
+    with pytest.raises(InvalidEvent, match='needs "history" in protocol_extensions'):
+        it.require_kept(it.take_asked())
 
 
 def test_without_history_the_event_names_the_flag():
