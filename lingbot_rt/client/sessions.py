@@ -176,6 +176,8 @@ class AsyncSession(BaseSession[Coroutine[Any, Any, int]], AsyncIterator[Frame]):
         self._dialer = dialer
         self._socket = socket
         self._reading = asyncio.Lock()  # one task at a time, which reads for all
+        self._coming: AsyncConnection | None = None  # a new line, before the session goes on there
+        self._has_left = False
 
     async def __anext__(self) -> Frame:
         """The next frame; iteration ends with the session. Raises ClientError. The session survives EventRefused."""
@@ -230,19 +232,25 @@ class AsyncSession(BaseSession[Coroutine[Any, Any, int]], AsyncIterator[Frame]):
         message = self._protocol.resume_message()
         while (delay_s := retry.delay_s(time.monotonic())) is not None:
             await asyncio.sleep(delay_s)
+            if self._has_left:
+                break
             try:
-                socket = await self._dialer.dial_async(message)
+                socket = self._coming = await self._dialer.dial_async(message)
             except ConnectFailed:
                 continue
             is_back = False
             try:
-                while not self._protocol.has_opened:
+                while not self._protocol.has_opened and not self._has_left:
                     self._decoded.extend(self._protocol.receive(await socket.recv()))
+                if self._has_left:
+                    break
                 self._socket, is_back = socket, True
                 for event in self._protocol.events.take_all():
                     await socket.send(event)
                 return
             except ConnectionClosed as end:
+                if self._has_left:
+                    break
                 self._protocol.require_resumable(*_close_of(end))
                 message = self._protocol.resume_message()
             except (ServerNotReady, ServerBusy) as error:
@@ -251,6 +259,7 @@ class AsyncSession(BaseSession[Coroutine[Any, Any, int]], AsyncIterator[Frame]):
                 self._protocol.token = None
                 raise _refused(error, code) from None
             finally:
+                self._coming = None
                 if not is_back:
                     await socket.close()
         self._protocol.token = None
@@ -267,9 +276,11 @@ class AsyncSession(BaseSession[Coroutine[Any, Any, int]], AsyncIterator[Frame]):
         return event_id
 
     async def close(self) -> None:
-        """Ends the session. ``async with connect(...)`` does it."""
-        self._protocol.token = None
-        await self._socket.close()
+        """Ends the session, also while it tries to come back. ``async with connect(...)`` does it."""
+        self._has_left, self._protocol.token = True, None
+        for socket in (self._socket, self._coming):
+            if socket is not None:
+                await socket.close()
 
 
 def _write(path: str | Path, world: SavedWorld) -> int:

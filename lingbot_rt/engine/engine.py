@@ -195,8 +195,9 @@ class Engine:
 
     async def park(self, session_id: str) -> int:
         def park() -> int:
+            session = self._session(session_id)
             self._residency.parked(session_id)
-            return self._session(session_id).nbytes
+            return session.nbytes
 
         return await self._on_thread(park)
 

@@ -260,7 +260,10 @@ class Parking:
             async with asyncio.timeout(CLOSE_LIMIT_S):
                 await self.settled()
                 for kept in list(self._kept.values()):
-                    await self._leave(kept)
+                    try:
+                        await self._leave(kept)
+                    except Exception:
+                        log.exception("a session cannot be written")  # the others are
         except TimeoutError:
             log.error("not every session could be written within %g s", CLOSE_LIMIT_S)
 

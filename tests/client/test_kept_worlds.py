@@ -267,7 +267,8 @@ def test_leaving_ends_a_session_that_tries_to_come_back():
         thread.join()
 
 
-def test_leaving_ends_a_session_that_waits_in_line_to_come_back():
+@pytest.mark.parametrize("is_async", [False, True])
+def test_leaving_ends_a_session_that_waits_in_line_to_come_back(is_async):
     """The new line is closed too: the server would play on for nobody."""
     waits, left = threading.Event(), threading.Event()
     codes = []
@@ -285,18 +286,30 @@ def test_leaving_ends_a_session_that_waits_in_line_to_come_back():
             connection.recv(30)
         codes.append(connection.close_code)
 
-    with serving(script, **ENTRY) as url, connect(url, **INIT) as session:
-
-        def leave() -> None:
-            waits.wait(30)
-            session.close()
+    async def leave_async(url: str) -> None:
+        async with connect(url, **INIT) as session:
+            frames = asyncio.create_task(anext(session))
+            await asyncio.to_thread(waits.wait, 30)
+            await session.close()
             left.set()
+            with pytest.raises(SessionLost):
+                await frames
 
-        thread = threading.Thread(target=leave)
-        thread.start()
-        with pytest.raises(SessionLost):
-            next(session)
-        thread.join()
+    def leave() -> None:
+        waits.wait(30)
+        session.close()
+        left.set()
+
+    with serving(script, **ENTRY) as url:
+        if is_async:
+            asyncio.run(leave_async(url))
+        else:
+            with connect(url, **INIT) as session:
+                thread = threading.Thread(target=leave)
+                thread.start()
+                with pytest.raises(SessionLost):
+                    next(session)
+                thread.join()
     assert codes == [1000]
 
 

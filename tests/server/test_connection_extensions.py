@@ -106,7 +106,7 @@ async def test_a_session_that_compiles_first_says_so(serve, monkeypatch):
     engine = FakeEngine(warm_up=WarmUp(FrameSize(64, 64), 3, 12.5))
     engine.may_open.clear()
     server = await serve(engine)
-    asked = init(max_chunks=1, protocol_extensions=["session", "heartbeat", "warming"])
+    asked = init(max_chunks=1, protocol_extensions=["session", "heartbeat", "warming", "control_ack"])
     async with server.client(asked) as client:
         told, _ = await client.receive()
         assert told == {
@@ -117,6 +117,7 @@ async def test_a_session_that_compiles_first_says_so(serve, monkeypatch):
         }
         assert (await client.receive())[0]["state"] == "warming"
         await client.send(event("camera_actions", state("w"), 7))
+        assert (await client.until("control_ack"))["state"] == "received"
         engine.may_open.set()
         assert (await client.until("session"))["session_id"] == told["session_id"]
         assert (await client.chunk()).stats["event_id"] == 7
