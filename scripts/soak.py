@@ -64,6 +64,7 @@ def watch(folder):
         time.sleep(0.2)
         if not os.path.exists(request):
             continue
+        gc.collect()  # what only waits for a collection is not left behind
         kinds = [type(each).__name__ for each in gc.get_objects() if type(each).__name__ in ("SessionState", "Task")]
         with open(answer + ".new", "w") as file:
             json.dump({kind: kinds.count(kind) for kind in ("SessionState", "Task")}, file)
