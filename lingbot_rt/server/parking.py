@@ -11,13 +11,13 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.errors import InvalidInit, LingbotError
+from lingbot_rt.errors import EngineFailed, InvalidInit, LingbotError, one_line
 from lingbot_rt.server.live_session import LiveSession
 from lingbot_rt.server.park_folder import ParkFolder
 from lingbot_rt.session.plan import EnginePort
@@ -45,7 +45,12 @@ class KeptSession:
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # set while it is parked wholly, or over
     timer: asyncio.TimerHandle | None = None
     written_at: int = 0  # chunk index of its newest snapshot on disk
-    writing: asyncio.Task[Any] | None = None
+    writing: asyncio.Task[Any] | None = None  # writes or deletes its file: one at a time
+
+    @property
+    def name(self) -> str:
+        """For the log."""
+        return "on disk" if self.live is None else self.live.id
 
     @property
     def is_parked(self) -> bool:
@@ -141,7 +146,7 @@ class Parking:
         """A session that was kept as a snapshot is open on the engine again."""
         kept.live, kept.is_open, kept.world = live, True, None
         if self._folder is not None and not self._every:
-            self._in_background(asyncio.to_thread(self._folder.delete, kept.digest))
+            kept.writing = asyncio.create_task(asyncio.to_thread(self._folder.delete, kept.digest))
 
     # --- from held to parked, and to the end ---
 
@@ -150,7 +155,7 @@ class Parking:
         kept.leave = None
         kept.changed.clear()
         self._kept[kept.digest] = self._kept.pop(kept.digest)  # the newest
-        self._in_background(self._settle(kept))
+        self._in_background(kept, self._settle(kept))
 
     def release(self, kept: KeptSession) -> None:
         """Whoever waited in line with it is gone."""
@@ -184,18 +189,8 @@ class Parking:
     async def _settle(self, kept: KeptSession) -> None:
         live = kept.live
         assert live is not None
-        try:
-            await live.settle()
-            kept.nbytes = await self._engine.park(live.id) + live.frame_bytes
-        except LingbotError as error:
-            log.error("session %s cannot be parked: %s", live.id, error)
-            await self.end(kept, error.code)
-            return
-        except Exception:
-            # The edge of this task: whoever comes with the token must not wait for ever.
-            log.exception("session %s cannot be parked", live.id)
-            await self.end(kept, "engine_failed")
-            return
+        await live.settle()
+        kept.nbytes = await self._engine.park(live.id) + live.frame_bytes
         log.info("session %s is parked: %.1f MB, for %g s", live.id, kept.nbytes / 1e6, self._limit_s)
         self._start_timer(kept)
         kept.changed.set()
@@ -208,27 +203,17 @@ class Parking:
             shrinkable = next((kept for kept in parked if kept.is_open), None)
             if shrinkable is None:
                 log.warning("a parked session ends: --parked-mb is reached")
-                await self.end(parked[0], "parked_full")
+                await self._or_end(parked[0], self.end(parked[0], "parked_full"))
                 continue
             shrinkable.changed.clear()
-            await self._shrink(shrinkable)
+            await self._or_end(shrinkable, self._shrink(shrinkable))
             shrinkable.changed.set()
 
     async def _shrink(self, kept: KeptSession) -> None:
         live = kept.live
         assert live is not None
-        try:
-            kept.world = await self._engine.snapshot(live.id, live.about())
-            await self._engine.close(live.id)
-        except LingbotError as error:
-            log.error("session %s cannot be kept: %s", live.id, error)
-            await self.end(kept, error.code)
-            return
-        except Exception:
-            # As in ``_settle``.
-            log.exception("session %s cannot be kept", live.id)
-            await self.end(kept, "engine_failed")
-            return
+        kept.world = await self._engine.snapshot(live.id, live.about())
+        await self._engine.close(live.id)
         await live.over("the session was kept as a snapshot")
         kept.is_open, kept.nbytes = False, len(kept.world)
         log.info("session %s is kept as a snapshot of %.1f MB (--parked-mb)", live.id, kept.nbytes / 1e6)
@@ -260,10 +245,7 @@ class Parking:
             async with asyncio.timeout(CLOSE_LIMIT_S):
                 await self.settled()
                 for kept in list(self._kept.values()):
-                    try:
-                        await self._leave(kept)
-                    except Exception:
-                        log.exception("a session cannot be written")  # the others are
+                    await self._failure(kept, self._leave(kept))  # if one cannot be written, the others are
         except TimeoutError:
             log.error("not every session could be written within %g s", CLOSE_LIMIT_S)
 
@@ -275,16 +257,15 @@ class Parking:
         is_written = False
         if kept.writing is not None:
             await asyncio.wait({kept.writing})  # two writers would share one unfinished file
-        if folder is not None:
-            try:
+        try:
+            if folder is not None:
                 data = kept.world or await self._engine.snapshot(live.id, live.about())
                 is_written = await asyncio.to_thread(folder.write, kept.digest, data)
-            except LingbotError as error:
-                log.error("session %s cannot be written: %s", live.id, error)
+        finally:
+            live.telemetry.ended("parked" if is_written else "shutting_down", time.monotonic())
+            await live.end_record("the server stopped")
         if is_written:
             log.info("session %s waits in --park-dir for the next start", live.id)
-        live.telemetry.ended("parked" if is_written else "shutting_down", time.monotonic())
-        await live.end_record("the server stopped")
 
     # --- the rest ---
 
@@ -294,7 +275,7 @@ class Parking:
     def _start_timer(self, kept: KeptSession) -> None:
         self._stop_timer(kept)
         loop = asyncio.get_running_loop()
-        kept.timer = loop.call_later(self._limit_s, lambda: self._in_background(self._expire(kept)))
+        kept.timer = loop.call_later(self._limit_s, lambda: self._in_background(kept, self._expire(kept)))
 
     async def _expire(self, kept: KeptSession) -> None:
         while kept.leave is None and not kept.changed.is_set():
@@ -308,7 +289,26 @@ class Parking:
             kept.timer.cancel()
             kept.timer = None
 
-    def _in_background(self, work: Any) -> None:
-        task = asyncio.create_task(work)
+    def _in_background(self, kept: KeptSession, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(self._or_end(kept, work))
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
+
+    async def _or_end(self, kept: KeptSession, work: Coroutine[Any, Any, None]) -> None:
+        """A session that ``work`` breaks for is over: whoever comes with its token must not wait for ever."""
+        failure = await self._failure(kept, work)
+        if failure is not None and not kept.is_over:
+            await self.end(kept, failure.code)
+
+    @staticmethod
+    async def _failure(kept: KeptSession, work: Coroutine[Any, Any, None]) -> LingbotError | None:
+        """The edge of what is done with a session that nobody plays: what ``work`` raised, logged and named."""
+        try:
+            await work
+        except LingbotError as error:
+            log.error("session %s cannot be kept: %s", kept.name, error)
+            return error
+        except Exception as error:
+            log.exception("session %s cannot be kept", kept.name)
+            return EngineFailed(one_line(error))
+        return None

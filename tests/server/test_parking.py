@@ -44,7 +44,7 @@ async def test_a_world_whose_time_is_over_while_it_becomes_a_snapshot_ends(serve
     (kept,) = parking._kept.values()
     assert kept.timer is not None
     kept.timer.cancel()
-    parking._in_background(parking._expire(kept))  # what the timer does
+    parking._in_background(kept, parking._expire(kept))  # what the timer does
     await asyncio.sleep(0)
     engine.may_snapshot.set()
     await wait_until(lambda: not parking._kept)
@@ -63,6 +63,48 @@ async def test_a_snapshot_that_breaks_holds_up_nobody(serve, caplog):
         engine.may_snapshot.set()
         assert (await client.error())["field"] == "resume"
     await server.idle()
+
+
+async def test_a_session_that_cannot_be_parked_holds_up_nobody(serve, caplog, monkeypatch):
+    """Whatever breaks: its token says that it is over, and the log has the traceback."""
+    server = await serve(FakeEngine(group_s=SLOW))
+
+    async def breaks(session_id: str) -> int:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(server.engine, "park", breaks)
+    async with lost(server, init(**KEPT)) as client:
+        token = await token_of(client)
+    async with server.client(resume(token)) as client:
+        assert (await client.error())["field"] == "resume"
+    await server.idle()
+    assert "RuntimeError: broken" in caplog.text
+
+
+async def test_a_stop_writes_the_others_if_one_breaks(tmp_path, caplog):
+    """Each for itself; the file that the broken one had stays."""
+    engine = HeldSnapshots(group_s=SLOW)
+    async with running(engine, park_dir=str(tmp_path)) as server:
+        for number in range(2):
+            async with lost(server, init(**KEPT)) as client:
+                await token_of(client)
+            await wait_until(lambda number=number: server.service.parking.count == number + 1)
+        first, second = server.service.parking._kept
+        (tmp_path / f"{first}.world").write_bytes(b"older")
+        engine.may_snapshot.set()
+        engine.broken = True
+        whole = engine.snapshot
+
+        async def only_the_first_breaks(session_id: str, about: str) -> bytes:
+            try:
+                return await whole(session_id, about)
+            finally:
+                engine.broken = False
+
+        engine.snapshot = only_the_first_breaks
+    assert (tmp_path / f"{first}.world").read_bytes() == b"older"
+    assert (tmp_path / f"{second}.world").stat().st_size > 10
+    assert "MemoryError: no memory" in caplog.text
 
 
 async def test_a_stop_does_not_write_over_a_snapshot_that_is_written(tmp_path):
