@@ -7,7 +7,7 @@ branch there and leaves the old one as it is. Branches share the chunks before t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -75,9 +75,12 @@ class History:
         self._latent_frames = latent_frames
         self._sink_frames = sink_frames
         self._ring_frames = window_frames - sink_frames
+        self._sink_chunks = -(-sink_frames // latent_frames)
         self._limit_bytes = limit_bytes
-        self._kept: dict[tuple[int, int], KeptChunk] = {}  # by (branch, index), oldest first
+        self._kept: dict[tuple[int, int], KeptChunk] = {}  # by (branch, index)
         self._origin: dict[int, tuple[int, int]] = {0: (0, 0)}  # branch -> the boundary at which it begins
+        self._oldest = 0  # of the chunks of the current branch that are kept without a gap up to the newest
+        self._others: deque[tuple[int, int]] = deque()  # keys of what the current branch has no use for, first to leave
         self._bytes = 0
         self.branch = 0
         self.next_index = 0
@@ -98,32 +101,47 @@ class History:
         """
         if chunk.index != self.next_index:
             self.clear()
-            self.next_index = chunk.index
+            self.next_index = self._oldest = chunk.index
         self._kept[self.branch, chunk.index] = chunk
         self._bytes += chunk.nbytes
         self.next_index += 1
-        if self._bytes > self._limit_bytes:
-            self._make_room()
+        self._make_room()
 
     def window(self) -> list[KeptChunk]:
         """The chunks of which the window has frames, in order."""
-        return [chunk for chunk in self._window_at(self.branch, self.next_index) if chunk is not None]
+        return self._window_at(self.branch, self.next_index)
 
-    def _window_at(self, branch: int, boundary: int) -> list[KeptChunk | None]:
-        """The same at any boundary. None stands for a chunk that is not kept."""
+    def _window_at(self, branch: int, boundary: int) -> list[KeptChunk]:
+        """The same at another boundary."""
         indices = window_indices(
             self._latent_frames, self._sink_frames, self._sink_frames + self._ring_frames, boundary
         )
-        return [self._find(branch, index) for index in indices]
+        found = (self._find(branch, index) for index in indices)
+        return [chunk for chunk in found if chunk is not None]
 
-    def kept_from(self, branch: int | None = None) -> int:
-        """The first boundary of a branch, the current one by default, to which the session can go back."""
-        branch = self.branch if branch is None else branch
-        last = oldest = self._last_boundary(branch)
-        while oldest > 0 and self._find(branch, oldest - 1) is not None:
-            oldest -= 1
-        # Before chunk 0 nothing is missing. Later windows need what the ring holds, and the sink is always kept.
-        return 0 if oldest == 0 else min(last, oldest - (-self._ring_frames // self._latent_frames))
+    def kept_from(self) -> int:
+        """The first boundary of the current branch to which the session can go back."""
+        return self._first_boundary(self.branch, self._oldest, self.next_index)
+
+    def _first_boundary(self, branch: int, oldest: int, last: int) -> int:
+        """Of a branch that ends at ``last`` and has all chunks from ``oldest`` on. Beyond ``last``: there is none."""
+        if any(self._find(branch, index) is None for index in range(min(self._sink_chunks, last))):
+            return last + 1
+        # Before chunk 0 nothing is missing. Later windows need what the ring holds; the newest has it always.
+        first = 0 if oldest == 0 else oldest - (-self._ring_frames // self._latent_frames)
+        return min(first, last) if branch == self.branch else first
+
+    def _boundaries(self, branch: int) -> range:
+        """Those of a branch to which the session can go back."""
+        last = self._last_boundary(branch)
+        oldest = self._oldest if branch == self.branch else self._without_gap(branch, last)
+        return range(self._first_boundary(branch, oldest, last), last + 1)
+
+    def _without_gap(self, branch: int, boundary: int) -> int:
+        """The oldest chunk before a boundary up to which all are kept."""
+        while boundary > 0 and self._find(branch, boundary - 1) is not None:
+            boundary -= 1
+        return boundary
 
     def go_back(self, branch: int, boundary: int, *, keep: bool) -> list[KeptChunk]:
         """Sets the session to a boundary of a branch; the chunks of the window there.
@@ -133,10 +151,11 @@ class History:
         """
         if branch not in self._origin:
             raise InvalidEvent(f"{branch}, expected one of the branches {sorted(self._origin)}", field="branch")
-        first, last = self.kept_from(branch), self._last_boundary(branch)
-        window = self._window_at(branch, boundary) if first <= boundary <= last else [None]
-        if None in window:
-            raise InvalidEvent(f"{boundary}, kept of branch {branch} are {first} to {last}", field="chunk")
+        kept = self._boundaries(branch)
+        if boundary not in kept:
+            those = f"kept of branch {branch} are {kept[0]} to {kept[-1]}" if kept else f"branch {branch} is not kept"
+            raise InvalidEvent(f"{boundary}, {those}", field="chunk")
+        window = self._window_at(branch, boundary)
         if keep:
             if len(self._origin) >= MAX_BRANCHES:
                 raise InvalidEvent(f"{len(self._origin)} branches are kept, no more can begin", field="branch")
@@ -146,7 +165,9 @@ class History:
             self._forget(branch, boundary)
             self.branch = branch
         self.next_index = boundary
-        return [chunk for chunk in window if chunk is not None]
+        self._follow()
+        self._make_room()
+        return window
 
     def begin_at(self, chunks: list[KeptChunk], boundary: int) -> None:
         """Takes over the window of a snapshot, as the first branch of this session."""
@@ -154,16 +175,31 @@ class History:
         self._kept = {(0, chunk.index): chunk for chunk in chunks}
         self._bytes = sum(chunk.nbytes for chunk in chunks)
         self.branch, self.next_index = 0, boundary
+        self._follow()
 
     def clear(self) -> None:
         self._kept.clear()
+        self._others.clear()
         self._origin = {0: (0, 0)}
-        self._bytes = self.branch = self.next_index = 0
+        self._bytes = self.branch = self.next_index = self._oldest = 0
 
-    def _find(self, branch: int, index: int) -> KeptChunk | None:
+    def _key(self, branch: int, index: int) -> tuple[int, int]:
+        """Of the branch in which the chunk was made."""
         while 0 <= index < self._origin[branch][1]:
             branch = self._origin[branch][0]
-        return self._kept.get((branch, index))
+        return branch, index
+
+    def _find(self, branch: int, index: int) -> KeptChunk | None:
+        return self._kept.get(self._key(branch, index))
+
+    def _follow(self) -> None:
+        """The session stands elsewhere: which chunks the current branch has, and which not."""
+        self._oldest = self._without_gap(self.branch, self.next_index)
+        own = {*range(min(self._sink_chunks, self.next_index)), *range(self._oldest, self.next_index)}
+        of_branch = {self._key(self.branch, index) for index in own}
+        others = [key for key in self._kept if key not in of_branch]
+        # Without its sink a branch is lost as a whole.
+        self._others = deque(sorted(others, key=lambda key: (key[1] < self._sink_chunks, key[1])))
 
     def _last_boundary(self, branch: int) -> int:
         """Where a branch ends."""
@@ -192,15 +228,13 @@ class History:
         self._origin[branch] = parent, min(start, boundary)
 
     def _make_room(self) -> None:
-        window = {id(chunk) for chunk in self.window()}
-        for key in [*self._by_age(own=False), *self._by_age(own=True)]:
-            if self._bytes <= self._limit_bytes:
-                return
-            if id(self._kept[key]) not in window:
-                self._bytes -= self._kept.pop(key).nbytes
-
-    def _by_age(self, *, own: bool) -> Iterator[tuple[int, int]]:
-        """Keys of chunks before the newest one of this branch, or of all others, oldest first."""
-        for key in list(self._kept):
-            if (self._find(self.branch, key[1]) is self._kept[key]) == own:
-                yield key
+        ring = max(self._sink_frames, self.next_index * self._latent_frames - self._ring_frames) // self._latent_frames
+        while self._bytes > self._limit_bytes:
+            if self._others:
+                key = self._others.popleft()
+            else:
+                index = max(self._oldest, self._sink_chunks)
+                if index >= ring:
+                    return  # the window is left
+                key, self._oldest = self._key(self.branch, index), index + 1
+            self._bytes -= self._kept.pop(key).nbytes
