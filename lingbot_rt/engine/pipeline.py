@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
 
 import torch
 
@@ -52,6 +53,7 @@ class Pipeline:
     """The networks on their device, and how they run there."""
 
     model_info: ModelInfo
+    identity: Mapping[str, Any]  # what a snapshot says of its model
     schedule: FlowSchedule
     device: torch.device
     dtype: torch.dtype
@@ -204,6 +206,7 @@ def _assembled(config: ServeConfig, folder: CheckpointFolder, networks: Networks
             log.info("%s", hint)
     return Pipeline(
         model_info=info,
+        identity=_identity(dit, vae),
         schedule=schedule,
         device=device,
         dtype=dtype,
@@ -220,6 +223,17 @@ def _assembled(config: ServeConfig, folder: CheckpointFolder, networks: Networks
         keeps_kv=config.snapshot_kv,
         ranks=ranks,
     )
+
+
+def _identity(dit: CausalDiT, vae: StreamingVAE) -> dict[str, Any]:
+    """The DiT's configuration, and a digest of some weights of both networks.
+
+    In bfloat16, so that it does not depend on the number format in which they are loaded.
+    """
+    digest = hashlib.sha256()
+    for weight in (dit.head.head.weight, dit.patch_embedding.weight, *vae.identifying_weights):
+        digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return asdict(dit.config) | {"weights": digest.hexdigest()[:16]}
 
 
 def compile_networks(dit: CausalDiT, vae: StreamingVAE, device: torch.device, kv_cache_dtype: torch.dtype) -> None:

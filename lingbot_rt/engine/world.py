@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,7 @@ def world_parts(pipeline: Pipeline, session: SessionState, about: str) -> WorldP
         tensors |= dict(_chunk_tensors(chunk, is_newest=chunk is window[-1]))
     world = {
         "chunk_index": history.next_index,
-        "model": _model(pipeline),
+        "model": pipeline.identity,
         "build": _build(pipeline),
         "plan": _plan_fields(plan),
         "chunks": [_chunk_fields(chunk, is_newest=chunk is window[-1]) for chunk in window],
@@ -72,7 +71,7 @@ def read_snapshot(pipeline: Pipeline, plan: SessionPlan, data: bytes) -> Snapsho
     Raises InvalidInit with the field ``resume`` when it is of another model or another window, or damaged.
     """
     world = read_world(data).world
-    _require(world["model"], _model(pipeline), "model")
+    _require(world["model"], pipeline.identity, "model")
     build = _build(pipeline)
     try:
         is_same_build = world["build"] == build
@@ -97,21 +96,6 @@ def go_on_from(pipeline: Pipeline, session: SessionState, snapshot: Snapshot) ->
     session.history.begin_at(snapshot.window, snapshot.chunk_index)
     is_exact = set_back(pipeline, session, snapshot.window, snapshot.chunk_index)
     return Rewound(snapshot.chunk_index, 0, is_exact and snapshot.is_same_build)
-
-
-def _model(pipeline: Pipeline) -> dict[str, Any]:
-    """What a snapshot says of its model: the DiT's configuration, and a digest of some weights of both networks.
-
-    In bfloat16, so that it does not depend on the number format in which they are loaded.
-    """
-    digest = hashlib.sha256()
-    for weight in (
-        pipeline.dit.head.head.weight,
-        pipeline.dit.patch_embedding.weight,
-        *pipeline.vae.identifying_weights,
-    ):
-        digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
-    return asdict(pipeline.dit.config) | {"weights": digest.hexdigest()[:16]}
 
 
 def _build(pipeline: Pipeline) -> dict[str, Any]:

@@ -81,6 +81,17 @@ async def test_a_session_goes_back(engine, session_plan, exact):
         await engine.rewind("nobody", 0, 0, False)
 
 
+@pytest.mark.parametrize("engine", [False], indirect=True)
+async def test_weights_are_read_once(engine, session_plan, monkeypatch):
+    """What the model is was found out when it was loaded: no snapshot holds up the engine for it."""
+    plan = session_plan({}, **SLIDING)
+    monkeypatch.setattr("hashlib.sha256", None)
+    await engine.open(plan)
+    await run(engine, plan, 0, 1)
+    data = await engine.snapshot(plan.session_id, "")
+    await engine.open(dataclasses.replace(plan, session_id="other"), data)
+
+
 def damaged(kind: str, data: bytes) -> bytes:
     tensors, texts = dict(load(data)), header_of(data)
     world = json.loads(texts["world"])
