@@ -160,8 +160,7 @@ class Engine:
                 log.info("first use of upscaling or interpolation: loading its networks")
             # Checked before the other ranks are told: what does not load or fit concerns this client only.
             snapshot = None if world is None else read_snapshot(self._loaded, plan, world)
-            self._residency.make_room(lambda: fits(self._loaded, plan))
-            require_room(self._loaded, plan)
+            require_room(self._loaded, plan, self._residency.make_room)
             with self._coordinator.command(plan if world is None else OpenFrom(plan, world)):
                 session = self._sessions[plan.session_id] = SessionState(self._loaded, plan)
                 self._residency.opened(plan.session_id)

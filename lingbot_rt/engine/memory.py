@@ -133,9 +133,16 @@ def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
     )
 
 
-def require_room(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
-    """The session's memory. Raises CapacityError, with the window that would fit, when it is more than is free."""
+def require_room(
+    pipeline: Pipeline, plan: SessionPlan, make_room: Callable[[Callable[[], bool]], None] | None = None
+) -> MemoryPlan:
+    """The session's memory. Raises CapacityError, with the window that would fit, when it is more than is free.
+
+    ``make_room`` is called before, with a function that says whether the session fits now.
+    """
     needed = plan_memory(pipeline, plan)
+    if make_room is not None:
+        make_room(lambda: needed.total_bytes <= _own_free_bytes(pipeline))
     free = _own_free_bytes(pipeline)
     if needed.total_bytes <= free:
         return needed

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load, save
 
-from lingbot_rt.engine import engine as engine_module
+from lingbot_rt.engine import memory
 from lingbot_rt.engine.engine import Engine
 from lingbot_rt.errors import CapacityError, EngineFailed, InvalidEvent, InvalidInit
 from lingbot_rt.session.plan import Rewound
@@ -158,7 +158,15 @@ async def test_sessions_make_room_for_each_other(engine, session_plan, monkeypat
         move(session_id, to_host)
 
     monkeypatch.setattr(engine._residency, "_move", counted)
-    monkeypatch.setattr(engine_module, "fits", lambda pipeline, plan: not engine._residency._on_device)
+    planned, plan_memory = [], memory.plan_memory
+
+    def counted_plan(pipeline, plan):
+        planned.append(plan.session_id)
+        return plan_memory(pipeline, plan)
+
+    monkeypatch.setattr(memory, "plan_memory", counted_plan)
+    free = 10**12
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0 if engine._residency._on_device else free)
     all_plans = [session_plan({}, session_id=name, seed=seed, **SLIDING) for seed, name in enumerate("abc")]
     expected = []
     for plan in all_plans:
@@ -169,6 +177,7 @@ async def test_sessions_make_room_for_each_other(engine, session_plan, monkeypat
     for plan in all_plans:
         await engine.open(plan)
     assert moves == [("a", True), ("b", True)]
+    assert planned == ["a", "b", "c"] * 2
     got = [[], [], []]
     for index in range(4):
         for frames, plan in zip(got, all_plans, strict=True):
@@ -180,10 +189,6 @@ async def test_sessions_make_room_for_each_other(engine, session_plan, monkeypat
     await engine.close("a")
     await run(engine, all_plans[1], 4, 5)
     assert moves[-2:] == [("c", True), ("b", False)]
-    monkeypatch.setattr(engine_module, "require_room", _no_room)
-    with pytest.raises(CapacityError):
+    free = 0
+    with pytest.raises(CapacityError, match=r"0\.0 GB is free: use a smaller size"):
         await engine.open(session_plan({}, session_id="d", **SLIDING))
-
-
-def _no_room(pipeline, plan):
-    raise CapacityError("full")
