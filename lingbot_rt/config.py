@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from lingbot_rt.config_combinations import check_combinations
 from lingbot_rt.config_values import (
+    flag,
     host_value,
     key_value,
     lower_value,
@@ -420,11 +421,6 @@ class ServeConfig:
             return self.model_path
         folder = Path(self.model_path).resolve()
         return snapshot_id(folder) or folder.name
-
-
-def flag(name: str) -> str:
-    """``model_path`` -> ``--model-path``."""
-    return "--" + name.replace("_", "-")
 
 
 @cache

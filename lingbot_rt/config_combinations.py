@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from lingbot_rt.config_values import flag
 from lingbot_rt.errors import ConfigError
 
 
@@ -33,14 +34,14 @@ def check_combinations(config: Any) -> None:
     for name in ("park_dir", "max_sessions") if config.ray_replicas is not None else ():
         if getattr(config, name) not in (None, 1):
             raise ConfigError(
-                f"{_flag(name)} {getattr(config, name)} with --ray-replicas: each replica plays one session, and "
+                f"{flag(name)} {getattr(config, name)} with --ray-replicas: each replica plays one session, and "
                 "keeps none for a client that comes back",
                 field=name,
             )
     for field in dataclasses.fields(config) if config.record_dir is None else ():
         if field.name.startswith("record_") and getattr(config, field.name) != field.default:
             raise ConfigError(
-                f"{_flag(field.name)} {getattr(config, field.name)} needs --record-dir, where records are kept",
+                f"{flag(field.name)} {getattr(config, field.name)} needs --record-dir, where records are kept",
                 field=field.name,
             )
     if config.park_dir is not None and not config.resume_s:
@@ -55,7 +56,3 @@ def check_combinations(config: Any) -> None:
             f"--record-total-mb {config.record_total_mb} must be at least --record-max-mb {config.record_max_mb}",
             field="record_total_mb",
         )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

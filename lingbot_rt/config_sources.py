@@ -16,12 +16,11 @@ from lingbot_rt.config import (
     ServeConfig,
     checked_value,
     expected_number,
-    flag,
     parse_value,
     path_of,
     value_type,
 )
-from lingbot_rt.config_values import environment_value
+from lingbot_rt.config_values import environment_value, flag
 from lingbot_rt.errors import ConfigError, quoted, reason_of
 
 OTHER_VARIABLES = ("LINGBOT_RT_CACHE",)

@@ -26,6 +26,11 @@ def environment_value(name: str, environment: Mapping[str, str] = os.environ) ->
     return environment.get(name, "").strip() or None
 
 
+def flag(name: str) -> str:
+    """``model_path`` -> ``--model-path``."""
+    return "--" + name.replace("_", "-")
+
+
 def text_value(text: str) -> str:
     """``text`` without surrounding white space. It must not be empty nor hold control characters."""
     stripped = text.strip()

@@ -15,7 +15,8 @@ from typing import Any
 
 import msgspec
 
-from lingbot_rt.config import ServeConfig, flag
+from lingbot_rt.config import ServeConfig
+from lingbot_rt.config_values import flag
 from lingbot_rt.session.messages import Init
 from scripts.limit_rows import LIMITS
 

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from lingbot_rt.commands.options import add_config_options, add_server_options, api_key_from, config_from
 from lingbot_rt.commands.output import note
-from lingbot_rt.config import BUILTIN, ServeConfig, flag
-from lingbot_rt.config_values import environment_value
+from lingbot_rt.config import BUILTIN, ServeConfig
+from lingbot_rt.config_values import environment_value, flag
 from lingbot_rt.errors import ConfigError, reason_of
 from lingbot_rt.models.model_path import DUMMY, local_folder, require_parts
 

@@ -22,12 +22,11 @@ from lingbot_rt.config import (
     OUTPUT_FORMATS,
     ServeConfig,
     checked_value,
-    flag,
     parse_value,
     value_type,
 )
 from lingbot_rt.config_sources import gather_settings, unread_variables
-from lingbot_rt.config_values import environment_value, path_value, text_value
+from lingbot_rt.config_values import environment_value, flag, path_value, text_value
 from lingbot_rt.errors import ConfigError, quoted, reason_of
 from lingbot_rt.shapes import SIZE_MULTIPLE, FrameSize
 

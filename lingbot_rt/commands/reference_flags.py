@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lingbot_rt.config import ENV_PREFIX, FLASH_ATTENTION, flag
-from lingbot_rt.config_values import environment_value
+from lingbot_rt.config import ENV_PREFIX, FLASH_ATTENTION
+from lingbot_rt.config_values import environment_value, flag
 from lingbot_rt.errors import ConfigError, quoted
 
 Kind = Literal["mapped", "no effect", "refused"]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lingbot_rt.config import ServeConfig, flag
-from lingbot_rt.config_values import environment_value
+from lingbot_rt.config import ServeConfig
+from lingbot_rt.config_values import environment_value, flag
 from lingbot_rt.engine.device import resolve_device, resolve_dtype
 from lingbot_rt.engine.memory import GB, free_bytes, known_host_bytes, window_bytes
 from lingbot_rt.errors import ConfigError
