@@ -37,8 +37,7 @@ def run_chunk(
             commit_again(pipeline, session, past, text_kv)
 
     with clock.stage("camera"):
-        camera = plan.relative_poses, plan.intrinsics
-        forward = ChunkForward.of(pipeline, session, plan.chunk_index, text_kv, *camera)
+        forward = ChunkForward.of(pipeline, session, plan.chunk_index, text_kv, plan.relative_poses, plan.intrinsics)
 
     with clock.stage("denoise"):
         latents = denoise(forward, pipeline.schedule, session.plan.num_steps, session.draw)

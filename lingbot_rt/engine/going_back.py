@@ -69,8 +69,7 @@ def _compute(pipeline: Pipeline, session: SessionState, window: Sequence[KeptChu
         text_kv = session.text_kv(prompt)
         if chunk.recached in by_index:
             commit_again(pipeline, session, by_index[chunk.recached], text_kv)
-        camera = chunk.relative_poses, chunk.lenses
-        ChunkForward.of(pipeline, session, chunk.index, text_kv, *camera).commit(
+        ChunkForward.of(pipeline, session, chunk.index, text_kv, chunk.relative_poses, chunk.lenses).commit(
             to_device(chunk.latents, pipeline.device)
         )
     _decode(pipeline, session, window)
