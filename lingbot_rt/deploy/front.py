@@ -10,27 +10,28 @@ from __future__ import annotations
 import asyncio
 import http.client
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response, WebSocket, WebSocketDisconnect
-from fastapi.responses import JSONResponse
-from fastapi.staticfiles import StaticFiles
+from fastapi import APIRouter, FastAPI, Response, WebSocket
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
-from starlette.middleware.cors import CORSMiddleware
 
-import lingbot_rt
-from lingbot_rt.config import ENDPOINT, ServeConfig
+from lingbot_rt.config import ServeConfig
 from lingbot_rt.deploy.relay import Line, Pool, Relay
 from lingbot_rt.deploy.summary import merged_entry, merged_metrics
-from lingbot_rt.errors import LingbotError, Unauthorized
-from lingbot_rt.server.access import KnownHosts, has_key, may_connect
-from lingbot_rt.server.app import page_folder
-from lingbot_rt.server.middleware import BrowserHeaders, HeadAsGet, HostCheck, openai_error, page_policy
-from lingbot_rt.session.server_messages import error_message
+from lingbot_rt.errors import LingbotError
+from lingbot_rt.server.routes import (
+    add_socket,
+    base_app,
+    keyed_routes,
+    mount_page,
+    no_such_model,
+    open_routes,
+    page_folder,
+)
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,15 @@ class Front:
             async with asyncio.timeout(limit_s):
                 for relay in leaving:
                     await relay.gone.wait()
+
+    async def serve(self, client: WebSocket) -> None:
+        """One that was accepted."""
+        relay = Relay(client, self.config, self.engine, self.line)
+        self.connections.add(relay)
+        try:
+            await relay.run()
+        finally:
+            self.connections.discard(relay)
 
     async def replies(self, path: str) -> dict[str, bytes]:
         """The body of a GET of ``path`` at each replica, by address. Those that do not answer in time are left out."""
@@ -123,34 +133,14 @@ def create_front(config: ServeConfig, pool: Pool) -> FastAPI:
         starting.cancel()
         await pool.stop()
 
-    app = FastAPI(title="lingbot_rt", version=lingbot_rt.__version__, lifespan=lifespan, openapi_url=None)
-    app.state.service = front
-    app.add_exception_handler(HTTPException, _refused)
     folder = page_folder()
-    app.add_middleware(HeadAsGet)
-    app.add_middleware(
-        CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["GET"], allow_headers=["*"]
-    )
-    app.add_middleware(HostCheck, hosts=KnownHosts(config))
-    app.add_middleware(BrowserHeaders, page_policy=page_policy(config, folder))
-    app.include_router(_routes(front))
-    app.add_api_websocket_route(ENDPOINT, _socket_of(front))
-
-    @app.websocket("/{path:path}")
-    async def unknown(websocket: WebSocket, path: str) -> None:
-        text = f"there is no WebSocket at {'/' + path[:100]!r}, it is at {ENDPOINT}"
-        await websocket.send_denial_response(openai_error(404, text, kind="invalid_request_error", code="not_found"))
-
-    if folder is not None:
-        app.mount("/", StaticFiles(directory=folder, html=True))
+    app = base_app(config, folder, lifespan)
+    app.state.service = front
+    app.include_router(open_routes(lambda: pool.status))
+    app.include_router(_api(front))
+    add_socket(app, config, front.serve)
+    mount_page(app, folder)
     return app
-
-
-async def _refused(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    answer = openai_error(error.status_code, error.detail, kind="authentication_error", code="invalid_api_key")
-    answer.headers.update(error.headers or {})
-    return answer
 
 
 async def _start(front: Front) -> None:
@@ -161,62 +151,23 @@ async def _start(front: Front) -> None:
         front.failure = error
 
 
-def _routes(front: Front) -> APIRouter:
-    def check_key(request: Request) -> None:
-        if not has_key(front.config, request.headers):
-            raise HTTPException(401, str(Unauthorized()), headers={"WWW-Authenticate": "Bearer"})
+def _api(front: Front) -> APIRouter:
+    routes = keyed_routes(front.config)
 
-    routes, keyed = APIRouter(), APIRouter(dependencies=[Depends(check_key)])
-
-    @routes.get("/health")
-    async def health() -> JSONResponse:
-        status = front.engine.status
-        return JSONResponse(status.as_dict(), status_code=200 if status.ready else 503)
-
-    @routes.get("/liveness")
-    async def liveness() -> dict[str, str]:
-        return {"status": "alive"}
-
-    @keyed.get("/v1/models")
+    @routes.get("/v1/models")
     async def models() -> dict[str, Any]:
         entry = await front.entry()
         return {"object": "list", "data": [] if entry is None else [entry]}
 
-    @keyed.get("/v1/models/{model_id:path}")
-    async def model(model_id: str) -> JSONResponse:
+    @routes.get("/v1/models/{model_id:path}")
+    async def model(model_id: str) -> dict[str, Any]:
         entry = await front.entry()
         if entry is None or entry["id"] != model_id:
-            text = f"the model {model_id[:100]!r} does not exist, see /v1/models"
-            return openai_error(404, text, kind="invalid_request_error", code="model_not_found")
-        return JSONResponse(entry)
+            raise no_such_model(model_id, None if entry is None else entry["id"])
+        return entry
 
-    @keyed.get("/metrics")
+    @routes.get("/metrics")
     async def metrics() -> Response:
         return Response(await front.metrics(), media_type=CONTENT_TYPE_LATEST)
 
-    routes.include_router(keyed)
     return routes
-
-
-def _socket_of(front: Front) -> Callable[[WebSocket], Awaitable[None]]:
-    async def generate(websocket: WebSocket) -> None:
-        with suppress(WebSocketDisconnect):
-            if not may_connect(front.config, websocket.headers):
-                text = f"Origin {websocket.headers['origin'][:100]!r} may not connect (--cors-allow-origins)"
-                await websocket.send_denial_response(
-                    openai_error(403, text, kind="invalid_request_error", code="origin_refused")
-                )
-                return
-            await websocket.accept()
-            if not has_key(front.config, websocket.headers, websocket.query_params):
-                await websocket.send_bytes(error_message(Unauthorized()))
-                await websocket.close(1008, "unauthorized")
-                return
-            relay = Relay(websocket, front.config, front.engine, front.line)
-            front.connections.add(relay)
-            try:
-                await relay.run()
-            finally:
-                front.connections.discard(relay)
-
-    return generate

@@ -7,7 +7,6 @@ import logging
 import socket
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastapi import WebSocket, WebSocketDisconnect
@@ -20,14 +19,13 @@ from lingbot_rt.errors import (
     EngineFailed,
     InvalidEvent,
     InvalidInit,
-    LingbotError,
     MessageTooLarge,
     NotReady,
     RequestError,
     SessionBusy,
-    ShuttingDown,
 )
 from lingbot_rt.server.admission import REMINDER_S
+from lingbot_rt.server.closes import Close, closed_by, shut_down
 from lingbot_rt.server.websocket import NOT_UTF8, TOO_LARGE
 from lingbot_rt.session.messages import Event, Init, Resume, decode
 from lingbot_rt.session.plan import EngineStatus
@@ -50,7 +48,7 @@ RECEIVE_BYTES = 64 * 2**10
 BACKLOG_MESSAGES = 64
 """Messages that a client in line may send ahead. More are read once it has its replica."""
 
-LOST = "the replica that served this session was lost; connect again"
+REPLICA_LOST = Close(1011, "engine error", EngineFailed("the replica that served this session was lost; connect again"))
 
 
 class Lease(Protocol):
@@ -111,18 +109,6 @@ class Line:
         return list(self._changed).index(relay) + 1
 
 
-@dataclass(frozen=True, slots=True)
-class Close:
-    """How a client's connection ends. None: nobody is there to be told."""
-
-    code: int | None
-    reason: str = ""
-    error: LingbotError | None = None
-
-
-GONE = Close(None)
-
-
 class Relay:
     """Serves one accepted WebSocket."""
 
@@ -139,37 +125,19 @@ class Relay:
     def stop(self) -> None:
         """The server shuts down."""
         if not self._stopped.done():
-            self._stopped.set_result(Close(1001, "server shutdown", ShuttingDown("the server is shutting down")))
+            self._stopped.set_result(shut_down(parks=False))
 
     async def run(self) -> None:
         """Returns when the connection is over; raises nothing but cancellation."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                serving = tasks.create_task(self._ended(), name="relay")
+                serving = tasks.create_task(closed_by(self._serve()), name="relay")
                 await asyncio.wait((serving, self._stopped), return_when=asyncio.FIRST_COMPLETED)
                 close = self._stopped.result() if self._stopped.done() else serving.result()
                 serving.cancel()
                 await self._close_with(close)
         finally:
             self.gone.set()
-
-    async def _ended(self) -> Close:
-        """The edge of a connection: what is raised becomes the close that tells the client about it."""
-        try:
-            return await self._serve()
-        except (WebSocketDisconnect, ClientTooSlow) as error:
-            log.info("the client is gone: %r", error)
-            return GONE
-        except SessionBusy as error:
-            return Close(1008, "busy", error)
-        except MessageTooLarge as error:
-            return Close(1009, "message too large", error)
-        except LingbotError as error:
-            log.error("session failed: %s", error)
-            return Close(1011, "engine error", error)
-        except Exception as error:
-            log.exception("the connection broke")
-            return Close(1011, "internal error", EngineFailed(f"{type(error).__name__}; the server's log has more"))
 
     async def _serve(self) -> Close:
         try:
@@ -274,7 +242,7 @@ class Relay:
             replica = await self._connect(address)
         except (OSError, TimeoutError, InvalidHandshake, ConnectionClosed) as error:
             log.error("the replica at %s cannot be reached: %r", address, error)
-            return Close(1011, "engine error", EngineFailed(LOST))
+            return REPLICA_LOST
         upward = asyncio.create_task(self._up(replica, first), name="up")
         downward = asyncio.create_task(self._down(replica), name="down")
         try:
@@ -337,7 +305,7 @@ class Relay:
                 data = await replica.recv(decode=False)
                 await self._send(data)
         if replica.close_code in (None, 1006):
-            return Close(1011, "engine error", EngineFailed(LOST))
+            return REPLICA_LOST
         return Close(replica.close_code, replica.close_reason or "")
 
     # --- the client's socket ---
@@ -359,7 +327,7 @@ class Relay:
             raise WebSocketDisconnect(1006, str(error)) from None
 
     async def _close_with(self, close: Close) -> None:
-        if close.code is None:
+        if not close.is_told:
             return
         with suppress(TimeoutError, WebSocketDisconnect, ClientTooSlow, RuntimeError):
             async with asyncio.timeout(FAREWELL_LIMIT_S if self._stopped.done() else self._config.send_timeout_s):

@@ -5,39 +5,40 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import mimetypes
 import socket
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response, WebSocket, WebSocketDisconnect
-from fastapi.responses import JSONResponse
-from fastapi.staticfiles import StaticFiles
+from fastapi import APIRouter, FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.middleware.cors import CORSMiddleware
 
-import lingbot_rt
-from lingbot_rt.config import ENDPOINT, ServeConfig
-from lingbot_rt.errors import EngineFailed, LingbotError, Unauthorized, public_text
-from lingbot_rt.server.access import KnownHosts, has_key, may_connect
+from lingbot_rt.config import ServeConfig
+from lingbot_rt.errors import EngineFailed, LingbotError
 from lingbot_rt.server.admission import Admission
 from lingbot_rt.server.connection import Connection
 from lingbot_rt.server.http import ShortageLog, http_protocol, raise_descriptor_limit
-from lingbot_rt.server.middleware import BrowserHeaders, HeadAsGet, HostCheck, openai_error, page_policy
 from lingbot_rt.server.model_entry import model_entry
 from lingbot_rt.server.parking import Parking
 from lingbot_rt.server.profiles import Profiles, profile_routes
+from lingbot_rt.server.routes import (
+    add_socket,
+    base_app,
+    keyed_routes,
+    mount_page,
+    no_such_model,
+    open_routes,
+    page_folder,
+    public_status,
+)
 from lingbot_rt.server.service import Service
 from lingbot_rt.server.turns import Turns
 from lingbot_rt.server.websocket import websocket_protocol
-from lingbot_rt.session.plan import EnginePort, EngineStatus, ModelInfo
-from lingbot_rt.session.server_messages import error_message
+from lingbot_rt.session.plan import EnginePort, ModelInfo
 from lingbot_rt.telemetry import Metrics
 from lingbot_rt.telemetry.tracing import open_tracing
 
@@ -55,19 +56,6 @@ ENCODER_THREADS = 2
 
 ACCEPT_BACKLOG = 256
 """Connections that the kernel keeps waiting. While descriptors are short, asyncio tries as many accepts in a row."""
-
-_MIME_TYPES = {
-    ".html": "text/html",
-    ".css": "text/css",
-    ".js": "text/javascript",
-    ".mjs": "text/javascript",
-    ".json": "application/json",
-    ".wasm": "application/wasm",
-    ".svg": "image/svg+xml",
-    ".webp": "image/webp",
-    ".woff2": "font/woff2",
-}
-"""Some systems' tables say text/plain for scripts, and browsers refuse to run those."""
 
 
 def create_app(config: ServeConfig, engine: EnginePort, page: Path | None = None) -> FastAPI:
@@ -96,23 +84,13 @@ def create_app(config: ServeConfig, engine: EnginePort, page: Path | None = None
         if tracing is not None:
             await asyncio.to_thread(tracing.close)
 
-    app = FastAPI(title="lingbot_rt", version=lingbot_rt.__version__, lifespan=lifespan, openapi_url=None)
-    app.state.service = service
-    app.add_exception_handler(HTTPException, _openai_error)
     folder = page or page_folder()
-    app.add_middleware(HeadAsGet)
-    app.add_middleware(
-        CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["GET"], allow_headers=["*"]
-    )
-    app.add_middleware(HostCheck, hosts=KnownHosts(config))
-    app.add_middleware(BrowserHeaders, page_policy=page_policy(config, folder))  # the outermost
-    app.include_router(_open_routes(service))
-    app.include_router(_keyed_routes(service, app))
-    _add_socket(app, service)
-    if folder is not None:
-        for suffix, kind in _MIME_TYPES.items():
-            mimetypes.add_type(kind, suffix)
-        app.mount("/", _Page(directory=folder, html=True))
+    app = base_app(config, folder, lifespan)
+    app.state.service = service
+    app.include_router(open_routes(lambda: engine.status))
+    app.include_router(_api(service, app))
+    add_socket(app, config, lambda socket: Connection(socket, service).run())
+    mount_page(app, folder)
     return app
 
 
@@ -136,44 +114,8 @@ def _info(engine: EnginePort) -> ModelInfo | None:
         return None
 
 
-def _public_status(engine: EnginePort) -> EngineStatus:
-    status = engine.status
-    return replace(status, detail=public_text(status.detail))
-
-
-def _open_routes(service: Service) -> APIRouter:
-    routes = APIRouter()
-
-    @routes.get("/health")
-    async def health() -> JSONResponse:
-        status = _public_status(service.engine)
-        return JSONResponse(status.as_dict(), status_code=200 if status.ready else 503)
-
-    @routes.get("/liveness")
-    async def liveness() -> dict[str, str]:
-        return {"status": "alive"}
-
-    @routes.get(ENDPOINT, include_in_schema=False)
-    async def no_upgrade() -> JSONResponse:
-        answer = openai_error(
-            426,
-            f"{ENDPOINT} is a WebSocket, and this request carries no Upgrade: open it with a WebSocket client; a proxy "
-            "in between must pass the headers Upgrade and Connection",
-            kind="invalid_request_error",
-            code="upgrade_required",
-        )
-        answer.headers.update({"Upgrade": "websocket", "Connection": "Upgrade"})
-        return answer
-
-    return routes
-
-
-def _keyed_routes(service: Service, app: FastAPI) -> APIRouter:
-    def check_key(request: Request) -> None:
-        if not has_key(service.config, request.headers):
-            raise HTTPException(401, str(Unauthorized()), headers={"WWW-Authenticate": "Bearer"})
-
-    routes = APIRouter(dependencies=[Depends(check_key)])
+def _api(service: Service, app: FastAPI) -> APIRouter:
+    routes = keyed_routes(service.config)
 
     def entry() -> dict[str, Any]:
         engine = service.engine
@@ -181,7 +123,7 @@ def _keyed_routes(service: Service, app: FastAPI) -> APIRouter:
         return model_entry(
             service.config,
             _info(engine),
-            _public_status(engine),
+            public_status(engine.status),
             warm_sizes=engine.warm_sizes,
             busy=admission.is_busy,
             waiting=admission.waiting,
@@ -195,7 +137,7 @@ def _keyed_routes(service: Service, app: FastAPI) -> APIRouter:
     async def model(model_id: str) -> dict[str, Any]:
         found = entry()
         if model_id != found["id"]:
-            raise HTTPException(404, f"the model {model_id!r} does not exist, this server has {found['id']!r}")
+            raise no_such_model(model_id, found["id"])
         return found
 
     @routes.get("/metrics")
@@ -210,57 +152,6 @@ def _keyed_routes(service: Service, app: FastAPI) -> APIRouter:
         return app.openapi()
 
     return routes
-
-
-def _add_socket(app: FastAPI, service: Service) -> None:
-    @app.websocket(ENDPOINT)
-    async def generate(websocket: WebSocket) -> None:
-        with suppress(WebSocketDisconnect):
-            if not may_connect(service.config, websocket.headers):
-                text = f"Origin {websocket.headers['origin'][:100]!r} may not connect (--cors-allow-origins)"
-                await websocket.send_denial_response(
-                    openai_error(403, text, kind="invalid_request_error", code="origin_refused")
-                )
-                return
-            await websocket.accept()
-            if not has_key(service.config, websocket.headers, websocket.query_params):
-                # After accept: a page cannot read why a handshake failed.
-                await websocket.send_bytes(error_message(Unauthorized()))
-                await websocket.close(1008, "unauthorized")
-                return
-            await Connection(websocket, service).run()
-
-    @app.websocket("/{path:path}")
-    async def unknown(websocket: WebSocket, path: str) -> None:
-        text = f"there is no WebSocket at {'/' + path[:100]!r}, it is at {ENDPOINT}"
-        await websocket.send_denial_response(openai_error(404, text, kind="invalid_request_error", code="not_found"))
-
-
-_OPENAI_ERRORS = {401: ("authentication_error", "invalid_api_key"), 404: ("invalid_request_error", "model_not_found")}
-
-
-async def _openai_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    kind, code = _OPENAI_ERRORS.get(error.status_code, ("invalid_request_error", None))
-    answer = openai_error(error.status_code, error.detail, kind=kind, code=code)
-    answer.headers.update(error.headers or {})
-    return answer
-
-
-def page_folder() -> Path | None:
-    """The folder of the web page: inside an installed package, or beside the package in a checkout."""
-    package = Path(lingbot_rt.__file__).parent
-    candidates = (package / "webui", package.parent / "webui")
-    return next((folder for folder in candidates if (folder / "index.html").is_file()), None)
-
-
-class _Page(StaticFiles):
-    """Static files. Browsers ask again before they use a cached one, so an update is seen at once."""
-
-    def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        response = super().file_response(*args, **kwargs)
-        response.headers["Cache-Control"] = "no-cache"
-        return response
 
 
 class Server(uvicorn.Server):

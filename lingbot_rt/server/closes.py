@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Coroutine
 from dataclasses import dataclass
+from typing import Any
 
-from lingbot_rt.errors import LingbotError, ShuttingDown
+from fastapi import WebSocketDisconnect
+
+from lingbot_rt.errors import (
+    ClientTooSlow,
+    EngineFailed,
+    LingbotError,
+    MessageTooLarge,
+    PauseExpired,
+    SessionBusy,
+    ShuttingDown,
+)
+
+log = logging.getLogger(__name__)
 
 _ABNORMAL = 1006
 _INTENDED = (1000, 1005)
@@ -46,3 +61,25 @@ def shut_down(*, parks: bool) -> Close:
 def closed_by_client(code: int) -> Close:
     """``code``: of the client's close, or 1006 when the line broke."""
     return LEFT if code in _INTENDED else LOST
+
+
+async def closed_by(work: Coroutine[Any, Any, Close]) -> Close:
+    """The edge of a connection: what ``work`` raises becomes the close that tells the client about it."""
+    try:
+        return await work
+    except (WebSocketDisconnect, ClientTooSlow) as error:
+        log.info("the client is gone: %r", error)
+        return TOO_SLOW if isinstance(error, ClientTooSlow) else LOST
+    except SessionBusy as error:
+        return Close(1008, "busy", error)
+    except PauseExpired as error:
+        return Close(1008, "paused too long", error)
+    except MessageTooLarge as error:
+        return Close(1009, "message too large", error)
+    except LingbotError as error:
+        log.error("session failed: %s", error)
+        return Close(1011, "engine error", error)
+    except Exception as error:
+        log.exception("the connection broke")
+        # The text of an unexpected error is for the log: it may hold paths of this machine.
+        return Close(1011, "internal error", EngineFailed(f"{type(error).__name__}; the server's log has more"))

@@ -13,24 +13,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
 
-from lingbot_rt.errors import (
-    ClientTooSlow,
-    EngineFailed,
-    LingbotError,
-    MessageTooLarge,
-    NotReady,
-    PauseExpired,
-    RequestError,
-    ResumedElsewhere,
-    SessionBusy,
-)
-from lingbot_rt.server.closes import LOST, TOO_SLOW, Close, closed_by_client, shut_down
+from lingbot_rt.errors import ClientTooSlow, LingbotError, MessageTooLarge, NotReady, RequestError, ResumedElsewhere
+from lingbot_rt.server.closes import LOST, Close, closed_by, closed_by_client, shut_down
 from lingbot_rt.server.service import Service
 from lingbot_rt.server.serving import CLOSE_CODE_S, Serving
 from lingbot_rt.server.websocket import NOT_UTF8, TOO_LARGE
@@ -108,8 +98,8 @@ class Connection:
 
     async def _converse(self) -> Close:
         async with asyncio.TaskGroup() as tasks:
-            reading = tasks.create_task(self._ended(self._read()), name="read")
-            serving = tasks.create_task(self._ended(self._serving.run()), name="serve")
+            reading = tasks.create_task(closed_by(self._read()), name="read")
+            serving = tasks.create_task(closed_by(self._serving.run()), name="serve")
             endings = (reading, serving, self._stopped)
             await asyncio.wait(endings, return_when=asyncio.FIRST_COMPLETED)
             close = next(ending for ending in endings if ending.done()).result()
@@ -119,27 +109,6 @@ class Connection:
             # Told now: interrupting the chunk in work may take a while.
             await self._close_with(close)
         return close
-
-    async def _ended(self, work: Coroutine[Any, Any, Close]) -> Close:
-        """The edge of a connection: what a task raises becomes the close that tells the client about it."""
-        try:
-            return await work
-        except (WebSocketDisconnect, ClientTooSlow) as error:
-            log.info("the client is gone: %r", error)
-            return TOO_SLOW if isinstance(error, ClientTooSlow) else LOST
-        except SessionBusy as error:
-            return Close(1008, "busy", error)
-        except PauseExpired as error:
-            return Close(1008, "paused too long", error)
-        except MessageTooLarge as error:
-            return Close(1009, "message too large", error)
-        except LingbotError as error:
-            log.error("session failed: %s", error)
-            return Close(1011, "engine error", error)
-        except Exception as error:
-            log.exception("the connection broke")
-            # The text of an unexpected error is for the log: it may hold paths of this machine.
-            return Close(1011, "internal error", EngineFailed(f"{type(error).__name__}; the server's log has more"))
 
     async def _close_with(self, close: Close) -> None:
         if not close.is_told:

@@ -7,10 +7,11 @@ import json
 import urllib.error
 import urllib.request
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from lingbot_rt.config import ServeConfig
+from lingbot_rt.config import ENDPOINT, ServeConfig
 from lingbot_rt.deploy.summary import merged_entry, merged_metrics
 from lingbot_rt.errors import ConfigError
 from tests.server.conftest import event, init, state, wait_until
@@ -197,6 +198,19 @@ async def test_one_entry_and_one_metrics_page_for_all(front):
     assert families["lingbot_rt_front_relayed_sessions"].samples[0].value == 1
     assert json.loads(await fetched(f"{front.http}/health"))["stage"] == "ready"
     assert b"<html" in await fetched(f"{front.http}/")
+
+
+@pytest.mark.parametrize("path", [ENDPOINT, "/v1/models/nobody", "/health", "/liveness", "/index.html", "/none"])
+async def test_a_front_answers_as_a_server_does(front, path):
+    """Also a request for the WebSocket without an upgrade, a model that is not there, and the page."""
+    front, answers = await front(1), []
+    for port in (front.port, front.replicas[0].port):
+        async with httpx.AsyncClient() as client:
+            answer = await client.get(f"http://127.0.0.1:{port}{path}")
+        told = {name: answer.headers.get(name) for name in ("upgrade", "cache-control", "content-type")}
+        answers.append((answer.status_code, answer.content, told))
+    assert answers[0] == answers[1]
+    assert answers[0][0] == {ENDPOINT: 426, "/v1/models/nobody": 404, "/none": 404}.get(path, 200)
 
 
 async def test_the_key_is_asked_for_and_passed_on(front):

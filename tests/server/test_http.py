@@ -12,7 +12,8 @@ from websockets.exceptions import InvalidStatus
 
 from lingbot_rt.config import ENDPOINT, ServeConfig
 from lingbot_rt.errors import CheckpointError, EngineFailed
-from lingbot_rt.server.app import Server, create_app, page_folder
+from lingbot_rt.server.app import Server, create_app
+from lingbot_rt.server.routes import page_folder
 from lingbot_rt.session.plan import EngineStatus, WarmUp
 from lingbot_rt.shapes import FrameSize
 from lingbot_rt.telemetry import HideKeys, configure_logging
