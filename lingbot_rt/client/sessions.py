@@ -14,7 +14,7 @@ from websockets.exceptions import ConnectionClosed
 
 from lingbot_rt.client.frames import Frame
 from lingbot_rt.client.kept import Retry, SavedWorld, write_world
-from lingbot_rt.client.protocol import BaseSession, SessionEnded
+from lingbot_rt.client.protocol import BaseSession, ClientProtocol, SessionEnded
 from lingbot_rt.errors import (
     ClientError,
     ConnectFailed,
@@ -110,10 +110,9 @@ class Session(BaseSession[int], Iterator[Frame]):
     def _come_back(self, code: int | None, reason: str) -> None:
         """Opens a new line and goes on. Raises SessionLost if that is not possible within the server's time."""
         retry = Retry(self._protocol.resume_s, time.monotonic())
-        message = self._protocol.resume_message()
         while (delay_s := retry.delay_s(time.monotonic())) is not None and not self._left.wait(delay_s):
             try:
-                socket = self._dialer.dial(message)
+                socket = self._dialer.dial(self._protocol.resume_message())
             except ConnectFailed:
                 continue
             is_back = False
@@ -129,16 +128,10 @@ class Session(BaseSession[int], Iterator[Frame]):
                     for event in self._protocol.events.take_all():
                         socket.send(event)
                 return
-            except ConnectionClosed as end:
+            except (ConnectionClosed, ClientError) as error:
                 if self._left.is_set():
                     break
-                self._protocol.require_resumable(*_close_of(end))
-                message = self._protocol.resume_message()
-            except (ServerNotReady, ServerBusy) as error:
-                _wait_for(error, retry)
-            except ClientError as error:
-                self._protocol.token = None
-                raise _refused(error, code) from None
+                _require_another_try(self._protocol, error, retry, code)
             finally:
                 self._coming = None
                 if not is_back:
@@ -229,13 +222,12 @@ class AsyncSession(BaseSession[Coroutine[Any, Any, int]], AsyncIterator[Frame]):
     async def _come_back(self, code: int | None, reason: str) -> None:
         """As ``Session._come_back``. A cancelled one may be called again."""
         retry = Retry(self._protocol.resume_s, time.monotonic())
-        message = self._protocol.resume_message()
         while (delay_s := retry.delay_s(time.monotonic())) is not None:
             await asyncio.sleep(delay_s)
             if self._has_left:
                 break
             try:
-                socket = self._coming = await self._dialer.dial_async(message)
+                socket = self._coming = await self._dialer.dial_async(self._protocol.resume_message())
             except ConnectFailed:
                 continue
             is_back = False
@@ -248,16 +240,10 @@ class AsyncSession(BaseSession[Coroutine[Any, Any, int]], AsyncIterator[Frame]):
                 for event in self._protocol.events.take_all():
                     await socket.send(event)
                 return
-            except ConnectionClosed as end:
+            except (ConnectionClosed, ClientError) as error:
                 if self._has_left:
                     break
-                self._protocol.require_resumable(*_close_of(end))
-                message = self._protocol.resume_message()
-            except (ServerNotReady, ServerBusy) as error:
-                _wait_for(error, retry)
-            except ClientError as error:
-                self._protocol.token = None
-                raise _refused(error, code) from None
+                _require_another_try(self._protocol, error, retry, code)
             finally:
                 self._coming = None
                 if not is_back:
@@ -288,14 +274,23 @@ def _write(path: str | Path, world: SavedWorld) -> int:
     return world.chunk_index
 
 
-def _wait_for(error: ClientError, retry: Retry) -> None:
-    if isinstance(error, ServerNotReady):
-        retry.server_loads(time.monotonic())
-
-
-def _refused(error: ClientError, code: int | None) -> ClientError:
-    """What the caller gets when the server does not go on with the session."""
-    return SessionLost(f"session lost: {error}", close_code=code) if isinstance(error, InitRefused) else error
+def _require_another_try(
+    protocol: ClientProtocol, error: ConnectionClosed | ClientError, retry: Retry, code: int | None
+) -> None:
+    """After a try that ended with ``error``. Raises what ends the session; ``code`` closed its line."""
+    match error:
+        case ConnectionClosed():
+            protocol.require_resumable(*_close_of(error))
+        case ServerNotReady():
+            retry.server_loads(time.monotonic())
+        case ServerBusy():
+            pass
+        case InitRefused():
+            protocol.token = None
+            raise SessionLost(f"session lost: {error}", close_code=code) from None
+        case _:
+            protocol.token = None
+            raise error from None
 
 
 def _close_of(end: ConnectionClosed) -> tuple[int | None, str]:
