@@ -29,20 +29,22 @@ test("what was received is the newest chunk of the line that the session is on",
   assert.deepEqual(received.fields, { received_chunk: 0, received_frames: 0 });
 });
 
-test("a refusal is of the oldest event without an answer; those with an answer of their own wait for it", () => {
+test("a refusal is of the event that it names, else of the oldest one that has no answer of its own", () => {
   const events = new EventsInFlight();
   events.add(1, "save", "save");
   events.add(2, "prompt", "a");
   events.add(3, "prompt", "b");
   events.received(1);
-  assert.equal(events.refused().eventId, 2);
+  assert.equal(events.refused(null).eventId, 2);
   events.received(3);
   assert.deepEqual(events.takeAll(), ["save"]);
   events.add(4, "rewind", "rewind");
-  assert.deepEqual(events.refused(), { eventId: 1, kind: "save", message: "save", isReceived: false });
-  events.answered(4);
-  assert.equal(events.refused(), null);
-  for (let id = 5; id < 3000; id++) events.add(id, "prompt", id);
+  events.add(5, "branch", "branch");
+  assert.equal(events.refused(null), null);
+  assert.equal(events.refused(3), null);
+  assert.deepEqual(events.refused(4), { eventId: 4, kind: "rewind", message: "rewind" });
+  assert.deepEqual(events.takeAll(), ["save", "branch"]);
+  for (let id = 6; id < 3000; id++) events.add(id, "prompt", id);
   assert.equal(events.takeAll().length, 1024);
 });
 

@@ -53,7 +53,7 @@ beforeEach(() => {
       stats: (stats) => seen.stats.push(stats),
       applied: (...applied) => seen.applied.push(applied),
       skipped: (detail) => seen.skipped.push(detail),
-      refused: (detail) => seen.refused.push(detail),
+      refused: (detail, event) => seen.refused.push({ detail, event }),
       opened: (opened) => seen.opened.push(opened),
       dropped: ({ kind }) => seen.dropped.push(kind),
       rewound: (place) => seen.rewound.push(place),
@@ -203,7 +203,7 @@ test("a broken connection is not a normal end, also before the first frame", () 
 test("a refused event is reported and the session continues", () => {
   goLive();
   socket.says({ type: "error", content: "invalid event: kind", code: "invalid_event" });
-  assert.deepEqual(seen.refused, ["invalid event: kind"]);
+  assert.deepEqual(seen.refused, [{ detail: "invalid event: kind", event: null }]);
   assert.equal(session.state, "live");
 });
 
@@ -342,9 +342,12 @@ test("a world comes as bytes; a refused way back says which event it was", () =>
   const id = session.request("rewind", { chunk: 9 });
   socket.says({ type: "world", chunk_index: 1, event_id: 40, payload: new Uint8Array([7]) });
   assert.deepEqual([...seen.worlds[0]], [7]);
-  socket.says({ type: "error", content: "invalid event: chunk 9 is not kept", code: "invalid_event" });
-  assert.equal(seen.refused.length, 1);
-  assert.deepEqual(session.events.refused(), null);
+  const later = session.request("rewind", { chunk: 0 });
+  const error = { type: "error", content: "invalid event: chunk: 9 is not kept", code: "invalid_event", event_id: id };
+  socket.says(error);
+  assert.deepEqual(seen.refused.map(({ event }) => event.eventId), [id]);
+  socket.says({ type: "control_ack", state: "dropped", event_id: later });
+  seen.dropped.length = 0;
   assert.equal(id, 41);
   for (const [kind, payload] of [["save", null], ["prompt", "x"]])
     socket.says({ type: "control_ack", state: "dropped", event_id: session.request(kind, payload) });

@@ -31,26 +31,22 @@ export class ReceivedFrames {
   }
 }
 
-/** Events that the server has not acknowledged. It answers to each in order, so a refusal is of the oldest one. */
+/** Events that the server has not acknowledged. */
 export class EventsInFlight {
   #events = new Map();
 
   add(eventId, kind, message) {
-    this.#events.set(eventId, { eventId, kind, message, isReceived: false });
+    this.#events.set(eventId, { eventId, kind, message });
     if (this.#events.size > KEPT_EVENTS) this.#events.delete(this.#events.keys().next().value);
   }
 
   /** The messages to send on a new line, in order. */
   takeAll() {
-    const events = [...this.#events.values()];
-    for (const event of events) event.isReceived = false;
-    return events.map(({ message }) => message);
+    return [...this.#events.values()].map(({ message }) => message);
   }
 
   received(eventId) {
-    const event = this.#events.get(eventId);
-    if (event && ANSWERED.includes(event.kind)) event.isReceived = true;
-    else this.#events.delete(eventId);
+    if (!ANSWERED.includes(this.#events.get(eventId)?.kind)) this.#events.delete(eventId);
   }
 
   answered(eventId) {
@@ -64,10 +60,14 @@ export class EventsInFlight {
     return event && ANSWERED.includes(event.kind) ? event : null;
   }
 
-  /** {eventId, kind} of the event that the server refused just now; null if it is none that is known. */
-  refused() {
+  /**
+   * {eventId, kind} of the event that the server refused just now; null if it is none that is known. `eventId` null: the
+   * server says it for those with an answer of their own. It answers to the others in order, so it is the oldest of them.
+   */
+  refused(eventId) {
     const events = [...this.#events.values()];
-    const event = events.find(({ isReceived }) => !isReceived) ?? events[0] ?? null;
+    const isIt = eventId === null ? ({ kind }) => !ANSWERED.includes(kind) : (event) => event.eventId === eventId;
+    const event = events.find(isIt) ?? null;
     if (event) this.#events.delete(event.eventId);
     return event;
   }

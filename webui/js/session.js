@@ -239,7 +239,7 @@ export class Session {
   #error(message) {
     const content = String(message.content ?? "");
     if (this.isLive && content.startsWith("invalid event")) {
-      this.#on.refused(content, this.events.refused());
+      this.#on.refused(content, this.events.refused(message.event_id ?? null));
       return;
     }
     this.#lastError = { message: content, code: message.code ?? null };
