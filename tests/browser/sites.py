@@ -258,7 +258,7 @@ class FakeKeptWorld(FakeWorld):
             return
         self.events.append(message)
         if self.refusal is not None:
-            self.send({"type": "error", "code": "invalid_event", "content": self.refusal})
+            self.send({"type": "error", "code": "invalid_event", "content": self.refusal} | _id_of(message))
             return
         if message["kind"] == "save":
             self.send({"type": "world", "chunk_index": self._chunk, "payload": self.world} | _id_of(message))

@@ -190,6 +190,17 @@ def test_go_back_to_here(visitor, world):
     assert page.is_hidden("#apply-prompt")
 
 
+def test_the_help_names_the_walk_strip(visitor, world):
+    """With the words that its buttons have."""
+    page = visitor.page
+    visitor.start()
+    walk(visitor, world, 3)
+    page.click("#open-help")
+    told = page.inner_text("#help-body")
+    for name in (page.get_attribute("#walk", "aria-label"), *map(page.text_content, ("#walk-go", "#walk-cancel"))):
+        assert name.strip() in told
+
+
 def test_a_refused_way_back(visitor, world):
     """A card says why, and the place can be tried again."""
     page = visitor.page

@@ -39,6 +39,16 @@ export class HelpView {
         h("div", { className: "choices" }, ...this.#pads.options.map((option) => this.#padChoice(option))),
       ),
       this.#section(
+        "The walk so far",
+        h("p", {
+          className: "hint",
+          textContent:
+            "The strip below the picture is there while the server keeps the walk. Click a place in it, or use the " +
+              "arrow keys, to look at it. Enter or Go back to here: a new walk begins there, and the old one stays as " +
+              "Walk 1. Escape or Cancel: back to now.",
+        }),
+      ),
+      this.#section(
         "Mouse, gamepad and shortcuts",
         h("p", {
           className: "hint",
