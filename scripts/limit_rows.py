@@ -237,6 +237,9 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("VAEs without weights kept for memory plans", "models.vae:lru_cache", "", "the oldest is made again"),
         Limit("memory plans kept", "engine.dry_run:lru_cache", "", "the oldest is computed again"),
         Limit(
+            "shapes of features kept for files", "engine.world_tensors:lru_cache", "", "the oldest is computed again"
+        ),
+        Limit(
             "compiling for a new size",
             "--session-warmup-limit-s",
             "s",

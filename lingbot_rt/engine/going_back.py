@@ -28,7 +28,7 @@ def set_back(pipeline: Pipeline, session: SessionState, window: Sequence[KeptChu
     newest = window[-1] if window else None
     states = [chunk.whole for chunk in window]
     whole = [state for state in states if state is not None]
-    if newest is not None and newest.whole is not None and len(whole) == len(states):
+    if newest is not None and newest.whole is not None and newest.whole.features and len(whole) == len(states):
         _load(pipeline, session, window, newest.whole)
         is_exact = True
     else:

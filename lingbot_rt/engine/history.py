@@ -27,7 +27,7 @@ class WholeState:
     kv: dict[int, tuple[Tensor, ...]]  # by latent frame of this chunk: [L, 2, 1, N, H, D] of each window
     again: dict[int, tuple[Tensor, ...]]  # the same of older chunks, as far as they were computed again meanwhile
     new_again: tuple[int, ...]  # the frames of ``again`` that were computed again with this chunk
-    features: list[Tensor | str | None]  # of the VAE's decoder
+    features: list[Tensor | str | None]  # of the VAE's decoder; empty: not known, of older chunks of a snapshot
     last_frame: Tensor | None  # that interpolation goes on from
 
     @property

@@ -55,7 +55,7 @@ class SessionState:
         self._camera: CameraModulation | None = None
         self._noise_device = pipeline.noise_device
         self._generator = torch.Generator(self._noise_device).manual_seed(plan.seed)
-        self.cache = self._new_cache()
+        self.cache = new_cache(pipeline, plan, pipeline.device)
         latent_frames = plan.latent_frames
         self.history = History(
             latent_frames=latent_frames,
@@ -68,7 +68,9 @@ class SessionState:
         self.recache = Recache(-(-plan.sink_frames // latent_frames), self._holds)
         self.negative: NegativeBranch | None = None
         if plan.guidance_scale > 1:
-            self.negative = NegativeBranch(pipeline.text_kv(plan.negative_prompt), self._new_cache())
+            self.negative = NegativeBranch(
+                pipeline.text_kv(plan.negative_prompt), new_cache(pipeline, plan, pipeline.device)
+            )
         timesteps = [step.timestep for step in pipeline.schedule.steps_for(plan.num_steps)]
         self.time_modulation: dict[float, TimeModulation] = {
             timestep: pipeline.dit.time_modulation(timestep) for timestep in (*timesteps, CLEAN)
@@ -230,16 +232,18 @@ class SessionState:
         if self._pipeline.ranks.agree(self.is_cancelled):
             raise ChunkCancelled(f"session {self.plan.session_id} was closed")
 
-    def _new_cache(self) -> KVCache:
-        config = self._pipeline.dit.config
-        return KVCache(
-            num_layers=config.num_layers,
-            num_heads=self._pipeline.own_heads,
-            head_dim=config.attention_head_dim,
-            tokens_per_frame=self.plan.size.tokens_per_frame,
-            sink_frames=self.plan.sink_frames,
-            window_frames=self.plan.window_frames,
-            dtype=self._pipeline.kv_cache_dtype,
-            device=self._pipeline.device,
-            recent_frames=[recent + self.plan.latent_frames for recent in self.plan.recent_frames],
-        )
+
+def new_cache(pipeline: Pipeline, plan: SessionPlan, device: torch.device) -> KVCache:
+    """An empty window for this rank."""
+    config = pipeline.dit.config
+    return KVCache(
+        num_layers=config.num_layers,
+        num_heads=pipeline.own_heads,
+        head_dim=config.attention_head_dim,
+        tokens_per_frame=plan.size.tokens_per_frame,
+        sink_frames=plan.sink_frames,
+        window_frames=plan.window_frames,
+        dtype=pipeline.kv_cache_dtype,
+        device=device,
+        recent_frames=[recent + plan.latent_frames for recent in plan.recent_frames],
+    )

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
@@ -17,6 +16,7 @@ from lingbot_rt.engine.going_back import set_back
 from lingbot_rt.engine.history import KeptChunk, WholeState, window_indices
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.engine.session_state import SessionState
+from lingbot_rt.engine.world_tensors import WorldTensors
 from lingbot_rt.errors import InvalidInit
 from lingbot_rt.session.messages import MAX_PROMPT_CHARACTERS
 from lingbot_rt.session.plan import Rewound, SessionPlan
@@ -78,14 +78,15 @@ def read_snapshot(pipeline: Pipeline, plan: SessionPlan, data: bytes) -> Snapsho
         # Each of several ranks has some of the K/V only: no file of theirs holds any, whatever it says.
         with_kv = is_same_build and pipeline.ranks.world == 1
         _require(world["plan"], _plan_fields(plan), "session")
-        tensors = load(data)
-        window = [_chunk(fields, tensors, with_kv=with_kv) for fields in world["chunks"]]
-        boundary = int(world["chunk_index"])
+        chunks, boundary = world["chunks"], int(world["chunk_index"])
         expected = window_indices(plan.latent_frames, plan.sink_frames, plan.window_frames, boundary)
-        if boundary > MAX_CHUNKS or [chunk.index for chunk in window] != expected:
+        if boundary > MAX_CHUNKS or [fields["index"] for fields in chunks] != expected:
             raise ValueError("the chunks of the window")
-        for chunk in window:
-            _check(pipeline, plan, chunk)
+        tensors = WorldTensors(pipeline, plan, load(data))
+        window = [_chunk(fields, tensors, plan, is_newest=fields is chunks[-1], with_kv=with_kv) for fields in chunks]
+        states = [chunk.whole for chunk in window if chunk.whole is not None]
+        if window and len(states) == len(window):
+            tensors.check_window(states, boundary)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InvalidInit(f"the snapshot is damaged ({type(error).__name__})", field="resume") from None
     return Snapshot(boundary, window, is_same_build)
@@ -164,83 +165,42 @@ def _chunk_tensors(chunk: KeptChunk, *, is_newest: bool) -> Iterator[tuple[str, 
             yield f"{place}.last_frame", chunk.whole.last_frame
 
 
-def _chunk(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], *, with_kv: bool) -> KeptChunk:
-    """``with_kv``: whether keys, values and features of this build can be used."""
+def _chunk(
+    fields: Mapping[str, Any], tensors: WorldTensors, plan: SessionPlan, *, is_newest: bool, with_kv: bool
+) -> KeptChunk:
+    """``with_kv``: whether keys, values and features of this build can be used. Raises ValueError and InvalidInit."""
     place = f"chunk.{int(fields['index'])}"
-
-    def array(name: str) -> Any:
-        found = tensors.get(f"{place}.{name}")
-        return None if found is None else found.numpy()
-
-    return KeptChunk(
+    poses, lenses = tensors.per_frame(f"{place}.relative_poses", 4, 4), tensors.per_frame(f"{place}.lenses", 4)
+    chunk = KeptChunk(
         index=int(fields["index"]),
-        latents=tensors[f"{place}.latents"],
+        latents=tensors.latents(place),
         prompt=str(fields["prompt"]),
-        relative_poses=array("relative_poses"),
-        lenses=array("lenses"),
+        relative_poses=None if poses is None else poses.numpy(),
+        lenses=None if lenses is None else lenses.numpy(),
         recent_frames=None if fields["recent_frames"] is None else int(fields["recent_frames"]),
         recached=None if fields["recached"] is None else int(fields["recached"]),
         pending=tuple(int(index) for index in fields["pending"]),
         prompts={int(index): str(prompt) for index, prompt in fields["prompts"].items()},
-        random_state=tensors[f"{place}.random_state"],
-        whole=_whole(fields["whole"], tensors, place) if with_kv and "whole" in fields else None,
+        random_state=tensors.random_state(place),
+        whole=_whole(fields["whole"], tensors, place, is_newest=is_newest) if with_kv and "whole" in fields else None,
     )
+    if not all(0 < len(prompt) <= MAX_PROMPT_CHARACTERS for prompt in (chunk.prompt, *chunk.prompts.values())):
+        raise ValueError("a prompt")
+    if chunk.recent_frames is not None and chunk.recent_frames not in plan.recent_frames:
+        raise ValueError("recent_frames")
+    return chunk
 
 
-def _check(pipeline: Pipeline, plan: SessionPlan, chunk: KeptChunk) -> None:
-    """Raises ValueError for tensors that no session of ``plan`` has."""
-    size, frames = plan.size, plan.latent_frames
-    latents = (1, pipeline.dit.config.out_channels, frames, size.latent_height, size.latent_width)
-    sound = [
-        chunk.latents.is_floating_point() and chunk.latents.shape == latents and bool(chunk.latents.isfinite().all()),
-        chunk.random_state.dtype == torch.uint8 and chunk.random_state.dim() == 1,
-        all(0 < len(prompt) <= MAX_PROMPT_CHARACTERS for prompt in (chunk.prompt, *chunk.prompts.values())),
-        chunk.recent_frames is None or chunk.recent_frames in plan.recent_frames,
-        _is_sound(chunk.relative_poses, (frames, 4, 4)),
-        _is_sound(chunk.lenses, (frames, 4)),
-        _is_random_state(pipeline, chunk.random_state),
-    ]
-    if chunk.whole is not None:
-        sound.append(len(chunk.whole.frame_of_slot) == plan.window_frames)
-        sound.append(all(kv.dtype == pipeline.kv_cache_dtype for both in chunk.whole.kv.values() for kv in both))
-    if not all(sound):
-        raise ValueError(f"chunk {chunk.index}")
-
-
-def _is_random_state(pipeline: Pipeline, state: Tensor) -> bool:
-    """Whether the noise generator takes it; one of another device's generator is not used."""
-    generator = torch.Generator(pipeline.noise_device)
-    if state.shape != generator.get_state().shape:
-        return True
-    try:
-        generator.set_state(state)
-    except RuntimeError:
-        return False
-    return True
-
-
-def _is_sound(array: Any, shape: tuple[int, ...]) -> bool:
-    return array is None or (array.dtype == np.float64 and array.shape == shape and bool(np.isfinite(array).all()))
-
-
-def _whole(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], place: str) -> WholeState:
+def _whole(fields: Mapping[str, Any], tensors: WorldTensors, place: str, *, is_newest: bool) -> WholeState:
     def windows(part: str) -> dict[int, tuple[Tensor, ...]]:
-        found = {}
-        for frame in fields[part]:
-            names = [f"{place}.{part}.{frame}.{number}" for number in range(2)]
-            found[int(frame)] = tuple(tensors[name] for name in names if name in tensors)
-        return found
+        return {int(frame): tensors.windows(f"{place}.{part}", int(frame)) for frame in fields[part]}
 
-    features = [
-        tensors.get(f"{place}.features.{number}") if slot is True else slot or None
-        for number, slot in enumerate(fields["features"])
-    ]
     again = windows("again")
     return WholeState(
-        frame_of_slot=tuple(fields["frame_of_slot"]),
+        frame_of_slot=tuple(None if frame is None else int(frame) for frame in fields["frame_of_slot"]),
         kv=windows("kv"),
         again=again,
         new_again=tuple(again),
-        features=features,
-        last_frame=tensors.get(f"{place}.last_frame"),
+        features=tensors.features(place, fields["features"]) if is_newest else [],
+        last_frame=tensors.last_frame(place) if is_newest else None,
     )

@@ -87,6 +87,19 @@ class KVCache:
         """Tokens of the current chunk."""
         return sum(count for _, _, count in self._spans)
 
+    @property
+    def shape_of_frame(self) -> tuple[int, ...]:
+        """[L, 2, B, N, H, D] of one latent frame."""
+        shape = self._kv_LSBNHD.shape
+        return (*shape[:3], self._tokens_per_frame, *shape[4:])
+
+    def may_hold(self, slot: int, frame: int) -> bool:
+        """Whether a window with this sink and these rings ever has ``frame`` in ``slot``."""
+        if slot < self.sink_frames or frame < self.sink_frames:
+            return slot == frame
+        first, count = next((first, count) for first, count in self._rings if first <= slot < first + count)
+        return (frame - self.sink_frames) % count == slot - first
+
     def release(self) -> None:
         """Frees the window's memory, whoever still holds this cache. Nothing else may be called afterwards."""
         self._kv_LSBNHD = self._kv_LSBNHD.new_empty(0)
