@@ -323,14 +323,17 @@ class Serving:
             telemetry.opened(time.monotonic())
         if place is None:
             if service.config.records(live.init.record):
-                info = service.engine.model_info
-                live.recorder = await asyncio.to_thread(start_record, service.config, live.init, plan, info)
+                await to_the_end(self._start_record(live, plan))  # else nobody would close it
             return Rewound(0, 0, exact=True)
         session.forget_boundaries()  # the engine's history begins with the snapshot
         telemetry.resumed("file" if start.kept is None else "snapshot", time.monotonic())
         if start.kept is not None:
             service.parking.opened(start.kept, live)
         return place
+
+    async def _start_record(self, live: LiveSession, plan: SessionPlan) -> None:
+        config, info = self._service.config, self._service.engine.model_info
+        live.recorder = await asyncio.to_thread(start_record, config, live.init, plan, info)
 
     async def _open(self, session: Session, plan: SessionPlan, world: bytes | None) -> Rewound | None:
         """A client that asked for it hears when the opening begins with a warm-up."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import msgspec
 
 from lingbot_rt.recording.record_file import read_record
+from lingbot_rt.recording.session_record import start_record
 from lingbot_rt.session.session import Session
 from lingbot_rt.transport.pacing import Pacer
-from tests.server.conftest import event, init, state
+from tests.server.conftest import LIMIT_S, event, init, state, wait_until
 from tests.server.fake_engine import FakeEngine
 
 SLOW = 0.02
@@ -57,6 +59,29 @@ async def test_odd_values_under_unread_keys_break_neither_session_nor_record(ser
     ] == [True]
     assert [e.event_id for chunk in record.chunks for e in chunk.events] == [7]
     assert record.end is not None
+
+
+async def test_a_record_that_begins_while_the_client_leaves_is_closed(serve, tmp_path, monkeypatch):
+    """The session does not live to see it: whoever waited for it closes it."""
+    begun, may_start, recorders = threading.Event(), threading.Event(), []
+
+    def slow(*args):
+        begun.set()
+        may_start.wait(LIMIT_S)
+        recorders.append(start_record(*args))
+        return recorders[0]
+
+    monkeypatch.setattr("lingbot_rt.server.serving.start_record", slow)
+    server = await serve(record_dir=str(tmp_path))
+    async with server.client(init()):
+        await wait_until(begun.is_set)
+        (connection,) = server.service.connections
+    await wait_until(lambda: connection._serving.close is not None)
+    may_start.set()
+    await server.idle()
+    await wait_until(lambda: bool(recorders))
+    (folder,) = tmp_path.iterdir()
+    await wait_until(lambda: read_record(folder).end is not None)
 
 
 async def test_an_unexpected_error_is_told_without_its_text(serve, monkeypatch, caplog):
