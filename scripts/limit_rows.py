@@ -175,7 +175,7 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("bytes read of such an answer", "deploy.front:MAX_REPLY_BYTES", "bytes", "the replica is left out"),
         Limit("time to tell clients of a shutdown", "deploy.front:SHUTDOWN_LIMIT_S", "s", "the connection ends"),
         Limit(
-            "time until a session comes to its replica", "deploy.ray:CLAIM_LIMIT_S", "s", "the replica is free again"
+            "time until a session comes to its replica", "deploy.hold:CLAIM_LIMIT_S", "s", "the replica is free again"
         ),
         Limit("time to end a session on a replica that is to go", "deploy.ray:DRAIN_LIMIT_S", "s", "the session ends"),
         Limit("silence of a replica", "deploy.ray:FORGET_AFTER_S", "s", "metrics leave it out"),
@@ -383,7 +383,7 @@ NOT_LIMITS = {
     "--port": "a number, not an amount",
     "--ulysses-degree": "must equal --num-gpus",
     "deploy.ray:HEALTH_PERIOD_S": "between two looks at a replica",
-    "deploy.ray:POLL_S": "between two looks at a session",
+    "deploy.hold:POLL_S": "between two looks at a session",
     "deploy.relay:TELL_AFTER_S": "a client that waits no longer hears of no line",
 }
 """Names that look like limits and are none, each with the reason."""

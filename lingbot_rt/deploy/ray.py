@@ -16,7 +16,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
@@ -30,6 +30,7 @@ from lingbot_rt.config import ServeConfig, parse_value
 from lingbot_rt.config_sources import load_config
 from lingbot_rt.config_values import environment_value
 from lingbot_rt.deploy.front import create_front
+from lingbot_rt.deploy.hold import POLL_S, held
 from lingbot_rt.errors import ConfigError, EngineFailed, one_line, quoted
 from lingbot_rt.session.plan import EngineStatus
 
@@ -42,12 +43,6 @@ ALONE = "127.0.0.1"
 
 ANY = "0.0.0.0"
 """Stands for the address of the replica's machine in its cluster. Nobody but the front should be able to reach it."""
-
-POLL_S = 0.2
-"""How often a replica looks whether its session is over."""
-
-CLAIM_LIMIT_S = 15.0
-"""How long a held replica waits for the front's connection."""
 
 FORGET_AFTER_S = 30.0
 """A replica that has not said for so long that it lives is no longer asked for metrics."""
@@ -107,16 +102,9 @@ class EngineReplica:
             runner.run(self._server.serve(sockets=[self._listener]))
 
     async def hold(self) -> AsyncIterator[str]:
-        """Gives the address, and ends when the session that comes there is over, or when none comes."""
-        await self._until(lambda: not self._service.connections)  # the last session may still be closing
-        yield self.address
-        deadline = time.monotonic() + CLAIM_LIMIT_S
-        await self._until(lambda: bool(self._service.connections) or time.monotonic() >= deadline)
-        await self._until(lambda: not self._service.connections)
-
-    async def _until(self, is_so: Callable[[], bool]) -> None:
-        while not is_so():  # noqa: ASYNC110  the server is in another thread
-            await asyncio.sleep(POLL_S)
+        """As ``held`` says."""
+        async for address in held(self._service, self.address):
+            yield address
 
     def check_health(self) -> None:
         """Serve calls it every few seconds. Raises when the server has ended: Serve then starts another replica."""

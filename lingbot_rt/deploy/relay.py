@@ -200,8 +200,9 @@ class Relay:
             await self._wait(acquiring, changed, self._config.max_waiting if is_full else None, waits=waits)
             address = acquiring.result()
             self._reading.cancel()
-            with suppress(asyncio.CancelledError):
-                self._backlog.append(await self._reading)
+            await asyncio.wait({self._reading})  # a cancellation of this task comes through, that of the reader not
+            if not self._reading.cancelled():
+                self._backlog.append(self._reading.result())
             return address
         finally:
             self._line.leave(self)
@@ -227,8 +228,10 @@ class Relay:
             moving = asyncio.create_task(changed.wait())
             has_room = len(self._backlog) < BACKLOG_MESSAGES
             awaited = (acquiring, moving, *((self._reading,) if has_room else ()))
-            await asyncio.wait(awaited, timeout=due_at - now, return_when=asyncio.FIRST_COMPLETED)
-            moving.cancel()
+            try:
+                await asyncio.wait(awaited, timeout=due_at - now, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                moving.cancel()
             if has_room and self._reading.done():
                 self._backlog.append(self._reading.result())
                 self._reading = asyncio.create_task(self._receive(), name="read ahead")

@@ -8,13 +8,18 @@ import urllib.error
 import urllib.request
 
 import httpx
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lingbot_rt.config import ENDPOINT, ServeConfig
+from lingbot_rt.deploy import hold
+from lingbot_rt.deploy.relay import Line, Relay
 from lingbot_rt.deploy.summary import merged_entry, merged_metrics
 from lingbot_rt.errors import ConfigError
-from tests.server.conftest import event, init, state, wait_until
+from tests.deploy.conftest import FakePool
+from tests.server.conftest import LIMIT_S, event, init, running, state, wait_until
+from tests.server.fake_engine import FakeEngine
 
 
 def get(url: str, **headers: str) -> bytes:
@@ -164,6 +169,62 @@ async def test_no_init(front):
         assert (await client.error())["code"] == "invalid_init"
         assert await client.closed() == (1008, "no init")
     assert front.pool.free.qsize() == 1
+
+
+async def test_a_stop_between_lease_and_replica_is_heard(monkeypatch):
+    """A client that is told to leave in this moment does not get a session."""
+    reads, is_reading, may_end, connected = [init()], asyncio.Event(), asyncio.Event(), []
+
+    class Client:
+        async def receive(self):
+            if reads:
+                return {"type": "websocket.receive", "bytes": msgspec.msgpack.encode(reads.pop())}
+            try:
+                await asyncio.Future()
+            finally:  # it is cancelled when there is a replica
+                is_reading.set()
+                await may_end.wait()
+
+        async def send(self, message):
+            pass
+
+        async def close(self, code, reason):
+            pass
+
+    async def connect(self, address):
+        connected.append(address)
+        raise OSError
+
+    monkeypatch.setattr(Relay, "_connect", connect)
+    pool = FakePool(["127.0.0.1:1"])
+    await pool.start()
+    relay = Relay(Client(), ServeConfig(), pool, Line())
+    serving = asyncio.create_task(relay.run())
+    await is_reading.wait()
+    relay.stop()
+    await asyncio.sleep(0)
+    may_end.set()
+    async with asyncio.timeout(LIMIT_S):
+        await serving
+    assert connected == []
+    assert pool.free.qsize() == 1
+
+
+async def test_who_says_nothing_holds_no_replica(monkeypatch):
+    """A stray connection to a replica: it is given to a client, and is free when that one's session is over."""
+    monkeypatch.setattr(hold, "POLL_S", 0.005)
+    async with running(FakeEngine()) as server, server.client():
+        await wait_until(lambda: len(server.service.connections) == 1)
+        leases = hold.held(server.service, "here")
+        assert await anext(leases) == "here"
+        ending = asyncio.ensure_future(anext(leases, None))
+        async with server.client(init()) as client:
+            await client.chunk()
+            assert not ending.done()
+        assert await ending is None
+        assert len(server.service.connections) == 1
+        monkeypatch.setattr(hold, "CLAIM_LIMIT_S", -100.0)
+        assert [address async for address in hold.held(server.service, "here")] == ["here"]
 
 
 async def test_at_the_end_every_client_is_told(front):
