@@ -191,38 +191,34 @@ async def test_the_line_is_bounded():
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans()), min_size=1, max_size=8))
-def test_the_slot_never_gets_lost(clients):
+async def test_the_slot_never_gets_lost(clients):
     """Whenever clients come, leave or are cancelled, there is one holder at a time, and the slot is free at the end."""
+    admission = Admission(wait_s=1, max_waiting=1)
+    holders = 0
 
-    async def play() -> None:
-        admission = Admission(wait_s=1, max_waiting=1)
-        holders = 0
-
-        async def client(begin: int, stay: int) -> None:
-            nonlocal holders
-            for _ in range(begin):
-                await asyncio.sleep(0)
-            async with admission.slot(ignore_place if stay % 2 else None):
-                holders += 1
-                assert holders == 1
-                try:
-                    for _ in range(stay):
-                        await asyncio.sleep(0)
-                finally:
-                    holders -= 1
-
-        tasks = [asyncio.create_task(client(begin, stay)) for begin, stay, _ in clients]
-        for number, (_, _, cancelled) in enumerate(clients):
-            if cancelled:
-                for _ in range(number):
+    async def client(begin: int, stay: int) -> None:
+        nonlocal holders
+        for _ in range(begin):
+            await asyncio.sleep(0)
+        async with admission.slot(ignore_place if stay % 2 else None):
+            holders += 1
+            assert holders == 1
+            try:
+                for _ in range(stay):
                     await asyncio.sleep(0)
-                tasks[number].cancel()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert all(result is None or isinstance(result, asyncio.CancelledError) for result in results), results
-        assert not admission.is_busy
-        assert admission.waiting == 0
+            finally:
+                holders -= 1
 
-    asyncio.run(play())
+    tasks = [asyncio.create_task(client(begin, stay)) for begin, stay, _ in clients]
+    for number, (_, _, cancelled) in enumerate(clients):
+        if cancelled:
+            for _ in range(number):
+                await asyncio.sleep(0)
+            tasks[number].cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(result is None or isinstance(result, asyncio.CancelledError) for result in results), results
+    assert not admission.is_busy
+    assert admission.waiting == 0
 
 
 async def test_several_slots_are_passed_on_one_by_one():
