@@ -183,7 +183,7 @@ class Engine:
             window = session.history.go_back(branch, chunk_index, keep=keep)
             with self._coordinator.command(Rewind(session_id, chunk_index, branch, keep)):
                 is_exact = set_back(self._loaded, session, window, chunk_index)
-            return Rewound(chunk_index, session.history.branch, is_exact)
+            return Rewound(chunk_index, session.history.branch, is_exact, session.history.kept_from())
 
         return await self._on_thread(rewind)
 

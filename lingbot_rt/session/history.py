@@ -55,16 +55,19 @@ class Boundaries:
         if len(line) > MAX_BOUNDARIES:
             del line[min(line)]
 
-    def require(self, branch: int, chunk: int) -> Boundary:
-        """Raises InvalidEvent that says which chunks are kept."""
+    def require(self, branch: int, chunk: int, current: int) -> Boundary:
+        """Raises InvalidEvent that says which chunks are kept, if that is known here.
+
+        The engine lets go of chunks of other branches than the ``current`` one, and says so when it is asked for them.
+        """
         line = self._lines.get(branch)
         if not line:
             have = ", ".join(str(number) for number, kept in self._lines.items() if kept) or "none"
             raise InvalidEvent(f"{branch} is not kept, expected one of the branches that are: {have}", field="branch")
         if chunk not in line:
+            those = f": {min(line)} to {max(line)}" if branch == current else ""
             raise InvalidEvent(
-                f"{chunk} is not kept, expected a chunk of branch {branch} that is: {min(line)} to {max(line)}",
-                field="chunk",
+                f"{chunk} is not kept, expected a chunk of branch {branch} that is{those}", field="chunk"
             )
         return line[chunk]
 

@@ -158,6 +158,7 @@ class Rewound:
     chunk_index: int  # the next chunk
     branch: int
     exact: bool  # False: its window was computed again without what had left it, so the world is alike, not the same
+    kept_from: int = 0  # the first chunk that the session can go back to from there, in this branch
 
 
 @dataclass(frozen=True, slots=True)

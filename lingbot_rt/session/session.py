@@ -229,13 +229,14 @@ class Session:
         if "history" not in self.settings.extensions:  # of a client that came back without it, before this was done
             raise InvalidEvent('needs "history" in protocol_extensions', field=asked.kind)
         if (asked.branch, asked.chunk) != (self._branch, self._next_index):
-            self._boundaries.require(asked.branch, asked.chunk)
+            self._boundaries.require(asked.branch, asked.chunk, self._branch)
 
     def gone_back(self, asked: Asked, place: Rewound) -> tuple[bytes, ...]:
         """The engine went back to where ``require_kept`` let it. Chunks that were planned before are not sent."""
         self._remember()
-        boundary = self._boundaries.require(asked.branch, asked.chunk)
+        boundary = self._boundaries.require(asked.branch, asked.chunk, self._branch)
         self._boundaries.go_back(asked.branch, asked.chunk, place.branch)
+        self._boundaries.forget_before(place.branch, place.kept_from)
         self._branch, self._next_index = place.branch, place.chunk_index
         self._line += 1
         self._is_opening = True

@@ -81,6 +81,9 @@ async def test_a_session_goes_back(engine, session_plan, exact):
     with pytest.raises(InvalidEvent, match="9, kept of branch 0 are 0 to 7"):
         await engine.rewind(plan.session_id, 9, 0, False)
     assert same(await run(engine, plan, 6), expected[6:]) == exact
+    engine._sessions[plan.session_id].history._limit_bytes = 0
+    newest = await engine.rewind(plan.session_id, 7, 1, False)
+    assert newest == Rewound(7, 1, exact, kept_from=7)
     with pytest.raises(EngineFailed, match="not open"):
         await engine.rewind("nobody", 0, 0, False)
 

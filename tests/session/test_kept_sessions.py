@@ -278,6 +278,20 @@ def test_what_cannot_be_gone_back_to_says_what_can():
     assert it.take_asked() is None
 
 
+def test_what_another_branch_has_is_not_guessed():
+    """The engine says it: when it refuses, and when it goes there, as some of the branch may have been let go."""
+    it = new()
+    for _ in range(6):
+        it.next_chunk(0.0)
+    go_back(it, 2, to=1)
+    with pytest.raises(InvalidEvent, match=r"9 is not kept, expected a chunk of branch 0 that is$"):
+        it.receive(Event(kind="rewind", payload={"chunk": 9, "branch": 0}), 0.0)
+    it.receive(Event(kind="rewind", payload={"chunk": 6, "branch": 0}), 0.0)
+    it.gone_back(it.take_asked(), Rewound(6, 0, exact=False, kept_from=4))
+    with pytest.raises(InvalidEvent, match="3 is not kept, expected a chunk of branch 0 that is: 4 to 6"):
+        it.receive(Event(kind="rewind", payload={"chunk": 3}), 0.0)
+
+
 def test_a_client_that_comes_back_without_history_does_not_go_back():
     """What the one before asked for is refused before the engine goes back."""
     it = new()
