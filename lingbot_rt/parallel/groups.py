@@ -170,6 +170,8 @@ class RankGroup:
         received_rows: Sequence[int],
     ) -> None:
         """Sends ``sent_rows[r]`` rows of the contiguous ``sent`` to rank r and fills ``received`` in rank order."""
+        assert sent.is_contiguous()  # NCCL refuses others, gloo takes them
+        assert received.is_contiguous()
         row_bytes = sent[:1].nbytes
         self.moved_bytes += row_bytes * max(sum(rows) - rows[self.rank] for rows in (sent_rows, received_rows))
         with self._exchange(sent.is_cuda):

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine import worker
 from lingbot_rt.engine.engine import Engine
 from lingbot_rt.parallel import coordinator
+from lingbot_rt.parallel.groups import RankGroup
 from lingbot_rt.session.plan import ChunkPlan, SessionPlan
 from lingbot_rt.shapes import FrameSize
 
@@ -77,6 +83,31 @@ def chunk(index: int, prompt: str = "a quiet street", *, camera: bool = False) -
         poses = np.broadcast_to(np.eye(4), (3, 4, 4)).copy()
         poses[:, 2, 3] = 0.05 * (index + 1)
     return ChunkPlan("s", index, prompt, poses, None)
+
+
+class ThreadRank(RankGroup):
+    """A rank in a thread, with a gloo group of its own. It is ``late_s`` late for each exchange."""
+
+    def __init__(self, rank: int, world: int, store: dist.Store, late_s: float = 0.0) -> None:
+        super().__init__(rank, world)
+        self._gloo = dist.ProcessGroupGloo(store, rank, world, timedelta(minutes=5))
+        self._late_s = late_s
+        self.exchanged: list[tuple] = []  # shape of a row and type, in order
+
+    def all_to_all(
+        self, sent: Tensor, received: Tensor, sent_rows: Sequence[int], received_rows: Sequence[int]
+    ) -> None:
+        assert sent.is_contiguous()  # NCCL refuses others
+        assert received.is_contiguous()
+        time.sleep(self._late_s)
+        self.exchanged.append((*sent.shape[1:], sent.dtype))
+        self.moved_bytes += sent[:1].nbytes * max(sum(rows) - rows[self.rank] for rows in (sent_rows, received_rows))
+        self._gloo.alltoall_base(received, sent, list(received_rows), list(sent_rows)).wait()
+
+    def gather(self, own: Tensor, rows: Sequence[int]) -> Tensor:
+        received = own.new_empty(sum(rows), *own.shape[1:])
+        self.all_to_all(torch.cat([own] * self.world), received, [len(own)] * self.world, rows)
+        return received
 
 
 @pytest.fixture
