@@ -147,7 +147,7 @@ async def test_sessions_make_room_for_each_other(engine, session_plan, monkeypat
         move(session_id, to_host)
 
     monkeypatch.setattr(engine._residency, "_move", counted)
-    monkeypatch.setattr(engine_module, "fits", lambda pipeline, plan: not engine._residency._on_device)
+    monkeypatch.setattr(engine_module, "fits", lambda *args: not engine._residency._on_device)
     all_plans = [session_plan({}, session_id=name, seed=seed, **SLIDING) for seed, name in enumerate("abc")]
     expected = []
     for plan in all_plans:
@@ -174,5 +174,5 @@ async def test_sessions_make_room_for_each_other(engine, session_plan, monkeypat
         await engine.open(session_plan({}, session_id="d", **SLIDING))
 
 
-def _no_room(pipeline, plan):
+def _no_room(pipeline, plan, coordinator):
     raise CapacityError("full")
