@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -83,6 +84,25 @@ def chunk(index: int, prompt: str = "a quiet street", *, camera: bool = False) -
         poses = np.broadcast_to(np.eye(4), (3, 4, 4)).copy()
         poses[:, 2, 3] = 0.05 * (index + 1)
     return ChunkPlan("s", index, prompt, poses, None)
+
+
+CHUNKS = 8
+
+
+async def play(world: int, **changes) -> np.ndarray:
+    """Eight chunks with guidance, camera, a new prompt, recache, and a window that slides, narrow twice -> frames."""
+    frames: list[np.ndarray] = []
+    async with engine_of(world, **changes) as engine:
+        await engine.open(session_plan(guidance_scale=2.0, num_steps=4, recent_frames=(0, 2)))
+        for index in range(CHUNKS):
+            prompt = "a quiet street" if index < 5 else "a storm at sea"
+            plan = chunk(index, prompt, camera=index != 2)
+            plan = dataclasses.replace(plan, recent_frames={4: 2, 6: 0}.get(index), recache=index == 5)
+            run = engine.run(plan)
+            frames += [group.pixels async for group in run]
+        assert len(run.result.timings.ranks_ms) == world
+        await engine.close("s")
+    return np.concatenate(frames)
 
 
 class ThreadRank(RankGroup):
