@@ -127,7 +127,7 @@ async def test_ranks_go_back_together():
             frames += [group.pixels async for group in engine.run(plan)]
         return np.concatenate(frames)
 
-    async with engine_of(2) as engine:
+    async with engine_of(2, vae_parallel="width") as engine:
         await engine.open(session_plan(window_frames=18))
         expected = await frames_of(engine, "s", 0)
         world = await engine.snapshot("s", "")
