@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -58,7 +59,14 @@ async def engine_of(world: int, **changes) -> AsyncIterator[Engine]:
         await engine.start()
         yield engine
     finally:
-        await engine.stop()
+        await stopped(engine)
+
+
+async def stopped(engine: Engine) -> None:
+    """A lost engine waits one second for its thread to leave the ranks, which take longer on a busy machine."""
+    with suppress(TimeoutError):
+        await asyncio.to_thread(engine._thread.submit(int).result, 60)
+    await engine.stop()
 
 
 def session_plan(session_id: str = "s", **changes) -> SessionPlan:

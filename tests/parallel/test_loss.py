@@ -8,7 +8,7 @@ import pytest
 
 from lingbot_rt.engine.engine import Engine
 from lingbot_rt.errors import CapacityError, EngineFailed
-from tests.parallel.conftest import chunk, config, engine_of, session_plan
+from tests.parallel.conftest import chunk, config, engine_of, session_plan, stopped
 
 
 def assert_none_left(engine: Engine) -> None:
@@ -77,5 +77,5 @@ async def test_a_rank_that_does_not_come_up(broken):
     with pytest.raises(EngineFailed) as failure:
         await engine.start()
     assert str(failure.value) == "rank 1 failed: CheckpointError: a shard is damaged"
-    await engine.stop()
+    await stopped(engine)
     assert_none_left(engine)
