@@ -21,7 +21,7 @@ from lingbot_rt.models.checkpoint import CheckpointFolder
 from lingbot_rt.models.model_config import read_vae_config
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.parallel.groups import RankGroup
-from lingbot_rt.parallel.ulysses import UlyssesAttention
+from lingbot_rt.parallel.ulysses import Packing, UlyssesAttention
 from lingbot_rt.parallel.vae_width import WidthShards
 from lingbot_rt.shapes import PATCH_SIZE, FrameSize
 
@@ -44,6 +44,7 @@ class CollectivesSpec:
     vae: dict[str, Any]  # configuration of diffusers' AutoencoderKLWan
     steps: int
     dtype_name: str  # of torch
+    window_dtype_name: str  # in which k and v cross; q too, as with a kernel that takes queries in fp8
     repeats: int  # calls per round; the median of the rounds is reported
 
     @property
@@ -51,11 +52,23 @@ class CollectivesSpec:
         dtype: torch.dtype = getattr(torch, self.dtype_name)
         return dtype
 
+    @property
+    def window_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.window_dtype_name)
+        return dtype
+
     @classmethod
     def of(
-        cls, folder: CheckpointFolder, size: FrameSize, steps: int, dtype: torch.dtype, repeats: int
+        cls,
+        folder: CheckpointFolder,
+        size: FrameSize,
+        steps: int,
+        dtypes: tuple[torch.dtype, torch.dtype],
+        repeats: int,
     ) -> CollectivesSpec:
+        """``dtypes``: of the networks and of the window."""
         dit = folder.dit_config
+        dtype_name, window_dtype_name = (str(dtype).removeprefix("torch.") for dtype in dtypes)
         return cls(
             size=size,
             latent_frames=dit.latent_frames,
@@ -65,7 +78,8 @@ class CollectivesSpec:
             out_channels=dit.out_channels,
             vae=read_vae_config(folder.path / "vae" / "config.json"),
             steps=steps,
-            dtype_name=str(dtype).removeprefix("torch."),
+            dtype_name=dtype_name,
+            window_dtype_name=window_dtype_name,
             repeats=repeats,
         )
 
@@ -79,7 +93,7 @@ class Exchange:
     """One collective, measured."""
 
     name: str
-    ms: float  # per call, packing and unpacking included
+    ms: float  # per call, unpacking included
     moved_mb: float  # max(bytes sent, bytes received) by rank 0 per call, in units of 1e6 bytes
     calls: int  # per chunk
 
@@ -110,6 +124,7 @@ class CollectivesReport:
     ranks: int
     torch: str
     dtype: str
+    kv_cache_dtype: str
     size: str
     steps: int
     repeats: int
@@ -135,6 +150,7 @@ class CollectivesReport:
             ranks=ranks,
             torch=torch.__version__,
             dtype=spec.dtype_name,
+            kv_cache_dtype=spec.window_dtype_name,
             size=str(spec.size),
             steps=spec.steps,
             repeats=spec.repeats,
@@ -165,8 +181,9 @@ def as_text(report: CollectivesReport) -> str:
     return "\n".join(
         [
             f"{report.ranks} ranks, {report.device}, torch {report.torch}",
-            f"{report.model} at {report.size}, {report.dtype}, {report.steps} steps; median of {_ROUNDS} rounds of "
-            f"{report.repeats} calls, packing included; MB: max(sent, received) by rank 0",
+            f"{report.model} at {report.size}, {report.dtype}, window {report.kv_cache_dtype}, {report.steps} steps; "
+            f"median of {_ROUNDS} rounds of {report.repeats} calls, unpacking included; "
+            "MB: max(sent, received) by rank 0",
             "",
             table(head, [*rows, ["total", "", "", "", "", number(report.total_ms), share(report.total_ms)]]),
         ]
@@ -184,13 +201,14 @@ def _dit_collectives(spec: CollectivesSpec, ranks: RankGroup, device: torch.devi
 
     count = spec.tokens
     own = ranks.split(count)[ranks.rank]
-    q, k, v = (random(1, own, spec.heads, spec.head_dim) for _ in range(3))
-    attended = random(1, count, spec.heads // ranks.world, spec.head_dim)
+    heads = spec.heads // ranks.world
+    packing = Packing((spec.window_dtype,) * 3, heads, spec.head_dim)
+    qkv = torch.randint(256, (ranks.world, own, packing.nbytes), dtype=torch.uint8, device=device)
+    attended = random(1, count, heads, spec.head_dim)
     flow = random(1, own, spec.out_channels * PATCH_SIZE**2)
     forwards = spec.layers * (spec.steps + 1)
     return [
-        # The context pass's last block sends only k and v; it is counted like the others.
-        ("q, k, v: tokens to heads", lambda: ulysses.to_heads(count, q, k, v), forwards),
+        ("q, k, v: tokens to heads", lambda: ulysses.exchange_heads(qkv, count), forwards),
         ("attended: heads to tokens", lambda: ulysses.to_tokens(attended), forwards - 1),
         ("flow of all tokens", lambda: ulysses.all_tokens(flow, count), spec.steps),
     ]

@@ -170,7 +170,7 @@ def run_chunks(
     Raises ConfigError for an impossible workload, CapacityError if its session does not fit in memory.
     """
     plan = workload.session_plan(pipeline)
-    planned = require_room(pipeline, plan)
+    planned = require_room(pipeline, plan, coordinator)
     warm, measured = workload.warm_chunks(plan), workload.measured_chunks()
     session_length = OPENING_CHUNKS if workload.opening else warm + measured
     chunks = _chunks(pipeline, plan, session_length, coordinator)

@@ -70,7 +70,7 @@ def measure_windows(
     cases = interactive_cases(pipeline, workload)
     levels = tuple(recent for recent in cases.values() if recent is not None)
     plan = replace(workload.session_plan(pipeline), recent_frames=levels)
-    planned = require_room(pipeline, plan)
+    planned = require_room(pipeline, plan, coordinator)
     session = SyntheticSession(pipeline, plan, coordinator)
     with tuned_convolutions():
         for recent in [None] * workload.warm_chunks(plan) + list(levels):

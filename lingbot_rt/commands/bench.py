@@ -196,7 +196,7 @@ def _collectives(args: argparse.Namespace) -> int:
     from lingbot_rt.bench.figures import write_json
     from lingbot_rt.bench.random_model import random_model
     from lingbot_rt.bench.ranks import measure_on_ranks
-    from lingbot_rt.engine.device import describe_device, resolve_device, resolve_dtype
+    from lingbot_rt.engine.device import describe_device, resolve_device, resolve_dtype, resolve_kv_cache_dtype
 
     if args.ranks == 1:
         raise ConfigError("--num-gpus 1 has nothing to exchange: use 2 or more", field="num_gpus")
@@ -204,7 +204,9 @@ def _collectives(args: argparse.Namespace) -> int:
     model, device = random_model(job.config), resolve_device(job.config.device)
     size = args.size or model.default_size
     steps = args.steps or len(model.schedule.steps)
-    spec = CollectivesSpec.of(model, size, steps, resolve_dtype(job.config.dtype, device), args.repeats)
+    dtype = resolve_dtype(job.config.dtype, device)
+    dtypes = dtype, resolve_kv_cache_dtype(job.config.kv_cache_dtype, dtype)
+    spec = CollectivesSpec.of(model, size, steps, dtypes, args.repeats)
     report = CollectivesReport.of(
         spec,
         measure_on_ranks(job, spec),

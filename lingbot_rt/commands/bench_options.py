@@ -84,7 +84,7 @@ def add_pipeline_options(parser: argparse.ArgumentParser) -> None:
 def add_collectives_options(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     _add_steps(parser)
-    add_options_named(parser, ("device", "dtype"))
+    add_options_named(parser, ("device", "dtype", "kv_cache_dtype"))
     parser.add_argument(
         "--num-gpus",
         dest="ranks",

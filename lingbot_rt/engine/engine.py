@@ -160,7 +160,7 @@ class Engine:
                 log.info("first use of upscaling or interpolation: loading its networks")
             # Checked before the other ranks are told: what does not load or fit concerns this client only.
             snapshot = None if world is None else read_snapshot(self._loaded, plan, world)
-            require_room(self._loaded, plan, self._residency.make_room)
+            require_room(self._loaded, plan, self._coordinator, self._residency.make_room)
             with self._coordinator.command(plan if world is None else OpenFrom(plan, world)):
                 session = self._sessions[plan.session_id] = SessionState(self._loaded, plan)
                 self._residency.opened(plan.session_id)
@@ -256,7 +256,7 @@ class Engine:
     def _used(self, session_id: str) -> SessionState:
         """The session, on the device."""
         session = self._session(session_id)
-        self._residency.use(session_id, lambda: fits(self._loaded, session.plan))
+        self._residency.use(session_id, lambda: fits(self._loaded, session.plan, self._coordinator))
         return session
 
     def _move(self, session_id: str, to_host: bool) -> None:
@@ -293,7 +293,7 @@ class Engine:
         if shape in self._compiled:  # by the session before, while this one waited for the thread
             return
         # What does not fit is not compiled for either.
-        require_room(self._loaded, plan)
+        require_room(self._loaded, plan, self._coordinator)
         limit_s = self._config.session_warmup_limit_s
         log.info("first session of %s: compiling", shape)
         begun = time.monotonic()

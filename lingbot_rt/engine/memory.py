@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -16,7 +16,8 @@ from lingbot_rt.engine.dry_run import peak_activations
 from lingbot_rt.errors import CapacityError
 from lingbot_rt.models.dit import DiTConfig
 from lingbot_rt.models.vae import StreamingVAE
-from lingbot_rt.session.plan import SessionPlan
+from lingbot_rt.parallel.coordinator import AskRoom, Coordinator
+from lingbot_rt.session.plan import UNCHANGED, SessionPlan
 from lingbot_rt.shapes import FrameSize
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Setup:
     quantization: str = "none"
     ranks: int = 1
     decode_shards: int = 1  # ranks over which a decode is spread
+    decodes: bool = True  # this rank, alone or with others
     compiled: bool = False  # on a GPU
     converts_window: bool = False  # the attention kernel needs another format than the window's, a layer at a time
 
@@ -76,7 +78,7 @@ class Setup:
 def session_memory(
     setup: Setup, size: FrameSize, latent_frames: int, window_frames: int, branches: int = 1
 ) -> MemoryPlan:
-    """The memory of rank 0, which decodes. The other ranks need less, as they do not. Nothing is allocated.
+    """The memory of a rank. Nothing is allocated.
 
     ``branches``: 2 with guidance. Upscaling and interpolation are not counted.
     """
@@ -86,7 +88,7 @@ def session_memory(
     prompt = config.text_len * (2 * config.num_layers * config.dim + config.text_dim) * itemsize
     peak = peak_activations(config, setup.vae, size, latent_frames, setup.dtype, setup.quantization)
     forward = peak.forward // setup.ranks
-    decode, features = (part // setup.decode_shards for part in (peak.decode, peak.features))
+    decode, features = (part // setup.decode_shards if setup.decodes else 0 for part in (peak.decode, peak.features))
     if setup.compiled:
         # Measured on an H200: compiled code holds the old features until the new ones are complete.
         decode += features
@@ -121,6 +123,7 @@ def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
         quantization=pipeline.model_info.quantization,
         ranks=pipeline.ranks.world,
         decode_shards=pipeline.decode.shards,
+        decodes=pipeline.ranks.is_first or pipeline.decode.shards > 1,
         compiled=pipeline.model_info.compiled and pipeline.device.type != "cpu",
         converts_window=pipeline.kv_cache_dtype != pipeline.dtype and pipeline.model_info.attention_backend != "fa3",
     )
@@ -133,34 +136,76 @@ def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
     )
 
 
-def require_room(
-    pipeline: Pipeline, plan: SessionPlan, make_room: Callable[[Callable[[], bool]], None] | None = None
-) -> MemoryPlan:
-    """The session's memory. Raises CapacityError, with the window that would fit, when it is more than is free.
+class Room(NamedTuple):
+    """What a session takes on one rank, and what is free there. Bytes."""
 
-    ``make_room`` is called before, with a function that says whether the session fits now.
+    window: int
+    beside: int
+    free: int
+
+    @property
+    def needed(self) -> int:
+        return self.window + self.beside
+
+    def largest_window(self, window_frames: int) -> int:
+        """Latent frames that would fit, of a session of ``window_frames``."""
+        return (self.free - self.beside) // (self.window // window_frames)
+
+
+def share_room(pipeline: Pipeline, plan: SessionPlan, needed: MemoryPlan | None = None) -> list[Room]:
+    """The session's Room on each rank. Every rank must call it. ``needed``: this rank's plan_memory, if known."""
+    needed = needed or plan_memory(pipeline, plan)
+    own = Room(needed.window_bytes, needed.beside_window_bytes, _own_free_bytes(pipeline))
+    return [Room(*numbers) for numbers in pipeline.ranks.share(own)]
+
+
+def require_room(
+    pipeline: Pipeline,
+    plan: SessionPlan,
+    coordinator: Coordinator | None = None,
+    make_room: Callable[[Callable[[], bool]], None] | None = None,
+) -> MemoryPlan:
+    """The session's memory on this rank. Raises CapacityError when any rank has too little.
+
+    The error has the window that would fit. ``coordinator`` tells the other ranks to share; without it they must call
+    this too. ``make_room`` is called before, with a function that says whether the session fits now.
     """
     needed = plan_memory(pipeline, plan)
     if make_room is not None:
-        make_room(lambda: needed.total_bytes <= _own_free_bytes(pipeline))
-    free = _own_free_bytes(pipeline)
-    if needed.total_bytes <= free:
+        make_room(lambda: _is_enough(_ask(pipeline, plan, needed, coordinator)))
+    rooms = _ask(pipeline, plan, needed, coordinator)
+    fitting = [room.largest_window(plan.window_frames) for room in rooms]
+    rank = fitting.index(min(fitting))
+    room = rooms[rank]
+    if room.needed <= room.free:
         return needed
-    per_frame = needed.window_bytes // plan.window_frames
-    fitting = (free - needed.beside_window_bytes) // per_frame
     smallest = plan.sink_frames + plan.latent_frames
-    fix = f"use window <= {fitting}" if fitting >= smallest else "use a smaller size"
-    if needed.postprocess_bytes:
+    fix = f"use window <= {fitting[rank]}" if fitting[rank] >= smallest else "use a smaller size"
+    if needed.postprocess_bytes and rank == 0:
         fix += f", or do without upscaling and interpolation ({needed.postprocess_bytes / GB:.1f} GB)"
+    where, there = (f" on rank {rank}", " there") if len(rooms) > 1 else ("", "")
     raise CapacityError(
-        f"window {plan.window_frames} at {plan.size} needs {needed.total_bytes / GB:.1f} GB, "
-        f"{free / GB:.1f} GB is free: {fix}",
+        f"window {plan.window_frames} at {plan.size} needs {room.needed / GB:.1f} GB{where}, "
+        f"{room.free / GB:.1f} GB is free{there}: {fix}",
         field="realtime_causal_kv_cache_num_frames",
     )
 
 
-def fits(pipeline: Pipeline, plan: SessionPlan) -> bool:
-    return plan_memory(pipeline, plan).total_bytes <= _own_free_bytes(pipeline)
+def fits(pipeline: Pipeline, plan: SessionPlan, coordinator: Coordinator | None = None) -> bool:
+    """Whether every rank has room for the session. ``coordinator``: see ``require_room``."""
+    return _is_enough(_ask(pipeline, plan, plan_memory(pipeline, plan), coordinator))
+
+
+def _is_enough(rooms: list[Room]) -> bool:
+    return all(room.needed <= room.free for room in rooms)
+
+
+def _ask(pipeline: Pipeline, plan: SessionPlan, needed: MemoryPlan, coordinator: Coordinator | None) -> list[Room]:
+    if coordinator is None:
+        return share_room(pipeline, plan, needed)
+    # Only rank 0 has frames to upscale or interpolate. Nobody needs the picture to count.
+    with coordinator.command(AskRoom(replace(plan, first_frame=plan.first_frame[:0], postprocess=UNCHANGED))):
+        return share_room(pipeline, plan, needed)
 
 
 def _own_free_bytes(pipeline: Pipeline) -> int:

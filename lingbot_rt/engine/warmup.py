@@ -40,7 +40,7 @@ def warm_up(pipeline: Pipeline, report: Callable[[float], None], *, postprocess:
         return False
     plan = replace(plan, recent_frames=recent_frames(plan.sink_frames, plan.window_frames, plan.latent_frames))
     guided = replace(plan, guidance_scale=2.0, recent_frames=(), window_frames=plan.sink_frames + plan.latent_frames)
-    guided_chunks = _GUIDED_CHUNKS if pipeline.ranks.agree(fits(pipeline, guided)) else 0
+    guided_chunks = _GUIDED_CHUNKS if fits(pipeline, guided) else 0
     sliding = -(-plan.window_frames // plan.latent_frames) + 1
     met = {min(plan.latent_frames * (index + 1), plan.window_frames) for index in range(sliding)}
     beside = plan.sink_frames + plan.latent_frames
@@ -159,9 +159,9 @@ def default_plan(pipeline: Pipeline) -> SessionPlan:
 
 
 def _fitting(pipeline: Pipeline, plan: SessionPlan) -> SessionPlan | None:
-    """``plan`` with the largest window that fits, or None. Rank 0 decides for all, as it has the least free memory."""
+    """``plan`` with the largest window that fits on every rank, or None."""
     for window in range(plan.window_frames, plan.sink_frames + plan.latent_frames - 1, -plan.latent_frames):
         smaller = replace(plan, window_frames=window)
-        if pipeline.ranks.agree(fits(pipeline, smaller)):
+        if fits(pipeline, smaller):
             return smaller
     return None

@@ -22,13 +22,13 @@ import torch
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.going_back import set_back
-from lingbot_rt.engine.memory import describe_share, release_unused
+from lingbot_rt.engine.memory import describe_share, release_unused, share_room
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.warmup import warm_up, warm_up_shape
 from lingbot_rt.engine.world import go_on_from, read_snapshot
 from lingbot_rt.errors import ChunkCancelled, PeerLost, UnsoundFrames, one_line
-from lingbot_rt.parallel.coordinator import Close, Move, OpenFrom, Rewind, Stop, WarmUpShape
+from lingbot_rt.parallel.coordinator import AskRoom, Close, Move, OpenFrom, Rewind, Stop, WarmUpShape
 from lingbot_rt.parallel.groups import RankGroup
 from lingbot_rt.parallel.launch import RankInfo, require_ranks, uses_cuda
 from lingbot_rt.parallel.watchdog import START_PATIENCE, HeartbeatSender
@@ -87,7 +87,9 @@ def worker_loop(pipeline: Pipeline, group: RankGroup) -> None:
     group.agree(True)
     sessions: dict[str, SessionState] = {}
     while True:
-        match group.receive(WarmUpShape, SessionPlan, OpenFrom, ChunkPlan, Rewind, Move, Close, Stop):
+        match group.receive(AskRoom, WarmUpShape, SessionPlan, OpenFrom, ChunkPlan, Rewind, Move, Close, Stop):
+            case AskRoom(plan):
+                share_room(pipeline, plan)
             case WarmUpShape(plan):
                 with suppress(ChunkCancelled):
                     warm_up_shape(pipeline, plan)

@@ -77,7 +77,7 @@ class ProjectedChunk(Protocol):
     def device(self) -> torch.device: ...
 
     def write(self, tokens: slice, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor) -> None:
-        """Writes those of ``tokens``, rounded to the types of the tensors given."""
+        """Writes those of ``tokens``, rounded to the types of the tensors given. H may be two dimensions."""
 
 
 class WindowAttention:
@@ -108,7 +108,7 @@ class WindowAttention:
 
     def store_projected(self, chunk: ProjectedChunk, cache: KVCache, layer: int) -> None:
         """``store`` without a copy: keys and values are written where they stay."""
-        self._write_projected(chunk, cache, layer, chunk.dtype)
+        self._write_projected(chunk, cache, layer, cache.dtype)
 
     def attend_projected(self, chunk: ProjectedChunk, cache: KVCache, layer: int, backend: str) -> Tensor:
         """``__call__`` without copies: keys and values are written where they stay, q in the kernel's type."""

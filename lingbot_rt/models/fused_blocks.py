@@ -67,7 +67,7 @@ class BlockOps(Protocol):
     ) -> None:
         """q and k, RMS-normed over D with ``weights`` and rotated, and v, into ``out``: [N, H, d] of any float type.
 
-        If the keys are in fp8, q and k are mixed by ``hadamard``.
+        Their heads may be two dimensions, [N, P, H / P, d]. If the keys are in fp8, q and k are mixed by ``hadamard``.
         """
 
     def head_norm(self, q_ND: Tensor, weight: Tensor, eps: float, heads: int) -> Tensor:
@@ -112,7 +112,7 @@ class PlainOps:
         out: tuple[Tensor, Tensor, Tensor],
     ) -> None:
         parts = qkv_N3D.chunk(3, dim=-1)
-        heads = out[0].shape[1]
+        heads = out[0].shape[1:-1].numel()
         for part, weight, target in zip(parts, weights, out, strict=False):
             rotated = rotate(self.head_norm(part, weight, eps, heads), *rope)
             _fill(target, hadamard(rotated) if out[1].dtype == FP8 else rotated)
@@ -124,6 +124,7 @@ class PlainOps:
 
 
 def _fill(target: Tensor, values: Tensor) -> None:
+    values = values.view(target.shape)
     target.copy_(to_float8(values) if target.dtype == FP8 else values)
 
 

@@ -116,8 +116,12 @@ def _project_heads(
     q_stride,
     k_stride,
     v_stride,
+    q_peer_stride,
+    k_peer_stride,
+    v_peer_stride,
     eps,
     D: tl.constexpr,
+    PEER: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROTATE: tl.constexpr,
@@ -130,8 +134,11 @@ def _project_heads(
     at = tl.arange(0, BLOCK)
     inside = at < D
     x = tl.load(x_ptr + row * (PARTS * D) + part * D + at, inside, other=0.0).to(tl.float32)
+    # Each PEER features, the heads of one rank, are in a place of their own.
+    peer = at // PEER
+    within = at % PEER
     if part == 2:
-        tl.store(v_ptr + row * v_stride + at, x.to(v_ptr.dtype.element_ty), inside)
+        tl.store(v_ptr + row * v_stride + peer * v_peer_stride + within, x.to(v_ptr.dtype.element_ty), inside)
     else:
         weight_ptr = q_weight_ptr
         if part == 1:
@@ -157,9 +164,9 @@ def _project_heads(
             mixed = tl.dot(tl.reshape(x, [BLOCK // HADAMARD, HADAMARD]).to(tl.float16), signs)
             x = tl.reshape(mixed, [BLOCK]) * HADAMARD_SCALE
         if part == 0:
-            tl.store(q_ptr + row * q_stride + at, x.to(q_ptr.dtype.element_ty), inside)
+            tl.store(q_ptr + row * q_stride + peer * q_peer_stride + within, x.to(q_ptr.dtype.element_ty), inside)
         else:
-            tl.store(k_ptr + row * k_stride + at, x.to(k_ptr.dtype.element_ty), inside)
+            tl.store(k_ptr + row * k_stride + peer * k_peer_stride + within, x.to(k_ptr.dtype.element_ty), inside)
 
 
 def _warps(features: int) -> int:
@@ -244,7 +251,9 @@ class TritonOps:
         rotate: bool,
         parts: int,
     ) -> None:
-        rows, heads, head_dim = out[0].shape
+        rows, *_, head_dim = out[0].shape
+        width = out[0].shape[1:].numel()
+        peers = out[0].shape[1] if out[0].dim() == 4 else 1
         block = hadamard_block(head_dim) if out[1].dtype == FP8 else 1
         _project_heads[(rows, parts)](
             x,
@@ -252,13 +261,15 @@ class TritonOps:
             *rope,
             *out,
             *(tensor.stride(0) for tensor in out),
+            *(tensor.stride(1) for tensor in out),
             eps,
-            D=heads * head_dim,
+            D=width,
+            PEER=width // peers,
             PAIRS=head_dim // 2,
-            BLOCK=triton.next_power_of_2(heads * head_dim),
+            BLOCK=triton.next_power_of_2(width),
             ROTATE=rotate,
             PARTS=parts,
             HADAMARD=block,
             HADAMARD_SCALE=block**-0.5,
-            num_warps=_warps(heads * head_dim),
+            num_warps=_warps(width),
         )

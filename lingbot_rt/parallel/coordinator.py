@@ -37,6 +37,13 @@ class Close:
 
 
 @dataclass(frozen=True, slots=True)
+class AskRoom:
+    """Command: share what a session takes and what is free. ``plan`` is without its picture and postprocessing."""
+
+    plan: SessionPlan
+
+
+@dataclass(frozen=True, slots=True)
 class WarmUpShape:
     """Command: compile for the shape of a session that opens next."""
 

@@ -46,6 +46,9 @@ class Ranks(Protocol):
     def agree(self, flag: bool) -> bool:
         """Rank 0's ``flag``, on every rank."""
 
+    def share(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Each rank's ``numbers``, on every rank, in rank order. All ranks give equally many."""
+
     def begin_chunk(self) -> None:
         """Starts to count the time spent waiting for other ranks."""
 
@@ -73,6 +76,9 @@ class SingleRank:
 
     def agree(self, flag: bool) -> bool:
         return flag
+
+    def share(self, numbers: Sequence[int]) -> list[list[int]]:
+        return [list(numbers)]
 
     def begin_chunk(self) -> None: ...
 
@@ -136,6 +142,13 @@ class RankGroup:
             dist.broadcast(word, src=0)
         return bool(word.item())
 
+    def share(self, numbers: Sequence[int]) -> list[list[int]]:
+        own = torch.tensor(numbers, dtype=torch.int64)
+        rows = [torch.empty_like(own) for _ in range(self.world)]
+        with self._exchange():
+            dist.all_gather(rows, own)
+        return [row.tolist() for row in rows]
+
     def send(self, command: Any) -> None:
         """On rank 0: gives ``command`` to every worker's ``receive``."""
         body = pack(command)
@@ -170,6 +183,8 @@ class RankGroup:
         received_rows: Sequence[int],
     ) -> None:
         """Sends ``sent_rows[r]`` rows of the contiguous ``sent`` to rank r and fills ``received`` in rank order."""
+        assert sent.is_contiguous()  # NCCL refuses others, gloo takes them
+        assert received.is_contiguous()
         row_bytes = sent[:1].nbytes
         self.moved_bytes += row_bytes * max(sum(rows) - rows[self.rank] for rows in (sent_rows, received_rows))
         with self._exchange(sent.is_cuda):
@@ -194,12 +209,14 @@ class RankGroup:
 
     @contextmanager
     def _exchange(self, on_gpu: bool = False) -> Iterator[None]:
-        """Counts the exchange, times the wait and turns a failure into PeerLost."""
+        """Counts the exchange, times the wait and turns a failure into PeerLost, unless it is this rank's own."""
         self.heartbeat.exchanges += 1
         begun = time.perf_counter()
         begin = self._mark() if on_gpu else None
         try:
             yield
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
         except RuntimeError as error:
             raise PeerLost(one_line(error)) from error
         if begin is not None:

@@ -118,7 +118,8 @@ def require_ranks(config: ServeConfig, heads: int | None = None) -> None:
         folder = open_checkpoint(config.model_path, load_format=config.load_format)
         heads = folder.dit_config.num_attention_heads
     if heads % config.num_gpus:
-        fitting = ", ".join(str(n) for n in range(1, config.num_gpus) if heads % n == 0)
+        *smaller, largest = (str(n) for n in range(1, heads + 1) if heads % n == 0)
+        fitting = f"{', '.join(smaller)} or {largest}" if smaller else largest
         raise ConfigError(
             f"--num-gpus {config.num_gpus} does not divide the {heads} heads of {config.model_path}; use {fitting}",
             field="num_gpus",

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from lingbot_rt.bench.scaling import Measured, computed_ms
 from lingbot_rt.cli import main
 
 pytestmark = pytest.mark.usefixtures("preloaded_workers")
@@ -31,20 +32,34 @@ def test_strong_scaling_in_one_call(tmp_path, capsys):
     assert second["efficiency"] == pytest.approx(speedup / 2)
     share = pair["stages_ms"]["exchange"]["p50"] / pair["stages_ms"]["total"]["p50"]
     assert second["exchange_share"] == pytest.approx(share)
+    assert sorted(written["computed_ms"]) == ["4", "8"]
     printed = capsys.readouterr().out
+    assert "computed from 1 and 2 ranks, total: " in printed
     assert "2 ranks (VAE parallel: width)" in printed
     assert "efficiency" in printed
 
 
+def test_more_ranks_are_computed_from_the_parts():
+    """1000 ms of which 800 split and 200 do not; collectives of 40 on two ranks move 3/4 as much on four and 7/16 as
+    much on eight. The two measured ones come out as they were."""
+    alone, pair = Measured(1, 1000, 0), Measured(2, 400 + 200 + 40, 40)
+    assert [computed_ms(alone, pair, ranks) for ranks in (1, 2, 4, 8)] == pytest.approx(
+        [1000, 640, 200 + 200 + 30, 100 + 200 + 17.5]
+    )
+    # More than twice as fast without the collectives: everything is split.
+    assert computed_ms(alone, Measured(2, 480, 0), 4) == pytest.approx(260)
+
+
 def test_collectives(tmp_path, capsys):
-    """Time, bytes and number of each collective of a chunk: 75 tokens of 4 heads of 64 in 8 layers on two ranks."""
+    """Time, bytes and number of each collective of a chunk: 75 tokens of 4 heads of 64 in 8 layers on two ranks. With a
+    window in fp8, q, k and v cross as bytes."""
     figures = tmp_path / "collectives.json"
-    line = f"bench collectives {SMALL} --num-gpus 2 --repeats 2 --chunk-ms 1000 --json {figures}"
+    line = f"bench collectives {SMALL} --kv-cache-dtype fp8 --num-gpus 2 --repeats 2 --chunk-ms 1000 --json {figures}"
     assert main(line.split()) == 0
     written = json.loads(figures.read_text())
     packed, attended, flow, halos, pixels = written["exchanges"]
-    # Rank 0 has 38 of the tokens and half of the heads, in float32.
-    assert packed["moved_mb"] == pytest.approx(38 * 3 * 2 * 64 * 4 / 1e6)
+    # Rank 0 has 38 of the tokens and half of the heads; the rest is in float32.
+    assert packed["moved_mb"] == pytest.approx(38 * 3 * 2 * 64 / 1e6)
     assert attended["moved_mb"] == pytest.approx(38 * 2 * 64 * 4 / 1e6)
     assert flow["moved_mb"] == pytest.approx(38 * 16 * 4 * 4 / 1e6)
     assert [one["calls"] for one in written["exchanges"]] == [8 * 3, 8 * 3 - 1, 2, 3, 3]

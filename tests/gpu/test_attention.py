@@ -49,6 +49,16 @@ def test_a_window_in_fp8(backend):
     assert 1e-3 <= relative_rms(got, attend(q.float(), k.float(), v.float(), "math")) <= 0.08
 
 
+def test_queries_in_fp8_between_others():
+    """Queries as they come from other ranks, with keys and values between them, give what they give alone."""
+    if available_backends(DEVICE, BF16)["fa3"] != "ok":
+        pytest.skip("fa3 does not run here")
+    q, k, v = (to_float8(x) for x in drawn(300, 2000))
+    between = torch.zeros(1, 300, 3, 4, 128, dtype=torch.uint8, device=DEVICE).view(q.dtype)
+    between[:, :, 0].copy_(q)
+    assert torch.equal(attend(between[:, :, 0], k, v, "fa3"), attend(q, k, v, "fa3"))
+
+
 def test_the_14b_on_a_card_of_32_gb():
     """fp8 linears and window, 640x352, window 12: eight chunks with sound frames in 32 x 10^9 bytes."""
     total = torch.cuda.get_device_properties(DEVICE).total_memory

@@ -9,6 +9,7 @@ import torch
 
 from lingbot_rt.models.fused_blocks import Affine, PlainOps, Residual
 from lingbot_rt.models.quantize import FP8
+from lingbot_rt.parallel.ulysses import Packing
 from tests.models.test_fused import relative_rms
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -65,6 +66,13 @@ def test_kernels_are_the_plain_operations(triton_ops, dtype, width, heads):
         for got, expected, kind in zip(*pair, kinds, strict=True):
             # Mixed values pass through float16.
             assert relative_rms(got.float(), expected.float()) <= (max(near, 1e-3) if kind == dtype else FP8_NEAR)
+        # As several ranks send them: the heads of each rank apart, and q, k and v of a row behind each other.
+        ranks = 3 if heads == 3 else 2
+        packing = Packing(kinds, heads // ranks, head_dim)
+        sent = packing.parts(torch.zeros(ranks, rows, packing.nbytes, dtype=torch.uint8, device=device))
+        triton_ops.project_heads(qkv, weights, rope, 1e-6, tuple(part.transpose(0, 1) for part in sent))
+        for got, whole in zip(sent, pair[0], strict=True):
+            assert torch.equal(got.transpose(0, 1).flatten(1, 2).float(), whole.float())
     got = triton_ops.head_norm(x, weights[0], 1e-6, heads)
     assert relative_rms(got, plain.head_norm(x, weights[0], 1e-6, heads)) <= near
 

@@ -7,8 +7,11 @@ import os
 import sys
 import time
 
+import torch
+import torch.distributed as dist
+
 from lingbot_rt.config import ServeConfig
-from lingbot_rt.engine import worker
+from lingbot_rt.engine import memory, worker
 from lingbot_rt.errors import CheckpointError
 
 
@@ -18,6 +21,18 @@ def raise_in_chunk(*args):
 
 def stall_in_chunk(*args):
     time.sleep(600)
+
+
+def no_memory_in_exchange(*args):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def first_full_then_free(pipeline):
+    memory._own_free_bytes = own_free_bytes
+    return 0
+
+
+own_free_bytes = memory._own_free_bytes
 
 
 def fail_to_load(*args):
@@ -32,6 +47,10 @@ if __name__ == "__main__":
                 worker.run_chunk = raise_in_chunk
             case "stall":
                 worker.run_chunk = stall_in_chunk
+            case "memory":
+                dist.all_to_all_single = no_memory_in_exchange
+            case "full":
+                memory._own_free_bytes = first_full_then_free
             case "load":
                 worker.load_pipeline = fail_to_load
     sys.exit(worker.run_launched_worker(ServeConfig(**json.loads(config))))

@@ -20,10 +20,14 @@ INFO = RankInfo(rank=1, world=2, local_rank=1, address="127.0.0.1", port=29500, 
 
 
 def test_ranks_must_divide_the_heads():
-    """The built-in DiT has four heads: three ranks are refused, with the numbers that fit."""
+    """The built-in DiT has four heads: three ranks are refused, with the numbers that fit. So are those that do not
+    divide the published 14B's forty, without its weights."""
     require_ranks(config(2))
-    with pytest.raises(ConfigError, match=r"--num-gpus 3 does not divide the 4 heads of builtin; use 1, 2$"):
+    with pytest.raises(ConfigError, match=r"--num-gpus 3 does not divide the 4 heads of builtin; use 1, 2 or 4$"):
         require_ranks(config(3))
+    for world in (3, 6, 7):
+        with pytest.raises(ConfigError, match=r"the 40 heads of lingbot-world-fast; use 1, 2, 4, 5, 8, 10, 20 or 40$"):
+            require_ranks(config(world, model_path="lingbot-world-fast", load_format="dummy"))
 
 
 def test_ranks_need_a_gpu_each(monkeypatch):

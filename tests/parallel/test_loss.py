@@ -7,8 +7,8 @@ import re
 import pytest
 
 from lingbot_rt.engine.engine import Engine
-from lingbot_rt.errors import EngineFailed
-from tests.parallel.conftest import chunk, config, engine_of, session_plan
+from lingbot_rt.errors import CapacityError, EngineFailed
+from tests.parallel.conftest import chunk, config, engine_of, session_plan, stopped
 
 
 def assert_none_left(engine: Engine) -> None:
@@ -39,6 +39,26 @@ async def test_a_rank_that_raises(broken):
     assert_none_left(engine)
 
 
+async def test_a_rank_without_memory(broken):
+    """A rank that runs out of memory inside an exchange is named for that. It has not lost another rank."""
+    broken("memory", 1)
+    async with engine_of(2) as engine:
+        await engine.open(session_plan())
+        assert await lost_in_chunk(engine) == "rank 1 failed: OutOfMemoryError: CUDA out of memory"
+    assert_none_left(engine)
+
+
+async def test_a_rank_with_less_room_is_asked_first(broken):
+    """A session that another rank has no memory for is refused with that rank's numbers, and the next one runs."""
+    broken("full", 1)
+    async with engine_of(2) as engine:
+        with pytest.raises(CapacityError, match=r"needs 0\.\d GB on rank 1, 0\.0 GB is free there: use a smaller size"):
+            await engine.open(session_plan())
+        await engine.open(session_plan())
+        assert sum([len(group.pixels) async for group in engine.run(chunk(0))]) == 9
+    assert_none_left(engine)
+
+
 async def test_a_rank_that_stalls(broken):
     """A rank that makes no progress while others wait for it is named after the time limit."""
     broken("stall", 1)
@@ -57,5 +77,5 @@ async def test_a_rank_that_does_not_come_up(broken):
     with pytest.raises(EngineFailed) as failure:
         await engine.start()
     assert str(failure.value) == "rank 1 failed: CheckpointError: a shard is damaged"
-    await engine.stop()
+    await stopped(engine)
     assert_none_left(engine)

@@ -9,12 +9,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from lingbot_rt.parallel.coordinator import Close, Move, OpenFrom, Rewind, Stop, WarmUpShape
+from lingbot_rt.parallel.coordinator import AskRoom, Close, Move, OpenFrom, Rewind, Stop, WarmUpShape
 from lingbot_rt.parallel.packed import pack, unpack
 from lingbot_rt.session.plan import ChunkPlan, PostprocessPlan, SessionPlan
 from lingbot_rt.shapes import FrameSize
 
-KINDS = (WarmUpShape, SessionPlan, OpenFrom, ChunkPlan, Rewind, Move, Close, Stop)
+KINDS = (AskRoom, WarmUpShape, SessionPlan, OpenFrom, ChunkPlan, Rewind, Move, Close, Stop)
 SESSION = SessionPlan(
     session_id="s",
     prompt="A quiet street. \N{SNOWMAN}",
@@ -38,6 +38,7 @@ POSES = np.random.default_rng(0).normal(size=(3, 4, 4))
     [
         SESSION,
         WarmUpShape(SESSION),
+        AskRoom(dataclasses.replace(SESSION, first_frame=SESSION.first_frame[:0])),
         ChunkPlan("s", 7, "A storm.", POSES, None, intrinsics=POSES[:, 0]),
         ChunkPlan("s", 0, "A storm.", None, 5, recent_frames=3, recache=True),
         ChunkPlan("s", 0, "A storm.", POSES[::-1, :, ::-1], 5),

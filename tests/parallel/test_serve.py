@@ -61,5 +61,5 @@ def test_ranks_that_cannot_be_are_one_line(capsys):
         assert main(["serve", "--port", "0", "--num-gpus", "3", "--device", "cpu"]) == 2
     finally:
         signal.signal(signal.SIGTERM, handler)
-    line = "lingbot-rt: --num-gpus 3 does not divide the 4 heads of builtin; use 1, 2\n"
+    line = "lingbot-rt: --num-gpus 3 does not divide the 4 heads of builtin; use 1, 2 or 4\n"
     assert capsys.readouterr().err == line

@@ -11,9 +11,8 @@ import torch
 
 from lingbot_rt.engine import chunk_runner, warmup
 from lingbot_rt.errors import ChunkCancelled, EngineFailed, InvalidEvent
-from tests.parallel.conftest import SIZE, chunk, engine_of, session_plan
+from tests.parallel.conftest import CHUNKS, SIZE, chunk, engine_of, play, session_plan
 
-CHUNKS = 8
 TOLERANCE = 2e-5
 
 
@@ -29,22 +28,6 @@ def latents(monkeypatch) -> list[torch.Tensor]:
     denoise = chunk_runner.denoise
     monkeypatch.setattr(chunk_runner, "denoise", recorded)
     return seen
-
-
-async def play(world: int, **changes) -> np.ndarray:
-    """Eight chunks with guidance, camera, a new prompt, recache, and a window that slides, narrow twice -> frames."""
-    frames: list[np.ndarray] = []
-    async with engine_of(world, **changes) as engine:
-        await engine.open(session_plan(guidance_scale=2.0, num_steps=4, recent_frames=(0, 2)))
-        for index in range(CHUNKS):
-            prompt = "a quiet street" if index < 5 else "a storm at sea"
-            plan = chunk(index, prompt, camera=index != 2)
-            plan = dataclasses.replace(plan, recent_frames={4: 2, 6: 0}.get(index), recache=index == 5)
-            run = engine.run(plan)
-            frames += [group.pixels async for group in run]
-        assert len(run.result.timings.ranks_ms) == world
-        await engine.close("s")
-    return np.concatenate(frames)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +127,7 @@ async def test_ranks_go_back_together():
             frames += [group.pixels async for group in engine.run(plan)]
         return np.concatenate(frames)
 
-    async with engine_of(2) as engine:
+    async with engine_of(2, vae_parallel="width") as engine:
         await engine.open(session_plan(window_frames=18))
         expected = await frames_of(engine, "s", 0)
         world = await engine.snapshot("s", "")
