@@ -43,7 +43,6 @@ COPY --from=build /opt/lingbot-rt /opt/lingbot-rt
 # All that is written goes to /cache and /tmp, so that the root file system may be read-only.
 ENV PATH=/opt/lingbot-rt/bin:$PATH \
     HOME=/cache \
-    LINGBOT_RT_CACHE=/cache/lingbot_rt \
     LINGBOT_RT_HOST=0.0.0.0 \
     LINGBOT_RT_PORT=30000 \
     HF_HOME=/cache/huggingface \

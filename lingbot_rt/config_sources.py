@@ -23,9 +23,6 @@ from lingbot_rt.config import (
 from lingbot_rt.config_values import environment_value, flag
 from lingbot_rt.errors import ConfigError, quoted, reason_of
 
-OTHER_VARIABLES = ("LINGBOT_RT_CACHE",)
-"""Variables with the prefix that are no option. Other modules read them."""
-
 
 @dataclass(frozen=True, slots=True)
 class Setting:
@@ -67,7 +64,7 @@ def gather_settings(
 
 def unread_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str | None]:
     """The variables with the project's prefix that nothing reads, each with the known name that is most like it."""
-    known = {ENV_PREFIX + field.name.upper() for field in dataclasses.fields(ServeConfig)} | set(OTHER_VARIABLES)
+    known = {ENV_PREFIX + field.name.upper() for field in dataclasses.fields(ServeConfig)}
     return {
         name: _nearest(name, known)
         for name in sorted(environment)

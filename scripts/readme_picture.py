@@ -140,8 +140,8 @@ def capture(page: Page, preset: str, size: str) -> tuple[list[Image.Image], list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--preset", default="plaza")
-    parser.add_argument("--size", default="448x256")
+    parser.add_argument("--preset", default="village")
+    parser.add_argument("--size", default="160x96")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     look = {"viewport": PAGE, "color_scheme": "dark", "reduced_motion": "reduce"}

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_LIBRARIES = ("lingbot_rt.commands.serve", "lingbot_rt.engine.engine", "lingbot_rt.models.builtin")
+_LIBRARIES = ("lingbot_rt.commands.serve", "lingbot_rt.engine.engine", "lingbot_rt.models.checkpoint")
 _POLL_S = 0.02
 
 _context = multiprocessing.get_context("forkserver")

@@ -33,7 +33,7 @@ def test_the_page_and_the_model_are_inside(wheel):
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == shipped("lingbot_rt") | {f"lingbot_rt/{name}" for name in shipped("webui")}
     assert "lingbot_rt/webui/index.html" in names
-    assert "lingbot_rt/builtin/transformer/config.json" in names
+    assert "lingbot_rt/builtin/vae/diffusion_pytorch_model.safetensors" in names
 
 
 def test_name_version_command_and_licence(wheel):

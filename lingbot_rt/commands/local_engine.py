@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lingbot_rt.commands.options import add_config_options, add_server_options, api_key_from, config_from
 from lingbot_rt.commands.output import note
-from lingbot_rt.config import BUILTIN, ServeConfig
+from lingbot_rt.config import ServeConfig
 from lingbot_rt.config_values import environment_value, flag
 from lingbot_rt.errors import ConfigError, reason_of
 from lingbot_rt.models.model_path import DUMMY, local_folder, require_parts
@@ -103,7 +103,7 @@ def require_folders(config: ServeConfig) -> None:
         if not os.access(folder, mode):
             raise ConfigError(f"{flag(name)} {folder}: the folder cannot be {verb}", field=name)
     dummy = config.load_format == DUMMY
-    if config.model_path != BUILTIN and (path := local_folder(config.model_path, dummy=dummy)) is not None:
+    if (path := local_folder(config.model_path, dummy=dummy)) is not None:
         require_parts(path, dummy=dummy)
     if "torch" not in sys.modules:
         note("lingbot-rt: starting, this takes some seconds")

@@ -126,7 +126,7 @@ def add_first_frame_option(parser: argparse.ArgumentParser) -> None:
         "--first-frame",
         type=path_text,
         metavar="FILE",
-        help="picture that the session starts from (default: a plaza, which the package brings)",
+        help="picture that the session starts from (default: a village, which the package brings)",
     )
 
 

@@ -19,10 +19,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
-from lingbot_rt.config import BUILTIN
 from lingbot_rt.errors import one_line
 from lingbot_rt.hub_cache import snapshot_id
-from lingbot_rt.models.builtin import BUILTIN_CONFIGS, builtin_folder
 from lingbot_rt.models.dit import CausalDiT, DiTConfig, split_qkv
 from lingbot_rt.models.dummy import HashTokenizer, RandomWeights
 from lingbot_rt.models.file_checks import broken
@@ -170,8 +168,6 @@ def load_text_encoder(
 
 def _find(model_path: str, *, dummy: bool) -> Path:
     """The folder that ``model_path`` names. Raises CheckpointError."""
-    if model_path == BUILTIN:
-        return BUILTIN_CONFIGS if dummy else builtin_folder()
     return local_folder(model_path, dummy=dummy) or fetch(model_path, weights=not dummy)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lingbot_rt.config import BUILTIN
 from lingbot_rt.errors import CheckpointError
 from lingbot_rt.hub_cache import newest_snapshot, repository_id
 from lingbot_rt.models.file_checks import broken, listed, shorten, system_error
@@ -16,6 +17,9 @@ DUMMY = "dummy"
 LINGBOT_WORLD_FAST = "lingbot-world-fast"
 PUBLISHED = (LINGBOT_WORLD_FAST, "lingbot-world-v2")
 """Names of the published 14B models, which differ in their schedule only."""
+
+BUILTIN_FOLDER = Path(__file__).parent.parent / "builtin"
+"""The trained model that the package brings: a checkpoint folder like any other."""
 
 PUBLISHED_FOLDER = Path(__file__).parent.parent / "published"
 """Their configurations. The window is the 18 latent frames, sink 9, of the published figures, not the model's own 45,
@@ -30,6 +34,8 @@ def local_folder(model_path: str, *, dummy: bool) -> Path | None:
     """
     if not model_path.strip():
         raise broken("--model-path is empty: name builtin, a folder or a hub id")
+    if model_path == BUILTIN:
+        return BUILTIN_FOLDER
     path = Path(os.path.expanduser(model_path))
     try:
         os.listdir(path)

@@ -57,7 +57,8 @@ def export(model: Path, config: WorldConfig, to: Path) -> int:
         raise ValueError(f"{total} bytes of {MAX_BYTES} in all; over {MAX_FILE_BYTES} in one file: {large or 'none'}")
     for part in (*PARTS, "scheduler"):
         shutil.rmtree(to / part, ignore_errors=True)
-    shutil.copytree(model, to, dirs_exist_ok=True)
+    # Content only: safetensors makes files that nobody but their owner may read.
+    shutil.copytree(model, to, dirs_exist_ok=True, copy_function=shutil.copyfile)
     return total
 
 

@@ -39,6 +39,9 @@ CHUNKS = 24
 STILL_SHARE = 0.08
 """Share of trajectories that press no key at all, for sessions that only look or have no camera control."""
 
+LONG_SHARE = 0.1
+"""Share of the spells with keys that last up to 24 latent frames: full turns, and walks straight on."""
+
 ENCODED_AT_ONCE = 8  # clips
 
 
@@ -73,7 +76,8 @@ def encode_trajectories(
     """The tensors of one file: ``count`` trajectories of ``chunks`` chunks."""
     frames = CHUNK_FRAMES * chunks
     actions = [
-        still_actions(frames) if rng.random() < STILL_SHARE else random_actions(rng, frames) for _ in range(count)
+        still_actions(frames) if rng.random() < STILL_SHARE else random_actions(rng, frames, LONG_SHARE)
+        for _ in range(count)
     ]
     trajectories = [make_trajectory(start_view(rng), one) for one in actions]
     poses = np.stack([one.view.pixel_frames().poses() for one in trajectories])

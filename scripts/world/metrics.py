@@ -30,11 +30,18 @@ _FIT_ROUNDS, _FIT_CANDIDATES, _FIT_KEPT = 5, 24, 5
 _FIT_SPREAD = (0.1, 0.1, 5.0, 3.0)  # initial standard deviations of x, z, yaw and pitch
 
 
-def held_out_starts(count: int, purpose: int) -> Iterator[tuple[Start, np.random.Generator]]:
-    """Held-out views, looks in turn, prompts that training never uses, and a generator for the rest of each case."""
+def held_out_starts(count: int, purpose: int, *, plain: bool = False) -> Iterator[tuple[Start, np.random.Generator]]:
+    """Held-out views, looks in turn, prompts that training never uses, and a generator for the rest of each case.
+
+    ``plain``: with the look's first prompt, whose look is certain, where words are not what is measured.
+    """
     for i in range(count):
         rng = np.random.default_rng((HELD_OUT_SEED, purpose, i))
-        yield Start(start_view(rng), _prompt(rng, i % len(LOOKS)), seed=i), rng
+        look = i % len(LOOKS)
+        start, prompt = start_view(rng), _prompt(rng, look)
+        if plain:
+            prompt = Prompt(next(text for text, of in HELD_OUT if of == look), look)
+        yield Start(start, prompt, seed=i), rng
 
 
 def _prompt(rng: np.random.Generator, look: int) -> Prompt:
@@ -245,7 +252,7 @@ def full_turn(world: World, renderer: Renderer, count: int) -> Turn:
     actions += (NEUTRAL,) * (-len(actions) % CHUNK_FRAMES)
     to_first, to_random, above, turned = [], [], [], []
     sheet = []
-    for start, rng in held_out_starts(count, purpose=6):
+    for start, rng in held_out_starts(count, purpose=6, plain=True):
         look = start.prompt.look
         played = _play(world.start(start), actions, start.prompt)
         poses = make_trajectory(start.view, actions).view.poses()
@@ -273,7 +280,7 @@ def standing_still(world: World, renderer: Renderer, count: int, chunks: int = 6
     """Mean dB of the last picture after ``chunks`` to the first view, without camera control and with no key held."""
     still: dict[str, Actions | None] = {"no camera": None, "no key": (NEUTRAL,) * CHUNK_FRAMES}
     found: dict[str, list[float]] = {name: [] for name in still}
-    for start, _ in held_out_starts(count, purpose=7):
+    for start, _ in held_out_starts(count, purpose=7, plain=True):
         first = picture(renderer, start.view, start.prompt.look)[0]
         for name, actions in still.items():
             session = world.start(start)

@@ -2,9 +2,6 @@
 
     python -m scripts.world.render_presets [names ...]
 
-The places below are of an earlier world of 3 x 3 units, as are the pictures in webui/presets: choose new ones before
-the next call.
-
 Also writes presets.json, in which every prompt asks for the look of its picture.
 """
 
@@ -29,18 +26,18 @@ QUALITY = 84
 _STEADY = "Steady camera at eye height."
 PRESETS = {
     # id: name, x, z, yaw, look, prompt
-    "plaza": ("Plaza", 0.02, 2.5, 184, "day", "A little village on a sunny day, a fountain on a plaza, a red gate, "
-              "a house with a red roof, a striped balloon."),
-    "windmill": ("Windmill", 1.2, 1.6, -20, "day", "A white windmill and a red and white lighthouse in green meadows "
-                 "on a bright day, white clouds in a blue sky."),
-    "sunset": ("Evening", 2.75, 1.55, -62, "sunset", "The village at sunset, a low orange sun behind a pavilion, "
-               "long shadows over the path, glowing lamps."),
-    "night": ("Night", 0.02, 0.02, 5, "night", "The village at night, seen through a red gate, street lamps glowing "
-              "under the stars."),
-    "snow": ("First snow", 1.6, 1.4, 150, "snow", "The village in winter, fresh snow on roofs and trees, a frozen "
-             "pond, a giant mushroom capped with white."),
-    "gate": ("Red gate", 0.9, 1.0, 200, "sunset", "A red gate, an orange tree and a lighthouse in warm evening light, "
-             "a pink and orange sky."),
+    "village": ("Village", 1.0, 1.9, 60, "day", "A village on a sunny day, a tower with a violet roof, a windmill, a "
+                "pink tree, a path through green meadows."),
+    "gate": ("Red gate", 0.0, 1.9, 180, "day", "A path leads through a red gate on a bright day, a lighthouse and a "
+             "dark pine beside it, white clouds in a blue sky."),
+    "windmill": ("Windmill", 2.6, 1.7, 20, "day", "A white windmill with a blue cap in green meadows, mountains behind "
+                 "it, a clear sunny day."),
+    "sunset": ("Evening", 0.3, 2.1, 40, "sunset", "A house with a red roof at sunset, warm light, lamps in the "
+               "windows, a pink and orange sky."),
+    "night": ("Night", 2.0, 2.4, 0, "night", "A tower with lit windows at night, a pine and a lighthouse in the dark, "
+              "stars in the sky."),
+    "snow": ("First snow", 0.1, 2.0, 50, "snow", "A house in winter, fresh snow on its roof and on the meadows, a "
+             "windmill far away in the mist."),
 }  # fmt: skip
 
 

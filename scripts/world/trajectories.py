@@ -119,8 +119,11 @@ def still_actions(count: int) -> Actions:
     return (NEUTRAL,) * count
 
 
-def random_actions(rng: np.random.Generator, count: int) -> Actions:
-    """Single keys, pairs of keys and no key, each held for a random time; some spells without a key are long."""
+def random_actions(rng: np.random.Generator, count: int, long_share: float = 0) -> Actions:
+    """Single keys, pairs of keys and no key, each held for a random time.
+
+    Three in ten spells without a key are long, and ``long_share`` of the others.
+    """
     limit = PITCH_LIMIT_DEGREES if rng.random() < 0.1 else TYPICAL_PITCH_DEGREES
     actions: list[Keys] = []
     pitch = 0
@@ -132,7 +135,8 @@ def random_actions(rng: np.random.Generator, count: int) -> Actions:
         elif kind < 0.9:
             keys = KEY_PAIRS[rng.integers(len(KEY_PAIRS))]
         held = 1 + int(rng.geometric(0.22))
-        if keys == NEUTRAL and rng.random() < 0.3:
+        share = 0.3 if keys == NEUTRAL else long_share
+        if share and rng.random() < share:
             held = int(rng.integers(9, 25))
         for _ in range(held):
             step = PITCH_DEGREES * (("i" in keys) - ("k" in keys))

@@ -69,19 +69,23 @@ def test_keys_start_the_world_and_are_shown(visitor, world):
     assert len(world.inits) == 3
 
 
-def test_an_untrained_model_is_announced(visitor, api, static_url):
-    """The stage says before the start that the built-in model shows a blur. It says it of no other model."""
+def test_the_limits_of_the_builtin_model_are_announced(visitor, api, static_url):
+    """The stage says before the start what the built-in model knows. It says it of no other model."""
     page, note = visitor.page, visitor.page.locator("#start-note")
     visitor.open(static_url)
     assert note.inner_text() == ""
     api.model["id"] = "lingbot-rt-builtin"
     FakeWorld(page, HOME)
     visitor.open(static_url)
-    page.wait_for_selector("#start-note:has-text('untrained')")
+    page.wait_for_selector("#start-note:has-text('one small village')")
+    page.click("#advanced summary")
+    page.select_option("#set-size", "832x480")
+    page.wait_for_selector("#start-note:has-text('a blur')")
+    page.select_option("#set-size", "160x96")
     visitor.start()
     page.keyboard.press("Space")
     visitor.wait_for_state("paused")
-    assert "untrained" not in note.inner_text()
+    assert "village" not in note.inner_text()
 
 
 def test_the_keyboard_goes_back_to_the_world(visitor, world):

@@ -271,7 +271,7 @@ def test_a_preset_chosen_during_a_session_asks_first(visitor, server):
     visitor.restart_by(lambda: page.click("#preset-dialog button[value=restart]"))
     assert page.get_attribute("[data-preset=windmill]", "aria-pressed") == "true"
     assert page.locator("#timeline li").count() == 1
-    assert "lighthouse" in page.inner_text("#timeline")
+    assert "blue cap" in page.inner_text("#timeline")
 
 
 def test_a_phone_has_sticks_and_a_settings_sheet(make_visitor, server):

@@ -53,7 +53,7 @@ def test_the_image_serves_every_interface_as_another_user(monkeypatch):
     assert re.search(rf"^EXPOSE {config.port}$", final, re.M)
     assert re.search(r"^USER [1-9]\d*:[1-9]\d*$", final, re.M)
     assert re.search(r"^VOLUME /cache$", final, re.M)
-    assert all(variables[name].startswith("/cache") for name in ("HOME", "HF_HOME", "LINGBOT_RT_CACHE"))
+    assert all(variables[name].startswith("/cache") for name in ("HOME", "HF_HOME"))
 
 
 @pytest.mark.parametrize("name", ["server", "server-gpu"])

@@ -30,11 +30,9 @@ SIZE = FrameSize(80, 48)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    """The built-in weights are made once, in a folder that the workers use too."""
+def checkout():
+    """The workers import this checkout, also those that start elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LINGBOT_RT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        # The checkout, also for processes that start elsewhere.
         patch.syspath_prepend(str(Path(worker.__file__).parents[2]))
         patch.setenv("PYTHONPATH", str(Path(worker.__file__).parents[2]))
         yield

@@ -12,7 +12,7 @@ import { KeptWorld } from "./kept_world.js";
 import { LatencyPill } from "./latency_pill.js";
 import { Layout } from "./layout.js";
 import { LineView } from "./line_view.js";
-import { coldSizeText, inUseText, stateText, untrainedText, warmUpText } from "./messages.js";
+import { builtinText, coldSizeText, inUseText, stateText, warmUpText } from "./messages.js";
 import { MetersView } from "./meters_view.js";
 import { Player } from "./player.js";
 import { PromptField } from "./prompt_field.js";
@@ -328,7 +328,8 @@ function startNote() {
   if (!model?.ready || !form.model) return "";
   if (state === "warming") return warmUpText(warmUp);
   const speed = server.isInUse ? inUseText(model) : rates.note(server.base, model, wireValues(form.fields, form.values));
-  const before = player.isRunning ? [] : [untrainedText(model), coldSizeText(model, form.values.size)];
+  const { size } = form.values;
+  const before = player.isRunning ? [] : [builtinText(model, size), coldSizeText(model, size)];
   return [...before, speed].filter(Boolean).join(" ");
 }
 

@@ -45,11 +45,13 @@ export function warmUpText({ size, expectedMs }) {
   return `The server prepares ${sizeText(size)}, once for all sessions of this size. ${last}`;
 }
 
-/** Before the start. The built-in model ships without trained weights; this goes when it has them. */
-export const untrainedText = ({ id }) =>
-  id === "lingbot-rt-builtin"
-    ? "The built-in model is untrained: it shows a blur of colours that your keys move."
-    : "";
+/** Before the start: what not to expect of the built-in model. */
+export function builtinText({ id, defaultSize }, size) {
+  if (id !== "lingbot-rt-builtin") return "";
+  return size === defaultSize
+    ? "The built-in model knows one small village. Any other picture turns into it, and after a while it gets soft."
+    : `The built-in model knows its village at ${sizeText(defaultSize)} only: at other sizes it shows a blur.`;
+}
 
 /** Whether the end's close code says that the server, or the way to it, is gone. */
 export const isServerAway = (code) => code === 1001 || code === 1006;
