@@ -51,7 +51,7 @@ def test_more_ranks_are_computed_from_the_parts():
 
 
 def test_collectives(tmp_path, capsys):
-    """Time, bytes and number of each collective of a chunk: 75 tokens of 4 heads of 64 in 8 layers on two ranks. With a
+    """Time, bytes and number of each collective of a chunk: 75 tokens of 4 heads of 64 in 12 layers on two ranks. With a
     window in fp8, q, k and v cross as bytes."""
     figures = tmp_path / "collectives.json"
     line = f"bench collectives {SMALL} --kv-cache-dtype fp8 --num-gpus 2 --repeats 2 --chunk-ms 1000 --json {figures}"
@@ -61,8 +61,8 @@ def test_collectives(tmp_path, capsys):
     # Rank 0 has 38 of the tokens and half of the heads; the rest is in float32.
     assert packed["moved_mb"] == pytest.approx(38 * 3 * 2 * 64 / 1e6)
     assert attended["moved_mb"] == pytest.approx(38 * 2 * 64 * 4 / 1e6)
-    assert flow["moved_mb"] == pytest.approx(38 * 16 * 4 * 4 / 1e6)
-    assert [one["calls"] for one in written["exchanges"]] == [8 * 3, 8 * 3 - 1, 2, 3, 3]
+    assert flow["moved_mb"] == pytest.approx(38 * 24 * 4 * 4 / 1e6)
+    assert [one["calls"] for one in written["exchanges"]] == [12 * 3, 12 * 3 - 1, 2, 3, 3]
     assert halos["moved_mb"] > 0
     # Half of the four pixel frames of a latent frame, float32.
     assert pixels["moved_mb"] == pytest.approx(40 * 80 * 3 * 4 * 4 / 1e6)
