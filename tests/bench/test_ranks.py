@@ -51,8 +51,10 @@ def test_more_ranks_are_computed_from_the_parts():
 
 
 def test_collectives(tmp_path, capsys):
-    """Time, bytes and number of each collective of a chunk: 75 tokens of 4 heads of 64 in 12 layers on two ranks. With a
-    window in fp8, q, k and v cross as bytes."""
+    """Time, bytes and number of each collective of a chunk: 75 tokens of 4 heads of 64 in 12 layers on two ranks.
+
+    With a window in fp8, q, k and v cross as bytes.
+    """
     figures = tmp_path / "collectives.json"
     line = f"bench collectives {SMALL} --kv-cache-dtype fp8 --num-gpus 2 --repeats 2 --chunk-ms 1000 --json {figures}"
     assert main(line.split()) == 0
