@@ -40,7 +40,7 @@ from lingbot_rt.session.messages import (
 from lingbot_rt.session.shown import shown
 from lingbot_rt.shapes import FrameSize
 
-DEFAULT_PROMPT = "A quiet street in soft morning light, stable camera motion."
+DEFAULT_PROMPT = "A quiet village on a sunny day, stable camera motion."
 DEFAULT_KEYS = "w*12,l*6,w*6"
 DEFAULTS = {"num_frames": 9, "seed": 42, "fps": 16.0}
 """Of options of a session, beside those that are not set."""
