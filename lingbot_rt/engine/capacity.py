@@ -56,7 +56,6 @@ class Estimate:
             dtype=torch.bfloat16,
             window_dtype=precision.window_dtype,
             quantization=precision.quantization,
-            compiled=True,
             converts_window=precision.window_dtype != torch.bfloat16,
         )
         text = found.text_encoder

@@ -11,6 +11,7 @@ from lingbot_rt.engine.frame_readback import FrameReadback
 from lingbot_rt.engine.pipeline import Pipeline
 from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.engine.stage_clock import StageClock
+from lingbot_rt.models.transfer import to_host
 from lingbot_rt.session.plan import ChunkPlan, ChunkResult, ChunkTimings, FrameGroup
 
 
@@ -56,11 +57,13 @@ def run_chunk(
 
         with clock.stage("context"):
             forward.commit(latents)
-    session.keep(plan, latents, past)
+            kept = to_host(latents)
 
     stages = clock.finish()
+    session.keep(plan, kept.clone(), past)
+    total_ms = clock.total_ms
     postprocess = session.postprocessor.take_timings()
-    pipeline.ranks.end_chunk(clock.total_ms)
+    pipeline.ranks.end_chunk(total_ms)
     return ChunkResult(
         chunk_index=plan.chunk_index,
         num_frames=readback.num_frames,
@@ -71,7 +74,7 @@ def run_chunk(
             dit_ms=stages["denoise"] + stages["context"] + stages.get("recache", 0.0),
             vae_ms=stages["vae"] - sum(postprocess.values()),
             postprocess=postprocess,
-            total_ms=clock.total_ms,
+            total_ms=total_ms,
             stages=stages,
         ),
     )

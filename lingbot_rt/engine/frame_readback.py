@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lingbot_rt.errors import UnsoundFrames
+from lingbot_rt.models.transfer import to_host
 from lingbot_rt.postprocess.stage import PostProcessor
 from lingbot_rt.session.plan import FrameGroup
 
@@ -69,7 +70,7 @@ class FrameReadback:
             self._hand_out(frames, bounds, place)
             return
         # Before the frames: the event of their end stands for both copies.
-        host_bounds = torch.empty(bounds.shape, pin_memory=bounds.is_cuda).copy_(bounds, non_blocking=True)
+        host_bounds = to_host(bounds)
         host, copied = start_copy(frames)
         if self._waiter is None:
             self._waiter = ThreadPoolExecutor(1, thread_name_prefix="frames")
@@ -91,8 +92,7 @@ class FrameReadback:
 
 def start_copy(frames: Tensor) -> tuple[Tensor, torch.cuda.Event]:
     """Starts the copy of ``frames`` to pinned host memory on the current stream; the copy and the event of its end."""
-    host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
-    host.copy_(frames, non_blocking=True)
+    host = to_host(frames)
     copied = torch.cuda.Event()
     copied.record()
     return host, copied

@@ -71,7 +71,6 @@ class Setup:
     ranks: int = 1
     decode_shards: int = 1  # ranks over which a decode is spread
     decodes: bool = True  # this rank, alone or with others
-    compiled: bool = False  # on a GPU
     converts_window: bool = False  # the attention kernel needs another format than the window's, a layer at a time
 
 
@@ -89,9 +88,6 @@ def session_memory(
     peak = peak_activations(config, setup.vae, size, latent_frames, setup.dtype, setup.quantization)
     forward = peak.forward // setup.ranks
     decode, features = (part // setup.decode_shards if setup.decodes else 0 for part in (peak.decode, peak.features))
-    if setup.compiled:
-        # Measured on an H200: compiled code holds the old features until the new ones are complete.
-        decode += features
     # A chunk that is computed again for a new prompt sees a copy of a layer, without the newest chunk.
     copied = max(window_frames - latent_frames, 0)
     forward += window_bytes(config, size, copied, setup.window_dtype) // config.num_layers // setup.ranks
@@ -124,7 +120,6 @@ def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
         ranks=pipeline.ranks.world,
         decode_shards=pipeline.decode.shards,
         decodes=pipeline.ranks.is_first or pipeline.decode.shards > 1,
-        compiled=pipeline.model_info.compiled and pipeline.device.type != "cpu",
         converts_window=pipeline.kv_cache_dtype != pipeline.dtype and pipeline.model_info.attention_backend != "fa3",
     )
     branches = 2 if plan.guidance_scale > 1 else 1

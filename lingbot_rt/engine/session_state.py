@@ -112,7 +112,10 @@ class SessionState:
         return True
 
     def keep(self, plan: ChunkPlan, latents: Tensor, again: KeptChunk | None) -> None:
-        """Puts the chunk that is finished into the history. ``again``: the older one that was computed with it."""
+        """Puts the chunk that is finished into the history. ``latents``: on the host, the history's own from now on.
+
+        ``again``: the older chunk that was computed with it.
+        """
         recached, newest = None if again is None else again.index, self.history.newest
         prompts = {} if newest is None else {index: old for index, old in newest.prompts.items() if self._holds(index)}
         if recached is not None:
@@ -120,7 +123,7 @@ class SessionState:
         self.history.add(
             KeptChunk(
                 index=plan.chunk_index,
-                latents=latents.to(_HOST),
+                latents=latents,
                 prompt=plan.prompt,
                 relative_poses=self._poses,
                 lenses=self._lenses,
@@ -166,8 +169,10 @@ class SessionState:
         """Moves what is large to ``device``: windows and VAE features. What is soon computed again is dropped."""
         for window in self.windows:
             window.move(device)
-        self.features.slots = [slot.to(device) if isinstance(slot, Tensor) else slot for slot in self.features.slots]
+        self.features.move(device)
         self._camera = None
+        if self._pipeline.device.type == "cuda":
+            torch.cuda.synchronize(self._pipeline.device)
 
     def camera(self, relative_poses: Pose | None, lenses: Pose | None = None) -> CameraModulation | None:
         """Camera modulation of a chunk; that of the chunk before while the same keys are held. ``lenses``: [F, 4]."""

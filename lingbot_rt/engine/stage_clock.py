@@ -15,7 +15,11 @@ class StageClock:
         self._device = device
         self._marks: dict[str, tuple[Any, Any]] = {}
         self._started = time.perf_counter()
-        self.total_ms = 0.0
+
+    @property
+    def total_ms(self) -> float:
+        """Wall time since creation."""
+        return 1000 * (time.perf_counter() - self._started)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -25,14 +29,11 @@ class StageClock:
         self._marks[name] = (begin, self._mark())
 
     def finish(self) -> dict[str, float]:
-        """Waits for the device; returns milliseconds by stage and sets ``total_ms``, the wall time since creation."""
+        """Waits for the device; returns milliseconds by stage."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-            stages = {name: begin.elapsed_time(end) for name, (begin, end) in self._marks.items()}
-        else:
-            stages = {name: 1000 * (end - begin) for name, (begin, end) in self._marks.items()}
-        self.total_ms = 1000 * (time.perf_counter() - self._started)
-        return stages
+            return {name: begin.elapsed_time(end) for name, (begin, end) in self._marks.items()}
+        return {name: 1000 * (end - begin) for name, (begin, end) in self._marks.items()}
 
     def _mark(self) -> Any:
         if self._device.type == "cuda":

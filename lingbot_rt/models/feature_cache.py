@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from lingbot_rt.models.transfer import HostPlace
 
 
 class FeatureCache:
@@ -11,6 +14,7 @@ class FeatureCache:
     def __init__(self, num_convolutions: int) -> None:
         self.slots: list[Tensor | str | None] = [None] * num_convolutions
         self.frames = 0  # latent frames decoded
+        self._hosts = [HostPlace() for _ in range(num_convolutions)]
 
     @property
     def nbytes(self) -> int:
@@ -19,3 +23,11 @@ class FeatureCache:
     def release(self) -> None:
         """Frees the memory, whoever still holds this cache. Nothing else may be called afterwards."""
         self.slots = [None] * len(self.slots)
+        self._hosts = []
+
+    def move(self, device: torch.device) -> None:
+        """Moves the features to ``device``; they are there once the stream has come so far."""
+        self.slots = [
+            host.move(slot, device) if isinstance(slot, Tensor) else slot
+            for host, slot in zip(self._hosts, self.slots, strict=True)
+        ]

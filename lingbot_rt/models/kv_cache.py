@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lingbot_rt.models.quantize import FP8, hadamard, to_float8
+from lingbot_rt.models.transfer import HostPlace
 
 
 class KVCache:
@@ -51,7 +52,7 @@ class KVCache:
         self._tokens_per_frame = tokens_per_frame
         shape = (num_layers, 2, batch, window_frames * tokens_per_frame, num_heads, head_dim)
         self._kv_LSBNHD = torch.zeros(shape, dtype=dtype, device=device)
-        self._host_LSBNHD: Tensor | None = None  # where the window is while it is off a GPU
+        self._host = HostPlace()
         self._frames: list[int | None] = [None] * window_frames
         ring = window_frames - sink_frames
         ends = sorted({0, ring, *(count for count in recent_frames if count < ring)})
@@ -103,7 +104,7 @@ class KVCache:
     def release(self) -> None:
         """Frees the window's memory, whoever still holds this cache. Nothing else may be called afterwards."""
         self._kv_LSBNHD = self._kv_LSBNHD.new_empty(0)
-        self._host_LSBNHD = None
+        self._host = HostPlace()
 
     def limit(self, recent_frames: int | None) -> None:
         """From now on a query attends to the sink and to the newest ``recent_frames`` others; None: to the window.
@@ -162,13 +163,8 @@ class KVCache:
         self._frames = list(frame_of_slot)
 
     def move(self, device: torch.device) -> None:
-        """Moves the window to ``device``. Its place on the host stays reserved: pinning memory takes seconds."""
-        if device.type == "cpu" and self._kv_LSBNHD.is_cuda:
-            if self._host_LSBNHD is None:
-                self._host_LSBNHD = torch.empty_like(self._kv_LSBNHD, device=device, pin_memory=True)
-            self._kv_LSBNHD = self._host_LSBNHD.copy_(self._kv_LSBNHD)
-        else:
-            self._kv_LSBNHD = self._kv_LSBNHD.to(device)
+        """Moves the window to ``device``; it is there once the stream has come so far."""
+        self._kv_LSBNHD = self._host.move(self._kv_LSBNHD, device)
 
     def _slot(self, slot: int) -> Tensor:
         """[L, 2, B, N, H, D]"""

@@ -16,12 +16,12 @@ def folder():
 
 @pytest.mark.parametrize(
     ("precision", "measured"),
-    [(PRECISIONS[0], 72.9), (PRECISIONS[2], 43.1)],
+    [(PRECISIONS[0], 69.5), (PRECISIONS[2], 39.8)],
     ids=["bfloat16", "all fp8"],
 )
 def test_the_estimate_is_near_the_measured_peak(folder, precision, measured):
-    """Within 3 % of the peak of the tensors on an H200 at 832x480, window 18, VAE bfloat16, compiled."""
-    assert Estimate.of(folder, precision).peak(SIZES[0], 18) / GB == pytest.approx(measured, rel=0.03)
+    """Never below the peak of the tensors on an H200 at 832x480, window 18, VAE bfloat16, and at most 4 % above."""
+    assert measured <= Estimate.of(folder, precision).peak(SIZES[0], 18) / GB <= 1.04 * measured
 
 
 def test_the_largest_window_fills_the_memory(folder):
