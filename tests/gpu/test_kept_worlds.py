@@ -112,9 +112,7 @@ def test_sessions_that_take_turns_and_files_of_them(config, session_plan, monkey
                 await engine.open(plan)
                 expected.append(await chunks_of(engine, plan, 0, 6))
                 await engine.close(plan.session_id)
-            monkeypatch.setattr(
-                memory, "free_bytes", lambda device: 0 if engine._residency._on_device else 10**12
-            )
+            monkeypatch.setattr(memory, "free_bytes", lambda device: 0 if engine._residency._on_device else 10**12)
             for plan in alike:
                 await engine.open(plan)
             for index in range(6):
