@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,7 +21,7 @@ from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.compilation import compilations
 from lingbot_rt.engine.device_memory import allocated_bytes, memory_parts
 from lingbot_rt.engine.going_back import set_back
-from lingbot_rt.engine.memory import describe_share, fits, release_unused, require_room
+from lingbot_rt.engine.memory import MemoryPlan, describe_share, fits, release_unused, require_host_room, require_room
 from lingbot_rt.engine.model_memory import require_memory
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
 from lingbot_rt.engine.profiler import ChunkProfiler
@@ -160,7 +161,7 @@ class Engine:
                 log.info("first use of upscaling or interpolation: loading its networks")
             # Checked before the other ranks are told: what does not load or fit concerns this client only.
             snapshot = None if world is None else read_snapshot(self._loaded, plan, world)
-            require_room(self._loaded, plan, self._coordinator, self._residency.make_room)
+            require_room(self._loaded, plan, self._coordinator, partial(self._make_room, plan))
             with self._coordinator.command(plan if world is None else OpenFrom(plan, world)):
                 session = self._sessions[plan.session_id] = SessionState(self._loaded, plan)
                 self._residency.opened(plan.session_id)
@@ -258,6 +259,13 @@ class Engine:
         session = self._session(session_id)
         self._residency.use(session_id, lambda: fits(self._loaded, session.plan, self._coordinator))
         return session
+
+    def _make_room(self, plan: SessionPlan, needed: MemoryPlan, fits: Callable[[], bool]) -> None:
+        """Moves sessions off the device until ``fits()``. Raises CapacityError where the host has no room for all."""
+        if self._sessions and not fits():
+            missing = sum(session.missing_host_bytes for session in self._sessions.values())
+            require_host_room(plan, needed, missing, self._loaded.ranks.world)
+        self._residency.make_room(fits)
 
     def _move(self, session_id: str, to_host: bool) -> None:
         begun = time.monotonic()

@@ -37,6 +37,7 @@ class MemoryPlan:
     chunk_bytes: int  # in addition, inside a chunk: camera modulation, the window's latents, features, activations
     postprocess_bytes: int  # of upscaling and interpolation, which run beside the forward
     vae_bytes: int = 0  # weights of the second VAE, while they are still to be made
+    features_bytes: int = 0  # part of chunk_bytes, which leaves the device with the window
 
     @property
     def beside_window_bytes(self) -> int:
@@ -102,6 +103,7 @@ def session_memory(
         opening_bytes=peak.encode,
         chunk_bytes=camera + latents + max(features + forward, decode),
         postprocess_bytes=0,
+        features_bytes=features,
     )
 
 
@@ -158,16 +160,16 @@ def require_room(
     pipeline: Pipeline,
     plan: SessionPlan,
     coordinator: Coordinator | None = None,
-    make_room: Callable[[Callable[[], bool]], None] | None = None,
+    make_room: Callable[[MemoryPlan, Callable[[], bool]], None] | None = None,
 ) -> MemoryPlan:
     """The session's memory on this rank. Raises CapacityError when any rank has too little.
 
     The error has the window that would fit. ``coordinator`` tells the other ranks to share; without it they must call
-    this too. ``make_room`` is called before, with a function that says whether the session fits now.
+    this too. ``make_room`` is called before, with the memory and a function that says whether it is there.
     """
     needed = plan_memory(pipeline, plan)
     if make_room is not None:
-        make_room(lambda: _is_enough(_ask(pipeline, plan, needed, coordinator)))
+        make_room(needed, lambda: _is_enough(_ask(pipeline, plan, needed, coordinator)))
     rooms = _ask(pipeline, plan, needed, coordinator)
     fitting = [room.largest_window(plan.window_frames) for room in rooms]
     rank = fitting.index(min(fitting))
@@ -184,6 +186,23 @@ def require_room(
         f"{room.free / GB:.1f} GB is free{there}: {fix}",
         field="realtime_causal_kv_cache_num_frames",
     )
+
+
+def require_host_room(plan: SessionPlan, needed: MemoryPlan, missing_bytes: int, ranks: int) -> None:
+    """Raises CapacityError if the session cannot take turns with others that the device has no room beside.
+
+    ``missing_bytes``: host memory of a rank that these still have to take before they can leave the device. All ranks
+    count as one machine.
+    """
+    total = (missing_bytes + needed.window_bytes + needed.features_bytes) * ranks
+    free = available_host_bytes()
+    if total > free:
+        raise CapacityError(
+            f"window {plan.window_frames} at {plan.size} fits only in turns with the other sessions, which takes "
+            f"{total / GB:.1f} GB of host memory, {free / GB:.1f} GB is free: use a smaller size or window, or come "
+            "back when a session has ended",
+            field="realtime_causal_kv_cache_num_frames",
+        )
 
 
 def fits(pipeline: Pipeline, plan: SessionPlan, coordinator: Coordinator | None = None) -> bool:

@@ -165,6 +165,11 @@ class SessionState:
         """What stays of the session between its chunks, but for text and condition."""
         return sum(window.nbytes for window in self.windows) + self.features.nbytes + self.history.nbytes
 
+    @property
+    def missing_host_bytes(self) -> int:
+        """Host memory that is still to be taken before ``move`` can take the session off its GPU."""
+        return sum(window.missing_host_bytes for window in self.windows) + self.features.missing_host_bytes
+
     def move(self, device: torch.device) -> None:
         """Moves what is large to ``device``: windows and VAE features. What is soon computed again is dropped."""
         for window in self.windows:

@@ -20,6 +20,12 @@ class FeatureCache:
     def nbytes(self) -> int:
         return sum(slot.nbytes for slot in self.slots if isinstance(slot, Tensor))
 
+    @property
+    def missing_host_bytes(self) -> int:
+        """Host memory that is still to be taken before the features can leave their GPU."""
+        places = zip(self._hosts, self.slots, strict=True)
+        return sum(host.missing_bytes(slot) for host, slot in places if isinstance(slot, Tensor))
+
     def release(self) -> None:
         """Frees the memory, whoever still holds this cache. Nothing else may be called afterwards."""
         self.slots = [None] * len(self.slots)

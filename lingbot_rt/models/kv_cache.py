@@ -67,6 +67,11 @@ class KVCache:
         return self._kv_LSBNHD.nbytes
 
     @property
+    def missing_host_bytes(self) -> int:
+        """Host memory that is still to be taken before the window can leave its GPU."""
+        return self._host.missing_bytes(self._kv_LSBNHD)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type in which keys and values are kept."""
         return self._kv_LSBNHD.dtype

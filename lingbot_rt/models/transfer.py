@@ -33,14 +33,22 @@ class HostPlace:
     def __init__(self) -> None:
         self._host: Tensor | None = None
 
+    def missing_bytes(self, tensor: Tensor) -> int:
+        """Host memory that is still to be taken before the tensor can leave its GPU."""
+        return tensor.nbytes if tensor.is_cuda and not self._fits(tensor) else 0
+
     def move(self, tensor: Tensor, device: torch.device) -> Tensor:
         """The tensor on ``device``, and complete once the stream has come so far."""
         if device.type != "cpu" or not tensor.is_cuda:
             return tensor.to(device, non_blocking=True)
-        if self._host is None or self._host.shape != tensor.shape or self._host.dtype != tensor.dtype:
+        if self._host is None or not self._fits(tensor):
             self._host = None  # freed before the next one is made
             self._host = locked_like(tensor)
         return self._host.copy_(tensor, non_blocking=True)
+
+    def _fits(self, tensor: Tensor) -> bool:
+        host = self._host
+        return host is not None and (host.shape, host.dtype) == (tensor.shape, tensor.dtype)
 
 
 def locked_like(tensor: Tensor) -> Tensor:

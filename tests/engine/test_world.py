@@ -12,6 +12,7 @@ from safetensors.torch import load, save
 
 from lingbot_rt.engine import memory
 from lingbot_rt.engine.engine import Engine
+from lingbot_rt.engine.session_state import SessionState
 from lingbot_rt.errors import CapacityError, EngineFailed, InvalidEvent, InvalidInit
 from lingbot_rt.session.plan import Rewound
 from lingbot_rt.session.world_file import header_of, read_world
@@ -245,3 +246,19 @@ async def test_sessions_make_room_for_each_other(engine, session_plan, monkeypat
     free = 0
     with pytest.raises(CapacityError, match=r"0\.0 GB is free: use a smaller size"):
         await engine.open(session_plan({}, session_id="d", **SLIDING))
+
+
+@pytest.mark.parametrize("engine", [False], indirect=True)
+async def test_turns_need_host_memory(engine, session_plan, monkeypatch):
+    """Where the host has no room for what would have to leave the device, the newcomer is refused, and nobody moves."""
+    first, second = (session_plan({}, session_id=name, **SLIDING) for name in "ab")
+    await engine.open(first)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0 if engine._residency._on_device else 10**12)
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 10**6)
+    monkeypatch.setattr(SessionState, "missing_host_bytes", 2 * 10**9)
+    with pytest.raises(CapacityError, match=r"window 9 at 64x64 .* 2\.0 GB of host memory, 0\.0 GB is free"):
+        await engine.open(second)
+    assert not engine._residency.on_host
+    assert len(await run(engine, first, 0, 1)) == 1
+    await engine.close("a")
+    await engine.open(second)
