@@ -136,7 +136,7 @@ def test_the_address_of_the_http_api_and_a_proxy_variable(server: Server, capsys
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     assert main(["client", "--url", f"{server.http}/v1", "--keys", "w", "--size", "64x64"]) == 0
     assert "9 frames in 1 chunk\n" in capsys.readouterr().out
-    assert main(["client", "--url", server.http, "--keys", "w"]) == 0
+    assert main(["client", "--url", server.http, "--keys", "w", "--size", "64x64"]) == 0
     assert "9 frames in 1 chunk\n" in capsys.readouterr().out
 
 

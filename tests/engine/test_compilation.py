@@ -21,7 +21,7 @@ from lingbot_rt.session.plan import ChunkPlan
 from .test_placement import CPU, tiny_dit, two_chunks
 
 BACKEND = "inductor" if shutil.which("g++") else "aot_eager"
-CHUNKS = 30
+CHUNKS = 16
 NEW_PROMPT_AT, NO_CAMERA_AT = 11, 14
 
 
@@ -48,7 +48,7 @@ def frames_of(pipeline: Pipeline, plan, chunks: int) -> list[np.ndarray]:
 
 
 def test_nothing_compiles_after_warm_up(small_config, pipeline, session_plan, counters):
-    """Thirty chunks (first one, growing window, sliding window, new prompt, no camera) and a guided session run on
+    """Sixteen chunks (first one, growing window, sliding window, new prompt, no camera) and a guided session run on
     what warm-up compiled: two versions of one half of a block, one of everything else. The frames are the plain
     path's."""
     compiled = load_pipeline(small_config, lambda status: None)
