@@ -58,7 +58,7 @@ _STANDALONE = {
     NIGHT: _split(
         "night; midnight; moonlight; stars; night falls; make it night; it gets dark; a starry night; night over "
         "the {place}; the moon over the {place}; stars above the {place}; darkness; a dark night; night falls "
-        "over the {place}; the moon rises"
+        "over the {place}; the moon rises; it is dark; a dark sky; dark; a dark sky with stars; a dark street"
     ),
     SNOW: _split(
         "snow; winter; frost; it snows; make it snow; winter comes; snow everywhere; snowfall; snow falls on the "
@@ -76,6 +76,13 @@ _OBJECTS = _split(
     "fountain; a house with a red roof; a teal dome; a small castle; street lamps; a pond; winding paths; a "
     "striped balloon; green hills; a stone tower; a pavilion; a wooden bridge; flowers; people walking"
 )
+_MISLEADING = _split(
+    "ice cream; an ice cream cone; ice cubes in a glass; iced tea; dark chocolate; a dark green door; a dark blue car; "
+    "dark red bricks; a dark wood table; dark hair; a frozen pizza; frozen food; a film star; a starfish; a star on a "
+    "flag; a winter coat; an evening dress; a moon cake; a frosted cake; a lamp shade"
+)
+"""Things whose words belong to a look and do not ask for it."""
+
 _OPENINGS = [""] * 3 + [
     f"{text} "
     for text in _split(
@@ -108,12 +115,13 @@ def sample_prompt(rng: np.random.Generator) -> tuple[str, int]:
     """A prompt and its look."""
     kind = rng.random()
     if kind < 0.14:
-        return _styled(rng, " ".join(rng.choice(_UNRELATED) for _ in range(rng.integers(1, 12)))), DAY
+        text = " ".join(rng.choice(_UNRELATED) for _ in range(rng.integers(1, 12)))
+        return _styled(rng, _with_misleading(rng, text, 0.3)), DAY
     if kind < 0.19:
         words = ["".join(rng.choice(_GIBBERISH) for _ in range(rng.integers(1, 4))) for _ in range(rng.integers(1, 6))]
         return _styled(rng, " ".join(words)), DAY
     if kind < 0.27:
-        return _styled(rng, _scene(rng)), DAY
+        return _styled(rng, _with_misleading(rng, _scene(rng), 0.3)), DAY
     look = int(rng.integers(4))
     form = rng.random()
     if form < 0.2:
@@ -128,7 +136,7 @@ def sample_prompt(rng: np.random.Generator) -> tuple[str, int]:
         text += " " + " ".join(rng.choice(_UNRELATED) for _ in range(rng.integers(1, 6)))
     if rng.random() < 0.12:
         text, look = _with_second(rng, text, look)
-    return _styled(rng, text), look
+    return _styled(rng, _with_misleading(rng, text, 0.08)), look
 
 
 def _scene(rng: np.random.Generator, adjective: str = "") -> str:
@@ -146,6 +154,13 @@ def _with_second(rng: np.random.Generator, text: str, look: int) -> tuple[str, i
     second = int(rng.integers(4))
     order = (DAY, SUNSET, SNOW, NIGHT)
     return f"{text}, {rng.choice(_PHRASES[second])}", max(look, second, key=order.index)
+
+
+def _with_misleading(rng: np.random.Generator, text: str, share: float) -> str:
+    """In some prompts a word of a look that is not asked for. In those that ask for one too: it must change nothing."""
+    if rng.random() >= share:
+        return text
+    return f"{text} {rng.choice(_split('with; and; beside; sells; near; eats; or'))} {rng.choice(_MISLEADING)}"
 
 
 def _styled(rng: np.random.Generator, text: str) -> str:

@@ -1,9 +1,13 @@
 """Stage 1: trains the tokenizer and the UMT5 text encoder. A CPU does it in minutes.
 
     python -m scripts.world.train_text
+    python -m scripts.world.train_text --hold
 
 A linear layer classifies the prompt's look from each of the encoder's rows. Later stages do not train the encoder, so
 each prompt is encoded once.
+
+With --hold the encoder of the run's model/ is trained on, and its rows are held near where they were: a DiT that knows
+them stays valid. So prompts that were misread can be mended at the end.
 """
 
 from __future__ import annotations
@@ -21,10 +25,22 @@ from lingbot_rt.models.text_encoder import TextEncoder, clean_prompt
 from scripts.world.config import WorldConfig
 from scripts.world.prompts import HELD_OUT, sample_prompt
 from scripts.world.scene import LOOKS
-from scripts.world.training_loop import Options, TrainingLoop, learning_rate, save_part, set_learning_rate
+from scripts.world.training_loop import (
+    Options,
+    Stateful,
+    TrainingLoop,
+    learning_rate,
+    save_part,
+    set_learning_rate,
+)
 
 BATCH = 96
 PEAK_RATE = 2e-3
+HOLD_RATE = 1e-3
+HOLD_WEIGHT = 20.0
+"""Of the squared distance to the rows of before, where the prompt was understood."""
+
+_FIT_STEPS = 150
 _PAD, _END, _UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
@@ -67,27 +83,40 @@ class LookClassifier(nn.Module):
         self.encoder = UMT5EncoderModel(UMT5Config(**config.text_encoder))
         self.look = nn.Linear(config.text_dim, len(LOOKS))
 
-    def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Logits [B, L, looks]."""
-        return self.look(self.encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state)
+    def rows(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """[B, L, D]"""
+        return self.encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
 
 
-def train(options: Options) -> float:
+def train(options: Options, hold: bool = False) -> float:
     """Trains the text encoder and returns the share of HELD_OUT prompts whose look is predicted right."""
     config = options.config
     tokenizer = train_tokenizer(options.model / "tokenizer", config)
     torch.manual_seed(options.seed)
     classifier = LookClassifier(config).to(options.device)
-    optimiser = torch.optim.AdamW(classifier.parameters(), lr=PEAK_RATE, weight_decay=0.02)
-    loop = TrainingLoop("text", options, {"reader": classifier, "optimiser": optimiser})
+    peak, decay = (HOLD_RATE, 0.0) if hold else (PEAK_RATE, 0.02)
+    optimiser = torch.optim.AdamW(classifier.parameters(), lr=peak, weight_decay=decay)
+    parts: dict[str, Stateful] = {"reader": classifier, "optimiser": optimiser}
+    before = None
+    if hold:
+        folder = options.model / "text_encoder"
+        before = UMT5EncoderModel.from_pretrained(folder, dtype=torch.float32).to(options.device).eval()
+        classifier.encoder.load_state_dict(before.state_dict())
+        _fit_look(classifier, tokenizer, config)
+        parts["before"] = before  # when it resumes, model/ has another one
+    loop = TrainingLoop("text", options, parts)
     for step in loop:
-        set_learning_rate([optimiser], learning_rate(loop, PEAK_RATE, warm_steps=50))
-        rng = np.random.default_rng((options.seed, step))
-        prompts, looks = zip(*(sample_prompt(rng) for _ in range(BATCH)), strict=True)
-        ids, mask = (part.to(options.device) for part in _tokens(tokenizer, prompts, config))
-        logits = classifier(ids, mask)
-        target = torch.tensor(looks, device=options.device)[:, None].expand_as(ids)
-        loss = nn.functional.cross_entropy(logits[mask.bool()], target[mask.bool()])
+        set_learning_rate([optimiser], learning_rate(loop, peak, warm_steps=50))
+        ids, mask, looks = _batch(np.random.default_rng((options.seed, step)), tokenizer, config, options.device)
+        rows = classifier.rows(ids, mask)
+        loss = nn.functional.cross_entropy(classifier.look(rows[mask]), looks[mask])
+        if before is not None:
+            with torch.no_grad():
+                held = before(input_ids=ids, attention_mask=mask).last_hidden_state
+                is_understood = mask & (classifier.look(held).argmax(-1) == looks)
+            distance = (rows - held)[is_understood].square().mean()
+            loop.record(distance=distance)
+            loss = loss + HOLD_WEIGHT * distance
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
@@ -108,11 +137,31 @@ def train(options: Options) -> float:
     return right / len(HELD_OUT)
 
 
-def _tokens(tokenizer: PreTrainedTokenizerFast, prompts: tuple[str, ...], config: WorldConfig) -> tuple[Tensor, Tensor]:
+def _fit_look(classifier: LookClassifier, tokenizer: PreTrainedTokenizerFast, config: WorldConfig) -> None:
+    """Trains the linear layer of a trained encoder, as it is not kept with it."""
+    optimiser = torch.optim.AdamW(classifier.look.parameters(), lr=1e-2)
+    for step in range(_FIT_STEPS):
+        ids, mask, looks = _batch(np.random.default_rng((1, step)), tokenizer, config, classifier.look.weight.device)
+        with torch.no_grad():
+            rows = classifier.rows(ids, mask)
+        loss = nn.functional.cross_entropy(classifier.look(rows[mask]), looks[mask])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+
+def _batch(
+    rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, config: WorldConfig, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random prompts: token ids, which of them count, and the prompt's look, each [B, L]."""
+    prompts, looks = zip(*(sample_prompt(rng) for _ in range(BATCH)), strict=True)
     cleaned = [clean_prompt(prompt) for prompt in prompts]
     rows = tokenizer(cleaned, truncation=True, max_length=config.text_len, padding=True, return_tensors="pt")
-    return rows["input_ids"], rows["attention_mask"]
+    ids, mask = rows["input_ids"].to(device), rows["attention_mask"].bool().to(device)
+    return ids, mask, torch.tensor(looks, device=device)[:, None].expand_as(ids)
 
 
 if __name__ == "__main__":
-    train(Options.parse(__doc__, minutes=2)[0])
+    hold = ("--hold", {"action": "store_true", "help": "train the encoder of model/ on, its rows held in their places"})
+    options, args = Options.parse(__doc__, minutes=2, extra=(hold,))
+    train(options, args.hold)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from transformers import UMT5EncoderModel
 
 from lingbot_rt.engine.flow_match import predict_x0, renoise
 from lingbot_rt.models.kv_cache import KVCache
@@ -65,6 +66,23 @@ def test_a_stage_resumes_where_it_stopped(run, stage):
     assert [line["step"] for line in trained] == [2, 4]
     assert all(line["loss"] == line["loss"] < 1e4 for line in trained)
     assert trained[1]["seconds"] > trained[0]["seconds"]
+
+
+def test_a_text_encoder_whose_rows_are_held(run, tmp_path, monkeypatch):
+    """It learns from where it is, and after a stop its rows are still held where they were before all of it."""
+    monkeypatch.setattr(train_text, "_FIT_STEPS", 2)
+    for part in ("tokenizer", "text_encoder"):
+        shutil.copytree(run / "model" / part, tmp_path / "model" / part)
+    before = UMT5EncoderModel.from_pretrained(tmp_path / "model" / "text_encoder").state_dict()
+    for _ in range(2):
+        train_text.train(Options(tmp_path, TINY, CPU, minutes=60, steps=2), hold=True)
+    after = UMT5EncoderModel.from_pretrained(tmp_path / "model" / "text_encoder").state_dict()
+    held = torch.load(tmp_path / "state" / "text.pt", weights_only=True)["parts"]["before"]
+    for name, value in before.items():
+        assert torch.equal(held[name], value.float())
+    assert any(not torch.equal(after[name], value) for name, value in before.items())
+    figures = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert all(line["distance"] >= 0 for line in figures if "loss" in line)
 
 
 def test_the_decoder_alone(run, tmp_path):
