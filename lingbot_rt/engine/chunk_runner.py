@@ -57,10 +57,10 @@ def run_chunk(
 
         with clock.stage("context"):
             forward.commit(latents)
-            kept = to_host(latents)
+            pinned = to_host(latents)
 
     stages = clock.finish()
-    session.keep(plan, kept.clone(), past)
+    session.keep(plan, pinned.clone(), past)  # the next chunk needs the pinned memory
     total_ms = clock.total_ms
     postprocess = session.postprocessor.take_timings()
     pipeline.ranks.end_chunk(total_ms)

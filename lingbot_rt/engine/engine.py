@@ -260,12 +260,13 @@ class Engine:
         self._residency.use(session_id, lambda: fits(self._loaded, session.plan, self._coordinator))
         return session
 
-    def _make_room(self, plan: SessionPlan, needed: MemoryPlan, fits: Callable[[], bool]) -> None:
-        """Moves sessions off the device until ``fits()``. Raises CapacityError where the host has no room for all."""
-        if self._sessions and not fits():
-            missing = sum(session.missing_host_bytes for session in self._sessions.values())
-            require_host_room(plan, needed, missing, self._loaded.ranks.world)
-        self._residency.make_room(fits)
+    def _make_room(self, plan: SessionPlan, needed: MemoryPlan, has_room: Callable[[], bool]) -> None:
+        """Moves sessions off the device until it ``has_room``. Raises CapacityError if the host has none for all."""
+        if not self._sessions or has_room():
+            return
+        missing = sum(session.missing_host_bytes for session in self._sessions.values())
+        require_host_room(plan, needed, missing, self._loaded.ranks.world)
+        self._residency.make_room(has_room)
 
     def _move(self, session_id: str, to_host: bool) -> None:
         begun = time.monotonic()

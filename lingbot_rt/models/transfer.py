@@ -21,7 +21,7 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """The tensor on the host, dense and in its own order. From a GPU it is complete once the stream has come so far."""
+    """The tensor on the host. From a GPU it is a contiguous copy, complete once the stream has come so far."""
     if not tensor.is_cuda:
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
@@ -41,14 +41,19 @@ class HostPlace:
         """The tensor on ``device``, and complete once the stream has come so far."""
         if device.type != "cpu" or not tensor.is_cuda:
             return tensor.to(device, non_blocking=True)
-        if self._host is None or not self._fits(tensor):
+        if not self._fits(tensor) or self._host is None:
             self._host = None  # freed before the next one is made
             self._host = locked_like(tensor)
         return self._host.copy_(tensor, non_blocking=True)
 
     def _fits(self, tensor: Tensor) -> bool:
-        host = self._host
-        return host is not None and (host.shape, host.dtype) == (tensor.shape, tensor.dtype)
+        host, dense = self._host, torch.empty_like(tensor, device="meta")
+        # Strides too: they choose the kernels of later convolutions, and so their rounding.
+        return host is not None and (host.shape, host.stride(), host.dtype) == (
+            dense.shape,
+            dense.stride(),
+            dense.dtype,
+        )
 
 
 def locked_like(tensor: Tensor) -> Tensor:

@@ -83,6 +83,8 @@ _MISLEADING = _split(
 )
 """Things whose words belong to a look and do not ask for it."""
 
+_JOINTS = _words("with and beside sells near eats or")
+
 _OPENINGS = [""] * 3 + [
     f"{text} "
     for text in _split(
@@ -160,7 +162,7 @@ def _with_misleading(rng: np.random.Generator, text: str, share: float) -> str:
     """In some prompts a word of a look that is not asked for. In those that ask for one too: it must change nothing."""
     if rng.random() >= share:
         return text
-    return f"{text} {rng.choice(_split('with; and; beside; sells; near; eats; or'))} {rng.choice(_MISLEADING)}"
+    return f"{text} {rng.choice(_JOINTS)} {rng.choice(_MISLEADING)}"
 
 
 def _styled(rng: np.random.Generator, text: str) -> str:

@@ -102,9 +102,10 @@ def train(options: Options, hold: bool = False) -> float:
         folder = options.model / "text_encoder"
         before = UMT5EncoderModel.from_pretrained(folder, dtype=torch.float32).to(options.device).eval()
         classifier.encoder.load_state_dict(before.state_dict())
-        _fit_look(classifier, tokenizer, config)
         parts["before"] = before  # when it resumes, model/ has another one
     loop = TrainingLoop("text", options, parts)
+    if hold and loop.step == 0:
+        _fit_look(classifier, tokenizer, config)
     for step in loop:
         set_learning_rate([optimiser], learning_rate(loop, peak, warm_steps=50))
         ids, mask, looks = _batch(np.random.default_rng((options.seed, step)), tokenizer, config, options.device)
