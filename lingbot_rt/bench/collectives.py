@@ -9,26 +9,21 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
 from lingbot_rt.bench.figures import number, significant, table
 from lingbot_rt.models.checkpoint import CheckpointFolder
-from lingbot_rt.models.model_config import read_vae_config
-from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.parallel.groups import RankGroup
 from lingbot_rt.parallel.ulysses import Packing, UlyssesAttention
-from lingbot_rt.parallel.vae_width import WidthShards
+from lingbot_rt.parallel.vae_width import join_columns
 from lingbot_rt.shapes import PATCH_SIZE, FrameSize
 
 _ROUNDS = 5
 _WARM = 2
-_STEADY_FRAME = 2
-"""From this latent frame on, every causal convolution of the decoder caches its full number of frames."""
+_STEADY_FRAMES = 4
+"""Pixel frames of every latent frame but a session's first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +36,6 @@ class CollectivesSpec:
     heads: int
     head_dim: int
     out_channels: int
-    vae: dict[str, Any]  # configuration of diffusers' AutoencoderKLWan
     steps: int
     dtype_name: str  # of torch
     window_dtype_name: str  # in which k and v cross; q too, as with a kernel that takes queries in fp8
@@ -76,7 +70,6 @@ class CollectivesSpec:
             heads=dit.num_attention_heads,
             head_dim=dit.attention_head_dim,
             out_channels=dit.out_channels,
-            vae=read_vae_config(folder.path / "vae" / "config.json"),
             steps=steps,
             dtype_name=dtype_name,
             window_dtype_name=window_dtype_name,
@@ -214,49 +207,11 @@ def _dit_collectives(spec: CollectivesSpec, ranks: RankGroup, device: torch.devi
     ]
 
 
-class _HaloShapes(WidthShards):
-    """Runs on the meta device and records the shapes of what a real decoder exchanges."""
-
-    def __init__(self, decoder: Any, ranks: RankGroup) -> None:
-        super().__init__(decoder, ranks)
-        self.columns: list[tuple[int, ...]] = []
-        self.joined: tuple[int, ...] = ()
-
-    def widen(self, own: Tensor) -> Tensor:
-        self.columns.append(tuple(own.shape[:-1]))
-        return F.pad(own, (1, 1))
-
-    def join(self, own: Tensor) -> Tensor:
-        self.joined = tuple(own.shape)
-        return own
-
-
 def _vae_collectives(spec: CollectivesSpec, ranks: RankGroup, device: torch.device) -> list[tuple[str, _Call, int]]:
-    with torch.device("meta"):
-        vae = StreamingVAE(AutoencoderKLWan.from_config(spec.vae))
-        latent = torch.zeros(1, vae.z_dim, 1, spec.size.latent_height, spec.size.latent_width)
-    shapes = _HaloShapes(vae.decoder, ranks)
-    features = vae.new_features()
-    with shapes.decoding(spec.size.latent_width):
-        for _ in range(_STEADY_FRAME + 1):
-            shapes.columns.clear()
-            vae.decode_latent_frame(latent, features)
-    edges = [torch.randn(*shape, 1, device=device) for shape in shapes.columns]
-    own = torch.randn(shapes.joined, device=device)
-
-    def halos() -> None:
-        with shapes.decoding(spec.size.latent_width):
-            for edge in edges:
-                WidthShards.widen(shapes, edge)
-
-    def join() -> None:
-        with shapes.decoding(spec.size.latent_width):
-            WidthShards.join(shapes, own)
-
-    return [
-        (f"{len(edges)} halos of a latent frame", halos, spec.latent_frames),
-        ("pixels to rank 0", join, spec.latent_frames),
-    ]
+    width = spec.size.latent_width
+    cells = ranks.split(width)[ranks.rank] if width >= ranks.world else width
+    own = torch.randn(1, 3, _STEADY_FRAMES, spec.size.height, cells * spec.size.width // width, device=device)
+    return [("pixels to rank 0", lambda: join_columns(own, width, ranks), spec.latent_frames)]
 
 
 def _ms_of(call: _Call, ranks: RankGroup, device: torch.device, repeats: int) -> float:

@@ -93,7 +93,7 @@ class RecordingDecoder:
     """A FrameDecoder that keeps what it decodes and, with ``keep_frames``, what that becomes."""
 
     def __init__(self, decode: FrameDecoder, *, keep_frames: bool) -> None:
-        self.shards = decode.shards
+        self.share = decode.share
         self._decode = decode
         self._keep_frames = keep_frames
         self._latents: list[Tensor] = []

@@ -12,6 +12,7 @@ from lingbot_rt.bench.flops import ChunkFlops, ChunkShape, Flops, chunk_flops
 from lingbot_rt.bench.pipeline import OPENING_CHUNKS, Run
 from lingbot_rt.bench.roofline import Roofline
 from lingbot_rt.engine.pipeline import Pipeline
+from lingbot_rt.parallel.parallelize import WidthDecoder
 from lingbot_rt.session.plan import SessionPlan
 
 _TERA = 1e12
@@ -150,7 +151,7 @@ def setting_of(pipeline: Pipeline, weights: str, run: Run) -> Setting:
         weights=weights,
         device=pipeline.model_info.device,
         ranks=pipeline.ranks.world,
-        vae_parallel="none" if pipeline.decode.shards == 1 else "width",
+        vae_parallel="width" if isinstance(pipeline.decode, WidthDecoder) else "none",
         torch=torch.__version__,
         dtype=pipeline.model_info.dtype,
         vae_dtype=pipeline.model_info.vae_dtype,

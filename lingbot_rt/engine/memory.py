@@ -70,8 +70,7 @@ class Setup:
     window_dtype: torch.dtype
     quantization: str = "none"
     ranks: int = 1
-    decode_shards: int = 1  # ranks over which a decode is spread
-    decodes: bool = True  # this rank, alone or with others
+    decode_share: float = 1.0  # of a decode, by this rank
     converts_window: bool = False  # the attention kernel needs another format than the window's, a layer at a time
 
 
@@ -88,7 +87,7 @@ def session_memory(
     prompt = config.text_len * (2 * config.num_layers * config.dim + config.text_dim) * itemsize
     peak = peak_activations(config, setup.vae, size, latent_frames, setup.dtype, setup.quantization)
     forward = peak.forward // setup.ranks
-    decode, features = (part // setup.decode_shards if setup.decodes else 0 for part in (peak.decode, peak.features))
+    decode, features = (int(part * setup.decode_share) for part in (peak.decode, peak.features))
     # A chunk that is computed again for a new prompt sees a copy of a layer, without the newest chunk.
     copied = max(window_frames - latent_frames, 0)
     forward += window_bytes(config, size, copied, setup.window_dtype) // config.num_layers // setup.ranks
@@ -120,8 +119,7 @@ def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
         window_dtype=pipeline.kv_cache_dtype,
         quantization=pipeline.model_info.quantization,
         ranks=pipeline.ranks.world,
-        decode_shards=pipeline.decode.shards,
-        decodes=pipeline.ranks.is_first or pipeline.decode.shards > 1,
+        decode_share=pipeline.decode.share(plan.size.latent_width),
         converts_window=pipeline.kv_cache_dtype != pipeline.dtype and pipeline.model_info.attention_backend != "fa3",
     )
     branches = 2 if plan.guidance_scale > 1 else 1

@@ -232,9 +232,7 @@ class StreamingVAE:
         """A new network with these weights in another number format, neither compiled nor spread over ranks."""
         with torch.device("meta"):
             vae = AutoencoderKLWan.from_config(dict(self._vae.config))
-        # By their order: layers that are spread over ranks are one level deeper.
-        names, weights = list(vae.state_dict()), list(self._vae.state_dict().values())
-        copies = {name: weight.to(dtype, copy=True) for name, weight in zip(names, weights, strict=True)}
+        copies = {name: weight.to(dtype, copy=True) for name, weight in self._vae.state_dict().items()}
         vae.load_state_dict(copies, assign=True)
         return StreamingVAE(vae)
 

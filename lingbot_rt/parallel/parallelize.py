@@ -17,7 +17,7 @@ from lingbot_rt.models.text_encoder import PromptEncoder
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.parallel.groups import RankGroup, Ranks
 from lingbot_rt.parallel.ulysses import UlyssesAttention
-from lingbot_rt.parallel.vae_width import WidthShards
+from lingbot_rt.parallel.vae_width import WidthShards, join_columns
 
 
 def parallelize_dit(dit: CausalDiT, ranks: Ranks) -> None:
@@ -61,7 +61,9 @@ class BroadcastTextEncoder:
 class FrameDecoder(Protocol):
     """Decodes a session's latent frames, on one rank or on all."""
 
-    shards: int  # ranks over which a session's feature cache is spread
+    def share(self, width: int) -> float:
+        """The part of a decode, 0 to 1, that this rank computes and keeps features of; with several ranks the most
+        that any of them does. ``width``: of the latents, in cells."""
 
     def __call__(self, latent: Tensor, features: FeatureCache) -> Tensor | None:
         """The next latent frame [1, z, 1, h, w] -> on rank 0 float32 pixels [1, 3, n, H, W] in [0, 1], else None."""
@@ -70,11 +72,12 @@ class FrameDecoder(Protocol):
 class FirstRankDecoder:
     """Rank 0 decodes. The other ranks begin the context pass and wait for it there."""
 
-    shards = 1
-
     def __init__(self, vae: StreamingVAE, ranks: Ranks) -> None:
         self._vae = vae
         self._ranks = ranks
+
+    def share(self, width: int) -> float:
+        return float(self._ranks.is_first)
 
     def __call__(self, latent: Tensor, features: FeatureCache) -> Tensor | None:
         return self._vae.decode_latent_frame(latent, features) if self._ranks.is_first else None
@@ -84,14 +87,18 @@ class WidthDecoder:
     """All ranks decode, each some columns of the picture. Every rank must call it for every latent frame, in order."""
 
     def __init__(self, vae: StreamingVAE, ranks: RankGroup) -> None:
-        self.shards = ranks.world
         self._vae = vae
         self._ranks = ranks
         self._split = WidthShards(vae.decoder, ranks)
 
+    def share(self, width: int) -> float:
+        return self._split.share(width)
+
     def __call__(self, latent: Tensor, features: FeatureCache) -> Tensor | None:
-        with self._split.decoding(latent.shape[-1]):
-            pixels = self._vae.decode_latent_frame(latent, features)
+        width = latent.shape[-1]
+        with self._split.decoding(width):
+            own = self._vae.decode_latent_frame(latent, features)
+        pixels = join_columns(own, width, self._ranks)
         return pixels if self._ranks.is_first else None
 
 
