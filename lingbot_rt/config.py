@@ -93,9 +93,16 @@ class ServeConfig:
         None, "GPUs that share a session; must equal --num-gpus (default: all GPUs)", low=1, high=64, group="device"
     )
     vae_parallel: str = _option(
-        "none",
-        "how several GPUs decode; none: the first GPU decodes alone; width: each GPU decodes some columns of the frame",
-        choices=("none", "width"),
+        "auto",
+        "how several GPUs decode; none: the first GPU decodes alone; width: each GPU decodes some columns of the "
+        "frame; auto: width",
+        choices=("auto", "none", "width"),
+        group="device",
+    )
+    peer_memory: str = _option(
+        "auto",
+        "auto: the GPUs of one host write into each other's memory where they can; false: they exchange through NCCL",
+        choices=("auto", "false"),
         group="device",
     )
     rank_timeout_s: float = _option(

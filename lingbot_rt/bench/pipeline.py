@@ -25,6 +25,9 @@ MIN_WARM_CHUNKS = 6
 OPENING_CHUNKS = 4
 """The case ``sglang-ci`` measures chunks 0 to 3 of each session, while the window still grows."""
 
+_COMPILING_S = 300
+"""How long a rank may take in a chunk before it counts as lost: in the warm-up it compiles."""
+
 _KEYS = (("w",), ("w", "l"))
 
 
@@ -149,7 +152,7 @@ class SyntheticSession:
                 first_at.append(time.perf_counter())
 
         started = time.perf_counter()
-        with self._coordinator.command(plan):
+        with self._coordinator.command(plan, _COMPILING_S):
             result = run_chunk(self._pipeline, self._session, plan, emit)
         self._next += 1
         ranks = self._pipeline.ranks

@@ -32,6 +32,7 @@ DEVICE_OPTIONS = (
     "dit_cpu_offload",
     "attention_backend",
     "vae_parallel",
+    "peer_memory",
 )
 """The options of ``serve`` that change the pipeline's steps or speed."""
 
@@ -205,7 +206,7 @@ def _add_window(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_options_of_cases(parser: argparse.ArgumentParser) -> None:
-    excluded = (*VARIED_OPTIONS, "vae_parallel")  # which needs several GPUs
+    excluded = (*VARIED_OPTIONS, "vae_parallel", "peer_memory")  # which need several GPUs
     add_options_named(parser, [name for name in DEVICE_OPTIONS if name not in excluded])
 
 

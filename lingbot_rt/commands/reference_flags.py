@@ -90,13 +90,9 @@ def _torch_compile(source: str, text: str, to: Translation) -> None:
 
 
 def _parallel_decode(source: str, text: str, to: Translation) -> None:
-    if not _chosen(source, text, _SWITCH):
-        to.set(f"{source} {text}", "vae_parallel", "none")
-    elif to.fields.get("vae_parallel", "none") == "none":
-        to.warnings.append(
-            f"{source} {text}: the first GPU decodes alone, because a decode split over GPUs does not work over NCCL "
-            "yet; on CPUs --vae-parallel width splits it"
-        )
+    is_split = _chosen(source, text, _SWITCH)
+    if not is_split or to.fields.get("vae_parallel") != "width":
+        to.set(f"{source} {text}", "vae_parallel", "auto" if is_split else "none")
 
 
 def _parallel_decode_mode(source: str, text: str, to: Translation) -> None:
@@ -154,8 +150,7 @@ REFERENCE_FLAGS = (
     _mapped(
         "--vae-config.use-parallel-decode",
         "true|false",
-        "false: `--vae-parallel none`; true: a warning, because a split decode does not work over NCCL yet, so the "
-        "first GPU decodes alone; `--vae-parallel width` splits it on CPUs",
+        "`--vae-parallel auto` or `none`",
         _parallel_decode,
     ),
     _mapped(

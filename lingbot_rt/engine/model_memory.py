@@ -232,7 +232,9 @@ def _remedies(config: ServeConfig, device: torch.device, dit: DiTConfig) -> Iter
     on_gpu = device.type == "cuda"
     multiples = dit.dim % _FP8_MULTIPLE == 0 == dit.ffn_dim % _FP8_MULTIPLE
     # Each rank has all weights of the DiT. On a CPU they share one memory.
-    fewer_ranks = not on_gpu and config.num_gpus > 1 and config.ulysses_degree is None and config.vae_parallel == "none"
+    fewer_ranks = (
+        not on_gpu and config.num_gpus > 1 and config.ulysses_degree is None and config.vae_parallel != "width"
+    )
     values = {
         "text_encoder_cpu_offload": True if on_gpu and not config.text_encoder_cpu_offload else None,
         "dtype": "bfloat16" if resolve_dtype(config.dtype, device) == torch.float32 else None,

@@ -159,7 +159,7 @@ def _assembled(config: ServeConfig, folder: CheckpointFolder, networks: Networks
     kv_cache_dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, dtype)
     compiled = resolve_compile(config.compile, device)
     dit.attention_backend = config.attention_backend
-    parallelize_dit(dit, ranks)
+    parallelize_dit(dit, ranks, device, config.peer_memory)
     text_shape = (1, dit.config.text_len, dit.config.text_dim)
     text_encoder = parallelize_text_encoder(networks.text_encoder, ranks, text_shape, dtype, device)
     decode = parallelize_decoder(vae, ranks, config.vae_parallel)

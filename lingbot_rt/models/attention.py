@@ -76,8 +76,11 @@ class ProjectedChunk(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def write(self, tokens: slice, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor) -> None:
-        """Writes those of ``tokens``, rounded to the types of the tensors given. H may be two dimensions."""
+    def write(self, tokens: slice, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, shifts_P: Tensor | None = None) -> None:
+        """Writes those of ``tokens``, rounded to the types of the tensors given. H may be two dimensions.
+
+        ``shifts_P``: the tensors are for this rank's heads, and those of others are written that far away from them.
+        """
 
 
 class WindowAttention:

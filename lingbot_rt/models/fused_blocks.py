@@ -64,10 +64,12 @@ class BlockOps(Protocol):
         rope: tuple[Tensor, Tensor],
         eps: float,
         out: tuple[Tensor, Tensor, Tensor],
+        shifts_P: Tensor | None = None,
     ) -> None:
         """q and k, RMS-normed over D with ``weights`` and rotated, and v, into ``out``: [N, H, d] of any float type.
 
         Their heads may be two dimensions, [N, P, H / P, d]. If the keys are in fp8, q and k are mixed by ``hadamard``.
+        ``shifts_P``: see ``TritonOps``, which alone takes it.
         """
 
     def head_norm(self, q_ND: Tensor, weight: Tensor, eps: float, heads: int) -> Tensor:
@@ -110,7 +112,9 @@ class PlainOps:
         rope: tuple[Tensor, Tensor],
         eps: float,
         out: tuple[Tensor, Tensor, Tensor],
+        shifts_P: Tensor | None = None,
     ) -> None:
+        assert shifts_P is None, "plain torch writes to this process's memory only"
         parts = qkv_N3D.chunk(3, dim=-1)
         heads = out[0].shape[1:-1].numel()
         for part, weight, target in zip(parts, weights, out, strict=False):
@@ -207,11 +211,13 @@ class _Projection(NamedTuple):
     block: Block
     qkv_N3D: Tensor
 
-    def write(self, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def write(self, rows: slice, q: Tensor, k: Tensor, v: Tensor, shifts_P: Tensor | None = None) -> None:
         attention = self.block.self_attn
         weights = (attention.norm_q.weight, attention.norm_k.weight)
         cos, sin = (table[rows] for table in self.forward.rope)
-        self.forward.ops.project_heads(self.qkv_N3D[rows], weights, (cos, sin), attention.norm_q.eps, (q, k, v))
+        self.forward.ops.project_heads(
+            self.qkv_N3D[rows], weights, (cos, sin), attention.norm_q.eps, (q, k, v), shifts_P
+        )
 
     @property
     def dtype(self) -> torch.dtype:

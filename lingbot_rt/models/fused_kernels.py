@@ -104,6 +104,19 @@ def _quantize_rows(
 
 
 @triton.jit
+def _store_heads(ptr, shifts_ptr, peer_stride, at, x, inside, PEER: tl.constexpr, SHIFTS: tl.constexpr):
+    """Each PEER features, the heads of one rank, go to a place of their own: ``peer_stride`` apart, or by SHIFTS."""
+    x = x.to(ptr.dtype.element_ty)
+    if SHIFTS == 0:
+        tl.store(ptr + (at // PEER) * peer_stride + at % PEER, x, inside)
+    else:
+        unit: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+        for peer in tl.static_range(SHIFTS):
+            place = ptr + tl.load(shifts_ptr + peer) * unit
+            tl.store(place + (at - peer * PEER), x, inside & (at // PEER == peer))
+
+
+@triton.jit
 def _project_heads(
     x_ptr,
     q_weight_ptr,
@@ -113,6 +126,7 @@ def _project_heads(
     q_ptr,
     k_ptr,
     v_ptr,
+    shifts_ptr,
     q_stride,
     k_stride,
     v_stride,
@@ -122,6 +136,7 @@ def _project_heads(
     eps,
     D: tl.constexpr,
     PEER: tl.constexpr,
+    SHIFTS: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROTATE: tl.constexpr,
@@ -134,11 +149,8 @@ def _project_heads(
     at = tl.arange(0, BLOCK)
     inside = at < D
     x = tl.load(x_ptr + row * (PARTS * D) + part * D + at, inside, other=0.0).to(tl.float32)
-    # Each PEER features, the heads of one rank, are in a place of their own.
-    peer = at // PEER
-    within = at % PEER
     if part == 2:
-        tl.store(v_ptr + row * v_stride + peer * v_peer_stride + within, x.to(v_ptr.dtype.element_ty), inside)
+        _store_heads(v_ptr + row * v_stride, shifts_ptr, v_peer_stride, at, x, inside, PEER, SHIFTS)
     else:
         weight_ptr = q_weight_ptr
         if part == 1:
@@ -164,9 +176,37 @@ def _project_heads(
             mixed = tl.dot(tl.reshape(x, [BLOCK // HADAMARD, HADAMARD]).to(tl.float16), signs)
             x = tl.reshape(mixed, [BLOCK]) * HADAMARD_SCALE
         if part == 0:
-            tl.store(q_ptr + row * q_stride + peer * q_peer_stride + within, x.to(q_ptr.dtype.element_ty), inside)
+            _store_heads(q_ptr + row * q_stride, shifts_ptr, q_peer_stride, at, x, inside, PEER, SHIFTS)
         else:
-            tl.store(k_ptr + row * k_stride + peer * k_peer_stride + within, x.to(k_ptr.dtype.element_ty), inside)
+            _store_heads(k_ptr + row * k_stride, shifts_ptr, k_peer_stride, at, x, inside, PEER, SHIFTS)
+
+
+@triton.jit
+def _push_rows(src_ptr, dst_ptr, shifts_ptr, each, remainder, row_stride, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    peer = tl.program_id(1)
+    start = peer * each + tl.minimum(peer, remainder)
+    total = (each + (peer < remainder).to(tl.int32)) * WORDS
+    src = src_ptr + start.to(tl.int64) * WORDS
+    dst = dst_ptr + tl.load(shifts_ptr + peer) * 2  # words of 8 bytes
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < total
+    to = (at // WORDS).to(tl.int64) * row_stride + at % WORDS
+    tl.store(dst + to, tl.load(src + at, inside), inside)
+
+
+_WORD = torch.int64
+_PUSHED = 4096  # words by one program
+
+
+def push_rows(sent_NK: Tensor, to_nK: Tensor, shifts_P: Tensor) -> None:
+    """Writes the contiguous rows of ``sent_NK`` to the ranks whose tokens they are: row i of rank r to ``to_nK[i]``
+    there. K and the strides in bytes are multiples of 8. ``shifts_P``: see ``TritonOps.project_heads``."""
+    src, dst = sent_NK.view(_WORD), to_nK.view(_WORD)
+    each, remainder = divmod(len(src), len(shifts_P))
+    largest = (each + (remainder > 0)) * src.shape[1]
+    _push_rows[(triton.cdiv(largest, _PUSHED), len(shifts_P))](
+        src, dst, shifts_P, each, remainder, dst.stride(0), WORDS=src.shape[1], BLOCK=_PUSHED, num_warps=8
+    )
 
 
 def _warps(features: int) -> int:
@@ -232,12 +272,15 @@ class TritonOps:
         rope: tuple[Tensor, Tensor],
         eps: float,
         out: tuple[Tensor, Tensor, Tensor],
+        shifts_P: Tensor | None = None,
     ) -> None:
-        self._launch(qkv_N3D, weights, rope, eps, out, rotate=True, parts=3)
+        """With ``shifts_P``, ``out`` are those of this rank's heads [N, H / P, d]. The heads of rank r are written to
+        the same places shifted by ``shifts_P[r]`` times 16 bytes, which may be on another GPU."""
+        self._launch(qkv_N3D, weights, rope, eps, out, shifts_P, rotate=True)
 
     def head_norm(self, q_ND: Tensor, weight: Tensor, eps: float, heads: int) -> Tensor:
         out = torch.empty_like(q_ND).unflatten(-1, (heads, -1))
-        self._launch(q_ND, (weight, weight), (weight, weight), eps, (out, out, out), rotate=False, parts=1)
+        self._launch(q_ND, (weight, weight), (weight, weight), eps, (out, out, out), None, rotate=False)
         return out
 
     def _launch(
@@ -247,24 +290,30 @@ class TritonOps:
         rope: tuple[Tensor, Tensor],
         eps: float,
         out: tuple[Tensor, ...],
+        shifts_P: Tensor | None,
         *,
         rotate: bool,
-        parts: int,
     ) -> None:
         rows, *_, head_dim = out[0].shape
-        width = out[0].shape[1:].numel()
-        peers = out[0].shape[1] if out[0].dim() == 4 else 1
+        parts = 3 if rotate else 1
+        width = x.shape[-1] // parts
+        if shifts_P is not None:
+            peers = len(shifts_P)
+        else:
+            peers = out[0].shape[1] if out[0].dim() == 4 else 1
         block = hadamard_block(head_dim) if out[1].dtype == FP8 else 1
         _project_heads[(rows, parts)](
             x,
             *weights,
             *rope,
             *out,
+            x if shifts_P is None else shifts_P,
             *(tensor.stride(0) for tensor in out),
             *(tensor.stride(1) for tensor in out),
             eps,
             D=width,
             PEER=width // peers,
+            SHIFTS=0 if shifts_P is None else peers,
             PAIRS=head_dim // 2,
             BLOCK=triton.next_power_of_2(width),
             ROTATE=rotate,

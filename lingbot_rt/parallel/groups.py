@@ -109,7 +109,7 @@ class RankGroup:
         on_gpu = device.type == "cuda"
         # NCCL's own watchdog would end the process before the client has been told.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        with self._exchange():
+        with self.exchanging():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                 store=dist.PrefixStore("group", store),
@@ -138,14 +138,14 @@ class RankGroup:
     def agree(self, flag: bool) -> bool:
         # A byte on the host: this does not wait for the device's queue.
         word = torch.tensor([flag], dtype=torch.uint8)
-        with self._exchange():
+        with self.exchanging():
             dist.broadcast(word, src=0)
         return bool(word.item())
 
     def share(self, numbers: Sequence[int]) -> list[list[int]]:
         own = torch.tensor(numbers, dtype=torch.int64)
         rows = [torch.empty_like(own) for _ in range(self.world)]
-        with self._exchange():
+        with self.exchanging():
             dist.all_gather(rows, own)
         return [row.tolist() for row in rows]
 
@@ -156,7 +156,7 @@ class RankGroup:
         first = torch.zeros(_COMMAND_BYTES, dtype=torch.uint8)
         head = packed[:_COMMAND_BYTES]
         first[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-        with self._exchange():
+        with self.exchanging():
             dist.broadcast(first, src=0)
             if len(packed) > _COMMAND_BYTES:
                 dist.broadcast(torch.frombuffer(bytearray(packed[_COMMAND_BYTES:]), dtype=torch.uint8), src=0)
@@ -164,7 +164,7 @@ class RankGroup:
     def receive(self, *kinds: type) -> Any:
         """On a worker: waits for the next command, without a time limit. ``kinds``: the classes that it may be of."""
         first = torch.empty(_COMMAND_BYTES, dtype=torch.uint8)
-        with self._exchange():
+        with self.exchanging():
             dist.broadcast(first, src=0)
             packed = first.numpy().tobytes()
             length = int.from_bytes(packed[:_LENGTH_BYTES], "little")
@@ -187,12 +187,12 @@ class RankGroup:
         assert received.is_contiguous()
         row_bytes = sent[:1].nbytes
         self.moved_bytes += row_bytes * max(sum(rows) - rows[self.rank] for rows in (sent_rows, received_rows))
-        with self._exchange(sent.is_cuda):
+        with self.exchanging(sent.is_cuda):
             dist.all_to_all_single(received, sent, list(received_rows), list(sent_rows))
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrites every rank's ``tensor`` with rank 0's."""
-        with self._exchange(tensor.is_cuda):
+        with self.exchanging(tensor.is_cuda):
             dist.broadcast(tensor, src=0)
 
     def gather(self, own: Tensor, rows: Sequence[int]) -> Tensor:
@@ -203,12 +203,12 @@ class RankGroup:
         padded[: len(own)] = own
         parts = [torch.empty_like(padded) for _ in rows]
         self.moved_bytes += padded.nbytes * (self.world - 1)
-        with self._exchange(own.is_cuda):
+        with self.exchanging(own.is_cuda):
             dist.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
 
     @contextmanager
-    def _exchange(self, on_gpu: bool = False) -> Iterator[None]:
+    def exchanging(self, on_gpu: bool = False) -> Iterator[None]:
         """Counts the exchange, times the wait and turns a failure into PeerLost, unless it is this rank's own."""
         self.heartbeat.exchanges += 1
         begun = time.perf_counter()

@@ -16,14 +16,16 @@ from lingbot_rt.models.feature_cache import FeatureCache
 from lingbot_rt.models.text_encoder import PromptEncoder
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.parallel.groups import RankGroup, Ranks
+from lingbot_rt.parallel.peer_memory import open_peer_memory
 from lingbot_rt.parallel.ulysses import UlyssesAttention
 from lingbot_rt.parallel.vae_width import WidthShards, join_columns
 
 
-def parallelize_dit(dit: CausalDiT, ranks: Ranks) -> None:
-    """Replaces the DiT's self-attention by Ulysses when there are several ranks."""
+def parallelize_dit(dit: CausalDiT, ranks: Ranks, device: torch.device, peer_memory: str) -> None:
+    """Replaces the DiT's self-attention by Ulysses when there are several ranks. ``peer_memory``: auto or false."""
     if isinstance(ranks, RankGroup):
-        dit.window_attention = UlyssesAttention(ranks)
+        peers = open_peer_memory(ranks, device) if peer_memory == "auto" else None
+        dit.window_attention = UlyssesAttention(ranks, peers)
 
 
 def parallelize_text_encoder(
@@ -103,5 +105,5 @@ class WidthDecoder:
 
 
 def parallelize_decoder(vae: StreamingVAE, ranks: Ranks, how: str) -> FrameDecoder:
-    """``how``: none or width, the values of ``--vae-parallel``."""
-    return WidthDecoder(vae, ranks) if how == "width" and isinstance(ranks, RankGroup) else FirstRankDecoder(vae, ranks)
+    """``how``: auto, none or width, the values of ``--vae-parallel``."""
+    return WidthDecoder(vae, ranks) if how != "none" and isinstance(ranks, RankGroup) else FirstRankDecoder(vae, ranks)

@@ -44,7 +44,7 @@ def test_the_cookbook_of_the_second_model(capsys):
     """The whole command line is taken. One warning says how decoding differs."""
     config = parse(COOKBOOK)
     assert (config.num_gpus, config.ulysses_degree, config.compile) == (8, 8, "false")
-    assert (config.vae_parallel, config.host, config.port) == ("none", "0.0.0.0", 30000)
+    assert (config.vae_parallel, config.host, config.port) == ("auto", "0.0.0.0", 30000)
     (warning,) = capsys.readouterr().err.splitlines()
     assert "--vae-config.use-parallel-decode true" in warning
 
@@ -82,6 +82,7 @@ def test_each_flag_does_what_its_kind_says(each, capsys):
         ("--enable-torch-compile", {"compile": "true"}),
         ("--enable-torch-compile False", {"compile": "false"}),
         ("--vae-config.use-parallel-decode false", {"vae_parallel": "none"}),
+        ("--vae-config.use-parallel-decode true", {"vae_parallel": "auto"}),
         ("--num-gpus 2 --vae-parallel width --vae-config.use-parallel-decode true", {"vae_parallel": "width"}),
         ("--num-gpus 2 --sp-degree 2", {"ulysses_degree": 2}),
         ("--dit-layerwise-offload true", {"dit_cpu_offload": True}),

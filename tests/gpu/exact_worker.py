@@ -14,21 +14,25 @@ from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine import worker
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.parallel.groups import RankGroup
+from lingbot_rt.parallel.peer_memory import PeerMemory
 
 LATE_CYCLES = 1_000_000
 """About half a millisecond."""
 
-all_to_all = RankGroup.all_to_all
 
+def late(exchange):
+    def exchanged_late(*args):
+        torch.cuda._sleep(LATE_CYCLES)
+        return exchange(*args)
 
-def late(*args) -> None:
-    torch.cuda._sleep(LATE_CYCLES)
-    all_to_all(*args)
+    return exchanged_late
 
 
 if __name__ == "__main__":
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     torch.backends.cudnn.deterministic = True
     StreamingVAE.compile = lambda self, backend="": None
-    RankGroup.all_to_all = late
+    RankGroup.all_to_all = late(RankGroup.all_to_all)
+    PeerMemory.wait = late(PeerMemory.wait)
+    PeerMemory.push_rows = late(PeerMemory.push_rows)
     sys.exit(worker.run_launched_worker(ServeConfig(**json.loads(sys.argv[1]))))

@@ -73,8 +73,34 @@ def test_kernels_are_the_plain_operations(triton_ops, dtype, width, heads):
         triton_ops.project_heads(qkv, weights, rope, 1e-6, tuple(part.transpose(0, 1) for part in sent))
         for got, whole in zip(sent, pair[0], strict=True):
             assert torch.equal(got.transpose(0, 1).flatten(1, 2).float(), whole.float())
+        # As rank 1 writes them into the memory of each: the same places, so many times 16 bytes away.
+        places = torch.zeros(ranks, rows, packing.nbytes, dtype=torch.uint8, device=device)
+        shifts = (torch.arange(ranks, device=device) - 1) * (rows * packing.nbytes // 16)
+        triton_ops.project_heads(qkv, weights, rope, 1e-6, tuple(packing.parts(places[1])), shifts)
+        for got, expected in zip(packing.parts(places), sent, strict=True):
+            assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
     got = triton_ops.head_norm(x, weights[0], 1e-6, heads)
     assert relative_rms(got, plain.head_norm(x, weights[0], 1e-6, heads)) <= near
+
+
+@pytest.mark.skipif(INTERPRETED and torch.cuda.is_available(), reason="the interpreter is for CPUs")
+@(lambda test: test if INTERPRETED else pytest.mark.gpu(test))
+@pytest.mark.parametrize(("ranks", "tokens", "features"), [(3, 7, 8), (2, 4, 4), (4, 11, 2560)])
+def test_rows_are_written_to_the_ranks_whose_tokens_they_are(triton_ops, ranks, tokens, features):
+    """Each rank writes its heads of all tokens; every rank then has all heads of its own tokens, and nothing else."""
+    from lingbot_rt.models.fused_kernels import push_rows
+
+    device = "cpu" if INTERPRETED else "cuda"
+    counts = [tokens // ranks + (rank < tokens % ranks) for rank in range(ranks)]
+    sent = torch.randn(ranks, tokens, features, device=device).bfloat16()
+    places = torch.zeros(ranks, max(counts), ranks, features, dtype=torch.bfloat16, device=device)
+    for rank in range(ranks):
+        shifts = (torch.arange(ranks, device=device) - rank) * (places[0].nbytes // 16)
+        push_rows(sent[rank], places[rank][:, rank], shifts)
+    for rank, count in enumerate(counts):
+        start = sum(counts[:rank])
+        assert torch.equal(places[rank, :count], sent[:, start : start + count].transpose(0, 1))
+        assert not places[rank, count:].any()
 
 
 def assert_close(got, expected, near: float) -> None:
