@@ -356,6 +356,8 @@ NOT_LIMITS = {
     "models.file_checks:_SHOWN": "characters of a file named in an error",
     "parallel.groups:_COMMAND_BYTES": "what is longer takes a second broadcast",
     "parallel.groups:_LENGTH_BYTES": "a form",
+    "parallel.peer_memory:SHIFT_BYTES": "a unit",
+    "parallel.peer_memory:_ROUND_BYTES": "memory is taken in pieces of it",
     "postprocess.loader:_LISTED_KEYS": "names in an error",
     "server.admission:LOOK_AGAIN_S": "between two looks at the slot",
     "client.kept:_DELAYS_S": "between two tries of a client that comes back",

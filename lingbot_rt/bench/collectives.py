@@ -1,5 +1,7 @@
 """Times the collectives of one chunk alone, at the model's shapes and with the code that the model runs.
 
+They go through NCCL or gloo. What GPUs of one host write into each other's memory is not among them.
+
 P ranks, N tokens of the chunk, n those of this rank, H heads, D head_dim.
 """
 

@@ -15,6 +15,7 @@ from functools import partial
 from lingbot_rt.bench.collectives import CollectivesSpec, Exchange, measure
 from lingbot_rt.bench.random_model import random_model, random_pipeline
 from lingbot_rt.config import ServeConfig
+from lingbot_rt.engine.compilation import tuned_convolutions
 from lingbot_rt.engine.device import resolve_device
 from lingbot_rt.engine.model_memory import require_memory
 from lingbot_rt.engine.pipeline import Pipeline, load_pipeline
@@ -96,7 +97,9 @@ def _started_ranks(job: Job) -> Iterator[Coordinator]:
 
 def _run_worker(job: Job, group: RankGroup) -> None:
     if not job.exchanges_only:
-        worker_loop(job.pipeline(lambda status: group.tick(), group), group)
+        pipeline = job.pipeline(lambda status: group.tick(), group)
+        with tuned_convolutions():  # rank 0 does so in its warm-up, whose shapes are those of all chunks
+            worker_loop(pipeline, group)
         return
     device = resolve_device(job.config.device)
     group.agree(True)

@@ -7,6 +7,7 @@ Rank 0 starts it as ``python -m lingbot_rt.engine.worker CONFIG``. Under torchru
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -84,6 +85,7 @@ def _serve(config: ServeConfig, group: RankGroup) -> None:
 
 def worker_loop(pipeline: Pipeline, group: RankGroup) -> None:
     """Tells rank 0 that this rank is ready, then runs its commands until Stop."""
+    gc.freeze()  # what was loaded stays: a full collection would hold up all ranks
     group.agree(True)
     sessions: dict[str, SessionState] = {}
     while True:

@@ -41,12 +41,11 @@ def table() -> dict[str, tuple[str, str]]:
 
 
 def test_the_cookbook_of_the_second_model(capsys):
-    """The whole command line is taken. One warning says how decoding differs."""
+    """The whole command line is taken, without a warning."""
     config = parse(COOKBOOK)
     assert (config.num_gpus, config.ulysses_degree, config.compile) == (8, 8, "false")
     assert (config.vae_parallel, config.host, config.port) == ("auto", "0.0.0.0", 30000)
-    (warning,) = capsys.readouterr().err.splitlines()
-    assert "--vae-config.use-parallel-decode true" in warning
+    assert capsys.readouterr().err == ""
 
 
 def test_the_page_lists_every_flag():
