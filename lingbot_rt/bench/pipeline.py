@@ -85,7 +85,7 @@ class Workload:
 class TimedChunk:
     result: ChunkResult
     first_frames_ms: float  # from the chunk's start until its first frames are on the host
-    exchange_ms: float | None  # time in collectives, waits for other ranks included; None with one rank
+    exchange_ms: float | None  # waits for other ranks, and transfers outside of kernels; None with one rank
 
     def stages(self) -> dict[str, float]:
         """Milliseconds by reported name, in report order.

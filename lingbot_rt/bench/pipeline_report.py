@@ -12,7 +12,6 @@ from lingbot_rt.bench.flops import ChunkFlops, ChunkShape, Flops, chunk_flops
 from lingbot_rt.bench.pipeline import OPENING_CHUNKS, Run
 from lingbot_rt.bench.roofline import Roofline
 from lingbot_rt.engine.pipeline import Pipeline
-from lingbot_rt.parallel.parallelize import WidthDecoder
 from lingbot_rt.session.plan import SessionPlan
 
 _TERA = 1e12
@@ -27,6 +26,7 @@ class Setting:
     device: str  # of rank 0
     ranks: int
     vae_parallel: str  # none or width
+    peer_memory: bool  # GPUs write into each other's memory
     torch: str
     dtype: str
     vae_dtype: str
@@ -47,7 +47,8 @@ class Setting:
     def __str__(self) -> str:
         fewest, most = self.visible_frames
         visible = f"{most}" if fewest == most else f"{fewest} to {most}"
-        ranks = f", {self.ranks} ranks (VAE parallel: {self.vae_parallel})" if self.ranks > 1 else ""
+        through = "each other's memory" if self.peer_memory else "collectives"
+        ranks = f", {self.ranks} ranks (through {through}, VAE parallel: {self.vae_parallel})" if self.ranks > 1 else ""
         return (
             f"{self.model} ({self.weights} weights), {self.device}{ranks}, torch {self.torch}\n"
             f"{self.size}, {self.latent_frames} latent frames per chunk, window {self.window_frames} "
@@ -151,7 +152,8 @@ def setting_of(pipeline: Pipeline, weights: str, run: Run) -> Setting:
         weights=weights,
         device=pipeline.model_info.device,
         ranks=pipeline.ranks.world,
-        vae_parallel="width" if isinstance(pipeline.decode, WidthDecoder) else "none",
+        vae_parallel=pipeline.model_info.vae_parallel,
+        peer_memory=pipeline.dit.window_attention.uses_peer_memory,
         torch=torch.__version__,
         dtype=pipeline.model_info.dtype,
         vae_dtype=pipeline.model_info.vae_dtype,

@@ -20,7 +20,7 @@ class Scaling:
     dit_speedup: float
     efficiency: float  # DiT speedup / (ranks / ranks of the first report)
     speedup: float  # of the whole chunk
-    exchange_share: float  # part of the chunk that rank 0 spends in collectives, waits for slower ranks included
+    exchange_share: float  # part of the chunk that rank 0 waits for others, transfers outside of kernels included
 
 
 COMPUTED_RANKS = (4, 8)
@@ -39,9 +39,9 @@ class Measured:
 def computed_ms(fewer: Measured, more: Measured, ranks: int) -> float:
     """Milliseconds of a chunk on N = ``ranks`` ranks: a / N + b + e (N - 1) / N^2.
 
-    Each measured chunk without its collectives is a / N + b, which gives a and b: b is what is not split, such as a
-    decode on rank 0. A rank keeps 1 / N of its 1 / N of the data and sends the rest, which gives e. Waits for the
-    slowest of more ranks are left out.
+    Each measured chunk without its exchanges is a / N + b, which gives a and b: b is what is not split, such as a
+    decode on rank 0, and what kernels write into other GPUs' memory. A rank keeps 1 / N of its 1 / N of the data and
+    sends the rest, which gives e. Waits for the slowest of more ranks are left out, and columns decoded twice.
     """
     split = (_alone_ms(fewer) - _alone_ms(more)) / (1 / fewer.ranks - 1 / more.ranks)
     rest = max(0.0, _alone_ms(more) - split / more.ranks)

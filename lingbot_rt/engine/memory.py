@@ -124,8 +124,12 @@ def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
     )
     branches = 2 if plan.guidance_scale > 1 else 1
     planned = session_memory(setup, plan.size, plan.latent_frames, plan.window_frames, branches)
+    tokens = plan.latent_frames * plan.size.tokens_per_frame
+    qkv_bytes = setup.config.dim * (setup.dtype.itemsize + 2 * setup.window_dtype.itemsize)
+    exchanged = pipeline.dit.window_attention.missing_bytes(tokens, qkv_bytes)
     return replace(
         planned,
+        chunk_bytes=planned.chunk_bytes + exchanged,
         postprocess_bytes=pipeline.open_postprocessor(plan).memory_bytes(),
         vae_bytes=0 if half is None else half.missing_bytes,
     )

@@ -29,6 +29,7 @@ from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.parallel.groups import Ranks, SingleRank
 from lingbot_rt.parallel.parallelize import (
     FrameDecoder,
+    WidthDecoder,
     parallelize_decoder,
     parallelize_dit,
     parallelize_text_encoder,
@@ -185,6 +186,7 @@ def _assembled(config: ServeConfig, folder: CheckpointFolder, networks: Networks
         device=describe_device(device),
         dtype=_name(dtype),
         num_ranks=config.num_gpus,
+        vae_parallel="width" if isinstance(decode, WidthDecoder) else "none",
         attention_backend=resolve_backend(config.attention_backend, device, dtype),
         kv_cache_dtype=_name(kv_cache_dtype),
         quantization=config.quantization,

@@ -85,6 +85,7 @@ def _serve(config: ServeConfig, group: RankGroup) -> None:
 
 def worker_loop(pipeline: Pipeline, group: RankGroup) -> None:
     """Tells rank 0 that this rank is ready, then runs its commands until Stop."""
+    gc.collect()
     gc.freeze()  # what was loaded stays: a full collection would hold up all ranks
     group.agree(True)
     sessions: dict[str, SessionState] = {}

@@ -102,7 +102,8 @@ def go_on_from(pipeline: Pipeline, session: SessionState, snapshot: Snapshot) ->
 def _build(pipeline: Pipeline) -> dict[str, Any]:
     """What the bits of a frame depend on beside model and session."""
     info = pipeline.model_info
-    names = ("device", "dtype", "num_ranks", "attention_backend", "kv_cache_dtype", "quantization", "vae_dtype")
+    names = ("device", "dtype", "num_ranks", "attention_backend", "kv_cache_dtype", "quantization", "vae_dtype",
+             "vae_parallel")  # fmt: skip
     versions = {"lingbot_rt": lingbot_rt.__version__, "torch": torch.__version__, "compiled": info.compiled}
     return {name: getattr(info, name) for name in names} | versions
 

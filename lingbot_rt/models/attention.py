@@ -90,6 +90,12 @@ class WindowAttention:
     has only some of the tokens, and exchanges them for heads around the kernel.
     """
 
+    uses_peer_memory = False
+
+    def missing_bytes(self, tokens: int, token_bytes: int) -> int:
+        """Device memory for exchanges that a chunk would still take. ``token_bytes``: of q, k and v of one token."""
+        return 0
+
     def own_tokens(self, x: Tensor, dim: int) -> Tensor:
         """The tokens of ``x``, which are its dimension ``dim``, that this process computes: all of them."""
         return x

@@ -181,7 +181,7 @@ def _project_heads(
             _store_heads(k_ptr + row * k_stride, shifts_ptr, k_peer_stride, at, x, inside, PEER, SHIFTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["each", "remainder"])  # another frame size compiles nothing
 def _push_rows(src_ptr, dst_ptr, shifts_ptr, each, remainder, row_stride, WORDS: tl.constexpr, BLOCK: tl.constexpr):
     peer = tl.program_id(1)
     start = peer * each + tl.minimum(peer, remainder)

@@ -1,4 +1,4 @@
-"""The ranks that share a session: this process's rank, and every exchange between ranks.
+"""The ranks that share a session: this process's rank, and every exchange between ranks but ``peer_memory``'s.
 
 NCCL carries tensors on a GPU, gloo tensors on a CPU. Legend: P ranks, N tokens of the chunk, n_r tokens of rank r.
 """
@@ -38,7 +38,7 @@ class Ranks(Protocol):
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which decodes and talks to clients. The others only help to denoise."""
+        """Whether this is rank 0, which talks to clients and has the frames. The others help to compute them."""
 
     def tick(self) -> None:
         """Counts progress, so that the watchdog does not take this rank for a stalled one."""

@@ -1,7 +1,8 @@
 """How the networks are spread over the ranks. With one process these functions change nothing.
 
-The DiT takes nine tenths of a chunk's time: all ranks share it, by tokens and by heads (``ulysses``). Each rank encodes
-the first frame by itself, as waiting for another rank would take as long.
+The DiT takes nine tenths of a chunk's time: all ranks share it, by tokens and by heads (``ulysses``). They share the
+decode by columns (``vae_width``). Each rank encodes the first frame by itself, as waiting for another rank would take
+as long.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class UlyssesAttention(WindowAttention):
     """WindowAttention with two all-to-alls per layer: one for q, k and v together, one for the attended values.
 
     A rank's window holds its own heads only. Cross-attention needs no exchange: every rank has the whole text. The
-    exchanges run between the two halves of a block, in the current stream and in one communicator, as all others do.
+    exchanges run between the two halves of a block, in the current stream and in the same order on every rank.
 
     With ``peers``, fused blocks write q, k and v where the other ranks read them, and the attended values too.
     """
@@ -49,6 +49,10 @@ class UlyssesAttention(WindowAttention):
     def __init__(self, ranks: RankGroup, peers: PeerMemory | None = None) -> None:
         self._ranks = ranks
         self._peers = peers
+        self.uses_peer_memory = peers is not None
+
+    def missing_bytes(self, tokens: int, token_bytes: int) -> int:
+        return 0 if self._peers is None else self._peers.missing_bytes(tokens * token_bytes // self._ranks.world)
 
     def own_tokens(self, x: Tensor, dim: int) -> Tensor:
         rows = self._ranks.split(x.shape[dim])
@@ -110,9 +114,10 @@ class UlyssesAttention(WindowAttention):
         rows = self._ranks.split(count)
         token_bytes = world * heads * head_dim * attended_BNHD.itemsize
         place = peers.place(rows[self._ranks.rank] * token_bytes, max(rows) * token_bytes)
-        to_nPK = place.view(attended_BNHD.dtype).view(-1, world, heads * head_dim)
+        own = rows[self._ranks.rank]
+        to_nPK = place.view(attended_BNHD.dtype).view(own, world, heads * head_dim)
         peers.push_rows(attended_BNHD[0].flatten(1).contiguous(), to_nPK)
-        return to_nPK.view(1, -1, world * heads, head_dim)
+        return to_nPK.view(1, own, world * heads, head_dim)
 
     def to_heads(self, count: int, *own_BnHD: Tensor) -> tuple[Tensor, ...]:
         """Tensors [1, n, H, D] of this rank's tokens -> [1, N, H / P, D] of its heads, in one exchange."""

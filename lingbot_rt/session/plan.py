@@ -68,6 +68,7 @@ class ModelInfo:
     device: str  # "cuda: NVIDIA H100", "cpu"
     dtype: str
     num_ranks: int = 1
+    vae_parallel: str = "none"  # "width": all ranks decode
     attention_backend: str = "sdpa"  # the self-attention kernel in use
     kv_cache_dtype: str = "float32"  # of the attention window
     quantization: str = "none"

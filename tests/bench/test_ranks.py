@@ -35,7 +35,7 @@ def test_strong_scaling_in_one_call(tmp_path, capsys):
     assert sorted(written["computed_ms"]) == ["4", "8"]
     printed = capsys.readouterr().out
     assert "computed from 1 and 2 ranks, total: " in printed
-    assert "2 ranks (VAE parallel: width)" in printed
+    assert "2 ranks (through collectives, VAE parallel: width)" in printed
     assert "efficiency" in printed
 
 

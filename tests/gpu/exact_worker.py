@@ -33,6 +33,6 @@ if __name__ == "__main__":
     torch.backends.cudnn.deterministic = True
     StreamingVAE.compile = lambda self, backend="": None
     RankGroup.all_to_all = late(RankGroup.all_to_all)
-    PeerMemory.wait = late(PeerMemory.wait)
+    PeerMemory.place = late(PeerMemory.place)  # before q, k and v are written
     PeerMemory.push_rows = late(PeerMemory.push_rows)
     sys.exit(worker.run_launched_worker(ServeConfig(**json.loads(sys.argv[1]))))

@@ -110,8 +110,10 @@ def test_a_rank_keeps_its_share_of_the_features():
             vae.decode_latent_frame(latent, own)
     assert shards.share(96) == pytest.approx(own.nbytes / whole.nbytes, rel=0.05)
     with torch.device("meta"):
-        published = AutoencoderKLWan()
-    assert 0.5 < WidthShards(published.decoder, RankGroup(0, 2)).share(104) < 0.54
+        published = WidthShards(AutoencoderKLWan().decoder, RankGroup(0, 2))
+    assert 0.5 < published.share(104) < 0.54
+    # Pixels need none; each convolution one more, at half of it below an upsampling.
+    assert published._levels == [(1, 13), (2, 12), (4, 10), (8, 7), (8, 1), (8, 0)]
 
 
 def test_a_copy_of_a_split_decoder_is_whole():

@@ -1,0 +1,86 @@
+"""Where GPUs may write into each other's memory, and what is said where they may not."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from lingbot_rt.parallel.groups import RankGroup
+from lingbot_rt.parallel.peer_memory import PeerMemory, open_peer_memory
+
+CUDA = torch.device("cuda", 1)
+
+
+class Asked(RankGroup):
+    """Rank 1 of three, which hears what the others answer."""
+
+    def __init__(self, *others: bool) -> None:
+        super().__init__(1, 3)
+        self._others = others
+
+    @property
+    def is_first(self) -> bool:
+        return True  # rank 0 writes the log
+
+    def share(self, numbers):
+        return [list(numbers), *([int(other)] for other in self._others)]
+
+
+def refused(peers: PeerMemory) -> None:
+    raise RuntimeError("the driver said no\nsecond line")
+
+
+@pytest.fixture
+def gpus(monkeypatch) -> None:
+    """Three GPUs that reach each other, and Triton."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: True)
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    monkeypatch.setattr(PeerMemory, "try_out", lambda peers: None)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+
+@pytest.mark.usefixtures("gpus")
+def test_all_ranks_must_reach_each_other():
+    """One rank that does not is enough for all of them to use NCCL."""
+    assert isinstance(open_peer_memory(Asked(True, True), CUDA), PeerMemory)
+    assert open_peer_memory(Asked(True, False), CUDA) is None
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda patch: patch.setenv("LOCAL_WORLD_SIZE", "2"), "they are on several hosts"),
+        (lambda patch: patch.setitem(sys.modules, "triton", None), "triton is not installed"),
+        (lambda patch: patch.setattr(torch.cuda, "device_count", lambda: 1), "does not see the other GPUs"),
+        (
+            lambda patch: patch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: other == 0),
+            "GPU 1 has no access to the memory of 2",
+        ),
+        (lambda patch: None, "another rank has no access"),
+        (lambda patch: patch.setattr(PeerMemory, "try_out", refused), "the driver said no"),
+    ],
+    ids=["hosts", "triton", "hidden", "access", "another rank", "driver"],
+)
+def test_the_log_says_why_not(change, expected, monkeypatch, caplog):
+    """One line, with the reason of rank 0 if it has one."""
+    change(monkeypatch)
+    others = (True, "driver" in expected)
+    with caplog.at_level(logging.INFO):
+        assert open_peer_memory(Asked(*others), CUDA) is None
+        assert open_peer_memory(Asked(True, True), torch.device("cpu")) is None
+    assert [expected in message for message in caplog.messages] == [True]
+
+
+def test_what_is_missing_counts_two_places():
+    """In whole pieces of 2 MiB, and nothing where the places are large enough."""
+    peers = PeerMemory(Asked(True, True), CUDA)
+    assert peers.missing_bytes(1) == 2 * 2**21
+    peers._place_bytes = 2**22
+    assert [peers.missing_bytes(count) for count in (2**22, 2**22 + 1)] == [0, 2 * 2**21]
