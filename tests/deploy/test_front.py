@@ -213,7 +213,7 @@ async def test_a_stop_between_lease_and_replica_is_heard(monkeypatch):
 async def test_who_says_nothing_holds_no_replica(monkeypatch):
     """A stray connection to a replica: it is given to a client, and is free when that one's session is over."""
     monkeypatch.setattr(hold, "POLL_S", 0.005)
-    async with running(FakeEngine()) as server, server.client():
+    async with running(FakeEngine(), init_timeout_s=600) as server, server.client():
         await wait_until(lambda: len(server.service.connections) == 1)
         leases = hold.held(server.service, "here")
         assert await anext(leases) == "here"
