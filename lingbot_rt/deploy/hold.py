@@ -26,6 +26,7 @@ async def held(service: Service, address: str) -> AsyncIterator[str]:
         return next((each for each in tuple(service.connections) if each.state is not None), None)
 
     await _until(lambda: playing() is None)  # the last session may still be closing
+    over = service.sessions_over
     yield address
     came_by = time.monotonic() + CLAIM_LIMIT_S
     spoke_by = came_by + service.config.init_timeout_s
@@ -33,7 +34,8 @@ async def held(service: Service, address: str) -> AsyncIterator[str]:
     def is_late() -> bool:
         return time.monotonic() >= (spoke_by if service.connections else came_by)
 
-    await _until(lambda: playing() is not None or is_late())
+    # A session may come and go between two looks.
+    await _until(lambda: playing() is not None or service.sessions_over > over or is_late())
     session = playing()
     if session is not None:
         await _until(session.gone.is_set)

@@ -93,6 +93,8 @@ class Connection:
             metrics.ends.labels(str(close.code)).inc()
             self._serving.ended(close.ending)
             metrics.connections.dec()
+            # In this order: who sees no session any more must not see this one end later.
+            self._service.sessions_over += self.state is not None
             self._service.connections.discard(self)
             self.gone.set()
 

@@ -52,6 +52,7 @@ class Service:
     turns: Turns
     readers: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="read"))
     connections: set[OpenConnection] = field(default_factory=set)
+    sessions_over: int = 0  # connections that are gone and had a session
     tracer: Tracer | None = None
     failure: LingbotError | None = None  # why there is no engine
 

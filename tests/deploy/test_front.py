@@ -210,9 +210,11 @@ async def test_a_stop_between_lease_and_replica_is_heard(monkeypatch):
     assert pool.free.qsize() == 1
 
 
-async def test_who_says_nothing_holds_no_replica(monkeypatch):
-    """A stray connection to a replica: it is given to a client, and is free when that one's session is over."""
-    monkeypatch.setattr(hold, "POLL_S", 0.005)
+@pytest.mark.parametrize("poll_s", [0.005, 0.5], ids=["seen", "between two looks"])
+async def test_who_says_nothing_holds_no_replica(monkeypatch, poll_s):
+    """A stray connection to a replica: it is given to a client, and is free when that one's session is over, also if
+    that came and went between two looks."""
+    monkeypatch.setattr(hold, "POLL_S", poll_s)
     async with running(FakeEngine(), init_timeout_s=600) as server, server.client():
         await wait_until(lambda: len(server.service.connections) == 1)
         leases = hold.held(server.service, "here")
