@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lingbot_rt.config_values import environment_value
-from lingbot_rt.errors import one_line
+from lingbot_rt.errors import PeerLost, one_line
 from lingbot_rt.parallel.groups import RankGroup
 
 log = logging.getLogger(__name__)
@@ -98,8 +98,7 @@ class PeerMemory:
         except RuntimeError as error:
             if "out of memory" in str(error):
                 raise torch.OutOfMemoryError(one_line(error)) from error
-            with self._ranks.exchanging():  # a rank was lost meanwhile
-                raise
+            raise PeerLost(one_line(error)) from error
 
     def _take(self, place_bytes: int) -> None:
         import torch.distributed._symmetric_memory as symmetric

@@ -41,7 +41,7 @@ _END_KEY = "end"
 class Heartbeat:
     """A rank's state. Its working thread writes it; another thread sends it."""
 
-    exchanges: int = 0  # collectives entered; the other ranks wait for the rank with the fewest
+    exchanges: int = 0  # exchanges entered; the other ranks wait for the rank with the fewest
     ticks: int = 0  # other progress: a tensor loaded, a frame decoded
     compute_ms: float = 0.0  # the newest chunk without the waits for other ranks
     error: str = ""  # kind and first line of the error that ended this rank's work
