@@ -112,9 +112,9 @@ class UlyssesAttention(WindowAttention):
         """``to_tokens`` through the peers' memory."""
         world, (_, count, heads, head_dim) = self._ranks.world, attended_BNHD.shape
         rows = self._ranks.split(count)
-        token_bytes = world * heads * head_dim * attended_BNHD.itemsize
-        place = peers.place(rows[self._ranks.rank] * token_bytes, max(rows) * token_bytes)
         own = rows[self._ranks.rank]
+        token_bytes = world * heads * head_dim * attended_BNHD.itemsize
+        place = peers.place(own * token_bytes, max(rows) * token_bytes)
         to_nPK = place.view(attended_BNHD.dtype).view(own, world, heads * head_dim)
         peers.push_rows(attended_BNHD[0].flatten(1).contiguous(), to_nPK)
         return to_nPK.view(1, own, world * heads, head_dim)
