@@ -42,6 +42,14 @@ class Server:
     def ws(self) -> str:
         return f"ws://127.0.0.1:{self.port}/v1/realtime_video/generate"
 
+    def wait_for_log(self, text: str, limit_s: float = 30) -> str:
+        """The log once it has ``text``. The server answers /health before it shows its banner."""
+        deadline = time.monotonic() + limit_s
+        while text not in (log := self.log.read_text()):
+            assert time.monotonic() < deadline, log
+            time.sleep(0.02)
+        return log
+
     def stop(self, limit_s: float = 10) -> int:
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(limit_s)
