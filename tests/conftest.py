@@ -19,9 +19,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hypothesis import settings
 
-# A busy machine may be slow.
-settings.register_profile("no-deadline", deadline=None)
-settings.load_profile("no-deadline")
+# A busy machine may be slow, and a run is the same as the one before: scripts/fuzz.py tries other inputs.
+settings.register_profile("suite", deadline=None, derandomize=True)
+settings.load_profile("suite")
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -108,8 +108,9 @@ async def _serve(random: Random, kept: _Kept) -> str:
 
 async def _stop_when_told(service: Service, sockets: list[_Socket], random: Random) -> None:
     """The server shuts down, or loses its engine, once a client got that far that it only listens."""
+    is_lost = random.random() < 0.3
     await asyncio.wait([asyncio.ensure_future(socket.listens.wait()) for socket in sockets])
-    if random.random() < 0.3:
+    if is_lost:
         service.failure = EngineFailed("the engine hangs")
     for connection in list(service.connections):
         connection.stop()
@@ -152,6 +153,7 @@ class _Socket:
             self.story.append(random.choice((_message(random), random.randrange(4), _going_back(random))))
         self.story.append(random.choice(("leaves", "listens", "breaks")))
         self._breaks_at = random.choice((None, None, None, 0, 1, 5))
+        self.random = Random(random.random())  # its draws from here on depend on when it gets its turns
 
     async def receive(self) -> dict[str, Any]:
         while True:

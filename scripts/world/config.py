@@ -9,6 +9,7 @@ from lingbot_rt.engine.flow_match import FlowSchedule
 from lingbot_rt.models.dit import DiTConfig
 from lingbot_rt.models.i2v_condition import MASK_CHANNELS
 from lingbot_rt.shapes import FrameSize
+from scripts.world.place_channels import PLACE_CHANNELS
 
 CHUNK_FRAMES = 3
 """Latent frames per chunk."""
@@ -19,7 +20,7 @@ class WorldConfig:
     """docs/training.md gives the reasons."""
 
     size: FrameSize = field(default_factory=lambda: FrameSize(160, 96))
-    z_dim: int = 24
+    picture_channels: int = 24  # of the latents; those of the place follow
     vae_width: int = 32  # of the encoder, which runs once per session
     vae_decoder_width: int = 24
     dit_heads: int = 4
@@ -107,6 +108,10 @@ class WorldConfig:
         }
 
     @property
+    def z_dim(self) -> int:
+        return self.picture_channels + PLACE_CHANNELS
+
+    @property
     def scheduler(self) -> dict[str, Any]:
         return {
             "_class_name": "SelfForcingFlowMatchScheduler",
@@ -122,7 +127,7 @@ class WorldConfig:
 FULL = WorldConfig()
 TINY = WorldConfig(
     size=FrameSize(32, 32),
-    z_dim=4,
+    picture_channels=4,
     vae_width=4,
     vae_decoder_width=4,
     dit_heads=2,
@@ -138,7 +143,7 @@ TINY = WorldConfig(
 
 SMALL = WorldConfig(
     size=FrameSize(80, 48),
-    z_dim=16,
+    picture_channels=16,
     vae_width=16,
     vae_decoder_width=16,
     dit_heads=2,

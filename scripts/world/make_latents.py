@@ -3,7 +3,7 @@
     python -m scripts.world.make_latents --minutes 2.5
 
 Every trajectory is rendered in two looks. A file of the run's latents/ holds, for N trajectories of n latent frames:
-    latents   [N, 2, z, n, h, w]   float16, normalised
+    latents   [N, 2, z, n, h, w]   float16, normalised; the last channels are the place (place_channels.py)
     first     [N, 2, z, 3, h, w]   float16, the latents of the image condition in the first chunk
     later     [N, 2, z, 3, h, w]   float16, those in later chunks
     relative  [N, n, 4, 4]         float32, relative poses, scaled as in serving
@@ -26,6 +26,7 @@ from lingbot_rt.models.i2v_condition import MASK_CHANNELS, condition_chunks, con
 from lingbot_rt.models.schedule import DistilledSchedule
 from lingbot_rt.models.vae import channels_last
 from scripts.world.config import CHUNK_FRAMES
+from scripts.world.place_channels import write_places
 from scripts.world.render import Renderer
 from scripts.world.scene import LOOKS
 from scripts.world.train_vae import video
@@ -81,23 +82,22 @@ def encode_trajectories(
     ]
     trajectories = [make_trajectory(start_view(rng), one) for one in actions]
     poses = np.stack([one.view.pixel_frames().poses() for one in trajectories])
+    places = torch.from_numpy(np.stack([one.view.as_rows() for one in trajectories])).float()
     looks = torch.from_numpy(np.stack([rng.permutation(len(LOOKS))[:2] for _ in trajectories]))
     parts: dict[str, list[Tensor]] = {"latents": [], "first": [], "later": []}
-    for i in range(2):
-        look_of_frame = looks[:, i].repeat_interleave(poses.shape[1])
-        pictures = renderer.render(poses.reshape(-1, 4, 4), look_of_frame)
-        clips = video(pictures.unflatten(0, poses.shape[:2]))
+    pictures = renderer.render(poses.reshape(-1, 4, 4), looks.repeat_interleave(poses.shape[1], dim=0))
+    for in_one_look in pictures.unbind(1):
+        clips = video(in_one_look.unflatten(0, poses.shape[:2]))
+        latents = encoder(clips)
+        write_places(latents, places.to(latents.device))
         first, later = condition_chunks(encoder(condition_video(clips[:, :, 0], CHUNK_FRAMES)))
-        for name, latents in (
-            ("latents", encoder(clips)),
-            ("first", first[:, MASK_CHANNELS:]),
-            ("later", later[:, MASK_CHANNELS:]),
-        ):
-            parts[name].append(latents)
+        parts["latents"].append(latents)
+        parts["first"].append(first[:, MASK_CHANNELS:])
+        parts["later"].append(later[:, MASK_CHANNELS:])
     tensors = {name: torch.stack(tensors, 1).half().cpu() for name, tensors in parts.items()}
     return tensors | {
         "relative": torch.from_numpy(np.stack([one.relative for one in trajectories])).float(),
-        "places": torch.from_numpy(np.stack([one.view.as_rows() for one in trajectories])).float(),
+        "places": places,
         "looks": looks,
     }
 

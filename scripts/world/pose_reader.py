@@ -9,20 +9,12 @@ B samples, S chunks, N tokens per chunk, D width.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scripts.world.config import CHUNK_FRAMES
-from scripts.world.scene import PERIOD
-
-_WAVES = (1, 2, 4)
-"""Waves per period of the world: the first says roughly where, the last to a few hundredths of a unit."""
-
-_PITCH_SCALE = 30.0
-FEATURES = 4 * len(_WAVES) + 4 + 1
+from scripts.world.place_channels import PLACE_CHANNELS, place_features
 
 
 class PoseReader(nn.Module):
@@ -30,7 +22,7 @@ class PoseReader(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.out = nn.Linear(dim, FEATURES)
+        self.out = nn.Linear(dim, PLACE_CHANNELS)
         nn.init.zeros_(self.out.weight)
 
     def loss(self, hidden_2BSND: Tensor, places_BS34: Tensor, weight_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,11 +36,3 @@ class PoseReader(nn.Module):
         error = (read - place_features(places_BS34)[None, :, :, :, None]).square().mean(dim=(3, 4, 5))
         clean, noisy = error.unbind(0)
         return clean.mean(), (noisy * weight_BS).sum() / weight_BS.sum()
-
-
-def place_features(places: Tensor) -> Tensor:
-    """x, z, yaw and pitch [..., 4] -> waves of position and direction, and the pitch, [..., FEATURES]."""
-    x, z, yaw, pitch = places.unbind(-1)
-    turn, heading = 2 * math.pi / PERIOD, torch.deg2rad(yaw)
-    angles = [turn * waves * value for waves in _WAVES for value in (x, z)] + [heading, 2 * heading]
-    return torch.stack([f(angle) for angle in angles for f in (torch.sin, torch.cos)] + [pitch / _PITCH_SCALE], -1)

@@ -34,6 +34,7 @@ from scripts.world.config import WorldConfig
 from scripts.world.export import complete
 from scripts.world.make_latents import checkpoint
 from scripts.world.muon import muon_and_adamw
+from scripts.world.place_channels import PLACE_CHANNELS, disturb_cells, token_means
 from scripts.world.pose_reader import PoseReader
 from scripts.world.ranks import Ranks
 from scripts.world.self_forcing import FAR_POSITION, GeneratedChunks, Rollout, roll_out
@@ -61,6 +62,12 @@ SERVED_SHARE = 0.7
 
 POSE_WEIGHT = 0.5
 """Of the loss of PoseReader."""
+
+PLACE_WEIGHT = 2.0
+"""Of the place channels' error: it adds up from chunk to chunk, so it must become far smaller than the pictures'."""
+
+LEFT_NOISE = 0.75
+"""Deviation of the noise that denoising leaves within a token's place channels."""
 
 ROLLOUT_CHUNKS = 7
 """Per session: longer ones drift so far from the true walk that their truth teaches blur."""
@@ -90,12 +97,12 @@ class DenoisingBatch:
 
 
 class Discriminator(nn.Module):
-    """One logit per latent cell of a chunk [B, z, 3, h, w]: true or generated."""
+    """One logit per latent cell of a chunk [B, channels, 3, h, w]: true or generated."""
 
-    def __init__(self, z_dim: int, width: int = 96) -> None:
+    def __init__(self, channels: int, width: int = 96) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for i, entry in enumerate((z_dim, width, width)):
+        for i, entry in enumerate((channels, width, width)):
             layers += [nn.Conv3d(entry, width, 3, stride=(1, 2, 2) if i == 1 else 1, padding=1), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Conv3d(width, 1, 1))
 
@@ -110,7 +117,7 @@ def teacher_forcing_batch(truth: TrajectoryBatch, schedule: FlowSchedule) -> Den
     served = torch.rand(shape, device=device) < SERVED_SHARE
     sigma = torch.where(served, pick(served_sigmas(schedule, device), shape), anywhere)
     amount = CONTEXT_NOISE * torch.rand(shape[0], device=device) ** 2 * (torch.rand(shape[0], device=device) < 0.5)
-    clean = add_noise(truth.latents, amount[:, None].expand(shape))
+    clean = add_noise(disturb_cells(truth.latents, LEFT_NOISE), amount[:, None].expand(shape))
     return DenoisingBatch(truth, clean, add_noise(truth.latents, sigma), sigma, truth.weight)
 
 
@@ -152,9 +159,16 @@ def velocity_loss(
     sigma = batch.sigma[:, :, None, None, None, None]
     flow, hidden = forward(dit, batch.truth, batch.clean, batch.noisy, 1000 * batch.sigma, layer)
     flow = flow.float()
-    error = (flow - (batch.noisy - batch.truth.latents) / sigma).square().mean(dim=(2, 3, 4, 5))
+    pictures, places = errors_of_chunks(flow - (batch.noisy - batch.truth.latents) / sigma)
+    error = pictures + PLACE_WEIGHT * places
     loss = (error * batch.weight).sum() / batch.weight.sum()
     return loss, batch.noisy - sigma * flow, hidden
+
+
+def errors_of_chunks(difference: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared errors [B, S] of the pictures' channels, and of the place channels' means over tokens."""
+    pictures, places = difference.split([difference.shape[2] - PLACE_CHANNELS, PLACE_CHANNELS], dim=2)
+    return tuple(part.square().mean(dim=(2, 3, 4, 5)) for part in (pictures, token_means(places)))  # type: ignore[return-value]
 
 
 def make_optimisers(dit: CausalDiT) -> list[torch.optim.Optimizer]:
@@ -190,7 +204,7 @@ class Phase:
         self.phase, self.dit, self._dataset, self._config, self._batch = phase, dit, dataset, config, batch
         device = dit.head.head.weight.device
         self.pose_reader = PoseReader(config.dit.dim).to(device)
-        self.discriminator = Discriminator(config.z_dim).to(device) if phase == "sharp" else None
+        self.discriminator = Discriminator(config.picture_channels).to(device) if phase == "sharp" else None
         self._indices = self._draw(np.random.default_rng(0)).to(device)
         self._generate, self._gradients = Captured(self._roll_out, device), Captured(self._forward_backward, device)
         self._autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -231,6 +245,8 @@ class Phase:
                 is_true[:, None, None, None, None, None], truth.latents, self._made.gather(self._indices)
             )
             given[:, 0] = truth.latents[:, 0]  # the sink shows the session's first picture
+            # However old a picture's errors are, its place is right, and so is what must be drawn next.
+            given[:, :, -PLACE_CHANNELS:] = truth.latents[:, :, -PLACE_CHANNELS:]
             self._rollout = Rollout.joined(
                 [
                     roll_out(
@@ -255,15 +271,16 @@ class Phase:
             else:
                 data = self_forcing_batch(self._truth, self._rollout, self._config.schedule)
             loss, latents, hidden = velocity_loss(self.dit, data, self._layer)
-        error = (latents.detach() - data.truth.latents).square().mean(dim=(0, 2, 3, 4, 5))
-        figures = {"loss": loss.detach(), "x0_first": error[0], "x0_last": error[-1]}
+        pictures, places = (part.mean(dim=0) for part in errors_of_chunks(latents.detach() - data.truth.latents))
+        figures = {"loss": loss.detach(), "x0_first": pictures[0], "x0_last": pictures[-1]}
+        figures |= {"place_first": places[0], "place_last": places[-1]}
         known, told = self.pose_reader.loss(hidden, data.truth.places, data.truth.weight)
         figures |= {"pose_clean": known.detach(), "pose_noisy": told.detach()}
         loss = loss + POSE_WEIGHT * (known + told) / 2
         self.pose_reader.zero_grad(set_to_none=True)
         parameters = [*self.dit.parameters(), *self.pose_reader.parameters()]
         if self.discriminator is not None:
-            got, true = latents.flatten(0, 1), data.truth.latents.flatten(0, 1)
+            got, true = (part.flatten(0, 1)[:, :-PLACE_CHANNELS] for part in (latents, data.truth.latents))
             # Predictions from much noise are blurred whatever the model does: only late steps count.
             late = (data.sigma < 0.7).flatten()
             fooled = F.softplus(self.discriminator(true) - self.discriminator(got)).mean(dim=(1, 2, 3, 4))

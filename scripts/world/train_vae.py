@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lingbot_rt.models.vae import channels_last
 from scripts.world.captured import Captured
 from scripts.world.muon import muon_and_adamw
+from scripts.world.place_channels import PLACE_CHANNELS, leave_places_to_the_dit
 from scripts.world.render import Renderer
 from scripts.world.scene import LOOKS
 from scripts.world.training_loop import (
@@ -133,6 +134,7 @@ def train(options: Options, batch: int, clips: int, refresh: int = 4, decoder_on
     folder = options.model / "vae"
     from_checkpoint = (folder / "config.json").exists()
     vae = AutoencoderKLWan.from_pretrained(folder) if from_checkpoint else AutoencoderKLWan.from_config(config.vae)
+    leave_places_to_the_dit(vae)
     vae = use_whole_clips(vae.to(device).train())
     if decoder_only:
         for part in (vae.encoder, vae.quant_conv):
@@ -163,9 +165,11 @@ def train(options: Options, batch: int, clips: int, refresh: int = 4, decoder_on
         with torch.autocast(device.type, torch.bfloat16, enabled=on_cuda):
             mean, log_variance = (part.float() for part in encoded(vae, true))
             noise = LATENT_NOISE * torch.rand(batch, 1, 1, 1, 1, device=device) + torch.exp(0.5 * log_variance)
-            loss, score = reconstructed(vae, mean + torch.randn_like(mean) * noise, true)
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        (loss + KL_WEIGHT * config.z_dim * kl).backward()
+            latents = mean + torch.randn_like(mean) * noise
+            latents[:, -PLACE_CHANNELS:] = 0
+            loss, score = reconstructed(vae, latents, true)
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
+        (loss + KL_WEIGHT * kl).backward()
         return {"loss": loss, "kl": kl, "psnr": score}
 
     step_gradients = Captured(gradients, device)
@@ -193,8 +197,12 @@ def _finish(options: Options, loop: TrainingLoop, vae: Any, held_out: ClipPool) 
         mean, _ = encode(vae, true)
         latents.append(mean)
         scores += [psnr(a, b) for a, b in zip(decode(vae, mean), true, strict=True)]
-    rows = torch.cat(latents).transpose(0, 1).flatten(1)
-    mean, deviation = rows.mean(1).tolist(), rows.std(1).clamp_min(1e-3).tolist()
+    rows = torch.cat(latents).transpose(0, 1).flatten(1)[:-PLACE_CHANNELS]
+    places = options.config.vae
+    mean, deviation = (
+        measured.tolist() + places[name][-PLACE_CHANNELS:]
+        for name, measured in (("latents_mean", rows.mean(1)), ("latents_std", rows.std(1).clamp_min(1e-3)))
+    )
     if not next(vae.encoder.parameters()).requires_grad:  # the DiT was trained with these
         mean, deviation = vae.config.latents_mean, vae.config.latents_std
     config = options.config.vae | {"latents_mean": mean, "latents_std": deviation}

@@ -85,13 +85,13 @@ def test_a_lost_line_comes_back(visitor, world):
     page.keyboard.up("w")
     before = len(world.events)
     world.answers = True
-    visitor.wait_until(lambda: len(world.inits) == 2, "the page does not come back")
+    visitor.wait_until(lambda: len(world.inits) >= 2, "the page does not come back")
     world.open_session()
     visitor.wait_for_state("live")
     assert page.is_hidden("#away")
     visitor.wait_until(lambda: len(world.events) > before, "the released key was not sent")
     assert world.events[-1]["payload"]["transitions"][-1]["actions"] == []
-    first, again = world.inits
+    first, again = world.inits[0], world.inits[-1]
     assert "resume" not in first
     assert (again["resume"], again["received_chunk"], again["received_frames"]) == (TOKEN, 1, 4)
 
@@ -141,7 +141,7 @@ def test_a_reload_goes_on(visitor, world):
     page.wait_for_function("() => document.getElementById('canvas').width > 100")
     shown = visitor.pixels()
     assert max(abs(one - other) for one, other in zip(shown, picture, strict=True)) < 40, "not the last picture"
-    visitor.wait_until(lambda: len(world.inits) == 2, "the page does not come back")
+    visitor.wait_until(lambda: len(world.inits) >= 2, "the page does not come back")
     assert world.inits[-1]["resume"] == TOKEN
     assert "received_chunk" not in world.inits[-1]
     world.open_session()
@@ -302,9 +302,10 @@ def test_a_walk_outlives_the_line_and_the_server(visitor, parking_server):
         page.wait_for_selector("#walk-lines button:nth-child(2)[aria-pressed=true]")
         walks_on()
         page.click("#export summary")
+        before = int(page.get_attribute("#walk-at", "max"))
         with page.expect_download() as saved:
             page.click("#save-world")
-        chunks = int(page.get_attribute("#walk-at", "max"))
-        assert read_world(Path(saved.value.path()).read_bytes()).chunk_index in range(chunks - 2, chunks + 3)
+        after = int(page.get_attribute("#walk-at", "max"))
+        assert before - 2 <= read_world(Path(saved.value.path()).read_bytes()).chunk_index <= after + 3
         page.click("#stop")
         visitor.wait_for_state("ended")

@@ -115,7 +115,13 @@ def test_the_client_follows_a_path_in_mid_session(server: Server):
 @pytest.mark.parametrize("kind", ["delta-gzip", "webp", "jpeg"])
 def test_a_live_session_measures_key_to_frame(server: Server, kind, capsys):
     """Keys pressed during the session come back in frames, in every other transport."""
-    assert main(["client", "--url", server.ws, *SESSION, "--chunks", "4", "--format", kind, "--live"]) == 0
+    paced = [
+        "--fps",
+        "60",
+        "--init",
+        "realtime_output_pacing=true",
+    ]  # else all chunks may be planned before the key comes
+    assert main(["client", "--url", server.ws, *SESSION, *paced, "--chunks", "4", "--format", kind, "--live"]) == 0
     summary = capsys.readouterr().out
     assert "45 frames in 4 chunks" in summary
     assert "key to frame" in summary
@@ -213,6 +219,8 @@ def test_a_line_that_breaks_again_and_again_costs_no_frame(server: Server, kind)
         "size": "64x64",
         "max_chunks": 4,
         "realtime_output_format": kind,
+        "fps": 60,
+        "realtime_output_pacing": True,  # else more than the chunks that are kept may be lost with a line
         "script": [["w"]] * 9,
     }
     with connect(server.http, **init) as world:
@@ -236,7 +244,7 @@ def test_a_walk_goes_on_from_a_saved_world(server: Server, model, tmp_path, caps
     assert main([*live, *SESSION, "--out", str(first), "--save", world]) == 0
     said = capsys.readouterr().out.splitlines()[-1]
     (chunk,) = re.findall(rf"^{re.escape(world)}: the world before chunk (\d+)$", said)
-    assert int(chunk) in (2, 3)
+    assert int(chunk) >= 2
     assert len(pictures(first)) == 9 + 12 * (int(chunk) - 1)
     further = ["--keys", "l*6", "--prompt", "Heavy rain."]
     assert main([*live, "--resume", world, *further, "--out", str(tmp_path / "client")]) == 0

@@ -164,7 +164,7 @@ async def test_an_init_that_the_replica_refuses(front):
 
 async def test_no_init(front):
     """A client that sends nothing is closed after --init-timeout-s, and holds no replica."""
-    front = await front(1, init_timeout_s=0.1)
+    front = await front(1, init_timeout_s=0.5)
     async with front.client() as client:
         assert (await client.error())["code"] == "invalid_init"
         assert await client.closed() == (1008, "no init")

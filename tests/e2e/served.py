@@ -5,8 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +24,8 @@ from websockets.sync.client import ClientConnection, connect
 from tests.preloaded import PreloadedProcess
 
 START_LIMIT_S = 240
+
+_ADDRESS = re.compile(r"^  WebSocket  ws://\S+:(\d+)/", re.MULTILINE)
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Server:
         return f"ws://127.0.0.1:{self.port}/v1/realtime_video/generate"
 
     def wait_for_log(self, text: str, limit_s: float = 30) -> str:
-        """The log once it has ``text``. The server answers /health before it shows its banner."""
+        """The log once it has ``text``: it may come a moment after what the client sees."""
         deadline = time.monotonic() + limit_s
         while text not in (log := self.log.read_text()):
             assert time.monotonic() < deadline, log
@@ -71,15 +73,12 @@ def get_json(url: str) -> tuple[int, dict]:
 
 @contextmanager
 def running(folder: Path, *flags: str, is_plain: bool = False) -> Iterator[Server]:
-    """Starts ``lingbot-rt serve`` with ``flags`` and waits until /health is 200.
+    """Starts ``lingbot-rt serve`` with ``flags`` on a free port and waits until its banner tells which.
 
     With ``is_plain`` the process is started as a user starts it, and imports everything itself.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = folder / f"serve-{port}.log"
-    command = [sys.executable, "-m", "lingbot_rt", "serve", "--port", str(port), *flags]
+    log = folder / f"serve-{time.monotonic_ns()}.log"
+    command = [sys.executable, "-m", "lingbot_rt", "serve", "--port", "0", *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process: subprocess.Popen | PreloadedProcess
     if is_plain:
@@ -89,17 +88,11 @@ def running(folder: Path, *flags: str, is_plain: bool = False) -> Iterator[Serve
         process = PreloadedProcess(command, env=env, log=log)
     try:
         deadline = time.monotonic() + START_LIMIT_S
-        while True:
+        while (told := _ADDRESS.search(log.read_text() if log.exists() else "")) is None:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
-            try:
-                status, _ = get_json(f"http://127.0.0.1:{port}/health")
-            except OSError:
-                status = 0
-            if status == 200:
-                break
-            time.sleep(0.1)
-        yield Server(port, process, log)
+            time.sleep(0.05)
+        yield Server(int(told[1]), process, log)
     finally:
         if process.poll() is None:
             process.kill()

@@ -13,6 +13,7 @@ from websockets.exceptions import ConnectionClosed
 
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.engine.engine import Engine
+from lingbot_rt.server import app, connection
 from lingbot_rt.session.messages import Init
 from lingbot_rt.session.settings import resolve
 from tests.server.conftest import Client, Running, event, init, running, state, wait_until
@@ -21,6 +22,13 @@ from tests.server.test_kept_worlds import Player, lost, resume
 CHUNKS = 4
 FRAMES = 9 + 12 * (CHUNKS - 1)
 KEYS = ["w", "l", "wl", "", "s"]
+
+
+@pytest.fixture(autouse=True)
+def _time_to_finish(monkeypatch):
+    """A server that stops sends the chunk in work, on a busy machine too."""
+    monkeypatch.setattr(connection, "FINISH_S", 30.0)
+    monkeypatch.setattr(app, "SHUTDOWN_LIMIT_S", 60.0)
 
 
 @pytest.fixture

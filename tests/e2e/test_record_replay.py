@@ -43,7 +43,8 @@ def record_folder(server, golden):
         "prompt": "A quiet street.",
         "first_frame": golden("e2e/first_frame.png").read_bytes(),
         "size": "64x64",
-        "fps": 16,
+        "fps": 30,
+        "realtime_output_pacing": True,  # else the last event may come after the last chunk is planned
         "num_frames": 9,
         "seed": 5,
         "max_chunks": 6,

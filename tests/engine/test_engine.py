@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import itertools
+import threading
 import weakref
 
 import numpy as np
@@ -88,9 +90,20 @@ async def test_close_interrupts_the_chunk_in_work(engine, session_plan):
     """close during a chunk makes its iteration raise ChunkCancelled, and returns once the state is free."""
     plan = session_plan({})
     await engine.open(plan)
+    decode, calls, go_on = engine._pipeline.decode, itertools.count(1), threading.Event()
+
+    def held(*args):  # without it the chunk may be over before the close begins
+        if next(calls) == engine.model_info.latent_frames:
+            assert go_on.wait(30)
+        return decode(*args)
+
+    engine._pipeline = dataclasses.replace(engine._pipeline, decode=held)
     run = engine.run(chunk(plan))
     await anext(aiter(run))
-    await engine.close(plan.session_id)
+    closing = asyncio.create_task(engine.close(plan.session_id))
+    await asyncio.sleep(0)
+    go_on.set()
+    await closing
     with pytest.raises(ChunkCancelled):
         await finish(run)
 

@@ -311,8 +311,10 @@ def test_a_long_forward_on_a_cpu_is_progress():
         seen.add(progress.cpu_s())
     assert len(seen) >= 5
     computing.clear()
-    while progress.cpu_s() != (last := progress.cpu_s()) or "gate.wait" not in progress.stack():
+    while "gate.wait" not in progress.stack() or progress.cpu_s() != (last := progress.cpu_s()):
         assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.01)
     assert progress.cpu_s() == last
     gate.set()
     thread.join()
@@ -362,7 +364,9 @@ HANGING = """
 import sys, time
 from lingbot_rt.cli import main
 from lingbot_rt.engine import engine
+from lingbot_rt.server import app
 engine.run_chunk = lambda *args: time.sleep(3600)
+app.FAILURE_SHOWN_S = 3.0  # a test that is kept waiting sees it too
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 from lingbot_rt.cli import main
@@ -14,8 +15,11 @@ FAREWELL_LIMIT_S = 60
 
 def children(process: int) -> list[int]:
     """The child processes of all its threads."""
-    listed = [path.read_text().split() for path in Path(f"/proc/{process}/task").glob("*/children")]
-    return [int(pid) for pids in listed for pid in pids]
+    found: list[int] = []
+    for path in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended
+            found += map(int, path.read_text().split())
+    return found
 
 
 def is_alive(process: int) -> bool:

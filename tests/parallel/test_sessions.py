@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -69,18 +70,25 @@ async def test_ranks_leave_a_chunk_together_or_not_at_all(monkeypatch):
         for moment in ("denoise", "decode"):
             await engine.open(session_plan())
             await count_frames(engine.run(chunk(0)))
-            denoising = asyncio.Event()
-            loop, denoise = asyncio.get_running_loop(), chunk_runner.denoise
+            reached, closing = threading.Event(), threading.Event()
+            work = chunk_runner.denoise if moment == "denoise" else engine._pipeline.decode
 
-            def watched(*args, seen=denoising, loop=loop, denoise=denoise):
-                loop.call_soon_threadsafe(seen.set)
-                return denoise(*args)
+            def held(*args, reached=reached, closing=closing, work=work):
+                reached.set()  # without the wait the chunk may be over before the close begins
+                assert closing.wait(60)
+                return work(*args)
 
             with monkeypatch.context() as patch:
-                patch.setattr(chunk_runner, "denoise", watched)
+                if moment == "denoise":
+                    patch.setattr(chunk_runner, "denoise", held)
+                else:
+                    patch.setattr(engine, "_pipeline", dataclasses.replace(engine._pipeline, decode=held))
                 run = engine.run(chunk(1))
-                await (anext(aiter(run)) if moment == "decode" else denoising.wait())
-                await engine.close("s")
+                assert await asyncio.to_thread(reached.wait, 60)
+                close = asyncio.create_task(engine.close("s"))
+                await asyncio.sleep(0)
+                closing.set()
+                await close
             with pytest.raises(ChunkCancelled):
                 await count_frames(run)
         await engine.open(session_plan())

@@ -202,7 +202,7 @@ async def test_a_client_that_stops_reading_costs_only_itself(serve):
 async def test_a_client_that_answers_no_ping_loses_its_session(serve, caplog):
     """A peer that vanished without a word is noticed by the keepalive, and leaves neither a session nor a traceback."""
     server = await serve(FakeEngine(group_s=SLOW))
-    server.server.config.ws_ping_interval = server.server.config.ws_ping_timeout = 0.1
+    server.server.config.ws_ping_interval = server.server.config.ws_ping_timeout = 0.5
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
     handshake = f"GET {ENDPOINT} HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n{key}\r\n"

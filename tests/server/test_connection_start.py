@@ -66,7 +66,7 @@ async def test_what_an_init_may_not_ask_for(serve, fields, field, words):
 
 async def test_without_an_init_in_time_the_socket_closes(serve):
     """The limit covers all tries together; the error comes before the close."""
-    server = await serve(init_timeout_s=0.1)
+    server = await serve(init_timeout_s=0.5)
     async with server.client({"type": "init"}) as client:
         assert (await client.error())["field"] == "prompt"
         assert "--init-timeout-s" in (await client.error())["content"]

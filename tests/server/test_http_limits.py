@@ -35,7 +35,7 @@ async def until_closed(reader: asyncio.StreamReader) -> bytes:
 
 @pytest.fixture
 def soon(monkeypatch) -> None:
-    monkeypatch.setattr(http, "REQUEST_LIMIT_S", 0.2)
+    monkeypatch.setattr(http, "REQUEST_LIMIT_S", 0.5)
 
 
 @pytest.mark.usefixtures("soon")
@@ -80,7 +80,7 @@ async def test_a_websocket_has_the_limits_of_a_session_only(serve):
     """The limit of a request ends with the handshake."""
     server = await serve()
     async with server.client() as client:
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.8)
         await client.send(init(max_chunks=1))
         assert len((await client.chunk()).frames) == 9
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import stat
 import threading
 from contextlib import asynccontextmanager, suppress
@@ -18,6 +19,7 @@ from websockets.exceptions import ConnectionClosed
 from lingbot_rt.config import ServeConfig
 from lingbot_rt.errors import ConfigError, EngineFailed
 from lingbot_rt.recording.record_file import read_record
+from lingbot_rt.server import app, connection
 from tests.server.conftest import LIMIT_S, Client, Running, event, init, running, state, wait_until
 from tests.server.fake_engine import FakeEngine, frame, frames_before
 
@@ -391,9 +393,7 @@ async def test_files_that_are_no_world_of_this_model_are_refused(serve):
         "half": world[: len(world) // 2],
         "another file": save({"x": np.zeros(3)}),
         "another model": world.replace(b"fake-world", b"more-world"),
-        "controls": world.replace(b'next_index\\": 2', b'next_index\\": 3').replace(
-            b'next_index\\": 1', b'next_index\\": 2'
-        ),
+        "controls": re.sub(rb'(next_index\\": )(\d)', lambda found: found[1] + b"%d" % (int(found[2]) + 1), world),
         "too large here": world.replace(b"64x64", b"96x96"),
     }
     async with server.client() as client:
@@ -409,9 +409,11 @@ async def test_files_that_are_no_world_of_this_model_are_refused(serve):
 # --- on disk ---
 
 
-async def test_a_server_that_stops_keeps_its_worlds(tmp_path):
+async def test_a_server_that_stops_keeps_its_worlds(tmp_path, monkeypatch):
     """Those that play and those that are parked: the next one goes on with both, once each, from files that only their
     owner reads."""
+    monkeypatch.setattr(connection, "FINISH_S", 30.0)  # a busy machine sends the chunk in work too
+    monkeypatch.setattr(app, "SHUTDOWN_LIMIT_S", 60.0)
     tokens, players = [], [Player(), Player()]
     async with running(FakeEngine(group_s=SLOW), park_dir=str(tmp_path)) as server:
         async with lost(server, init(**KEPT)) as client:
@@ -453,7 +455,8 @@ async def test_a_server_that_is_killed_loses_few_chunks(tmp_path):
             token = await token_of(client)
             while (await client.chunk()).stats["chunk_index"] < 7:
                 pass
-            assert engine.snapshots[:2] == [3, 6]
+            assert engine.snapshots[0] == 3
+            assert engine.snapshots[1] in (6, 7)  # none begins while one is written
             await wait_until(lambda: list(tmp_path.glob("*.world")))
             (file,) = tmp_path.glob("*.world")
             copy = file.read_bytes()

@@ -164,7 +164,7 @@ async def test_a_world_that_became_a_snapshot_has_no_older_branches(serve):
     async with server.client(resume(token)) as client:
         await client.until("session")
         await client.send(event("rewind", {"chunk": 0, "branch": 0}, event_id=7))
-        error = await client.error()
+        error = await client.until("error")
         assert (error["field"], error["event_id"]) == ("chunk", 7)
         assert "0 is not kept" in error["content"]
         # The file that it came from is not kept beside the session.

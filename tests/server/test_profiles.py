@@ -46,9 +46,9 @@ async def test_who_may_write_profiles(serve, tmp_path):
 async def test_a_profile_of_a_session(serve, tmp_path):
     """The answer names the file without its folder; the file is whole, and nothing else is left."""
     server = await serve(FakeEngine(group_s=0.01), api_key="secret", profile_dir=str(tmp_path))
-    async with server.client(init(), additional_headers=KEY) as client:
+    async with server.client(init(), additional_headers=KEY, max_queue=None) as client:
         await client.chunk()
-        answer = await post(server, "2")
+        answer = await post(server, "2")  # meanwhile nobody reads, and the engine must not wait for that
     told = answer.json()
     assert answer.status_code == 200
     assert told["chunks"] == 2

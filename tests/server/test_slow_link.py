@@ -68,7 +68,7 @@ async def slow_client(port: int, rate: float) -> AsyncIterator[tuple[Client, Slo
 async def test_a_slow_link_is_served_for_as_long_as_it_reads(serve):
     """Batches that take longer than --send-timeout-s and the keepalive's limit to cross the link arrive whole."""
     server = await serve(FakeEngine(), send_timeout_s=0.6)
-    server.server.config.ws_ping_interval = server.server.config.ws_ping_timeout = 0.3
+    server.server.config.ws_ping_interval = server.server.config.ws_ping_timeout = 0.5
     # Raw frames of 128x128: 196 KB per batch, 0.8 seconds of this link.
     async with slow_client(server.port, rate=250_000) as (client, _):
         await client.send(init(size="128x128", max_chunks=1))

@@ -9,7 +9,7 @@ import pytest
 
 from lingbot_rt.server.admission import Admission
 from lingbot_rt.server.turns import Turns
-from tests.server.conftest import event, init, saved, state
+from tests.server.conftest import event, init, saved, state, wait_until
 from tests.server.fake_engine import FakeEngine, frame
 
 
@@ -118,6 +118,7 @@ async def test_who_leaves_loses_no_turn(turns, when):
 async def test_two_clients_share_the_engine(serve):
     """Chunk by chunk in turn, each with its own frames, and told how many they are; a third one waits in line."""
     server = await serve(FakeEngine(group_s=0.002), max_sessions=2)
+    server.engine.may_open.clear()  # until all have come: a session alone plays several chunks in a row
     asked = {"max_chunks": 6, "protocol_extensions": ["session", "queue"]}
     other = saved(np.full((64, 64, 3), 77, np.uint8))
     async with (
@@ -126,6 +127,8 @@ async def test_two_clients_share_the_engine(serve):
         server.client(init(**asked)) as third,
     ):
         assert (await third.until("queue"))["position"] == 1
+        await wait_until(lambda: len(server.engine._cancelled) == 2)
+        server.engine.may_open.set()
         for client in (first, second):
             await client.until("session")
         chunks = [(await first.chunk(), await second.chunk()) for _ in range(6)]

@@ -10,7 +10,7 @@ import torch
 
 from lingbot_rt.session.camera_path import CameraPath, invert
 from lingbot_rt.shapes import FrameSize
-from scripts.world.render import Renderer
+from scripts.world.render import _MAX_INSTANCES, Renderer
 from scripts.world.scene import LOOKS, PERIOD
 from scripts.world.trajectories import SINGLE_KEYS, View, branch, make_trajectory, random_actions, start_view
 
@@ -29,10 +29,33 @@ def views(count: int) -> View:
 
 def test_both_ways_to_render_agree(renderer):
     """Instance by instance in their rectangles, or all at once: the same picture."""
-    poses, looks = torch.from_numpy(views(4).poses()).float(), torch.arange(4)
+    poses, looks = torch.from_numpy(views(4).poses()).float(), torch.arange(4)[:, None]
     together = renderer._render_all(poses, looks)
     one_by_one = torch.cat([renderer._render_one(poses[i : i + 1], looks[i : i + 1]) for i in range(4)])
     assert (together.int() - one_by_one.int()).abs().max() <= 2
+
+
+def test_two_looks_of_the_same_frames(renderer):
+    """What is rendered in two looks at once is what is rendered in each of them."""
+    poses, looks = views(3).poses(), torch.tensor([[0, 3], [1, 2], [2, 0]])
+    both = renderer.render(poses, looks)
+    assert both.shape == (3, 2, 32, 48, 3)
+    for i in range(2):
+        assert torch.equal(both[:, i], renderer.render(poses, looks[:, i]))
+
+
+def test_the_accelerator_tests_all_instances_in_view():
+    """Its kernels test a fixed number per kind of shape, which no view may exceed."""
+    renderer, rng = Renderer(FrameSize(160, 96)), np.random.default_rng(2)
+    view = View(
+        *rng.uniform(0, PERIOD, (2, 2000)), rng.uniform(0, 360, 2000), np.clip(rng.normal(0, 20, 2000), -75, 75)
+    )
+    poses = torch.from_numpy(view.poses()).float()
+    seen, _ = renderer._in_view(poses, renderer._positions(poses)[0])
+    for kind, tested in _MAX_INSTANCES.items():
+        of_kind = torch.tensor([each is kind for each in renderer._kinds]).repeat_interleave(9)
+        most = seen[:, of_kind].sum(dim=1).max().item()
+        assert tested / 2 < most <= tested
 
 
 def test_a_torus(renderer):

@@ -21,10 +21,11 @@ from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.shapes import FrameSize
 from scripts.world import make_latents, train_dit, train_text, train_vae
 from scripts.world.config import TINY
-from scripts.world.deepen import deepened
 from scripts.world.export import export
+from scripts.world.grow import grown_dit, grown_vae
 from scripts.world.muon import BatchedMuon
-from scripts.world.pose_reader import FEATURES, PoseReader, place_features
+from scripts.world.place_channels import PLACE_CHANNELS, disturb_cells, place_features, token_means
+from scripts.world.pose_reader import PoseReader
 from scripts.world.render import Renderer
 from scripts.world.self_forcing import FAR_POSITION, GeneratedChunks, roll_out
 from scripts.world.teacher_forcing import forward
@@ -103,6 +104,23 @@ def test_trajectories_are_added(run):
     first, second = (torch.load(path, weights_only=True) for path in sorted((run / "latents").glob("*.pt")))
     assert first["latents"].shape == (1, 2, TINY.z_dim, 12, 4, 4)
     assert not torch.equal(first["relative"], second["relative"])
+    places = place_features(first["places"])[:, None].expand(-1, 2, -1, -1).transpose(2, 3)
+    assert torch.allclose(first["latents"][:, :, -PLACE_CHANNELS:].float(), places[..., None, None], atol=1e-3)
+    assert first["latents"][:, :, :-PLACE_CHANNELS].float().std() > 0.1
+    assert not first["first"][:, :, -PLACE_CHANNELS:].any()
+
+
+def test_the_vae_leaves_the_place_channels_alone(run):
+    """After its training it writes zeros there, and its pictures do not depend on them."""
+    vae = use_whole_clips(AutoencoderKLWan.from_pretrained(run / "model" / "vae"))
+    with torch.inference_mode():
+        mean, _ = encode(vae, torch.rand(1, 3, 5, 32, 32) * 2 - 1)
+        noted = mean.clone()
+        noted[:, -PLACE_CHANNELS:] = torch.randn(PLACE_CHANNELS, 1, 1, 1)
+        assert mean[:, :-PLACE_CHANNELS].abs().min() > 0
+        assert not mean[:, -PLACE_CHANNELS:].any()
+        assert torch.equal(decode(vae, noted), decode(vae, mean))
+    assert vae.config.latents_std[-PLACE_CHANNELS:] == [1.0] * PLACE_CHANNELS
 
 
 def test_the_folder_serves(run, tmp_path):
@@ -288,7 +306,7 @@ def test_roll_outs_from_given_chunks(dit):
 def test_more_layers_change_nothing_at_first(dit):
     """A deeper DiT gives the same flow until it is trained, and its new blocks then learn."""
     config = dataclasses.replace(TINY, dit_layers=3)
-    deep = deepened(dit, config)
+    deep = grown_dit(dit, config)
     batch = random_batch(2)
     inputs = (batch, batch.latents, torch.randn_like(batch.latents), torch.full((2, 2), 500.0))
     flow, _ = forward(deep, *inputs)
@@ -299,16 +317,60 @@ def test_more_layers_change_nothing_at_first(dit):
     assert new[0].self_attn.o.weight.grad.abs().max() > 0
 
 
+def test_more_channels_change_no_picture(dit):
+    """A DiT and a VAE that get place channels make the same pictures, whatever these channels hold."""
+    config = dataclasses.replace(TINY, picture_channels=TINY.z_dim)
+    batch = random_batch(2)
+    noisy, sigma = torch.randn_like(batch.latents), torch.full((2, 2), 500.0)
+
+    def more(latents: torch.Tensor) -> torch.Tensor:
+        return torch.cat([latents, torch.randn_like(latents[:, :, :PLACE_CHANNELS])], dim=2)
+
+    wide = dataclasses.replace(batch, latents=more(batch.latents), conditions=more(batch.conditions))
+    flow, _ = forward(grown_dit(dit, config), wide, wide.latents, more(noisy), sigma)
+    assert torch.allclose(flow[:, :, : TINY.z_dim], forward(dit, batch, batch.latents, noisy, sigma)[0], atol=1e-5)
+    assert not flow[:, :, TINY.z_dim :].any()
+    vae = use_whole_clips(AutoencoderKLWan.from_config(TINY.vae))
+    grown = use_whole_clips(AutoencoderKLWan.from_config(config.vae))
+    grown.load_state_dict(grown_vae(vae, config))
+    clips = torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    with torch.inference_mode():
+        for got, expected in zip(encode(grown, clips), encode(vae, clips), strict=True):
+            assert torch.allclose(got[:, : TINY.z_dim], expected, atol=1e-5)
+            assert not got[:, TINY.z_dim :].any()
+        mean, _ = encode(vae, clips)
+        assert torch.allclose(decode(grown, more(mean.transpose(1, 2)).transpose(1, 2)), decode(vae, mean), atol=1e-5)
+
+
+def test_the_place_counts_by_its_mean_over_a_token():
+    """Noise within tokens costs nothing in the place channels, unlike in the pictures' and unlike a wrong mean."""
+    torch.manual_seed(0)
+    latents = torch.randn(2, 3, PLACE_CHANNELS + 4, 3, 6, 8)
+    disturbed = disturb_cells(latents, 0.75)
+    assert torch.equal(disturbed[:, :, :4], latents[:, :, :4])
+    assert 0.5 < (disturbed - latents)[:, :, 4:].std() < 0.75
+    assert torch.allclose(token_means(disturbed), token_means(latents), atol=1e-6)
+    pictures, places = train_dit.errors_of_chunks(disturbed - latents)
+    assert not pictures.any()
+    assert places.max() < 1e-12
+    latents[:, :, 4:] += 0.5
+    pictures, places = train_dit.errors_of_chunks(disturbed - latents)
+    assert not pictures.any()
+    assert torch.allclose(places, torch.full((2, 3), 0.25), atol=1e-5)
+    latents[:, :, 0] += 1
+    assert torch.allclose(train_dit.errors_of_chunks(disturbed - latents)[0], torch.full((2, 3), 0.25), atol=1e-5)
+
+
 def test_the_pose_is_read_from_tokens():
     """Tokens that hold their place give no error, and only chunks that can know it count among the noisy ones."""
     torch.manual_seed(0)
     places = torch.randn(2, 3, 3, 4)
-    reader = PoseReader(FEATURES + 7)
+    reader = PoseReader(PLACE_CHANNELS + 7)
     features = place_features(places)
-    hidden = torch.randn(2, 2, 3, 3, 4, FEATURES + 7)
-    hidden[..., :FEATURES] = features[None, :, :, :, None]
+    hidden = torch.randn(2, 2, 3, 3, 4, PLACE_CHANNELS + 7)
+    hidden[..., :PLACE_CHANNELS] = features[None, :, :, :, None]
     spoilt = hidden.clone()
-    spoilt[1, :, 0] = torch.randn(FEATURES + 7)
+    spoilt[1, :, 0] = torch.randn(PLACE_CHANNELS + 7)
     optimiser = torch.optim.LBFGS(reader.parameters(), max_iter=100)
 
     def closure() -> torch.Tensor:
