@@ -115,12 +115,8 @@ def test_the_client_follows_a_path_in_mid_session(server: Server):
 @pytest.mark.parametrize("kind", ["delta-gzip", "webp", "jpeg"])
 def test_a_live_session_measures_key_to_frame(server: Server, kind, capsys):
     """Keys pressed during the session come back in frames, in every other transport."""
-    paced = [
-        "--fps",
-        "60",
-        "--init",
-        "realtime_output_pacing=true",
-    ]  # else all chunks may be planned before the key comes
+    # Without pacing all chunks may be planned before the key comes.
+    paced = ["--fps", "60", "--init", "realtime_output_pacing=true"]
     assert main(["client", "--url", server.ws, *SESSION, *paced, "--chunks", "4", "--format", kind, "--live"]) == 0
     summary = capsys.readouterr().out
     assert "45 frames in 4 chunks" in summary
