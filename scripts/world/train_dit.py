@@ -63,7 +63,7 @@ SERVED_SHARE = 0.7
 POSE_WEIGHT = 0.5
 """Of the loss of PoseReader."""
 
-PLACE_WEIGHT = 2.0
+PLACE_WEIGHT = 5.0
 """Of the place channels' error: it adds up from chunk to chunk, so it must become far smaller than the pictures'."""
 
 LEFT_NOISE = 0.75
