@@ -124,7 +124,7 @@ async def test_two_clients_share_the_engine(serve):
     async with (
         server.client(init(**asked)) as first,
         server.client(init(**asked, first_frame=other)) as second,
-        server.client(init(**asked)) as third,
+        server.client(init(**asked), max_queue=None) as third,  # it leaves without reading its frames
     ):
         assert (await third.until("queue"))["position"] == 1
         await wait_until(lambda: len(server.engine._cancelled) == 2)
@@ -164,7 +164,10 @@ async def test_who_pauses_while_waiting_for_a_turn_starts_nothing(serve):
     """What comes up in the meantime counts: the turn goes on to the other, and later keys are in the next chunk."""
     server = await serve(FakeEngine(group_s=0.002), max_sessions=2)
     extensions = ["pause", "control_ack"]
-    async with server.client(init(max_chunks=40)) as busy, server.client(init(protocol_extensions=extensions)) as other:
+    async with (
+        server.client(init(max_chunks=40)) as busy,
+        server.client(init(protocol_extensions=extensions), max_queue=None) as other,
+    ):
         await other.chunk()
         await other.send(event("pause", event_id=5))
         while (await other.until("control_ack"))["state"] != "applied":
