@@ -20,22 +20,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lingbot_rt.session.camera_path import PITCH_DEGREES, YAW_DEGREES
 from lingbot_rt.shapes import PATCH_SIZE
 from scripts.world.scene import PERIOD
 
-_WAVES: Sequence[int] = (1, 4)
-"""Waves per period of the world and per turn: the first says roughly where, the last says it closely."""
+_POSITION_WAVES: Sequence[int] = (1, 4)
+"""Waves per period of the world: the first says roughly where, the last says it closely."""
 
+_YAW_WAVES: Sequence[int] = (1, 4, 90 // YAW_DEGREES)
+"""Waves per turn. The last has four values, because directions are whole steps of the keys: small errors round off."""
+
+_PITCH_WAVE_DEGREES = 4 * PITCH_DEGREES  # four values too
 _PITCH_SCALE = 30.0
 
-PLACE_CHANNELS = 3 * 2 * len(_WAVES) + 1
+PLACE_CHANNELS = 4 * len(_POSITION_WAVES) + 2 * len(_YAW_WAVES) + 3
 
 
 def place_features(places: Tensor) -> Tensor:
     """x, z, yaw and pitch [..., 4] -> waves of position and direction, and the pitch, [..., PLACE_CHANNELS]."""
     x, z, yaw, pitch = places.unbind(-1)
-    turn = 2 * math.pi / PERIOD
-    angles = [waves * angle for waves in _WAVES for angle in (turn * x, turn * z, torch.deg2rad(yaw))]
+    turn = 2 * math.pi
+    angles = [turn / PERIOD * waves * value for waves in _POSITION_WAVES for value in (x, z)]
+    angles += [turn / 360 * waves * yaw for waves in _YAW_WAVES] + [turn / _PITCH_WAVE_DEGREES * pitch]
     return torch.stack([f(angle) for angle in angles for f in (torch.sin, torch.cos)] + [pitch / _PITCH_SCALE], -1)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lingbot_rt.session.camera_path import PITCH_DEGREES, PITCH_LIMIT_DEGREES, CameraPath
+from lingbot_rt.session.camera_path import PITCH_DEGREES, PITCH_LIMIT_DEGREES, YAW_DEGREES, CameraPath
 from lingbot_rt.session.controls import NEUTRAL, Actions, Keys
 from lingbot_rt.shapes import VAE_TEMPORAL_STRIDE
 from scripts.world.scene import EYE_HEIGHT, PERIOD
@@ -81,9 +81,10 @@ class Trajectory:
 
 
 def start_view(rng: np.random.Generator, pitch: float = 0.0) -> View:
-    """A random position and yaw."""
+    """A random position and yaw. The yaw is a whole number of steps, so that all directions of the world are."""
     x, z = rng.uniform(0, PERIOD, 2)
-    return View(*(np.array([value]) for value in (x, z, rng.uniform(0, 360), pitch)))
+    yaw = YAW_DEGREES * rng.integers(360 // YAW_DEGREES)
+    return View(*(np.array([value]) for value in (x, z, yaw, pitch)))
 
 
 def make_trajectory(start: View, actions: Actions, latent_frames: int = 3) -> Trajectory:
