@@ -29,6 +29,7 @@ class ThreadedChunkRun:
     async def __anext__(self) -> FrameGroup:
         group = await self._groups.get()
         if group is None:
+            self._groups.put_nowait(None)  # for who comes later: a session that is parked settles its broken chunk too
             self._task.result()
             raise StopAsyncIteration
         return group

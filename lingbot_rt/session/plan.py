@@ -188,7 +188,8 @@ class ChunkRun(Protocol):
     def __aiter__(self) -> AsyncIterator[FrameGroup]:
         """The frames of each latent frame, in order, as soon as they are on the host.
 
-        Raises what broke the chunk, after the frames that came before: ChunkCancelled, EngineFailed.
+        Raises what broke the chunk, after the frames that came before: ChunkCancelled, EngineFailed. Who iterates it
+        again after its end sees the same end.
         """
 
     async def finished(self) -> float:
