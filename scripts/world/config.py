@@ -35,6 +35,10 @@ class WorldConfig:
     supersample: int = 2
 
     @property
+    def z_dim(self) -> int:
+        return self.picture_channels + PLACE_CHANNELS
+
+    @property
     def schedule(self) -> FlowSchedule:
         return FlowSchedule(self.shift, self.steps)
 
@@ -106,10 +110,6 @@ class WorldConfig:
             "decoder_start_token_id": 0,
             "use_cache": False,
         }
-
-    @property
-    def z_dim(self) -> int:
-        return self.picture_channels + PLACE_CHANNELS
 
     @property
     def scheduler(self) -> dict[str, Any]:

@@ -14,11 +14,9 @@ Every trajectory is rendered in two looks. A file of the run's latents/ holds, f
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
 from lingbot_rt.models.checkpoint import CheckpointFolder
@@ -29,7 +27,7 @@ from scripts.world.config import CHUNK_FRAMES
 from scripts.world.place_channels import write_places
 from scripts.world.render import Renderer
 from scripts.world.scene import LOOKS
-from scripts.world.train_vae import video
+from scripts.world.train_vae import load_vae, video
 from scripts.world.training_loop import Options, append_line
 from scripts.world.trajectories import make_trajectory, random_actions, start_view, still_actions
 from scripts.world.whole_clip import encode, use_whole_clips
@@ -56,8 +54,9 @@ def checkpoint(options: Options) -> CheckpointFolder:
 class ClipEncoder:
     """The trained VAE's encoder: clips to normalised latents."""
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        self._vae = use_whole_clips(AutoencoderKLWan.from_pretrained(folder).to(device).eval())
+    def __init__(self, options: Options) -> None:
+        device = options.device
+        self._vae = use_whole_clips(load_vae(options.model / "vae", options.config).to(device).eval())
         if device.type == "cuda":
             channels_last(self._vae)
         config = self._vae.config
@@ -110,7 +109,7 @@ def make(options: Options, count: int, chunks: int = CHUNKS) -> None:
     """
     folder = options.run / "latents"
     folder.mkdir(parents=True, exist_ok=True)
-    encoder = ClipEncoder(options.model / "vae", options.device)
+    encoder = ClipEncoder(options)
     renderer = Renderer(options.config.size, options.device, options.config.supersample)
     began, added = time.monotonic(), 0
     rank = options.ranks.rank

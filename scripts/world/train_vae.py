@@ -6,6 +6,7 @@ python -m scripts.world.train_vae --minutes 8
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from lingbot_rt.models.vae import channels_last
 from scripts.world.captured import Captured
+from scripts.world.config import WorldConfig
 from scripts.world.muon import muon_and_adamw
 from scripts.world.place_channels import PLACE_CHANNELS, leave_places_to_the_dit
 from scripts.world.render import Renderer
@@ -91,6 +93,20 @@ def video(clips_BTHW3: Tensor) -> Tensor:
     return clips_BTHW3.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
+def new_vae(config: WorldConfig) -> AutoencoderKLWan:
+    vae = AutoencoderKLWan.from_config(config.vae)
+    leave_places_to_the_dit(vae)
+    return vae
+
+
+def load_vae(folder: Path, config: WorldConfig) -> AutoencoderKLWan:
+    """Raises ValueError for a VAE without the place channels, whose last channels show pictures."""
+    vae = AutoencoderKLWan.from_pretrained(folder)
+    if vae.config.z_dim != config.z_dim:
+        raise ValueError(f"{folder} has {vae.config.z_dim} channels, not {config.z_dim}: run scripts.world.grow first")
+    return vae
+
+
 def picture_loss(got: Tensor, true: Tensor) -> Tensor:
     """L1, sixteen times the squared error, and L1 between picture gradients at three scales, which sharpens edges."""
     loss = F.l1_loss(got, true) + 16 * F.mse_loss(got, true)
@@ -133,8 +149,7 @@ def train(options: Options, batch: int, clips: int, refresh: int = 4, decoder_on
     config, device = options.config, options.device
     folder = options.model / "vae"
     from_checkpoint = (folder / "config.json").exists()
-    vae = AutoencoderKLWan.from_pretrained(folder) if from_checkpoint else AutoencoderKLWan.from_config(config.vae)
-    leave_places_to_the_dit(vae)
+    vae = load_vae(folder, config) if from_checkpoint else new_vae(config)
     vae = use_whole_clips(vae.to(device).train())
     if decoder_only:
         for part in (vae.encoder, vae.quant_conv):

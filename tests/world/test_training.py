@@ -123,6 +123,17 @@ def test_the_vae_leaves_the_place_channels_alone(run):
     assert vae.config.latents_std[-PLACE_CHANNELS:] == [1.0] * PLACE_CHANNELS
 
 
+def test_a_vae_without_place_channels_is_refused(tmp_path):
+    """Its last channels show pictures, and would be overwritten. The error names the folder and what to run."""
+    (tmp_path / "model").mkdir()
+    before = AutoencoderKLWan.from_config(TINY.vae | {"z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4})
+    before.save_pretrained(tmp_path / "model" / "vae")
+    options = Options(tmp_path, TINY, CPU, minutes=60, steps=1)
+    for stage in (lambda: train_vae.train(options, batch=2, clips=2), lambda: make_latents.make(options, count=1)):
+        with pytest.raises(ValueError, match=rf"vae has 4 channels, not {TINY.z_dim}: run scripts.world.grow first"):
+            stage()
+
+
 def test_the_folder_serves(run, tmp_path):
     """The stages leave a checkpoint folder that can be exported, loaded by the serving code and played."""
     total = export(run / "model", TINY, tmp_path / "world")
