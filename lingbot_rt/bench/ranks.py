@@ -46,6 +46,12 @@ class Job:
         fields = json.loads(text)
         return cls(**fields | {"config": ServeConfig(**fields["config"])})
 
+    def require(self) -> None:
+        """Raises ConfigError if the ranks do not fit the machine or the model, or the weights do not fit in memory."""
+        config = replace(self.config, load_format=DUMMY) if self.random_weights else self.config
+        require_ranks(config)
+        require_memory(config, text_encoder=not self.random_weights, offered=_OFFERED)
+
     def pipeline(self, report: Callable[[EngineStatus], None], ranks: Ranks | None = None) -> Pipeline:
         """Raises CheckpointError for a missing model, ConfigError for a missing device or attention kernel."""
         if not self.random_weights:
@@ -57,11 +63,9 @@ class Job:
 def pipeline_on_ranks(job: Job, report: Callable[[EngineStatus], None]) -> Iterator[tuple[Pipeline, Coordinator]]:
     """A pipeline on all ranks of the job, and what commands the others.
 
-    Raises EngineFailed if a rank is lost, ConfigError if the weights do not fit in memory.
+    Raises EngineFailed if a rank is lost, and as ``Job.require``.
     """
-    config = replace(job.config, load_format=DUMMY) if job.random_weights else job.config
-    require_ranks(config)
-    require_memory(config, text_encoder=not job.random_weights, offered=_OFFERED)
+    job.require()
     with _started_ranks(job) as coordinator:
 
         def on_progress(status: EngineStatus) -> None:

@@ -6,7 +6,10 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 from lingbot_rt.commands import bench_load, bench_replicas
@@ -28,7 +31,7 @@ from lingbot_rt.commands.options import (
 )
 from lingbot_rt.commands.output import say
 from lingbot_rt.config import OUTPUT_FORMATS, ServeConfig
-from lingbot_rt.errors import ConfigError
+from lingbot_rt.errors import ConfigError, EngineFailed
 
 if TYPE_CHECKING:
     from lingbot_rt.bench.pipeline import Workload
@@ -123,14 +126,18 @@ def _pipeline(args: argparse.Namespace) -> int:
         opening=opening,
     )
     jobs = [_job(args, ranks) for ranks in args.ranks]
+    for job in jobs:
+        job.require()  # all of them, before the first is measured
     if args.windows:
         windows = _measure_windows(jobs[0], workload)
         say(windows_text(windows))
         write_json(args.json, windows)
         return 0
+    # The ranks of a process write into each other's memory in its first measurement only: see peer_memory._connected.
+    measured = _measure_apart if sum(ranks > 1 for ranks in args.ranks) > 1 else _measure
     reports = []
     for job in jobs:
-        reports.append(_measure(job, workload, args.profile))
+        reports.append(measured(job, workload, args.profile))
         say(as_text(reports[-1]) + "\n")
     if len(reports) == 1:
         write_json(args.json, reports[0])
@@ -185,6 +192,15 @@ def _measure(job: Job, workload: Workload, trace: str | None) -> PipelineReport:
         if trace:
             profile_chunk(pipeline, workload, trace, coordinator)
         return report
+
+
+def _measure_apart(job: Job, workload: Workload, trace: str | None) -> PipelineReport:
+    """``_measure`` in a process of its own. Raises EngineFailed, too, if that process dies."""
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            return process.submit(_measure, job, workload, trace).result()
+    except BrokenProcessPool:
+        raise EngineFailed("the measuring process died") from None
 
 
 def _weights(job: Job) -> str:

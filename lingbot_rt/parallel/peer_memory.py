@@ -27,6 +27,11 @@ SHIFT_BYTES = 16
 _ROUND_BYTES = 2**21  # what a GPU maps at once
 
 
+_connected = False
+"""Whether this process has exchanged addresses with others. torch counts these exchanges by process, not by group: with
+a later group the ranks would wait for each other under different numbers, for ever."""
+
+
 class PeerMemory:
     """Two places on each rank's GPU that every rank may write into, used in turn.
 
@@ -103,6 +108,8 @@ class PeerMemory:
     def _take(self, place_bytes: int) -> None:
         import torch.distributed._symmetric_memory as symmetric
 
+        global _connected
+        _connected = True
         group = dist.group.WORLD
         assert group is not None, "the ranks have joined"
         self._buffer = symmetric.empty(2 * place_bytes, dtype=torch.uint8, device=self._device)
@@ -137,6 +144,8 @@ def open_peer_memory(ranks: RankGroup, device: torch.device) -> PeerMemory | Non
 
 def _missing(ranks: RankGroup) -> str:
     """Why this rank's GPU cannot write into the memory of the others; empty if it can."""
+    if _connected:
+        return "torch connects a process with one group of ranks only, and this one had another"
     if int(environment_value("LOCAL_WORLD_SIZE") or ranks.world) != ranks.world:
         return "they are on several hosts"
     try:

@@ -53,9 +53,12 @@ from scripts.world.training_loop import (
 PHASES = ("teacher", "rollout", "sharp")
 PEAK_RATE = {"teacher": 1.5e-3, "rollout": 4e-4, "sharp": 1.5e-4}
 CONTEXT_NOISE = 0.7
-"""Most noise in the contexts of teacher forcing, in half of the samples, mostly far less: generated contexts are
-imperfect too. Through much noise a context still tells the place, but what stands there must be remembered.
-"""
+"""Most noise in the contexts of teacher forcing, in half of the other samples, mostly far less: generated contexts are
+imperfect too."""
+
+FADED_SHARE = 0.35
+"""Share of the samples in teacher forcing whose contexts show next to nothing but the session's first chunk. As in a
+roll-out that blurs, they tell the place, and what stands there must be drawn from memory alone."""
 
 SERVED_SHARE = 0.7
 """Share of the noise levels in teacher forcing that are those of the schedule; the others are anywhere."""
@@ -111,14 +114,28 @@ class Discriminator(nn.Module):
 
 
 def teacher_forcing_batch(truth: TrajectoryBatch, schedule: FlowSchedule) -> DenoisingBatch:
-    """True chunks with noise, of the schedule's sigmas or of any. Contexts of half the samples get some."""
+    """True chunks with noise, of the schedule's sigmas or of any, given worn contexts."""
     shape, device = truth.latents.shape[:2], truth.latents.device
     anywhere = shift_sigma(torch.rand(shape, device=device).clamp(0.02, 1), schedule.shift)
     served = torch.rand(shape, device=device) < SERVED_SHARE
     sigma = torch.where(served, pick(served_sigmas(schedule, device), shape), anywhere)
-    amount = CONTEXT_NOISE * torch.rand(shape[0], device=device) ** 2 * (torch.rand(shape[0], device=device) < 0.5)
-    clean = add_noise(disturb_cells(truth.latents, LEFT_NOISE), amount[:, None].expand(shape))
+    clean = worn_contexts(truth.latents)
     return DenoisingBatch(truth, clean, add_noise(truth.latents, sigma), sigma, truth.weight)
+
+
+def worn_contexts(latents: Tensor) -> Tensor:
+    """True chunks [B, S, z, 3, h, w] with pictures as poor as generated ones get. Their places stay right."""
+    pictures, places = latents.split([latents.shape[2] - PLACE_CHANNELS, PLACE_CHANNELS], dim=2)
+    count, chunks, device = *latents.shape[:2], latents.device
+    noise = CONTEXT_NOISE * torch.rand(count, device=device) ** 2 * (torch.rand(count, device=device) < 0.5)
+    is_faded = torch.rand(count, device=device) < FADED_SHARE
+    fade = torch.where(is_faded, torch.rand(count, device=device).lerp(torch.ones_like(noise), 0.5), noise)
+    noise = torch.where(is_faded, fade * torch.rand(count, device=device), noise)
+    # The first chunk stays: the sink keeps showing the session's first picture.
+    later = (torch.arange(chunks, device=device) > 0) | ~is_faded[:, None]
+    fade, noise = ((level[:, None] * later)[:, :, None, None, None, None] for level in (fade, noise))
+    worn = (1 - fade) * pictures + noise * torch.randn_like(pictures)
+    return disturb_cells(torch.cat([worn, places], dim=2), LEFT_NOISE)
 
 
 def self_forcing_batch(truth: TrajectoryBatch, rollout: Rollout, schedule: FlowSchedule) -> DenoisingBatch:

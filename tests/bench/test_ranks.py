@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
+from lingbot_rt.bench import pipeline_report, ranks
+from lingbot_rt.bench.pipeline import Workload
 from lingbot_rt.bench.scaling import Measured, computed_ms
 from lingbot_rt.cli import main
+from lingbot_rt.commands import bench
+from lingbot_rt.config import ServeConfig
+from lingbot_rt.errors import CheckpointError, EngineFailed
 
 pytestmark = pytest.mark.usefixtures("preloaded_workers")
 
@@ -39,11 +45,36 @@ def test_strong_scaling_in_one_call(tmp_path, capsys):
     assert "efficiency" in printed
 
 
+@pytest.mark.parametrize(("counts", "apart"), [("1,2", False), ("2,4", True), ("1,2,4", True)])
+def test_several_ranks_twice_are_measured_apart(counts, apart, monkeypatch):
+    """GPUs connect the ranks of a process once, so that then each count has a process of its own."""
+    measured = []
+
+    def measure(name, job, *args):
+        measured.append((name, job.config.num_gpus))
+        if len(measured) == counts.count(",") + 1:
+            raise EngineFailed("enough")
+
+    for name in ("_measure", "_measure_apart"):
+        monkeypatch.setattr(bench, name, partial(measure, name))
+    monkeypatch.setattr(bench, "say", lambda text: None)
+    monkeypatch.setattr(pipeline_report, "as_text", str)
+    assert main(f"bench pipeline {SMALL} --random-weights --num-gpus {counts}".split()) == 1
+    expected = "_measure_apart" if apart else "_measure"
+    assert measured == [(expected, int(count)) for count in counts.split(",")]
+
+
+def test_an_error_of_the_measuring_process_comes_back(tmp_path):
+    job = ranks.Job(ServeConfig(model_path=str(tmp_path), device="cpu"), random_weights=False)
+    with pytest.raises(CheckpointError, match="is not a diffusers model folder"):
+        bench._measure_apart(job, Workload(), None)
+
+
 def test_more_ranks_are_computed_from_the_parts():
     """1000 ms of which 800 split and 200 do not; collectives of 40 on two ranks move 3/4 as much on four and 7/16 as
     much on eight. The two measured ones come out as they were."""
     alone, pair = Measured(1, 1000, 0), Measured(2, 400 + 200 + 40, 40)
-    assert [computed_ms(alone, pair, ranks) for ranks in (1, 2, 4, 8)] == pytest.approx(
+    assert [computed_ms(alone, pair, count) for count in (1, 2, 4, 8)] == pytest.approx(
         [1000, 640, 200 + 200 + 30, 100 + 200 + 17.5]
     )
     # More than twice as fast without the collectives: everything is split.
@@ -79,6 +110,7 @@ def test_collectives(tmp_path, capsys):
         (f"bench collectives {SMALL} --num-gpus 3", "--num-gpus 3 does not divide the 4 heads of builtin"),
         ("bench pipeline --random-weights --num-gpus 1,2 --plot x.png", "name one --num-gpus"),
         ("bench pipeline --random-weights --device cpu --num-gpus 7", "does not divide the 40 heads"),
+        (f"bench pipeline {SMALL} --random-weights --num-gpus 1,3", "--num-gpus 3 does not divide the 4 heads"),
     ],
 )
 def test_an_impossible_measurement_is_one_line(line, expected, capsys):

@@ -28,10 +28,15 @@ def late(exchange):
     return exchanged_late
 
 
-if __name__ == "__main__":
+def use_exact_convolutions() -> None:
+    """Without TF32, and always by the same kernels."""
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     torch.backends.cudnn.deterministic = True
     StreamingVAE.compile = lambda self, backend="": None
+
+
+if __name__ == "__main__":
+    use_exact_convolutions()
     RankGroup.all_to_all = late(RankGroup.all_to_all)
     PeerMemory.place = late(PeerMemory.place)  # before q, k and v are written
     PeerMemory.push_rows = late(PeerMemory.push_rows)

@@ -24,10 +24,10 @@ from .test_served import LIMIT_S, connect, messages_of, msgspec, wait_for_health
 
 
 def used_mib() -> list[int]:
-    """Memory in use on each GPU, by all processes."""
+    """Memory in use on each of the first two GPUs, by all processes."""
     if shutil.which("nvidia-smi") is None:
         return []
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--id=0,1", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     answer = subprocess.run(query, capture_output=True, text=True, timeout=LIMIT_S)
     return [int(line) for line in answer.stdout.split()] if answer.returncode == 0 else []
 

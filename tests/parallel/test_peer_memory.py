@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed._symmetric_memory as symmetric
 
+from lingbot_rt.parallel import peer_memory
 from lingbot_rt.parallel.groups import RankGroup
 from lingbot_rt.parallel.peer_memory import PeerMemory, open_peer_memory
 
@@ -30,7 +32,7 @@ class Asked(RankGroup):
         return [list(numbers), *([int(other)] for other in self._others)]
 
 
-def refused(peers: PeerMemory) -> None:
+def refused(*args) -> None:
     raise RuntimeError("the driver said no\nsecond line")
 
 
@@ -42,6 +44,7 @@ def gpus(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: True)
     monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
     monkeypatch.setattr(PeerMemory, "try_out", lambda peers: None)
+    monkeypatch.setattr(peer_memory, "_connected", False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 
 
@@ -63,10 +66,11 @@ def test_all_ranks_must_reach_each_other():
             lambda patch: patch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: other == 0),
             "GPU 1 has no access to the memory of 2",
         ),
+        (lambda patch: patch.setattr(peer_memory, "_connected", True), "with one group of ranks only"),
         (lambda patch: None, "another rank has no access"),
         (lambda patch: patch.setattr(PeerMemory, "try_out", refused), "the driver said no"),
     ],
-    ids=["hosts", "triton", "hidden", "access", "another rank", "driver"],
+    ids=["hosts", "triton", "hidden", "access", "connected", "another rank", "driver"],
 )
 def test_the_log_says_why_not(change, expected, monkeypatch, caplog):
     """One line, with the reason of rank 0 if it has one."""
@@ -84,3 +88,14 @@ def test_what_is_missing_counts_two_places():
     assert peers.missing_bytes(1) == 2 * 2**21
     peers._place_bytes = 2**22
     assert [peers.missing_bytes(count) for count in (2**22, 2**22 + 1)] == [0, 2 * 2**21]
+
+
+def test_a_process_connects_once(monkeypatch):
+    """Whatever comes of it: what counts is that torch has counted."""
+    monkeypatch.setattr(peer_memory, "_connected", False)
+    monkeypatch.setattr(symmetric, "empty", lambda *args, **options: torch.empty(0))
+    monkeypatch.setattr(symmetric, "rendezvous", refused)
+    monkeypatch.setattr(peer_memory, "dist", SimpleNamespace(group=SimpleNamespace(WORLD=object())))
+    with pytest.raises(RuntimeError, match="the driver said no"):
+        PeerMemory(Asked(True, True), CUDA)._take(2**21)
+    assert peer_memory._connected

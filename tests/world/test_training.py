@@ -372,6 +372,26 @@ def test_the_place_counts_by_its_mean_over_a_token():
     assert torch.allclose(train_dit.errors_of_chunks(disturbed - latents)[0], torch.full((2, 3), 0.25), atol=1e-5)
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_worn_contexts_keep_their_places(share, monkeypatch):
+    """Faded samples show at most half of a picture, but all of the first one. About half of the others are perfect."""
+    monkeypatch.setattr(train_dit, "FADED_SHARE", share)
+    torch.manual_seed(3)
+    latents = torch.randn(64, 3, 4 + PLACE_CHANNELS, 3, 4, 4)
+    worn = train_dit.worn_contexts(latents)
+    places = (token_means(each[:, :, 4:]) for each in (worn, latents))
+    assert torch.allclose(*places, atol=1e-5)
+    shown = ((worn * latents)[:, :, :4].mean((2, 3, 4, 5)) / latents[:, :, :4].square().mean((2, 3, 4, 5))).tolist()
+    kept = [first for first, *_ in shown]
+    if share:
+        assert kept == [1] * 64
+        assert 0.3 < max(max(later) for _, *later in shown) < 0.7  # half, and chance
+    else:
+        assert 16 <= kept.count(1) <= 48
+        assert 1 - train_dit.CONTEXT_NOISE - 0.2 < min(kept) < 0.9
+        assert all((first == 1) == (later == [1, 1]) for first, *later in shown)
+
+
 def test_the_pose_is_read_from_tokens():
     """Tokens that hold their place give no error, and only chunks that can know it count among the noisy ones."""
     torch.manual_seed(0)
