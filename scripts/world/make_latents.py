@@ -2,7 +2,8 @@
 
     python -m scripts.world.make_latents --minutes 2.5
 
-Every trajectory is rendered in two looks. A file of the run's latents/ holds, for N trajectories of n latent frames:
+Every trajectory is rendered in two looks. A file of the run's latents/ holds long ones (walks) and first chunks of
+others (starts). Of each kind, for N trajectories of n latent frames:
     latents   [N, 2, z, n, h, w]   float16, normalised; the last channels are the place (place_channels.py)
     first     [N, 2, z, 3, h, w]   float16, the latents of the image condition in the first chunk
     later     [N, 2, z, 3, h, w]   float16, those in later chunks
@@ -33,7 +34,11 @@ from scripts.world.trajectories import make_trajectory, random_actions, start_vi
 from scripts.world.whole_clip import encode, use_whole_clips
 
 CHUNKS = 24
-"""Per trajectory: as old as the errors of generated contexts become in self forcing."""
+"""Per walk: as old as the errors of generated contexts become in self forcing."""
+
+STARTS_PER_WALK = 4
+"""A session's place must be read from its first picture, which takes more of these than there are walks: a model that
+knew all of its training's was one step of direction wrong in half of the others."""
 
 STILL_SHARE = 0.08
 """Share of trajectories that press no key at all, for sessions that only look or have no camera control."""
@@ -73,7 +78,7 @@ class ClipEncoder:
 def encode_trajectories(
     encoder: ClipEncoder, renderer: Renderer, rng: np.random.Generator, count: int, chunks: int
 ) -> dict[str, Tensor]:
-    """The tensors of one file: ``count`` trajectories of ``chunks`` chunks."""
+    """``count`` trajectories of ``chunks`` chunks, as a file holds them."""
     frames = CHUNK_FRAMES * chunks
     actions = [
         still_actions(frames) if rng.random() < STILL_SHARE else random_actions(rng, frames, LONG_SHARE)
@@ -115,14 +120,14 @@ def make(options: Options, count: int, chunks: int = CHUNKS) -> None:
     rank = options.ranks.rank
     number = len(list(folder.glob(f"{rank}-*.pt")))
     while time.monotonic() - began < 60 * options.minutes and (options.steps is None or added < options.steps):
-        tensors = encode_trajectories(
-            encoder, renderer, np.random.default_rng((options.seed, 2, rank, number)), count, chunks
-        )
+        rng = np.random.default_rng((options.seed, 2, rank, number))
+        walks = encode_trajectories(encoder, renderer, rng, count, chunks)
+        starts = encode_trajectories(encoder, renderer, rng, STARTS_PER_WALK * count, 1)
         scratch = folder / f"{rank}-new"
-        torch.save(tensors, scratch)
+        torch.save({"walks": walks, "starts": starts}, scratch)
         scratch.rename(folder / f"{rank}-{number:04}.pt")
         number, added = number + 1, added + 1
-        frames = 2 * tensors["relative"].shape[0] * (4 * (CHUNK_FRAMES * chunks - 1) + 1)
+        frames = 2 * sum(len(kind["relative"]) * (4 * kind["relative"].shape[1] - 3) for kind in (walks, starts))
         rate = added * frames / (time.monotonic() - began)
         if options.ranks.is_first and (added < 4 or added % 16 == 0):
             append_line(options.run, {"stage": "latents", "files": number, "pictures_per_s": round(rate, 1)})
@@ -130,6 +135,6 @@ def make(options: Options, count: int, chunks: int = CHUNKS) -> None:
 
 if __name__ == "__main__":
     options, args = Options.parse(
-        __doc__, minutes=2.5, extra=(("--trajectories", {"type": int, "default": 8, "help": "per file"}),)
+        __doc__, minutes=2.5, extra=(("--trajectories", {"type": int, "default": 8, "help": "walks per file"}),)
     )
     make(options, args.trajectories)

@@ -65,6 +65,7 @@ class SampleIndices:
     prompt: Tensor  # [B, looks], a prompt of every look
     camera: Tensor  # [B]
     weight: Tensor  # [B, S]
+    start: Tensor  # [B], the stored start that is the first chunk; -1: the trajectory's own first chunk
 
     def to(self, device: torch.device) -> SampleIndices:
         return SampleIndices(*(getattr(self, field.name).to(device, copy=True) for field in fields(self)))
@@ -80,6 +81,22 @@ class SampleIndices:
             target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 
 
+@dataclass(frozen=True, slots=True)
+class StoredTrajectories:
+    """N encoded trajectories of n latent frames: what make_latents describes, on the device."""
+
+    latents: Tensor
+    first: Tensor
+    later: Tensor
+    relative: Tensor
+    places: Tensor
+    looks: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[dict[str, Tensor]], device: torch.device) -> StoredTrajectories:
+        return cls(*(torch.cat([part[field.name] for part in parts]).to(device) for field in fields(cls)))
+
+
 class TrajectoryDataset:
     """All encoded trajectories on the device, and encoded prompts of every look."""
 
@@ -87,11 +104,10 @@ class TrajectoryDataset:
         files = [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))]
         if not files:
             raise FileNotFoundError(f"{folder} has no trajectories: run make_latents first")
-        joined = {name: torch.cat([file[name] for file in files]) for name in files[0]}
-        self._latents, self._first, self._later, self._poses, self._places, self._looks = (
-            joined[name].to(device) for name in ("latents", "first", "later", "relative", "places", "looks")
+        self._walks, self._starts = (
+            StoredTrajectories.joined([file[kind] for file in files], device) for kind in ("walks", "starts")
         )
-        self._stands_still = (joined["relative"] == torch.eye(4)).flatten(1).all(dim=1).numpy()
+        self._stands_still = (self._walks.relative.cpu() == torch.eye(4)).flatten(1).all(dim=1).numpy()
         rng = np.random.default_rng((seed, 3))
         prompts = [sample_prompt(rng) for _ in range(NUM_PROMPTS)]
         self._rows_of_look = [
@@ -102,12 +118,12 @@ class TrajectoryDataset:
 
     @property
     def num_trajectories(self) -> int:
-        return len(self._latents)
+        return len(self._walks.latents)
 
     @property
     def latents(self) -> Tensor:
-        """[N, 2, z, n, h, w], the truth."""
-        return self._latents
+        """Of the walks, [N, 2, z, n, h, w], the truth."""
+        return self._walks.latents
 
     def places_of(self, indices: SampleIndices) -> tuple[Tensor, Tensor, slice, Tensor]:
         """The index of the samples' latents in ``latents``. It gives [B, S, 3, z, h, w]."""
@@ -125,7 +141,10 @@ class TrajectoryDataset:
         far_share: float = FAR_SHARE,
         far_position: int | None = None,
     ) -> SampleIndices:
-        """``count`` samples of ``num_chunks`` chunks. ``far_position``: of chunk 1 in the far ones; None: anywhere."""
+        """``count`` samples of ``num_chunks`` chunks. ``far_position``: of chunk 1 in the far ones; None: anywhere.
+
+        Far ones begin with a start, unless they stand still.
+        """
         first = rng.integers(self.num_trajectories, size=count)
         still = self._stands_still[first]
         chunks = np.arange(num_chunks)
@@ -135,7 +154,7 @@ class TrajectoryDataset:
         # Who stands still sees the same place later.
         other = np.where(still, first, rng.integers(self.num_trajectories, size=count))
         trajectory[far, 1:] = other[far, None]
-        stored = rng.integers(1, self._poses.shape[1] // CHUNK_FRAMES - num_chunks + 2, size=count)
+        stored = rng.integers(1, self._walks.relative.shape[1] // CHUNK_FRAMES - num_chunks + 2, size=count)
         later = rng.integers(num_chunks, MAX_SESSION_CHUNKS, size=count)
         if far_position is not None:
             later[:] = far_position
@@ -147,29 +166,38 @@ class TrajectoryDataset:
         view = np.where(chunks >= switch[:, None], 1 - look, look)
         prompt = np.stack([rng.choice(rows, size=count) for rows in self._rows_of_look], axis=1)
         camera = 1 - (still & (rng.random(count) < NO_CAMERA_SHARE)).astype(np.float32)
-        return SampleIndices(*map(torch.from_numpy, (trajectory, view, chunk, position, prompt, camera, weight)))
+        start = np.where(far & ~still, rng.integers(len(self._starts.latents), size=count), -1)
+        return SampleIndices(*map(torch.from_numpy, (trajectory, view, chunk, position, prompt, camera, weight, start)))
 
     def gather(self, indices: SampleIndices) -> TrajectoryBatch:
         """The batch of ``indices``, which must be on the dataset's device."""
+        walks, starts = self._walks, self._starts
         rows, view = indices.trajectory, indices.view
         *_, frames = places = self.places_of(indices)
         samples = torch.arange(len(rows), device=rows.device)[:, None]
+        start, look = indices.start.clamp_min(0), view[:, 0]
+
+        def begun(chunks: Tensor, of_start: Tensor) -> Tensor:
+            """``chunks`` [B, S, ...], of which the first may be that of a start."""
+            begins = (indices.start >= 0).view(-1, *[1] * (of_start.dim() - 1))
+            first = torch.where(begins, of_start, chunks[:, 0])
+            return torch.cat([first[:, None], chunks[:, 1:]], dim=1)
+
+        def condition(name: str) -> Tensor:
+            of_walk, of_start = (getattr(kind, name) for kind in (walks, starts))
+            return begun(of_walk[rows[:, :1], view[:, :1]], of_start[start, look]).float()
+
+        conditions = torch.cat([condition("first"), condition("later").expand(-1, rows.shape[1] - 1, *[-1] * 4)], dim=1)
+        mask = conditions.new_zeros(*rows.shape, MASK_CHANNELS, *conditions.shape[3:])
+        mask[:, 0, :, 0] = 1
         return TrajectoryBatch(
-            latents=self._latents[places].float().transpose(2, 3),
-            conditions=self._conditions(rows[:, 0], view[:, 0], rows.shape[1]),
-            poses=self._poses[rows[..., None], frames],
-            places=self._places[rows[..., None], frames],
+            latents=begun(walks.latents[places].transpose(2, 3), starts.latents[start, look]).float(),
+            conditions=torch.cat([mask, conditions], dim=2),
+            poses=begun(walks.relative[rows[..., None], frames], starts.relative[start]),
+            places=begun(walks.places[rows[..., None], frames], starts.places[start]),
             camera=indices.camera,
             prompts=self._prompts[indices.prompt.flatten()],
-            prompt_of=len(LOOKS) * samples + self._looks[rows, view],
+            prompt_of=len(LOOKS) * samples + begun(walks.looks[rows, view], starts.looks[start, look]),
             start_frames=CHUNK_FRAMES * indices.position,
             weight=indices.weight,
         )
-
-    def _conditions(self, trajectory_B: Tensor, view_B: Tensor, num_chunks: int) -> Tensor:
-        first = self._first[trajectory_B, view_B].float()[:, None]
-        later = self._later[trajectory_B, view_B].float()[:, None].expand(-1, num_chunks - 1, -1, -1, -1, -1)
-        latents = torch.cat([first, later], dim=1)
-        mask = latents.new_zeros(*latents.shape[:2], MASK_CHANNELS, *latents.shape[3:])
-        mask[:, 0, :, 0] = 1
-        return torch.cat([mask, latents], dim=2)

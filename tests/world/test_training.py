@@ -100,14 +100,16 @@ def test_the_decoder_alone(run, tmp_path):
 
 
 def test_trajectories_are_added(run):
-    """A second call of make_latents adds a file of other trajectories."""
+    """A second call of make_latents adds a file of other trajectories, long ones and first chunks."""
     first, second = (torch.load(path, weights_only=True) for path in sorted((run / "latents").glob("*.pt")))
-    assert first["latents"].shape == (1, 2, TINY.z_dim, 12, 4, 4)
-    assert not torch.equal(first["relative"], second["relative"])
-    places = place_features(first["places"])[:, None].expand(-1, 2, -1, -1).transpose(2, 3)
-    assert torch.allclose(first["latents"][:, :, -PLACE_CHANNELS:].float(), places[..., None, None], atol=1e-3)
-    assert first["latents"][:, :, :-PLACE_CHANNELS].float().std() > 0.1
-    assert not first["first"][:, :, -PLACE_CHANNELS:].any()
+    assert first["walks"]["latents"].shape == (1, 2, TINY.z_dim, 12, 4, 4)
+    assert first["starts"]["latents"].shape == (make_latents.STARTS_PER_WALK, 2, TINY.z_dim, 3, 4, 4)
+    for kind, stored in first.items():
+        assert not torch.equal(stored["places"], second[kind]["places"])
+        places = place_features(stored["places"])[:, None].expand(-1, 2, -1, -1).transpose(2, 3)
+        assert torch.allclose(stored["latents"][:, :, -PLACE_CHANNELS:].float(), places[..., None, None], atol=1e-3)
+        assert stored["latents"][:, :, :-PLACE_CHANNELS].float().std() > 0.1
+        assert not stored["first"][:, :, -PLACE_CHANNELS:].any()
 
 
 def test_the_vae_leaves_the_place_channels_alone(run):
@@ -157,23 +159,27 @@ def test_large_parts_are_split(tmp_path, monkeypatch):
 
 
 def dataset_of(folder: Path, stored: int, chunks: int) -> TrajectoryDataset:
-    """Trajectories whose latents are 600 x trajectory + 100 x look + frame."""
-    code = 600 * torch.arange(stored)[:, None, None] + 100 * torch.arange(2)[:, None] + torch.arange(3 * chunks)
-    file = {
-        "latents": code[:, :, None, :, None, None].expand(-1, -1, TINY.z_dim, -1, 4, 4).half(),
-        "first": torch.full((stored, 2, TINY.z_dim, 3, 4, 4), 7).half(),
-        "later": torch.full((stored, 2, TINY.z_dim, 3, 4, 4), 9).half(),
-        "relative": torch.eye(4).expand(stored, 3 * chunks, 4, 4),
-        "places": torch.zeros(stored, 3 * chunks, 4),
-        "looks": torch.tensor([[0, 1]] * stored),
-    }
-    torch.save(file, folder / "0000.pt")
+    """Walks whose latents are 600 x trajectory + 100 x look + frame, and a start with another 1800."""
+    walks = stored_of(stored, chunks, 0)
+    torch.save({"walks": walks, "starts": stored_of(1, 1, 1800)}, folder / "0000.pt")
 
     class Words:
         def encode(self, prompt: str) -> torch.Tensor:
             return torch.full((1, 2, 3), float(len(prompt)))
 
     return TrajectoryDataset(folder, Words(), CPU, seed=0)  # type: ignore[arg-type]
+
+
+def stored_of(stored: int, chunks: int, more: int) -> dict[str, torch.Tensor]:
+    code = more + 600 * torch.arange(stored)[:, None, None] + 100 * torch.arange(2)[:, None] + torch.arange(3 * chunks)
+    return {
+        "latents": code[:, :, None, :, None, None].expand(-1, -1, TINY.z_dim, -1, 4, 4).half(),
+        "first": torch.full((stored, 2, TINY.z_dim, 3, 4, 4), more + 7).half(),
+        "later": torch.full((stored, 2, TINY.z_dim, 3, 4, 4), more + 9).half(),
+        "relative": 2 * torch.eye(4).expand(stored, 3 * chunks, 4, 4),  # not the identity: nobody stands still
+        "places": torch.full((stored, 3 * chunks, 4), float(more)),
+        "looks": torch.tensor([[0, 1]] * stored) + 2 * (more > 0),
+    }
 
 
 def test_generated_chunks_replace_the_true_ones(tmp_path):
@@ -210,8 +216,16 @@ def test_samples_of_the_dataset(tmp_path):
     assert torch.equal(batch.weight[far][0], torch.tensor([1.0, 0.0, 0.0, 1.0]))
     assert (batch.weight[~far] == 1).all()
     assert torch.equal(frame[~far], batch.start_frames[~far].float())
-    assert (batch.conditions[:, 0, 4:] == 7).all()
-    assert (batch.conditions[:, 1:, 4:] == 9).all()
+    # A far sample that moves begins with a start, which the picture of all its conditions shows.
+    looks = batch.prompt_of % 4
+    for begins, some in ((0, ~far), (1800, far)):
+        assert ((code[some, 0, 0] >= 1800) == (begins > 0)).all()
+        assert (batch.conditions[some, 0, 4:] == begins + 7).all()
+        assert (batch.conditions[some, 1:, 4:] == begins + 9).all()
+        assert (batch.places[some, 0] == begins).all()
+        assert ((looks[some, 0] >= 2) == (begins > 0)).all()
+    assert (looks[:, 1:] < 2).all()
+    assert (batch.places[:, 1:] == 0).all()
     assert batch.conditions[0, :, 0, :, 0, 0].tolist() == [[1, 0, 0]] + [[0, 0, 0]] * (num_chunks - 1)
 
 
