@@ -30,13 +30,13 @@ PRESETS = {
                 "pink tree, a path through green meadows."),
     "gate": ("Red gate", 0.0, 1.9, 180, "day", "A path leads through a red gate on a bright day, a lighthouse and a "
              "dark pine beside it, white clouds in a blue sky."),
-    "windmill": ("Windmill", 2.6, 1.7, 20, "day", "A white windmill with a blue cap in green meadows, mountains behind "
+    "windmill": ("Windmill", 2.6, 1.7, 18, "day", "A white windmill with a blue cap in green meadows, mountains behind "
                  "it, a clear sunny day."),
-    "sunset": ("Evening", 0.3, 2.1, 40, "sunset", "A house with a red roof at sunset, warm light, lamps in the "
+    "sunset": ("Evening", 0.3, 2.1, 42, "sunset", "A house with a red roof at sunset, warm light, lamps in the "
                "windows, a pink and orange sky."),
     "night": ("Night", 2.0, 2.4, 0, "night", "A tower with lit windows at night, a pine and a lighthouse in the dark, "
               "stars in the sky."),
-    "snow": ("First snow", 0.1, 2.0, 50, "snow", "A house in winter, fresh snow on its roof and on the meadows, a "
+    "snow": ("First snow", 0.1, 2.0, 48, "snow", "A house in winter, fresh snow on its roof and on the meadows, a "
              "windmill far away in the mist."),
 }  # fmt: skip
 
