@@ -94,7 +94,7 @@ def test_collectives(tmp_path, capsys):
     # Rank 0 has 38 of the tokens and half of the heads; the rest is in float32.
     assert packed["moved_mb"] == pytest.approx(38 * 3 * 2 * 64 / 1e6)
     assert attended["moved_mb"] == pytest.approx(38 * 2 * 64 * 4 / 1e6)
-    assert flow["moved_mb"] == pytest.approx(38 * 24 * 4 * 4 / 1e6)
+    assert flow["moved_mb"] == pytest.approx(38 * 41 * 4 * 4 / 1e6)
     assert [one["calls"] for one in written["exchanges"]] == [12 * 3, 12 * 3 - 1, 2, 3]
     # Half of the four pixel frames of a latent frame, float32.
     assert pixels["moved_mb"] == pytest.approx(40 * 80 * 3 * 4 * 4 / 1e6)
