@@ -46,11 +46,17 @@ class Job:
         fields = json.loads(text)
         return cls(**fields | {"config": ServeConfig(**fields["config"])})
 
-    def require(self) -> None:
-        """Raises ConfigError if the ranks do not fit the machine or the model, or the weights do not fit in memory."""
-        config = replace(self.config, load_format=DUMMY) if self.random_weights else self.config
-        require_ranks(config)
-        require_memory(config, text_encoder=not self.random_weights, offered=_OFFERED)
+    @property
+    def _loaded(self) -> ServeConfig:
+        return replace(self.config, load_format=DUMMY) if self.random_weights else self.config
+
+    def require_ranks(self) -> None:
+        """Raises ConfigError if the ranks do not fit the machine or the model."""
+        require_ranks(self._loaded)
+
+    def require_memory(self) -> None:
+        """Raises ConfigError if the weights do not fit in memory."""
+        require_memory(self._loaded, text_encoder=not self.random_weights, offered=_OFFERED)
 
     def pipeline(self, report: Callable[[EngineStatus], None], ranks: Ranks | None = None) -> Pipeline:
         """Raises CheckpointError for a missing model, ConfigError for a missing device or attention kernel."""
@@ -63,9 +69,10 @@ class Job:
 def pipeline_on_ranks(job: Job, report: Callable[[EngineStatus], None]) -> Iterator[tuple[Pipeline, Coordinator]]:
     """A pipeline on all ranks of the job, and what commands the others.
 
-    Raises EngineFailed if a rank is lost, and as ``Job.require``.
+    Raises EngineFailed if a rank is lost, ConfigError if the weights do not fit in memory.
     """
-    job.require()
+    job.require_ranks()
+    job.require_memory()
     with _started_ranks(job) as coordinator:
 
         def on_progress(status: EngineStatus) -> None:

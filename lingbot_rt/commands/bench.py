@@ -6,10 +6,8 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from multiprocessing import get_context
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lingbot_rt.commands import bench_load, bench_replicas
@@ -31,7 +29,7 @@ from lingbot_rt.commands.options import (
 )
 from lingbot_rt.commands.output import say
 from lingbot_rt.config import OUTPUT_FORMATS, ServeConfig
-from lingbot_rt.errors import ConfigError, EngineFailed
+from lingbot_rt.errors import ConfigError
 
 if TYPE_CHECKING:
     from lingbot_rt.bench.pipeline import Workload
@@ -100,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _pipeline(args: argparse.Namespace) -> int:
     from lingbot_rt.bench import scaling
+    from lingbot_rt.bench.apart import in_a_process
     from lingbot_rt.bench.chart import bar_chart
     from lingbot_rt.bench.figures import write_json
     from lingbot_rt.bench.pipeline import Workload
@@ -127,17 +126,17 @@ def _pipeline(args: argparse.Namespace) -> int:
     )
     jobs = [_job(args, ranks) for ranks in args.ranks]
     for job in jobs:
-        job.require()  # all of them, before the first is measured
+        job.require_ranks()  # all of them, before the first is measured
     if args.windows:
         windows = _measure_windows(jobs[0], workload)
         say(windows_text(windows))
         write_json(args.json, windows)
         return 0
-    # The ranks of a process write into each other's memory in its first measurement only: see peer_memory._connected.
-    measured = _measure_apart if sum(ranks > 1 for ranks in args.ranks) > 1 else _measure
+    # The ranks of a process write into each other's memory in its first measurement only.
+    measure = partial(in_a_process, _measure) if sum(ranks > 1 for ranks in args.ranks) > 1 else _measure
     reports = []
     for job in jobs:
-        reports.append(measured(job, workload, args.profile))
+        reports.append(measure(job, workload, args.profile))
         say(as_text(reports[-1]) + "\n")
     if len(reports) == 1:
         write_json(args.json, reports[0])
@@ -192,15 +191,6 @@ def _measure(job: Job, workload: Workload, trace: str | None) -> PipelineReport:
         if trace:
             profile_chunk(pipeline, workload, trace, coordinator)
         return report
-
-
-def _measure_apart(job: Job, workload: Workload, trace: str | None) -> PipelineReport:
-    """``_measure`` in a process of its own. Raises EngineFailed, too, if that process dies."""
-    try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            return process.submit(_measure, job, workload, trace).result()
-    except BrokenProcessPool:
-        raise EngineFailed("the measuring process died") from None
 
 
 def _weights(job: Job) -> str:

@@ -28,8 +28,8 @@ _ROUND_BYTES = 2**21  # what a GPU maps at once
 
 
 _connected = False
-"""Whether this process has exchanged addresses with others. torch counts these exchanges by process, not by group: with
-a later group the ranks would wait for each other under different numbers, for ever."""
+"""Whether this process has exchanged addresses with others. torch counts these exchanges by process, not by group: in a
+later group the ranks would wait for each other under different numbers until the store's time limit."""
 
 
 class PeerMemory:

@@ -38,7 +38,7 @@ CHUNKS = 24
 
 STARTS_PER_WALK = 4
 """A session's place must be read from its first picture, which takes more of these than there are walks: a model that
-knew all of its training's was one step of direction wrong in half of the others."""
+was right in all pictures it was trained on was one step of direction wrong in half of the others."""
 
 STILL_SHARE = 0.08
 """Share of trajectories that press no key at all, for sessions that only look or have no camera control."""

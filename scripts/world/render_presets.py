@@ -25,7 +25,7 @@ QUALITY = 84
 
 _STEADY = "Steady camera at eye height."
 PRESETS = {
-    # id: name, x, z, yaw, look, prompt
+    # id: name, x, z, yaw, look, prompt. The yaw is one that keys reach, as in all walks of the training.
     "village": ("Village", 1.0, 1.9, 60, "day", "A village on a sunny day, a tower with a violet roof, a windmill, a "
                 "pink tree, a path through green meadows."),
     "gate": ("Red gate", 0.0, 1.9, 180, "day", "A path leads through a red gate on a bright day, a lighthouse and a "

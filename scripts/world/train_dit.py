@@ -8,7 +8,7 @@ Each phase ends by writing transformer/ of the run's model/, which is then a who
 transformer/ that is there, if any. All minimise the squared error of the velocity of noisy chunks, given clean chunks
 as context. They differ in the chunks:
 
-teacher   the true latents with noise of any level; contexts get a little noise too
+teacher   the true latents with noise of any level; contexts are worn, some of them to next to nothing
 rollout   chunks that the model generated with the serving code, so that it learns to continue from its own pictures;
           their true latents are known, because the world never changes. Half of the sessions are at their beginning,
           the others anywhere in the world long after it; these continue from what earlier roll-outs made there
@@ -129,8 +129,9 @@ def worn_contexts(latents: Tensor) -> Tensor:
     count, chunks, device = *latents.shape[:2], latents.device
     noise = CONTEXT_NOISE * torch.rand(count, device=device) ** 2 * (torch.rand(count, device=device) < 0.5)
     is_faded = torch.rand(count, device=device) < FADED_SHARE
-    fade = torch.where(is_faded, torch.rand(count, device=device).lerp(torch.ones_like(noise), 0.5), noise)
-    noise = torch.where(is_faded, fade * torch.rand(count, device=device), noise)
+    fade = torch.where(is_faded, 0.7 + 0.3 * torch.rand(count, device=device), noise)
+    # At least half as much as is missing: a network undoes what only gets weaker.
+    noise = torch.where(is_faded, fade * (0.5 + 0.5 * torch.rand(count, device=device)), noise)
     # The first chunk stays: the sink keeps showing the session's first picture.
     later = (torch.arange(chunks, device=device) > 0) | ~is_faded[:, None]
     fade, noise = ((level[:, None] * later)[:, :, None, None, None, None] for level in (fade, noise))

@@ -104,6 +104,8 @@ class TrajectoryDataset:
         files = [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))]
         if not files:
             raise FileNotFoundError(f"{folder} has no trajectories: run make_latents first")
+        if any("starts" not in file for file in files):
+            raise ValueError(f"{folder} has files without starts, of an older version: delete it and run make_latents")
         self._walks, self._starts = (
             StoredTrajectories.joined([file[kind] for file in files], device) for kind in ("walks", "starts")
         )
@@ -185,13 +187,13 @@ class TrajectoryDataset:
 
         def condition(name: str) -> Tensor:
             of_walk, of_start = (getattr(kind, name) for kind in (walks, starts))
-            return begun(of_walk[rows[:, :1], view[:, :1]], of_start[start, look]).float()
+            return begun(of_walk[rows[:, :1], view[:, :1]].float(), of_start[start, look].float())
 
         conditions = torch.cat([condition("first"), condition("later").expand(-1, rows.shape[1] - 1, *[-1] * 4)], dim=1)
         mask = conditions.new_zeros(*rows.shape, MASK_CHANNELS, *conditions.shape[3:])
         mask[:, 0, :, 0] = 1
         return TrajectoryBatch(
-            latents=begun(walks.latents[places].transpose(2, 3), starts.latents[start, look]).float(),
+            latents=begun(walks.latents[places].transpose(2, 3).float(), starts.latents[start, look].float()),
             conditions=torch.cat([mask, conditions], dim=2),
             poses=begun(walks.relative[rows[..., None], frames], starts.relative[start]),
             places=begun(walks.places[rows[..., None], frames], starts.places[start]),

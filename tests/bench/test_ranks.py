@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from functools import partial
+from textwrap import dedent
 
 import pytest
 
-from lingbot_rt.bench import pipeline_report, ranks
-from lingbot_rt.bench.pipeline import Workload
+from lingbot_rt.bench import apart, pipeline_report
 from lingbot_rt.bench.scaling import Measured, computed_ms
 from lingbot_rt.cli import main
 from lingbot_rt.commands import bench
-from lingbot_rt.config import ServeConfig
-from lingbot_rt.errors import CheckpointError, EngineFailed
+from lingbot_rt.errors import ConfigError, EngineFailed
+from tests.parallel.test_serve import is_alive
 
 pytestmark = pytest.mark.usefixtures("preloaded_workers")
 
@@ -45,29 +49,78 @@ def test_strong_scaling_in_one_call(tmp_path, capsys):
     assert "efficiency" in printed
 
 
-@pytest.mark.parametrize(("counts", "apart"), [("1,2", False), ("2,4", True), ("1,2,4", True)])
-def test_several_ranks_twice_are_measured_apart(counts, apart, monkeypatch):
+@pytest.mark.parametrize(("counts", "is_apart"), [("1,2", False), ("2,4", True), ("1,2,4", True)])
+def test_several_ranks_twice_are_measured_apart(counts, is_apart, monkeypatch):
     """GPUs connect the ranks of a process once, so that then each count has a process of its own."""
     measured = []
 
-    def measure(name, job, *args):
-        measured.append((name, job.config.num_gpus))
+    def measure(where, job, *args):
+        measured.append((where, job.config.num_gpus))
         if len(measured) == counts.count(",") + 1:
             raise EngineFailed("enough")
 
-    for name in ("_measure", "_measure_apart"):
-        monkeypatch.setattr(bench, name, partial(measure, name))
+    monkeypatch.setattr(bench, "_measure", partial(measure, "here"))
+    monkeypatch.setattr(apart, "in_a_process", lambda function, *args: measure("apart", *args))
     monkeypatch.setattr(bench, "say", lambda text: None)
     monkeypatch.setattr(pipeline_report, "as_text", str)
     assert main(f"bench pipeline {SMALL} --random-weights --num-gpus {counts}".split()) == 1
-    expected = "_measure_apart" if apart else "_measure"
-    assert measured == [(expected, int(count)) for count in counts.split(",")]
+    assert measured == [("apart" if is_apart else "here", int(count)) for count in counts.split(",")]
 
 
-def test_an_error_of_the_measuring_process_comes_back(tmp_path):
-    job = ranks.Job(ServeConfig(model_path=str(tmp_path), device="cpu"), random_weights=False)
-    with pytest.raises(CheckpointError, match="is not a diffusers model folder"):
-        bench._measure_apart(job, Workload(), None)
+class Deadly:
+    """Ends the process that reads it."""
+
+    def __reduce__(self):
+        return os._exit, (3,)
+
+
+def test_a_process_apart():
+    """Its result, its error or its end comes back."""
+    assert apart.in_a_process(divmod, 7, 2) == (3, 1)
+    with pytest.raises(ConfigError, match="names no model") as caught:
+        apart.in_a_process(fail, "names no model")
+    assert caught.value.field == "model"
+    with pytest.raises(EngineFailed, match="has died"):
+        apart.in_a_process(len, Deadly())
+
+
+def fail(text: str) -> None:
+    raise ConfigError(text, field="model")
+
+
+def test_a_process_apart_ends_with_its_parent(tmp_path):
+    """Also when the parent is killed and can say nothing."""
+    code = f"""
+        import os, time
+        from pathlib import Path
+        from lingbot_rt.bench.apart import in_a_process
+
+        def work(path):
+            Path(path).write_text(str(os.getpid()))
+            time.sleep(600)
+
+        if __name__ == "__main__":
+            in_a_process(work, {str(tmp_path / "pid")!r})
+    """
+    script = tmp_path / "parent.py"
+    script.write_text(dedent(code))
+    parent = subprocess.Popen([sys.executable, script])
+    try:
+        pid = int(eventually(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()))
+        assert is_alive(pid)
+    finally:
+        parent.kill()
+        parent.wait()
+    eventually(lambda: not is_alive(pid))
+
+
+def eventually(found):
+    """The first true result of ``found()``, within a minute."""
+    limit = time.monotonic() + 60
+    while not (result := found()):
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    return result
 
 
 def test_more_ranks_are_computed_from_the_parts():

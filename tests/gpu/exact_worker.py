@@ -1,4 +1,4 @@
-"""A worker that computes as the tests' own process does: ``python exact_worker.py CONFIG``.
+"""A worker that computes exactly: ``python exact_worker.py CONFIG``.
 
 Its convolutions are exact, its VAE is not compiled, and it is late for every exchange.
 """

@@ -24,12 +24,16 @@ from .test_served import LIMIT_S, connect, messages_of, msgspec, wait_for_health
 
 
 def used_mib() -> list[int]:
-    """Memory in use on each of the first two GPUs, by all processes."""
+    """Memory in use on each of this process's first two GPUs, by all processes."""
     if shutil.which("nvidia-smi") is None:
         return []
-    query = ["nvidia-smi", "--id=0,1", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     answer = subprocess.run(query, capture_output=True, text=True, timeout=LIMIT_S)
-    return [int(line) for line in answer.stdout.split()] if answer.returncode == 0 else []
+    if answer.returncode:
+        return []
+    used = [int(line) for line in answer.stdout.split()]
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (used if seen is None else [used[int(card)] for card in seen.split(",")])[:2]
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(len(used_mib()) < 2, reason="fewer than two GPUs")]
