@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import TYPE_CHECKING
 
 from lingbot_rt.commands import bench_load, bench_replicas
@@ -133,10 +132,11 @@ def _pipeline(args: argparse.Namespace) -> int:
         write_json(args.json, windows)
         return 0
     # The ranks of a process write into each other's memory in its first measurement only.
-    measure = partial(in_a_process, _measure) if sum(ranks > 1 for ranks in args.ranks) > 1 else _measure
+    is_apart = sum(ranks > 1 for ranks in args.ranks) > 1
     reports = []
     for job in jobs:
-        reports.append(measure(job, workload, args.profile))
+        task = job, workload, args.profile
+        reports.append(in_a_process(_measure, *task) if is_apart else _measure(*task))
         say(as_text(reports[-1]) + "\n")
     if len(reports) == 1:
         write_json(args.json, reports[0])
