@@ -131,7 +131,7 @@ def test_what_fits_or_is_not_known_is_not_refused(free, on_gpu):
     ("line", "expected"),
     [
         ("bench pipeline --random-weights", "use --quantization fp8"),
-        ("bench pipeline --random-weights --num-gpus 1,2,4", "use --quantization fp8"),
+        ("bench pipeline --random-weights --num-gpus 1,2", "use --quantization fp8"),
         ("bench pipeline --random-weights --num-gpus 4", "use --quantization fp8 --num-gpus 1"),
         ("bench targets", "no option makes it fit"),
         (f"generate --model-path {LINGBOT_WORLD_FAST} --load-format dummy --out new", "no option makes it fit"),
