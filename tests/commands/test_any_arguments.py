@@ -56,6 +56,7 @@ def nothing_runs(monkeypatch):
         "commands.local_engine.started_engine",
         "commands.serve._serve",
         "commands.doctor._memory",
+        "bench.apart.in_a_process",
         "bench.ranks.pipeline_on_ranks",
         "bench.ranks.measure_on_ranks",
         "bench.targets.measure_targets",
