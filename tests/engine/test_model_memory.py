@@ -131,7 +131,7 @@ def test_what_fits_or_is_not_known_is_not_refused(free, on_gpu):
     ("line", "expected"),
     [
         ("bench pipeline --random-weights", "use --quantization fp8"),
-        ("bench pipeline --random-weights --num-gpus 1,2", "use --quantization fp8"),
+        ("bench pipeline --random-weights --num-gpus 1,2,4", "use --quantization fp8"),
         ("bench pipeline --random-weights --num-gpus 4", "use --quantization fp8 --num-gpus 1"),
         ("bench targets", "no option makes it fit"),
         (f"generate --model-path {LINGBOT_WORLD_FAST} --load-format dummy --out new", "no option makes it fit"),
@@ -141,6 +141,8 @@ def test_what_fits_or_is_not_known_is_not_refused(free, on_gpu):
 def test_commands_refuse_before_they_allocate(free, monkeypatch, capsys, tmp_path, line, expected):
     """On a machine with 22 GB free: one line, exit code 2, and no weight gets memory."""
     free(22)
+    # Where another process would measure, this one does: the patches are its own.
+    monkeypatch.setattr("lingbot_rt.bench.apart.in_a_process", lambda function, *args: function(*args))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lingbot_rt.models.checkpoint._allocate", lambda *args: pytest.fail("memory was taken"))
     assert main([*line.split(), "--device", "cpu"]) == 2

@@ -27,13 +27,15 @@ def used_mib() -> list[int]:
     """Memory in use on each of this process's first two GPUs, by all processes."""
     if shutil.which("nvidia-smi") is None:
         return []
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=LIMIT_S)
-    if answer.returncode:
-        return []
-    used = [int(line) for line in answer.stdout.split()]
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (used if seen is None else [used[int(card)] for card in seen.split(",")])[:2]
+    query = [
+        "nvidia-smi",
+        *([] if seen is None else [f"--id={seen}"]),
+        "--query-gpu=memory.used",
+        "--format=csv,noheader,nounits",
+    ]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=LIMIT_S)
+    return [int(line) for line in answer.stdout.split() if line.isdigit()][:2]
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(len(used_mib()) < 2, reason="fewer than two GPUs")]

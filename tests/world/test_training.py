@@ -160,7 +160,7 @@ def test_large_parts_are_split(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
-def dataset_of(folder, stored: int, chunks: int, still: int | None = None) -> TrajectoryDataset:
+def dataset_of(folder: Path, stored: int, chunks: int, still: int | None = None) -> TrajectoryDataset:
     """``stored`` walks, of which number ``still`` stands still, and two starts, coded as ``stored_of`` says."""
     walks, starts = stored_of(stored, chunks, 0), stored_of(2, 1, 1000)
     if still is not None:
