@@ -105,6 +105,12 @@ class ServeConfig:
         choices=("auto", "false"),
         group="device",
     )
+    cuda_graphs: str = _option(
+        "auto",
+        "auto: on a GPU, forwards of a full window are launched as CUDA graphs; false: kernel by kernel",
+        choices=("auto", "false"),
+        group="device",
+    )
     rank_timeout_s: float = _option(
         30.0,
         "seconds within which the service ends after one of its processes dies, fails or hangs",

@@ -246,6 +246,12 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
             "error `capacity` when the compilation in work ends; one that does not end counts as a hang",
         ),
         Limit("compiled shapes per function", "models.dit:COMPILED_SHAPES", "", "further shapes run uncompiled"),
+        Limit(
+            "forwards kept as CUDA graphs",
+            "models.captured_forward:MOST_GRAPHS",
+            "",
+            "the one unused for longest is dropped, and captured again if it comes back",
+        ),
         Limit("pairs interpolated at once", "postprocess.interpolate:_PAIRS_AT_ONCE", "", "the others follow"),
     ),
     "kept": (

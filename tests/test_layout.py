@@ -28,6 +28,7 @@ MANY_PARAMETERS = {
     # Triton kernels: pointers, strides and constants, passed by name in one place each.
     "lingbot_rt.models.fused_kernels._residual_norm",
     "lingbot_rt.models.fused_kernels._project_heads",
+    "lingbot_rt.models.fused_kernels._store_rows",
 }
 """Functions that may pass MAX_PARAMETERS, each with its reason."""
 

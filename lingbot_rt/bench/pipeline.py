@@ -71,10 +71,14 @@ class Workload:
         return plan
 
     def warm_chunks(self, plan: SessionPlan) -> int:
-        """Chunks that run before the first measured one: at least 6 unless ``warm`` says otherwise."""
+        """Chunks that run before the first measured one: at least 6 unless ``warm`` says otherwise.
+
+        The last one's window is full for the second time: its context pass is captured as a CUDA graph then.
+        """
         if self.opening:
             return OPENING_CHUNKS
-        return max(-(-plan.window_frames // plan.latent_frames), MIN_WARM_CHUNKS) if self.warm is None else self.warm
+        filling = -(-plan.window_frames // plan.latent_frames)
+        return max(filling + 1, MIN_WARM_CHUNKS) if self.warm is None else self.warm
 
     def measured_chunks(self) -> int:
         """Chunks to measure; with ``opening`` rounded down to whole sessions of four, at least one."""

@@ -33,6 +33,7 @@ DEVICE_OPTIONS = (
     "attention_backend",
     "vae_parallel",
     "peer_memory",
+    "cuda_graphs",
 )
 """The options of ``serve`` that change the pipeline's steps or speed."""
 
@@ -61,7 +62,7 @@ def add_pipeline_options(parser: argparse.ArgumentParser) -> None:
         "--warm",
         type=non_negative_int,
         metavar="N",
-        help="warm-up chunks (default: as many as fill the window, at least 6)",
+        help="warm-up chunks (default: one more than fill the window, at least 6)",
     )
     parser.add_argument(
         "--case",

@@ -75,7 +75,6 @@ class ChunkForward:
 
 def commit_again(pipeline: Pipeline, session: SessionState, chunk: KeptChunk, text_kv: TextKV) -> None:
     """Computes the K/V of an older chunk for another prompt."""
-    # The forward is held by no name: its camera modulation is freed before that of the next chunk is computed.
     ChunkForward.of(pipeline, session, chunk.index, text_kv, chunk.relative_poses, chunk.lenses).commit_again(
         to_device(chunk.latents, pipeline.device)
     )

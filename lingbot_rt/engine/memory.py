@@ -38,6 +38,7 @@ class MemoryPlan:
     postprocess_bytes: int  # of upscaling and interpolation, which run beside the forward
     vae_bytes: int = 0  # weights of the second VAE, while they are still to be made
     features_bytes: int = 0  # part of chunk_bytes, which leaves the device with the window
+    forward_bytes: int = 0  # part of chunk_bytes: activations of a forward
 
     @property
     def beside_window_bytes(self) -> int:
@@ -103,6 +104,7 @@ def session_memory(
         chunk_bytes=camera + latents + max(features + forward, decode),
         postprocess_bytes=0,
         features_bytes=features,
+        forward_bytes=forward,
     )
 
 
@@ -126,10 +128,12 @@ def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
     planned = session_memory(setup, plan.size, plan.latent_frames, plan.window_frames, branches)
     tokens = plan.latent_frames * plan.size.tokens_per_frame
     qkv_bytes = setup.config.dim * (setup.dtype.itemsize + 2 * setup.window_dtype.itemsize)
-    exchanged = pipeline.dit.window_attention.missing_bytes(tokens, qkv_bytes)
+    dit = pipeline.dit
+    exchanged = dit.window_attention.missing_bytes(tokens, qkv_bytes)
+    captured = 0 if dit.captured is None else dit.captured.missing_bytes(planned.forward_bytes)
     return replace(
         planned,
-        chunk_bytes=planned.chunk_bytes + exchanged,
+        chunk_bytes=planned.chunk_bytes + exchanged + captured,
         postprocess_bytes=pipeline.open_postprocessor(plan).memory_bytes(),
         vae_bytes=0 if half is None else half.missing_bytes,
     )
@@ -154,6 +158,10 @@ class Room(NamedTuple):
 def share_room(pipeline: Pipeline, plan: SessionPlan, needed: MemoryPlan | None = None) -> list[Room]:
     """The session's Room on each rank. Every rank must call it. ``needed``: this rank's plan_memory, if known."""
     needed = needed or plan_memory(pipeline, plan)
+    captured = pipeline.dit.captured
+    if captured is not None and captured.nbytes and needed.total_bytes > _own_free_bytes(pipeline):
+        captured.clear()  # most of it is of sessions that have ended
+        needed = plan_memory(pipeline, plan)
     own = Room(needed.window_bytes, needed.beside_window_bytes, _own_free_bytes(pipeline))
     return [Room(*numbers) for numbers in pipeline.ranks.share(own)]
 
@@ -227,7 +235,10 @@ def _ask(pipeline: Pipeline, plan: SessionPlan, needed: MemoryPlan, coordinator:
 def _own_free_bytes(pipeline: Pipeline) -> int:
     """Free bytes for this rank. On a CPU all ranks share the same memory."""
     free = free_bytes(pipeline.device)
-    return free // pipeline.ranks.world if pipeline.device.type == "cpu" else free
+    if pipeline.device.type == "cpu":
+        return free // pipeline.ranks.world
+    captured = pipeline.dit.captured
+    return free if captured is None else max(0, free - captured.nbytes)
 
 
 def describe_share(pipeline: Pipeline) -> str:

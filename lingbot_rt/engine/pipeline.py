@@ -167,6 +167,9 @@ def _assembled(config: ServeConfig, folder: CheckpointFolder, networks: Networks
     if compiled:
         set_compile_cache(config.compile_cache)
         compile_networks(dit, vae, device, kv_cache_dtype)
+    # Weights that come and go with every forward have no fixed place.
+    if dit.fused_ops is not None and config.cuda_graphs == "auto" and not config.dit_cpu_offload:
+        dit.capture_forwards(device)
 
     def set_up(other: StreamingVAE) -> Decoding:
         other_decode = parallelize_decoder(other, ranks, config.vae_parallel)

@@ -6,7 +6,8 @@ Shapes: B batch, N query tokens, M key tokens, H heads, D head_dim. There is no 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -76,11 +77,23 @@ class ProjectedChunk(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def write(self, tokens: slice, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, shifts_P: Tensor | None = None) -> None:
-        """Writes those of ``tokens``, rounded to the types of the tensors given. H may be two dimensions.
+    def write(
+        self,
+        q_NHD: Tensor,
+        k_NHD: Tensor,
+        v_NHD: Tensor,
+        *,
+        rows_N: Tensor | None = None,
+        shifts_P: Tensor | None = None,
+    ) -> None:
+        """Writes them, rounded to the types of the tensors given. H may be two dimensions.
 
-        ``shifts_P``: the tensors are for this rank's heads, and those of others are written that far away from them.
+        ``rows_N``: the rows of ``k_NHD`` and ``v_NHD`` that take each token's; -1: none. ``shifts_P``: the tensors are
+        for this rank's heads, and those of others are written that far away from them.
         """
+
+    def store_rows(self, rows_N: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
+        """Copies each token's row [H, D] of a pair's first tensor to the row of its second that ``rows_N`` names."""
 
 
 class WindowAttention:
@@ -91,6 +104,18 @@ class WindowAttention:
     """
 
     uses_peer_memory = False
+    can_be_captured = True
+    """Whether a forward's exchanges, if any, may be part of a CUDA graph."""
+
+    @property
+    def layout(self) -> Hashable:
+        """What a captured forward has of the memory for exchanges."""
+        return None
+
+    @contextmanager
+    def recording(self) -> Iterator[Callable[[], None]]:
+        """Exchanges inside are captured, not made. Yields what must be called at every replay."""
+        yield lambda: None
 
     def missing_bytes(self, tokens: int, token_bytes: int) -> int:
         """Device memory for exchanges that a chunk would still take. ``token_bytes``: of q, k and v of one token."""
@@ -127,8 +152,8 @@ class WindowAttention:
 
     def _write_projected(self, chunk: ProjectedChunk, cache: KVCache, layer: int, q_dtype: torch.dtype) -> Tensor:
         q_NHD = torch.empty(chunk.shape, dtype=q_dtype, device=chunk.device)
-        for tokens, k_BNHD, v_BNHD in cache.slots(layer):
-            chunk.write(tokens, q_NHD[tokens], k_BNHD[0], v_BNHD[0])
+        k_BSHD, v_BSHD = cache.layer(layer)
+        chunk.write(q_NHD, k_BSHD[0], v_BSHD[0], rows_N=cache.rows)
         return q_NHD
 
 

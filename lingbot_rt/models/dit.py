@@ -7,7 +7,7 @@ tokens, D model width, H heads, d head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, cast
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lingbot_rt.models.attention import WindowAttention, attend, resolve_backend, text_backend
+from lingbot_rt.models.captured_forward import CapturedForwards
 from lingbot_rt.models.fused_blocks import BlockOps, FusedForward, camera_modulation
 from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.models.quantize import Float8Linear
@@ -238,6 +239,7 @@ class CausalDiT(nn.Module):
         self.config = config
         self.attention_backend = "auto"
         self.fused_ops: BlockOps | None = None
+        self.captured: CapturedForwards | None = None
         self.window_attention = WindowAttention()
         self._camera_modulation = Block.camera_modulation
         self.before_attention = Block.before_attention
@@ -277,23 +279,34 @@ class CausalDiT(nn.Module):
             ops = TritonOps()
         self.fused_ops = ops
 
+    def capture_forwards(self, device: torch.device) -> None:
+        """Replays fused forwards as CUDA graphs, once a window is full and its chunks repeat."""
+        self.captured = CapturedForwards(device)
+
     def text_kv(self, text_BLD: Tensor) -> TextKV:
         """Prompt embeddings [B, L, text_dim] -> K/V of every block, once per prompt. Zero rows count too."""
         text = self.text_embedding(text_BLD)
         return [block.cross_attn.text_kv(text) for block in self.blocks]
 
-    def camera_modulation(self, ray_map: Tensor) -> CameraModulation:
-        """Ray map [B, 384, F, h, w] -> scale and shift of every block for this process's tokens, once per chunk."""
+    def camera_modulation(self, ray_map: Tensor, into: CameraModulation | None = None) -> CameraModulation:
+        """Ray map [B, 384, F, h, w] -> scale and shift of every block for this process's tokens, once per chunk.
+
+        ``into``: those of another chunk, to be written over.
+        """
         own = self.window_attention.own_tokens(patchify(ray_map), dim=1)
-        return self.modulation_of_rays(self.patch_embedding_wancamctrl(own))
+        modulation = self._modulation_of_rays(self.patch_embedding_wancamctrl(own))
+        return list(modulation) if into is None else copy_pairs(modulation, into)
 
     def modulation_of_rays(self, embedded_BND: Tensor) -> CameraModulation:
         """Embedded ray maps -> scale and shift of every block."""
+        return list(self._modulation_of_rays(embedded_BND))
+
+    def _modulation_of_rays(self, embedded_BND: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         hidden = self.c2ws_hidden_states_layer1(embedded_BND)
         camera = embedded_BND + self.c2ws_hidden_states_layer2(F.silu(hidden))
         if self.fused_ops is not None and isinstance(self.blocks[0].cam_scale_layer, Float8Linear):
             return camera_modulation(self.fused_ops, self.blocks, camera)
-        return [self._camera_modulation(block, camera) for block in self.blocks]
+        return (self._camera_modulation(block, camera) for block in self.blocks)
 
     def time_modulation(self, timestep: float | Tensor) -> TimeModulation:
         """A timestep, or a tensor [B] of one per sample -> the network's inputs, once per timestep of a session.
@@ -340,23 +353,19 @@ class CausalDiT(nn.Module):
 
         # 2. Blocks
         stop_at = len(self.blocks) - 1 if commit else -1
-        if self.fused_ops is not None:
-            assert x_BND.shape[0] == 1, "fused operations are for one session"
-            shared = FusedForward(self.fused_ops, self.window_attention, time.projection_B6D[0], rope, cache, kernel)
-            streamed = shared.run(self.blocks, x_BND, text_kv, camera, stop_at)
-        else:
-            streamed = self._run_blocks(x_BND, time.projection_B6D, text_kv, camera, rope, cache, kernel, stop_at)
-        if streamed is None:
+        run = self._run_blocks if self.fused_ops is None else self._run_fused
+        own_BNK = run(x_BND, time, text_kv, camera, rope, cache, kernel, stop_at)
+        if own_BNK is None:
             return None
 
         # 3. Tokens back to latent cells
-        tokens = self.window_attention.all_tokens(self.head(streamed, time.embedding_BD), frames * height * width)
+        tokens = self.window_attention.all_tokens(own_BNK, frames * height * width)
         return unpatchify(tokens, frames, height, width)
 
-    def _run_blocks(
+    def _run_fused(
         self,
         x_BND: Tensor,
-        time_B6D: Tensor,
+        time: TimeModulation,
         text_kv: TextKV,
         camera: CameraModulation | None,
         rope: tuple[Tensor, ...],
@@ -364,7 +373,40 @@ class CausalDiT(nn.Module):
         kernel: str,
         stop_at: int,
     ) -> Tensor | None:
-        """As ``FusedForward.run``, with the two halves of each block as plain or compiled functions."""
+        """``_run_blocks`` with fused operations, captured where the chunk is like others before and after it."""
+        ops = self.fused_ops
+        assert ops is not None
+        assert x_BND.shape[0] == 1, "fused operations are for one session"
+
+        def compute(inputs: tuple[Tensor, ...]) -> Tensor | None:
+            x, projection_B6D, embedding_BD, cos, sin = inputs
+            shared = FusedForward(ops, self.window_attention, projection_B6D[0], (cos, sin), cache, kernel)
+            streamed = shared.run(self.blocks, x, text_kv, camera, stop_at)
+            return None if streamed is None else self.head(streamed, embedding_BD)
+
+        inputs = (x_BND, time.projection_B6D, time.embedding_BD, *rope)
+        if self.captured is None or not (cache.repeats and self.window_attention.can_be_captured):
+            return compute(inputs)
+        tensors = [tensor.data_ptr() for pair in (*text_kv, *(camera or ())) for tensor in pair]
+        layout = stop_at, kernel, cache.layout, self.window_attention.layout, *tensors
+        return self.captured.run(layout, inputs, compute, self.window_attention.recording)
+
+    def _run_blocks(
+        self,
+        x_BND: Tensor,
+        time: TimeModulation,
+        text_kv: TextKV,
+        camera: CameraModulation | None,
+        rope: tuple[Tensor, ...],
+        cache: KVCache,
+        kernel: str,
+        stop_at: int,
+    ) -> Tensor | None:
+        """This rank's tokens through blocks and head -> [B, N, 4 * 16]. Block ``stop_at`` only writes its K/V: None.
+
+        The two halves of each block are plain or compiled functions.
+        """
+        time_B6D = time.projection_B6D
         text_kernel = text_backend(kernel, x_BND.device, x_BND.dtype)
         for i, block in enumerate(self.blocks):
             q, k, v = self.before_attention(block, x_BND, time_B6D, *rope)
@@ -374,7 +416,17 @@ class CausalDiT(nn.Module):
             attended = self.window_attention(q, k, v, cache, i, kernel)
             modulation = None if camera is None else camera[i]
             x_BND = self.after_attention(block, x_BND, attended, time_B6D, modulation, text_kv[i], text_kernel)
-        return x_BND
+        return self.head(x_BND, time.embedding_BD)
+
+
+def copy_pairs(
+    pairs: Iterable[tuple[Tensor, Tensor]], into: list[tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Writes every block's two tensors over those of ``into``, which it returns: captured forwards know these."""
+    for new, old in zip(pairs, into, strict=True):
+        for mine, given in zip(old, new, strict=True):
+            mine.copy_(given)
+    return into
 
 
 def patchify(x_BCFhw: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Shapes: N tokens of this rank, D model width, H heads, d head_dim, M rows, K fea
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
@@ -64,13 +64,18 @@ class BlockOps(Protocol):
         rope: tuple[Tensor, Tensor],
         eps: float,
         out: tuple[Tensor, Tensor, Tensor],
+        rows_N: Tensor | None = None,
         shifts_P: Tensor | None = None,
     ) -> None:
         """q and k, RMS-normed over D with ``weights`` and rotated, and v, into ``out``: [N, H, d] of any float type.
 
         Their heads may be two dimensions, [N, P, H / P, d]. If the keys are in fp8, q and k are mixed by ``hadamard``.
-        ``shifts_P``: see ``TritonOps``, which alone takes it.
+        ``rows_N``: the rows of k and v in ``out`` that take each token's; -1: none. ``shifts_P``: see ``TritonOps``,
+        which alone takes it.
         """
+
+    def store_rows(self, rows_N: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
+        """Row i of a pair's first tensor [N, H, d] into row ``rows_N[i]`` of its second; -1: nowhere."""
 
     def head_norm(self, q_ND: Tensor, weight: Tensor, eps: float, heads: int) -> Tensor:
         """RMS norm over D -> [N, H, d]."""
@@ -112,24 +117,38 @@ class PlainOps:
         rope: tuple[Tensor, Tensor],
         eps: float,
         out: tuple[Tensor, Tensor, Tensor],
+        rows_N: Tensor | None = None,
         shifts_P: Tensor | None = None,
     ) -> None:
         assert shifts_P is None, "plain torch writes to this process's memory only"
         parts = qkv_N3D.chunk(3, dim=-1)
         heads = out[0].shape[1:-1].numel()
-        for part, weight, target in zip(parts, weights, out, strict=False):
-            rotated = rotate(self.head_norm(part, weight, eps, heads), *rope)
-            _fill(target, hadamard(rotated) if out[1].dtype == FP8 else rotated)
-        _fill(out[2], parts[2].unflatten(-1, (heads, -1)))
+        q, k = (rotate(self.head_norm(parts[i], weights[i], eps, heads), *rope) for i in range(2))
+        if out[1].dtype == FP8:
+            q, k = hadamard(q), hadamard(k)
+        _fill(out[0], q)
+        _fill(out[1], k, rows_N)
+        _fill(out[2], parts[2].unflatten(-1, (heads, -1)), rows_N)
+
+    def store_rows(self, rows_N: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
+        for values, target in pairs:
+            _fill(target, values, rows_N)
 
     def head_norm(self, q_ND: Tensor, weight: Tensor, eps: float, heads: int) -> Tensor:
         normed = (F.rms_norm(q_ND.float(), q_ND.shape[-1:], eps=eps) * weight.float()).to(q_ND.dtype)
         return normed.unflatten(-1, (heads, -1))
 
 
-def _fill(target: Tensor, values: Tensor) -> None:
-    values = values.view(target.shape)
-    target.copy_(to_float8(values) if target.dtype == FP8 else values)
+def _fill(target: Tensor, values: Tensor, rows_N: Tensor | None = None) -> None:
+    values = values.reshape(len(values), *target.shape[1:])
+    if target.dtype == FP8 != values.dtype:
+        values = to_float8(values)
+    if rows_N is None:
+        target.copy_(values)
+    else:
+        # As bytes: not every type can be indexed.
+        kept = rows_N >= 0
+        target.view(torch.uint8)[rows_N[kept]] = values[kept].to(target.dtype).contiguous().view(torch.uint8)
 
 
 class FusedForward(NamedTuple):
@@ -192,16 +211,14 @@ class FusedForward(NamedTuple):
         return _linear(second, hidden)
 
 
-def camera_modulation(ops: BlockOps, blocks: Iterable[Block], camera_BND: Tensor) -> CameraModulation:
+def camera_modulation(ops: BlockOps, blocks: Iterable[Block], camera_BND: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """``Block.camera_modulation`` of every block, for fp8 linears: each input is rounded to fp8 once."""
     camera = camera_BND[0]
     rows = ops.quantize(camera)
-    modulation = []
     for block in blocks:
         hidden = ops.quantize(_linear(block.cam_injector_layer1, rows), "silu")
         z = ops.quantize(_linear(block.cam_injector_layer2, hidden), plus=camera)
-        modulation.append((_linear(block.cam_scale_layer, z)[None], _linear(block.cam_shift_layer, z)[None]))
-    return modulation
+        yield _linear(block.cam_scale_layer, z)[None], _linear(block.cam_shift_layer, z)[None]
 
 
 class _Projection(NamedTuple):
@@ -211,13 +228,17 @@ class _Projection(NamedTuple):
     block: Block
     qkv_N3D: Tensor
 
-    def write(self, rows: slice, q: Tensor, k: Tensor, v: Tensor, shifts_P: Tensor | None = None) -> None:
+    def write(
+        self, q: Tensor, k: Tensor, v: Tensor, *, rows_N: Tensor | None = None, shifts_P: Tensor | None = None
+    ) -> None:
         attention = self.block.self_attn
         weights = (attention.norm_q.weight, attention.norm_k.weight)
-        cos, sin = (table[rows] for table in self.forward.rope)
         self.forward.ops.project_heads(
-            self.qkv_N3D[rows], weights, (cos, sin), attention.norm_q.eps, (q, k, v), shifts_P
+            self.qkv_N3D, weights, self.forward.rope, attention.norm_q.eps, (q, k, v), rows_N, shifts_P
         )
+
+    def store_rows(self, rows_N: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
+        self.forward.ops.store_rows(rows_N, *pairs)
 
     @property
     def dtype(self) -> torch.dtype:

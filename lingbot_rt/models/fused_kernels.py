@@ -127,6 +127,7 @@ def _project_heads(
     k_ptr,
     v_ptr,
     shifts_ptr,
+    rows_ptr,
     q_stride,
     k_stride,
     v_stride,
@@ -137,6 +138,7 @@ def _project_heads(
     D: tl.constexpr,
     PEER: tl.constexpr,
     SHIFTS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROTATE: tl.constexpr,
@@ -149,8 +151,12 @@ def _project_heads(
     at = tl.arange(0, BLOCK)
     inside = at < D
     x = tl.load(x_ptr + row * (PARTS * D) + part * D + at, inside, other=0.0).to(tl.float32)
+    kept = row
+    if HAS_ROWS:
+        kept = tl.load(rows_ptr + row)
+    is_kept = inside & (kept >= 0)
     if part == 2:
-        _store_heads(v_ptr + row * v_stride, shifts_ptr, v_peer_stride, at, x, inside, PEER, SHIFTS)
+        _store_heads(v_ptr + kept * v_stride, shifts_ptr, v_peer_stride, at, x, is_kept, PEER, SHIFTS)
     else:
         weight_ptr = q_weight_ptr
         if part == 1:
@@ -178,7 +184,7 @@ def _project_heads(
         if part == 0:
             _store_heads(q_ptr + row * q_stride, shifts_ptr, q_peer_stride, at, x, inside, PEER, SHIFTS)
         else:
-            _store_heads(k_ptr + row * k_stride, shifts_ptr, k_peer_stride, at, x, inside, PEER, SHIFTS)
+            _store_heads(k_ptr + kept * k_stride, shifts_ptr, k_peer_stride, at, x, is_kept, PEER, SHIFTS)
 
 
 @triton.jit(do_not_specialize=["each", "remainder"])  # another frame size compiles nothing
@@ -192,6 +198,20 @@ def _push_rows(src_ptr, dst_ptr, shifts_ptr, each, remainder, row_stride, WORDS:
     inside = at < total
     to = (at // WORDS).to(tl.int64) * row_stride + at % WORDS
     tl.store(dst + to, tl.load(src + at, inside), inside)
+
+
+@triton.jit
+def _store_rows(
+    k_ptr, v_ptr, k_into_ptr, v_into_ptr, rows_ptr, stride, into_stride, WORDS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    kept = tl.load(rows_ptr + row)
+    at = tl.arange(0, BLOCK)
+    inside = (at < WORDS) & (kept >= 0)
+    src, dst = k_ptr, k_into_ptr
+    if tl.program_id(1) == 1:
+        src, dst = v_ptr, v_into_ptr
+    tl.store(dst + kept * into_stride + at, tl.load(src + row * stride + at, inside), inside)
 
 
 _WORD = torch.int64
@@ -272,29 +292,42 @@ class TritonOps:
         rope: tuple[Tensor, Tensor],
         eps: float,
         out: tuple[Tensor, Tensor, Tensor],
+        rows_N: Tensor | None = None,
         shifts_P: Tensor | None = None,
     ) -> None:
         """With ``shifts_P``, ``out`` are those of this rank's heads [N, H / P, d]. The heads of rank r are written to
         the same places shifted by ``shifts_P[r]`` times 16 bytes, which may be on another GPU."""
-        self._launch(qkv_N3D, weights, rope, eps, out, shifts_P, rotate=True)
+        self._launch(qkv_N3D, weights, rope, eps, out, rows_N, shifts_P)
+
+    def store_rows(self, rows_N: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
+        """Of two pairs, keys and values, whose rows have the same numbers of bytes and the same strides."""
+        (k, k_into), (v, v_into) = pairs
+        rows = [part.flatten(1).view(torch.uint8) for part in (k, v, k_into, v_into)]
+        numbers = [number for part in rows for number in (part.storage_offset(), part.stride(0), part.shape[1])]
+        if all(number % _WORD.itemsize == 0 for number in numbers):
+            rows = [part.view(_WORD) for part in rows]
+        words = rows[0].shape[1]
+        _store_rows[(len(rows_N), 2)](
+            *rows, rows_N, *(part.stride(0) for part in rows[::2]), WORDS=words, BLOCK=triton.next_power_of_2(words)
+        )
 
     def head_norm(self, q_ND: Tensor, weight: Tensor, eps: float, heads: int) -> Tensor:
         out = torch.empty_like(q_ND).unflatten(-1, (heads, -1))
-        self._launch(q_ND, (weight, weight), (weight, weight), eps, (out, out, out), None, rotate=False)
+        self._launch(q_ND, (weight, weight), None, eps, (out, out, out), None, None)
         return out
 
     def _launch(
         self,
         x: Tensor,
         weights: tuple[Tensor, Tensor],
-        rope: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor] | None,
         eps: float,
         out: tuple[Tensor, ...],
+        rows_N: Tensor | None,
         shifts_P: Tensor | None,
-        *,
-        rotate: bool,
     ) -> None:
         rows, *_, head_dim = out[0].shape
+        rotate = rope is not None
         parts = 3 if rotate else 1
         width = x.shape[-1] // parts
         if shifts_P is not None:
@@ -305,15 +338,17 @@ class TritonOps:
         _project_heads[(rows, parts)](
             x,
             *weights,
-            *rope,
+            *(rope or weights),
             *out,
             x if shifts_P is None else shifts_P,
+            x if rows_N is None else rows_N,
             *(tensor.stride(0) for tensor in out),
             *(tensor.stride(1) for tensor in out),
             eps,
             D=width,
             PEER=width // peers,
             SHIFTS=0 if shifts_P is None else peers,
+            HAS_ROWS=rows_N is not None,
             PAIRS=head_dim // 2,
             BLOCK=triton.next_power_of_2(width),
             ROTATE=rotate,

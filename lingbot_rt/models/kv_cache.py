@@ -15,14 +15,14 @@ Shapes: L layers, S the keys and the values, B batch, N tokens, H heads, D head_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from lingbot_rt.models.quantize import FP8, hadamard, to_float8
-from lingbot_rt.models.transfer import HostPlace
+from lingbot_rt.models.transfer import HostPlace, to_device
 
 
 class KVCache:
@@ -61,6 +61,8 @@ class KVCache:
         # (first token in the chunk, first token in the cache, tokens); None: frames that have left the window
         self._spans: list[tuple[int, int | None, int]] = []
         self._seen: list[int] | None = None  # slots that a chunk before the newest one sees, in order
+        self._rows: Tensor | None = None
+        self._spans_of_rows: list[tuple[int, int | None, int]] = []
 
     @property
     def nbytes(self) -> int:
@@ -98,6 +100,34 @@ class KVCache:
         """[L, 2, B, N, H, D] of one latent frame."""
         shape = self._kv_LSBNHD.shape
         return (*shape[:3], self._tokens_per_frame, *shape[4:])
+
+    @property
+    def rows(self) -> Tensor:
+        """int64 [chunk tokens]: the row of ``layer`` in which each token of the current chunk is kept; -1: nowhere.
+
+        It stays in one place while chunks have the same size, so a captured forward reads the newest.
+        """
+        if self._rows is None or self._spans_of_rows != self._spans:
+            runs = [
+                torch.full((count,), -1) if target is None else torch.arange(target, target + count)
+                for _, target, count in self._spans
+            ]
+            rows = to_device(torch.cat(runs), self._kv_LSBNHD.device)
+            self._rows = rows if self._rows is None or len(self._rows) != len(rows) else self._rows.copy_(rows)
+            self._spans_of_rows = self._spans
+        return self._rows
+
+    @property
+    def repeats(self) -> bool:
+        """Whether later chunks see as many frames in the same memory as this one: the window is full."""
+        is_kept = all(target is not None for _, target, _ in self._spans)
+        return self._seen is None and is_kept and self.visible_frames == self._limit
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """What a captured forward of the current chunk has of this window: addresses and sizes."""
+        kv = self._kv_LSBNHD
+        return kv.data_ptr(), *kv.shape, kv.itemsize, self.rows.data_ptr(), self.visible_frames
 
     def may_hold(self, slot: int, frame: int) -> bool:
         """Whether a window with this sink and these rings ever has ``frame`` in ``slot``."""
@@ -205,22 +235,19 @@ class KVCache:
         self._slot(target).copy_(self._slot(source))
         self._frames[target] = self._frames[source]
 
-    def slots(self, layer: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(tokens of the chunk, their keys [B, n, H, D], their values) of ``layer``, to be written in place."""
-        for source, target, count in self._spans:
-            if target is None:  # computed with its chunk, and kept nowhere
-                kv_SBNHD = self._kv_LSBNHD.new_empty(2, *self._kv_LSBNHD.shape[2:3], count, *self._kv_LSBNHD.shape[4:])
-            else:
-                kv_SBNHD = self._kv_LSBNHD[layer, :, :, target : target + count]
-            yield slice(source, source + count), kv_SBNHD[0], kv_SBNHD[1]
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of ``layer``, [B, N, H, D] each, of the whole window. ``rows`` says what may be written."""
+        return self._kv_LSBNHD[layer, 0], self._kv_LSBNHD[layer, 1]
 
     def write(self, layer: int, k_BNHD: Tensor, v_BNHD: Tensor) -> None:
         """Writes the current chunk's K/V of ``layer`` into its slots. In fp8 keys are mixed by ``hadamard``."""
         if self.dtype == FP8:
             k_BNHD, v_BNHD = to_float8(hadamard(k_BNHD)), to_float8(v_BNHD)
-        for tokens, k_slot, v_slot in self.slots(layer):
-            k_slot.copy_(k_BNHD[:, tokens])
-            v_slot.copy_(v_BNHD[:, tokens])
+        k_slots, v_slots = self.layer(layer)
+        for source, target, count in self._spans:
+            if target is not None:  # else it was computed with its chunk, and is kept nowhere
+                k_slots[:, target : target + count].copy_(k_BNHD[:, source : source + count])
+                v_slots[:, target : target + count].copy_(v_BNHD[:, source : source + count])
 
     def view(self, layer: int) -> tuple[Tensor, Tensor]:
         """Visible keys and values of ``layer``, [B, visible tokens, H, D] each: a prefix, as slots fill in order.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol
@@ -86,6 +86,9 @@ class SingleRank:
         self.heartbeat.compute_ms = total_ms
 
 
+_Wait = tuple[torch.cuda.Event, torch.cuda.Event]
+
+
 class RankGroup:
     """The Ranks of a service with several processes. Every exchange raises PeerLost when another rank is gone."""
 
@@ -95,7 +98,8 @@ class RankGroup:
         self.heartbeat = Heartbeat()
         self.moved_bytes = 0  # sum over ``all_to_all`` and ``gather`` of max(bytes sent, bytes received) by this rank
         self._waited_ms = 0.0  # on the host, in this chunk
-        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # on the device, in this chunk
+        self._waits: list[_Wait] = []  # on the device, in this chunk
+        self._recorded: list[_Wait] | None = None  # while exchanges are captured
 
     @property
     def is_first(self) -> bool:
@@ -208,8 +212,32 @@ class RankGroup:
         return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
 
     @contextmanager
+    def recording(self) -> Iterator[Callable[[], None]]:
+        """Exchanges inside are captured in a CUDA graph. What it yields counts them, once per replay.
+
+        The waits of the newest replay in a chunk stand for those of the others.
+        """
+        waits: list[_Wait] = []
+
+        def replayed() -> None:
+            self.heartbeat.exchanges += len(waits)
+            self._waits += waits
+
+        self._recorded = waits
+        try:
+            yield replayed
+        finally:
+            self._recorded = None
+
+    @contextmanager
     def exchanging(self, on_gpu: bool = False) -> Iterator[None]:
         """Counts the exchange, times the wait and turns a failure into PeerLost, unless it is this rank's own."""
+        if self._recorded is not None:
+            # In a graph an event is recorded at each replay, if it is an external one.
+            captured = self._mark(external=True)
+            yield
+            self._recorded.append((captured, self._mark(external=True)))
+            return
         self.heartbeat.exchanges += 1
         begun = time.perf_counter()
         begin = self._mark() if on_gpu else None
@@ -226,7 +254,7 @@ class RankGroup:
             self._waited_ms += 1000 * (time.perf_counter() - begun)
 
     @staticmethod
-    def _mark() -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+    def _mark(**options: bool) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True, **options)
         event.record()
         return event

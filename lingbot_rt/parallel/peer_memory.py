@@ -8,7 +8,8 @@ of a layer of the 14B (36 MB in bfloat16) takes 111 us, nearly all of it the lin
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +49,12 @@ class PeerMemory:
         self._buffer: Tensor | None = None
         self._handle: Any = None
         self._shifts: Tensor | None = None
+        self._times_taken = 0
+
+    @property
+    def layout(self) -> tuple[int, bool]:
+        """The memory, by number, and which place comes next."""
+        return self._times_taken, self._second
 
     @property
     def shifts(self) -> Tensor:
@@ -74,6 +81,21 @@ class PeerMemory:
         """Makes the stream wait until all ranks have written."""
         with self._ranks.exchanging(on_gpu=True):
             self._handle.barrier()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Exchanges inside are captured, not made: the next one takes the place that it would have taken before."""
+        before = self._second
+        try:
+            yield
+        finally:
+            self._second = before
+
+    def even_out(self) -> None:
+        """The next exchange takes the place of the first one again. What has arrived must have been read."""
+        if self._second:
+            self.wait()
+            self._second = False
 
     def push_rows(self, sent_NK: Tensor, to_nPK: Tensor) -> None:
         """Writes the contiguous rows [N, K] to the ranks whose tokens they are, and waits for what they write here.
@@ -118,6 +140,7 @@ class PeerMemory:
         addresses: Sequence[int] = self._handle.buffer_ptrs
         distances = [(address - addresses[self._ranks.rank]) // SHIFT_BYTES for address in addresses]
         self._shifts = torch.tensor(distances, dtype=torch.int64, device=self._device)
+        self._times_taken += 1
 
 
 def _rounded(count: int) -> int:

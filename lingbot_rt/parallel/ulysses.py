@@ -5,6 +5,8 @@ Shapes: B = 1 batch, N tokens of the chunk, n tokens of this rank, P ranks, H he
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -70,6 +72,25 @@ class UlyssesAttention(WindowAttention):
         q, k, v = self.to_heads(cache.chunk_tokens, q_BnHD, k_BnHD, v_BnHD)
         return self.to_tokens(super().__call__(q, k, v, cache, layer, backend))
 
+    @property
+    def can_be_captured(self) -> bool:  # type: ignore[override]
+        return self._peers is not None
+
+    @property
+    def layout(self) -> Hashable:
+        return None if self._peers is None else self._peers.layout
+
+    @contextmanager
+    def recording(self) -> Iterator[Callable[[], None]]:
+        assert self._peers is not None, "collectives are not captured"
+        with self._ranks.recording() as replayed, self._peers.recording():
+            yield replayed
+
+    def store_projected(self, chunk: ProjectedChunk, cache: KVCache, layer: int) -> None:
+        super().store_projected(chunk, cache, layer)
+        if self._peers is not None:
+            self._peers.even_out()  # every forward begins with the same place, so a captured one can be replayed
+
     def attend_projected(self, chunk: ProjectedChunk, cache: KVCache, layer: int, backend: str) -> Tensor:
         attended = super().attend_projected(chunk, cache, layer, backend)
         return self.to_tokens(attended) if self._peers is None else self._push_to_tokens(attended, self._peers)
@@ -84,9 +105,8 @@ class UlyssesAttention(WindowAttention):
         packing = Packing((q_dtype, cache.dtype, cache.dtype), heads // self._ranks.world, head_dim)
         exchanged = self._exchange_projected if self._peers is None else self._push_projected
         q, k, v = packing.parts(exchanged(chunk, packing, cache.chunk_tokens))
-        for tokens, k_BNHD, v_BNHD in cache.slots(layer):
-            k_BNHD[0].copy_(k[tokens])
-            v_BNHD[0].copy_(v[tokens])
+        k_BSHD, v_BSHD = cache.layer(layer)
+        chunk.store_rows(cache.rows, (k, k_BSHD[0]), (v, v_BSHD[0]))
         return q
 
     def _exchange_projected(self, chunk: ProjectedChunk, packing: Packing, count: int) -> Tensor:
@@ -94,7 +114,7 @@ class UlyssesAttention(WindowAttention):
         shape = self._ranks.world, chunk.shape[0], packing.nbytes
         sent = torch.empty(shape, dtype=torch.uint8, device=chunk.device)
         q, k, v = (part.transpose(0, 1) for part in packing.parts(sent))
-        chunk.write(slice(None), q, k, v)
+        chunk.write(q, k, v)
         return self.exchange_heads(sent, count)
 
     def _push_projected(self, chunk: ProjectedChunk, packing: Packing, count: int) -> Tensor:
@@ -104,7 +124,7 @@ class UlyssesAttention(WindowAttention):
         place = peers.place(count * packing.nbytes, count * packing.nbytes).view(count, packing.nbytes)
         # A rank's tokens are in the same rows on all ranks.
         q, k, v = packing.parts(self.own_tokens(place, 0))
-        chunk.write(slice(None), q, k, v, peers.shifts)
+        chunk.write(q, k, v, shifts_P=peers.shifts)
         peers.wait()
         return place
 

@@ -18,7 +18,13 @@ def test_a_camera_that_zooms_at_rest_is_computed_again(pipeline, session_plan):
     kept = session.camera(poses, wide)
     assert session.camera(poses + 1e-12, wide.copy()) is kept
     first = [tensor.clone() for pair in kept for tensor in pair]
-    others = [[tensor for pair in session.camera(poses, lens) for tensor in pair] for lens in (narrow, None, wide)]
+
+    def copied(lens) -> list[torch.Tensor]:
+        return [
+            tensor.clone() for pair in session.camera(poses, lens) for tensor in pair
+        ]  # the next is written over it
+
+    others = [copied(lens) for lens in (narrow, None, wide)]
     assert not all(torch.equal(a, b) for a, b in zip(first, others[0], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first, others[1], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(first, others[2], strict=True))

@@ -121,7 +121,7 @@ def test_held_keys_keep_their_camera(pipeline, session_plan, monkeypatch):
     walk, computed = Walk(pipeline, session_plan({}), keys=("w", "l")), []
     modulation = pipeline.dit.camera_modulation
     monkeypatch.setattr(
-        pipeline.dit, "camera_modulation", lambda rays: (computed.append(walk.index), modulation(rays))[1]
+        pipeline.dit, "camera_modulation", lambda *args: (computed.append(walk.index), modulation(*args))[1]
     )
     for index in range(7):
         walk.keys = ("w",) if index == 4 else ("w", "l")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
+from lingbot_rt.engine import memory
 from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.dry_run import LiveBytes, peak_activations
 from lingbot_rt.engine.memory import plan_memory, weight_bytes
@@ -46,6 +48,37 @@ def test_the_plan_is_what_a_session_takes(pipeline, session_plan, changes):
     assert planned.window_bytes == sum(cache.nbytes for cache in caches)
     assert session.features.nbytes <= planned.chunk_bytes
     assert planned.total_bytes == pytest.approx(live.peak, rel=0.05)
+
+
+class Captured:
+    """CapturedForwards that hold so many bytes until they are dropped."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+    def missing_bytes(self, forward_bytes: int) -> int:
+        return max(0, forward_bytes - self.nbytes)
+
+    def clear(self) -> None:
+        self.nbytes = 0
+
+
+def test_graphs_make_room(pipeline, session_plan, monkeypatch):
+    """Memory of captured forwards is not free, and the plan counts what more a session's would take. Where the session
+    does not fit beside them they are dropped, and not where it fits."""
+    plan = session_plan({})
+    on_gpu = dataclasses.replace(pipeline, device=torch.device("cuda"))
+    without = plan_memory(pipeline, plan)
+    free = without.total_bytes + without.forward_bytes
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    for taken, others in ((without.forward_bytes, 0), (without.forward_bytes + 1, 1)):
+        captured = Captured(taken)
+        monkeypatch.setattr(pipeline.dit, "captured", captured)
+        (room,) = memory.share_room(on_gpu, plan)
+        assert captured.nbytes == (0 if others else taken)
+        assert room.needed == without.total_bytes + (without.forward_bytes if others else 0)
+        assert room.free == free - captured.nbytes
+        assert room.needed <= room.free
 
 
 def test_live_bytes_come_and_go():

@@ -66,6 +66,17 @@ def test_kernels_are_the_plain_operations(triton_ops, dtype, width, heads):
         for got, expected, kind in zip(*pair, kinds, strict=True):
             # Mixed values pass through float16.
             assert relative_rms(got.float(), expected.float()) <= (max(near, 1e-3) if kind == dtype else FP8_NEAR)
+        # k and v into rows of a window, some of them into none.
+        into = torch.tensor([4, -1, 0, 7, 2], device=device)
+        q = torch.empty_like(pair[0][0])
+        windows = [[torch.zeros(8, heads, head_dim, device=device).to(kind) for kind in kinds[1:]] for _ in range(3)]
+        triton_ops.project_heads(qkv, weights, rope, 1e-6, (q, *windows[0]), into)
+        assert torch.equal(q.view(torch.uint8), pair[0][0].view(torch.uint8))
+        plain.project_heads(qkv, weights, rope, 1e-6, (q, *windows[1]), into)
+        triton_ops.store_rows(into, *zip(pair[0][1:], windows[2], strict=True))
+        for got, expected, stored, kind in zip(*windows, kinds[1:], strict=True):
+            assert relative_rms(got.float(), expected.float()) <= (max(near, 1e-3) if kind == dtype else FP8_NEAR)
+            assert torch.equal(stored.view(torch.uint8), got.view(torch.uint8))
         # As several ranks send them: the heads of each rank apart, and q, k and v of a row behind each other.
         ranks = 3 if heads == 3 else 2
         packing = Packing(kinds, heads // ranks, head_dim)
@@ -76,7 +87,7 @@ def test_kernels_are_the_plain_operations(triton_ops, dtype, width, heads):
         # As rank 1 writes them into the memory of each: the same places, so many times 16 bytes away.
         places = torch.zeros(ranks, rows, packing.nbytes, dtype=torch.uint8, device=device)
         shifts = (torch.arange(ranks, device=device) - 1) * (rows * packing.nbytes // 16)
-        triton_ops.project_heads(qkv, weights, rope, 1e-6, tuple(packing.parts(places[1])), shifts)
+        triton_ops.project_heads(qkv, weights, rope, 1e-6, tuple(packing.parts(places[1])), None, shifts)
         for got, expected in zip(packing.parts(places), sent, strict=True):
             assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
     got = triton_ops.head_norm(x, weights[0], 1e-6, heads)

@@ -32,7 +32,7 @@ class ExchangedWhole(UlyssesAttention):
 
     def _write_projected(self, chunk: ProjectedChunk, cache: KVCache, layer: int, q_dtype: torch.dtype) -> Tensor:
         q, k, v = torch.empty(3, *chunk.shape, dtype=chunk.dtype)
-        chunk.write(slice(None), q, k, v)
+        chunk.write(q, k, v)
         q, k, v = self.to_heads(cache.chunk_tokens, q[None], k[None], v[None])
         cache.write(layer, k, v)
         q = hadamard(q) if cache.dtype == FP8 else q
@@ -49,9 +49,9 @@ def at_address(address: int, like: Tensor) -> Tensor:
 class ShiftingOps(PlainOps):
     """Writes the heads of other ranks where ``shifts_P`` says, as the Triton kernel does."""
 
-    def project_heads(self, qkv_N3D, weights, rope, eps, out, shifts_P=None) -> None:
+    def project_heads(self, qkv_N3D, weights, rope, eps, out, rows_N=None, shifts_P=None) -> None:
         if shifts_P is None:
-            return super().project_heads(qkv_N3D, weights, rope, eps, out)
+            return super().project_heads(qkv_N3D, weights, rope, eps, out, rows_N)
         heads, head_dim = out[0].shape[1:]
         whole = tuple(torch.zeros(len(qkv_N3D), len(shifts_P), heads, head_dim, dtype=part.dtype) for part in out)
         super().project_heads(qkv_N3D, weights, rope, eps, whole)
@@ -118,7 +118,9 @@ def on_two_ranks(
         with torch.inference_mode():
             own, ranks, cache = fused(dit), ThreadRank(rank, WORLD, store), window(dit, kept, heads=1)
             own.window_attention = attention(ranks, SharedMemory(ranks, buffers, barrier) if shared else None)
-            return Played(chunks(own, cache), cache, ranks.moved_bytes)
+            flows, layout = chunks(own, cache), own.window_attention.layout
+            assert layout == ((0, False) if shared else None), "a forward begins where the last one began"
+            return Played(flows, cache, ranks.moved_bytes)
 
     with ThreadPoolExecutor(WORLD) as threads:
         return list(threads.map(play, range(WORLD)))

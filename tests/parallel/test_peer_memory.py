@@ -99,3 +99,52 @@ def test_a_process_connects_once(monkeypatch):
     with pytest.raises(RuntimeError, match="the driver said no"):
         PeerMemory(Asked(True, True), CUDA)._take(2**21)
     assert peer_memory._connected
+
+
+def test_a_captured_exchange_counts_when_it_is_replayed(monkeypatch):
+    """Not while it is captured. Its waits are those of the newest replay, once for each."""
+    ranks, options = Asked(True, True), []
+
+    class Mark:
+        def elapsed_time(self, end: Mark) -> float:
+            return 2.0
+
+    monkeypatch.setattr(RankGroup, "_mark", staticmethod(lambda **given: (options.append(given), Mark())[1]))
+    ranks.begin_chunk()
+    with ranks.recording() as replayed:
+        for _ in range(3):
+            with ranks.exchanging(on_gpu=True):
+                pass
+    assert ranks.heartbeat.exchanges == 0
+    assert options == [{"external": True}] * 6
+    replayed()
+    replayed()
+    with ranks.exchanging(on_gpu=True):
+        pass
+    assert ranks.heartbeat.exchanges == 7
+    ranks.end_chunk(100.0)
+    assert ranks.heartbeat.compute_ms == 100 - 7 * 2
+    ranks.begin_chunk()
+    ranks.end_chunk(100.0)
+    assert ranks.heartbeat.compute_ms == 100
+
+
+def test_places_are_as_before_a_capture(monkeypatch):
+    """However it ends: the exchanges inside were not made."""
+    peers = PeerMemory(Asked(True, True), torch.device("cpu"))
+    peers._buffer, peers._place_bytes = torch.zeros(64, dtype=torch.uint8), 32
+    first = peers.place(8, 8).data_ptr()
+    with pytest.raises(RuntimeError, match="refused"), peers.recording():
+        peers.place(8, 8)
+        peers.place(8, 8)
+        peers.place(8, 8)
+        raise RuntimeError("refused")
+    assert peers.place(8, 8).data_ptr() != first
+    assert peers.place(8, 8).data_ptr() == first
+    waits: list[PeerMemory] = []
+    monkeypatch.setattr(peers, "wait", lambda: waits.append(peers))
+    peers.even_out()
+    assert (peers.place(8, 8).data_ptr(), len(waits)) == (first, 1)
+    peers.place(8, 8)
+    peers.even_out()
+    assert (peers.place(8, 8).data_ptr(), len(waits)) == (first, 1)
