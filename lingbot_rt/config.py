@@ -107,7 +107,7 @@ class ServeConfig:
     )
     cuda_graphs: str = _option(
         "auto",
-        "auto: on a GPU, forwards of a full window are launched as CUDA graphs; false: kernel by kernel",
+        "auto: on a GPU, forwards of a full window are launched as CUDA graphs where they can; false: kernel by kernel",
         choices=("auto", "false"),
         group="device",
     )

@@ -252,6 +252,18 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
             "",
             "the one unused for longest is dropped, and captured again if it comes back",
         ),
+        Limit(
+            "device memory that must be free for another CUDA graph",
+            "models.captured_forward:SPARE_BYTES",
+            "B",
+            "the forward is launched kernel by kernel",
+        ),
+        Limit(
+            "forwards that the driver refuses to capture",
+            "models.captured_forward:MOST_FAILURES",
+            "",
+            "from then on all are launched kernel by kernel",
+        ),
         Limit("pairs interpolated at once", "postprocess.interpolate:_PAIRS_AT_ONCE", "", "the others follow"),
     ),
     "kept": (

@@ -38,7 +38,6 @@ class MemoryPlan:
     postprocess_bytes: int  # of upscaling and interpolation, which run beside the forward
     vae_bytes: int = 0  # weights of the second VAE, while they are still to be made
     features_bytes: int = 0  # part of chunk_bytes, which leaves the device with the window
-    forward_bytes: int = 0  # part of chunk_bytes: activations of a forward
 
     @property
     def beside_window_bytes(self) -> int:
@@ -104,7 +103,6 @@ def session_memory(
         chunk_bytes=camera + latents + max(features + forward, decode),
         postprocess_bytes=0,
         features_bytes=features,
-        forward_bytes=forward,
     )
 
 
@@ -128,12 +126,10 @@ def plan_memory(pipeline: Pipeline, plan: SessionPlan) -> MemoryPlan:
     planned = session_memory(setup, plan.size, plan.latent_frames, plan.window_frames, branches)
     tokens = plan.latent_frames * plan.size.tokens_per_frame
     qkv_bytes = setup.config.dim * (setup.dtype.itemsize + 2 * setup.window_dtype.itemsize)
-    dit = pipeline.dit
-    exchanged = dit.window_attention.missing_bytes(tokens, qkv_bytes)
-    captured = 0 if dit.captured is None else dit.captured.missing_bytes(planned.forward_bytes)
+    exchanged = pipeline.dit.window_attention.missing_bytes(tokens, qkv_bytes)
     return replace(
         planned,
-        chunk_bytes=planned.chunk_bytes + exchanged + captured,
+        chunk_bytes=planned.chunk_bytes + exchanged,
         postprocess_bytes=pipeline.open_postprocessor(plan).memory_bytes(),
         vae_bytes=0 if half is None else half.missing_bytes,
     )
@@ -158,11 +154,11 @@ class Room(NamedTuple):
 def share_room(pipeline: Pipeline, plan: SessionPlan, needed: MemoryPlan | None = None) -> list[Room]:
     """The session's Room on each rank. Every rank must call it. ``needed``: this rank's plan_memory, if known."""
     needed = needed or plan_memory(pipeline, plan)
-    captured = pipeline.dit.captured
-    if captured is not None and captured.nbytes and needed.total_bytes > _own_free_bytes(pipeline):
-        captured.clear()  # most of it is of sessions that have ended
-        needed = plan_memory(pipeline, plan)
-    own = Room(needed.window_bytes, needed.beside_window_bytes, _own_free_bytes(pipeline))
+    captured, free = pipeline.dit.captured, _own_free_bytes(pipeline)
+    if captured is not None and free < needed.total_bytes <= free + captured.nbytes:
+        captured.clear()  # they only took what was left
+        free = _own_free_bytes(pipeline)
+    own = Room(needed.window_bytes, needed.beside_window_bytes, free)
     return [Room(*numbers) for numbers in pipeline.ranks.share(own)]
 
 

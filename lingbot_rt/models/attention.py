@@ -109,7 +109,7 @@ class WindowAttention:
 
     @property
     def layout(self) -> Hashable:
-        """What a captured forward has of the memory for exchanges."""
+        """What a captured forward depends on in the memory for exchanges."""
         return None
 
     @contextmanager

@@ -125,9 +125,9 @@ class KVCache:
 
     @property
     def layout(self) -> tuple[int, ...]:
-        """What a captured forward of the current chunk has of this window: addresses and sizes."""
-        kv = self._kv_LSBNHD
-        return kv.data_ptr(), *kv.shape, kv.itemsize, self.rows.data_ptr(), self.visible_frames
+        """What a captured forward of the current chunk depends on: addresses and sizes."""
+        kv, rows, tokens = self._kv_LSBNHD, self.rows, self._tokens_per_frame
+        return kv.data_ptr(), *kv.shape, kv.itemsize, rows.data_ptr(), len(rows), tokens * self.visible_frames
 
     def may_hold(self, slot: int, frame: int) -> bool:
         """Whether a window with this sink and these rings ever has ``frame`` in ``slot``."""

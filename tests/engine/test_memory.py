@@ -16,6 +16,7 @@ from lingbot_rt.engine.chunk_runner import run_chunk
 from lingbot_rt.engine.dry_run import LiveBytes, peak_activations
 from lingbot_rt.engine.memory import plan_memory, weight_bytes
 from lingbot_rt.engine.session_state import SessionState
+from lingbot_rt.errors import CapacityError
 from lingbot_rt.models.dit import DiTConfig
 from lingbot_rt.models.quantize import quantize_linears
 from lingbot_rt.models.vae import StreamingVAE
@@ -56,29 +57,29 @@ class Captured:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
 
-    def missing_bytes(self, forward_bytes: int) -> int:
-        return max(0, forward_bytes - self.nbytes)
-
     def clear(self) -> None:
         self.nbytes = 0
 
 
-def test_graphs_make_room(pipeline, session_plan, monkeypatch):
-    """Memory of captured forwards is not free, and the plan counts what more a session's would take. Where the session
-    does not fit beside them they are dropped, and not where it fits."""
-    plan = session_plan({})
+@pytest.mark.parametrize(
+    ("beside", "is_dropped", "opens"), [(10, False, True), (9, True, True), (0, True, True), (-1, False, False)]
+)
+def test_graphs_make_room(pipeline, session_plan, monkeypatch, beside, is_dropped, opens):
+    """The memory of captured forwards is not free. They are dropped where the session fits without them alone.
+
+    ``beside``: bytes that are free beside those that the session needs, with the 10 of the graphs.
+    """
+    plan, captured = session_plan({}), Captured(10)
+    needed = plan_memory(pipeline, plan).total_bytes
     on_gpu = dataclasses.replace(pipeline, device=torch.device("cuda"))
-    without = plan_memory(pipeline, plan)
-    free = without.total_bytes + without.forward_bytes
-    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
-    for taken, others in ((without.forward_bytes, 0), (without.forward_bytes + 1, 1)):
-        captured = Captured(taken)
-        monkeypatch.setattr(pipeline.dit, "captured", captured)
-        (room,) = memory.share_room(on_gpu, plan)
-        assert captured.nbytes == (0 if others else taken)
-        assert room.needed == without.total_bytes + (without.forward_bytes if others else 0)
-        assert room.free == free - captured.nbytes
-        assert room.needed <= room.free
+    monkeypatch.setattr(memory, "free_bytes", lambda device: needed + beside)
+    monkeypatch.setattr(pipeline.dit, "captured", captured)
+    if opens:
+        assert memory.require_room(on_gpu, plan).total_bytes == needed
+    else:
+        with pytest.raises(CapacityError, match="use window"):
+            memory.require_room(on_gpu, plan)
+    assert captured.nbytes == (0 if is_dropped else 10)
 
 
 def test_live_bytes_come_and_go():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import numpy as np
 import pytest
@@ -193,16 +194,30 @@ def test_what_is_kept_is_as_long_as_the_window(pipeline, session_plan):
 def test_one_camera_modulation_is_held_at_a_time(pipeline, session_plan, monkeypatch):
     """Gigabytes in the 14B: that of a chunk computed again, and then the chunk's own, are written over the last one."""
     made: list[int] = []
+    blocks: list[weakref.ref[torch.Tensor]] = []
 
     def counted(self, rays, into):
+        if into is None:
+            return compute(self, rays)
+        blocks.clear()
         modulation = compute(self, rays, into)
+        assert len(blocks) == len(modulation)
         made.append(modulation[0][0].data_ptr())
         return modulation
+
+    def counted_of_block(block, camera):
+        assert sum(each() is not None for each in blocks) <= 1, "more than one block's is held beside those kept"
+        pair = of_block(block, camera)
+        blocks.append(weakref.ref(pair[0]))
+        return pair
+
+    of_block = pipeline.dit._camera_modulation
+    monkeypatch.setattr(pipeline.dit, "_camera_modulation", counted_of_block)
 
     compute = CausalDiT.camera_modulation
     monkeypatch.setattr(CausalDiT, "camera_modulation", counted)
     walk = Walk(pipeline, session_plan({}, window_frames=18, num_steps=1))
     for index in range(5):
         walk.step(NEW if index >= 3 else None, recache=index == 3)
-    assert len(made) == 5 + 2
+    assert len(made) == 5 + 2 - 1  # the first is the one that is kept
     assert len(set(made)) == 1

@@ -16,6 +16,7 @@ import torch
 from lingbot_rt.bench.apart import in_a_process
 from lingbot_rt.engine import chunk_runner, worker
 from lingbot_rt.errors import CapacityError
+from lingbot_rt.models.captured_forward import _Captured
 from lingbot_rt.parallel.peer_memory import PeerMemory
 from lingbot_rt.shapes import FrameSize
 from tests.engine.test_golden_sessions import psnr
@@ -41,7 +42,7 @@ FLOAT32 = {"device": "cuda", "dtype": "float32", "vae_dtype": "float32", "determ
 HALF = FLOAT32 | {"dtype": "bfloat16", "compile": "true"}
 
 
-Played = tuple[list[torch.Tensor], np.ndarray, int]
+Played = tuple[list[torch.Tensor], np.ndarray, int, int]
 
 
 def compute_exactly() -> None:
@@ -51,7 +52,8 @@ def compute_exactly() -> None:
 
 
 def played(world: int, changes: dict) -> Played:
-    """Rank 0's latents of eight chunks, their frames, and how often rank 0 waited for what others write."""
+    """Rank 0's latents of eight chunks, their frames, how often it waited for what others write (in a graph once, while
+    it is captured), and how many forwards it replayed."""
     return _played(world, json.dumps(changes))
 
 
@@ -67,9 +69,12 @@ def _play(world: int, changes: dict) -> Played:
     denoise, wait = chunk_runner.denoise, PeerMemory.wait
     chunk_runner.denoise = lambda *args: (latents.append(denoise(*args)), latents[-1])[1]
     PeerMemory.wait = lambda peers: (waits.append(peers), wait(peers))[1]
+    replays: list[_Captured] = []
+    replay = _Captured.replay
+    _Captured.replay = lambda captured, inputs: (replays.append(captured), replay(captured, inputs))[1]
     frames = asyncio.run(play(world, **changes))
     # Chunks that compile before the session opens come first.
-    return [each.double().cpu() for each in latents[-CHUNKS:]], frames, len(waits)
+    return [each.double().cpu() for each in latents[-CHUNKS:]], frames, len(waits), len(replays)
 
 
 def apart(name: str, alone: Played, shared: Played) -> tuple[list[float], int]:
@@ -106,6 +111,8 @@ def test_several_cards_compute_what_one_computes(cards, compile, vae_parallel, p
     assert max(errors) <= TOLERANCE
     assert levels <= 1
     assert bool(shared[2]) == (peer_memory == "auto")
+    assert bool(shared[3]) == (peer_memory == "auto")
+    assert bool(alone[3]) == (compile == "true")
 
 
 def test_memory_grows_for_a_larger_size():

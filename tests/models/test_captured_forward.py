@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from lingbot_rt.models import captured_forward
-from lingbot_rt.models.captured_forward import MOST_GRAPHS, CapturedForwards
+from lingbot_rt.models.captured_forward import MOST_FAILURES, MOST_GRAPHS, SPARE_BYTES, CapturedForwards
 from lingbot_rt.models.fused_blocks import PlainOps
+from lingbot_rt.models.kv_cache import KVCache
 
 from .test_fused import random_dit, relative_rms, window
 
@@ -42,18 +43,29 @@ class FakeGraph:
 
 
 @pytest.fixture
-def graphs(monkeypatch) -> CapturedForwards:
-    reserved = count(step=1000)
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    fake = SimpleNamespace(
+def device(monkeypatch) -> SimpleNamespace:
+    """What the graphs ask of torch.cuda, and ``free`` bytes; ``ended``: pools that a failed capture left open."""
+    reserved, stream = count(step=1000), SimpleNamespace(wait_stream=lambda other: None)
+    device = SimpleNamespace(free=SPARE_BYTES, ended=[])
+    cuda = SimpleNamespace(
         Stream=lambda device: stream,
         stream=lambda stream: nullcontext(),
         current_stream=lambda device: stream,
+        current_device=lambda: 0,
         graph_pool_handle=object,
         memory_reserved=lambda device: next(reserved),
+        mem_get_info=lambda _: (device.free, 0),
+        synchronize=lambda device: None,
+        empty_cache=lambda: None,
         CUDAGraph=FakeGraph,
     )
-    monkeypatch.setattr(captured_forward, "torch", SimpleNamespace(cuda=fake, clone=torch.clone))
+    private = SimpleNamespace(_cuda_endAllocateToPool=lambda index, pool: device.ended.append(pool))
+    monkeypatch.setattr(captured_forward, "torch", SimpleNamespace(cuda=cuda, clone=torch.clone, _C=private))
+    return device
+
+
+@pytest.fixture
+def graphs(device) -> CapturedForwards:
     return CapturedForwards(CPU)
 
 
@@ -89,7 +101,6 @@ def test_a_forward_runs_is_captured_and_is_replayed(graphs):
     assert len(compute.seen) == 2
     assert compute.replays == 4
     assert graphs.nbytes == 1000
-    assert [graphs.missing_bytes(count) for count in (500, 3000)] == [0, 2000]
 
 
 def test_another_layout_or_shape_is_another_forward(graphs):
@@ -116,8 +127,26 @@ def test_the_oldest_graphs_are_dropped(graphs):
     assert len(compute.seen) == ran + 1
 
 
-def test_forwards_go_on_without_graphs(graphs, monkeypatch, caplog):
-    """A driver that refuses is told once, and every forward gives its result."""
+def test_nothing_is_captured_in_memory_that_others_may_need(graphs, device):
+    """With too little of it free, forwards run as they are until there is more. Dropped graphs are captured again."""
+    device.free -= 1
+    compute = Doubling()
+
+    def run(times: int) -> int:
+        for _ in range(times):
+            assert graphs.run("layout", (torch.ones(2),), compute, compute.recording).tolist() == [2.0, 2.0]
+        return compute.replays
+
+    assert run(4) == 0
+    device.free += 1
+    assert run(2) == 2
+    graphs.clear()
+    assert graphs.nbytes == 0
+    assert run(3) == 2 + 2
+
+
+def test_forwards_go_on_without_graphs(graphs, device, monkeypatch, caplog):
+    """A driver that refuses is asked three times, each with one line in the log, and every forward gives its result."""
 
     def refuse(graph: FakeGraph) -> None:
         FakeGraph.underway = None
@@ -126,11 +155,11 @@ def test_forwards_go_on_without_graphs(graphs, monkeypatch, caplog):
     monkeypatch.setattr(FakeGraph, "capture_end", refuse)
     compute = Doubling()
     with caplog.at_level(logging.WARNING):
-        results = [graphs.run("layout", (torch.ones(2),), compute, compute.recording) for _ in range(4)]
-    assert [result.tolist() for result in results] == [[2.0, 2.0]] * 4
-    assert len(caplog.messages) == 1
+        results = [graphs.run("layout", (torch.ones(2),), compute, compute.recording) for _ in range(12)]
+    assert [result.tolist() for result in results] == [[2.0, 2.0]] * 12
+    assert len(caplog.messages) == len(device.ended) == MOST_FAILURES
     assert "operation not permitted" in caplog.text
-    assert (compute.replays, graphs.missing_bytes(9)) == (0, 0)
+    assert (compute.replays, graphs.nbytes) == (0, 0)
 
 
 class Layouts:
@@ -170,6 +199,26 @@ def test_only_forwards_of_a_full_window_repeat():
     assert play(5) == first
     for others in ({"camera": None}, {"text_kv": dit.text_kv(torch.randn(1, 8, 16))}):
         assert set(first).isdisjoint(play(6, **others))
+
+
+@torch.inference_mode()
+def test_windows_of_other_frames_are_other_layouts():
+    """As many tokens in as much memory, but twice as many of them visible."""
+    values = {"num_layers": 1, "num_heads": 1, "head_dim": 8, "sink_frames": 0, "dtype": torch.float32, "device": CPU}
+    small = KVCache(tokens_per_frame=4, window_frames=12, recent_frames=(6,), **values)
+    large = KVCache(tokens_per_frame=8, window_frames=6, **values)
+    small.limit(6)
+    for start in range(0, 12, 2):
+        small.begin(start, 2)
+    for start in range(6):
+        large.begin(start, 1)
+    assert small.repeats
+    assert large.repeats
+    pointers = (0, 8)  # in these positions of the layout
+    mine, theirs = ([value for i, value in enumerate(cache.layout) if i not in pointers] for cache in (small, large))
+    assert len(mine) == 9
+    assert mine[:-1] == theirs[:-1]
+    assert (mine[-1], theirs[-1]) == (24, 48)
 
 
 @torch.inference_mode()
