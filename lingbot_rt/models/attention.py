@@ -92,8 +92,8 @@ class ProjectedChunk(Protocol):
         for this rank's heads, and those of others are written that far away from them.
         """
 
-    def store_rows(self, rows_N: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
-        """Copies each token's row [H, D] of a pair's first tensor to the row of its second that ``rows_N`` names."""
+    def store_rows(self, rows_N: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor]) -> None:
+        """Copies each token's keys and values [H, D] from the first tensor of a pair to its row in the second."""
 
 
 class WindowAttention:

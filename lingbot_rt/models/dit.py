@@ -43,6 +43,18 @@ class TimeModulation(NamedTuple):
     projection_B6D: Tensor  # for the blocks, float32
 
 
+class _Conditions(NamedTuple):
+    """What the blocks of one forward get beside the chunk's tokens."""
+
+    time: TimeModulation
+    text_kv: TextKV
+    camera: CameraModulation | None
+    rope: tuple[Tensor, Tensor]  # of this rank's tokens
+    cache: KVCache
+    kernel: str  # of attention
+    stop_at: int  # the block that only writes its K/V into the window; -1: none
+
+
 @dataclass(frozen=True, slots=True)
 class DiTConfig:
     """The values of ``transformer/config.json``. The defaults are LingBot-World-Fast 14B's."""
@@ -294,14 +306,11 @@ class CausalDiT(nn.Module):
         ``into``: those of another chunk, to be written over.
         """
         own = self.window_attention.own_tokens(patchify(ray_map), dim=1)
-        modulation = self._modulation_of_rays(self.patch_embedding_wancamctrl(own))
+        modulation = self.modulation_of_rays(self.patch_embedding_wancamctrl(own))
         return list(modulation) if into is None else copy_pairs(modulation, into)
 
-    def modulation_of_rays(self, embedded_BND: Tensor) -> CameraModulation:
-        """Embedded ray maps -> scale and shift of every block."""
-        return list(self._modulation_of_rays(embedded_BND))
-
-    def _modulation_of_rays(self, embedded_BND: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    def modulation_of_rays(self, embedded_BND: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """Embedded ray maps -> scale and shift of every block, computed as they are asked for."""
         hidden = self.c2ws_hidden_states_layer1(embedded_BND)
         camera = embedded_BND + self.c2ws_hidden_states_layer2(F.silu(hidden))
         if self.fused_ops is not None and isinstance(self.blocks[0].cam_scale_layer, Float8Linear):
@@ -353,8 +362,8 @@ class CausalDiT(nn.Module):
 
         # 2. Blocks
         stop_at = len(self.blocks) - 1 if commit else -1
-        run = self._run_blocks if self.fused_ops is None else self._run_fused
-        own_BNK = run(x_BND, time, text_kv, camera, rope, cache, kernel, stop_at)
+        given = _Conditions(time, text_kv, camera, rope, cache, kernel, stop_at)
+        own_BNK = self._run_blocks(x_BND, given) if self.fused_ops is None else self._run_fused(x_BND, given)
         if own_BNK is None:
             return None
 
@@ -362,18 +371,9 @@ class CausalDiT(nn.Module):
         tokens = self.window_attention.all_tokens(own_BNK, frames * height * width)
         return unpatchify(tokens, frames, height, width)
 
-    def _run_fused(
-        self,
-        x_BND: Tensor,
-        time: TimeModulation,
-        text_kv: TextKV,
-        camera: CameraModulation | None,
-        rope: tuple[Tensor, ...],
-        cache: KVCache,
-        kernel: str,
-        stop_at: int,
-    ) -> Tensor | None:
+    def _run_fused(self, x_BND: Tensor, given: _Conditions) -> Tensor | None:
         """``_run_blocks`` with fused operations, captured where the chunk is like others before and after it."""
+        time, text_kv, camera, rope, cache, kernel, stop_at = given
         ops = self.fused_ops
         assert ops is not None
         assert x_BND.shape[0] == 1, "fused operations are for one session"
@@ -391,21 +391,12 @@ class CausalDiT(nn.Module):
         layout = stop_at, kernel, cache.layout, self.window_attention.layout, *tensors
         return self.captured.run(layout, inputs, compute, self.window_attention.recording)
 
-    def _run_blocks(
-        self,
-        x_BND: Tensor,
-        time: TimeModulation,
-        text_kv: TextKV,
-        camera: CameraModulation | None,
-        rope: tuple[Tensor, ...],
-        cache: KVCache,
-        kernel: str,
-        stop_at: int,
-    ) -> Tensor | None:
+    def _run_blocks(self, x_BND: Tensor, given: _Conditions) -> Tensor | None:
         """This rank's tokens through blocks and head -> [B, N, 4 * 16]. Block ``stop_at`` only writes its K/V: None.
 
         The two halves of each block are plain or compiled functions.
         """
+        time, text_kv, camera, rope, cache, kernel, stop_at = given
         time_B6D = time.projection_B6D
         text_kernel = text_backend(kernel, x_BND.device, x_BND.dtype)
         for i, block in enumerate(self.blocks):

@@ -74,8 +74,8 @@ class BlockOps(Protocol):
         which alone takes it.
         """
 
-    def store_rows(self, rows_N: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
-        """Row i of a pair's first tensor [N, H, d] into row ``rows_N[i]`` of its second; -1: nowhere."""
+    def store_rows(self, rows_N: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor]) -> None:
+        """Row i of the first tensor [N, H, d] of both pairs into row ``rows_N[i]`` of the second; -1: nowhere."""
 
     def head_norm(self, q_ND: Tensor, weight: Tensor, eps: float, heads: int) -> Tensor:
         """RMS norm over D -> [N, H, d]."""
@@ -130,9 +130,9 @@ class PlainOps:
         _fill(out[1], k, rows_N)
         _fill(out[2], parts[2].unflatten(-1, (heads, -1)), rows_N)
 
-    def store_rows(self, rows_N: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
-        for values, target in pairs:
-            _fill(target, values, rows_N)
+    def store_rows(self, rows_N: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor]) -> None:
+        for source, target in (keys, values):
+            _fill(target, source, rows_N)
 
     def head_norm(self, q_ND: Tensor, weight: Tensor, eps: float, heads: int) -> Tensor:
         normed = (F.rms_norm(q_ND.float(), q_ND.shape[-1:], eps=eps) * weight.float()).to(q_ND.dtype)
@@ -237,8 +237,8 @@ class _Projection(NamedTuple):
             self.qkv_N3D, weights, self.forward.rope, attention.norm_q.eps, (q, k, v), rows_N, shifts_P
         )
 
-    def store_rows(self, rows_N: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
-        self.forward.ops.store_rows(rows_N, *pairs)
+    def store_rows(self, rows_N: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor]) -> None:
+        self.forward.ops.store_rows(rows_N, keys, values)
 
     @property
     def dtype(self) -> torch.dtype:

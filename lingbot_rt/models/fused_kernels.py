@@ -299,9 +299,9 @@ class TritonOps:
         the same places shifted by ``shifts_P[r]`` times 16 bytes, which may be on another GPU."""
         self._launch(qkv_N3D, weights, rope, eps, out, rows_N, shifts_P)
 
-    def store_rows(self, rows_N: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
-        """Of two pairs, keys and values, whose rows have the same numbers of bytes and the same strides."""
-        (k, k_into), (v, v_into) = pairs
+    def store_rows(self, rows_N: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor]) -> None:
+        """Keys and values must have rows of as many bytes and the same strides."""
+        (k, k_into), (v, v_into) = keys, values
         rows = [part.flatten(1).view(torch.uint8) for part in (k, v, k_into, v_into)]
         numbers = [number for part in rows for number in (part.storage_offset(), part.stride(0), part.shape[1])]
         if all(number % _WORD.itemsize == 0 for number in numbers):

@@ -139,7 +139,7 @@ def camera_modulation_of(dit: CausalDiT, batch: TrajectoryBatch) -> CameraModula
         embedded = (numbers @ basis.flatten(1)).unflatten(1, basis.shape[1:]) + embedding.bias
     chunks = embedded.unflatten(0, (-1, CHUNK_FRAMES)).flatten(1, 2)
     keep = batch.camera.repeat_interleave(batch.poses.shape[1])[:, None, None]
-    modulation = dit.modulation_of_rays(chunks.to(dit.head.head.weight.dtype))
+    modulation = list(dit.modulation_of_rays(chunks.to(dit.head.head.weight.dtype)))
     return [(scale * keep.to(scale.dtype), shift * keep.to(shift.dtype)) for scale, shift in modulation]
 
 
