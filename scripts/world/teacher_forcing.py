@@ -34,9 +34,9 @@ def forward(
     noisy: Tensor,
     timestep_BS: Tensor,
     layer: Callable[..., Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Flow of every noisy chunk, [B, S, z, 3, h, w] like ``clean`` and ``noisy``, and the tokens [2, B, S, N, D] of the
-    middle layer. ``layer``: a compiled run_layer."""
+) -> tuple[Tensor, list[Tensor]]:
+    """Flow of every noisy chunk, [B, S, z, 3, h, w] like ``clean`` and ``noisy``, and the tokens [2, B, S, N, D] after
+    each layer. ``layer``: a compiled run_layer."""
     count, num_chunks = clean.shape[:2]
     layer = layer or run_layer
     channels = torch.cat([torch.stack([clean, noisy]), batch.conditions.expand(2, *batch.conditions.shape)], dim=3)
@@ -49,12 +49,12 @@ def forward(
     hidden = []
     for block, modulation, text_kv in zip(dit.blocks, camera, text, strict=True):
         x = layer(block, x, time.projection_B6D, rope, modulation, text_kv, (count, num_chunks), dit.attention_backend)
-        hidden.append(x)
+        hidden.append(x.unflatten(0, (2, count, num_chunks)))
     half = count * num_chunks
     tokens = dit.head(x[half:], time.embedding_BD[half:])
     height, width = (side // PATCH_SIZE for side in channels.shape[-2:])
     flow = unpatchify(tokens, CHUNK_FRAMES, height, width).unflatten(0, (count, num_chunks))
-    return flow, hidden[(len(hidden) - 1) // 2].unflatten(0, (2, count, num_chunks))
+    return flow, hidden
 
 
 def run_layer(

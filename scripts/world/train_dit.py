@@ -56,12 +56,15 @@ CONTEXT_NOISE = 0.7
 """Most noise in the contexts of teacher forcing, in half of the other samples, mostly far less: generated contexts are
 imperfect too."""
 
-FADED_SHARE = 0.35
+FADED_SHARE = 0.5
 """Share of the samples in teacher forcing whose contexts show next to nothing but the session's first chunk. As in a
 roll-out that blurs, they tell the place, and what stands there must be drawn from memory alone."""
 
 SERVED_SHARE = 0.7
 """Share of the noise levels in teacher forcing that are those of the schedule; the others are anywhere."""
+
+FIRST_STEP_SHARE = 0.65
+"""Of those, the share of the first step's: from noise alone, what a chunk shows must come from memory."""
 
 POSE_WEIGHT = 0.5
 """Of the loss of PoseReader."""
@@ -84,7 +87,7 @@ TRUE_SHARE = 0.25
 STEPS_PER_ROLLOUT = 3
 """Steps that use one roll-out, each with other noise levels: a roll-out costs about as much as a step."""
 
-ADVERSARIAL_WEIGHT = 0.05
+ADVERSARIAL_WEIGHT = 0.15
 PENALTY_WEIGHT, PENALTY_NOISE = 1.0, 0.05
 
 
@@ -118,7 +121,10 @@ def teacher_forcing_batch(truth: TrajectoryBatch, schedule: FlowSchedule) -> Den
     shape, device = truth.latents.shape[:2], truth.latents.device
     anywhere = shift_sigma(torch.rand(shape, device=device).clamp(0.02, 1), schedule.shift)
     served = torch.rand(shape, device=device) < SERVED_SHARE
-    sigma = torch.where(served, pick(served_sigmas(schedule, device), shape), anywhere)
+    sigmas = served_sigmas(schedule, device)
+    is_first = torch.rand(shape, device=device) < FIRST_STEP_SHARE
+    step = torch.where(is_first, sigmas[0], pick(sigmas[1:], shape)) if len(sigmas) > 1 else sigmas[0]
+    sigma = torch.where(served, step, anywhere)
     clean = worn_contexts(truth.latents)
     return DenoisingBatch(truth, clean, add_noise(truth.latents, sigma), sigma, truth.weight)
 
@@ -169,8 +175,8 @@ def add_noise(latents: Tensor, sigma_BS: Tensor) -> Tensor:
 
 def velocity_loss(
     dit: CausalDiT, batch: DenoisingBatch, layer: Callable[..., Tensor] = run_layer
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the predicted clean latents and the tokens of the middle layer.
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The loss, the predicted clean latents and the tokens after each layer.
 
     The target is the velocity that leads to the true latents, (x - truth) / sigma, from generated inputs too.
     """
@@ -221,7 +227,7 @@ class Phase:
     def __init__(self, phase: str, dit: CausalDiT, dataset: TrajectoryDataset, config: WorldConfig, batch: int) -> None:
         self.phase, self.dit, self._dataset, self._config, self._batch = phase, dit, dataset, config, batch
         device = dit.head.head.weight.device
-        self.pose_reader = PoseReader(config.dit.dim).to(device)
+        self.pose_reader = PoseReader(config.dit.dim, config.dit.num_layers).to(device)
         self.discriminator = Discriminator(config.picture_channels).to(device) if phase == "sharp" else None
         self._indices = self._draw(np.random.default_rng(0)).to(device)
         self._generate, self._gradients = Captured(self._roll_out, device), Captured(self._forward_backward, device)
@@ -293,8 +299,8 @@ class Phase:
         figures = {"loss": loss.detach(), "x0_first": pictures[0], "x0_last": pictures[-1]}
         figures |= {"place_first": places[0], "place_last": places[-1]}
         known, told = self.pose_reader.loss(hidden, data.truth.places, data.truth.weight)
-        figures |= {"pose_clean": known.detach(), "pose_noisy": told.detach()}
-        loss = loss + POSE_WEIGHT * (known + told) / 2
+        figures |= {"pose_clean": known[-1].detach(), "pose_noisy": told[-1].detach(), "pose_early": told[0].detach()}
+        loss = loss + POSE_WEIGHT * (known + told).mean() / 2
         self.pose_reader.zero_grad(set_to_none=True)
         parameters = [*self.dit.parameters(), *self.pose_reader.parameters()]
         if self.discriminator is not None:

@@ -435,7 +435,7 @@ def test_the_pose_is_read_from_tokens():
     """Tokens that hold their place give no error, and only chunks that can know it count among the noisy ones."""
     torch.manual_seed(0)
     places = torch.randn(2, 3, 3, 4)
-    reader = PoseReader(PLACE_CHANNELS + 7)
+    reader = PoseReader(PLACE_CHANNELS + 7, num_layers=4)
     features = place_features(places)
     hidden = torch.randn(2, 2, 3, 3, 4, PLACE_CHANNELS + 7)
     hidden[..., :PLACE_CHANNELS] = features[None, :, :, :, None]
@@ -445,15 +445,21 @@ def test_the_pose_is_read_from_tokens():
 
     def closure() -> torch.Tensor:
         optimiser.zero_grad()
-        loss = sum(reader.loss(hidden.flatten(3, 4), places, torch.ones(2, 3)))
+        loss = sum(reader.loss([hidden.flatten(3, 4)] * 4, places, torch.ones(2, 3))).mean()
         loss.backward()
         return loss
 
     optimiser.step(closure)
-    known, told = reader.loss(spoilt.flatten(3, 4), places, torch.tensor([[0.0, 1.0, 1.0]] * 2))
-    assert known < 0.1
-    assert told < 0.1
-    assert reader.loss(spoilt.flatten(3, 4), places, torch.ones(2, 3))[1] > 2 * told
+    tokens, spoilt_tokens = hidden.flatten(3, 4), spoilt.flatten(3, 4)
+    early, *_, late = reader.layers
+    assert early < late < 2, "asked in the first half of four layers"
+    after = [spoilt_tokens if layer == early else tokens for layer in range(4)]
+    known, told = reader.loss(after, places, torch.tensor([[0.0, 1.0, 1.0]] * 2))
+    assert (known < 0.1).all()
+    assert (told < 0.1).all()
+    first, *_, last = reader.loss(after, places, torch.ones(2, 3))[1]
+    assert first > 2 * told[0]
+    assert last < 0.1
 
 
 def cache_of(dit, tokens: int) -> KVCache:
