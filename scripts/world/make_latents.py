@@ -30,7 +30,15 @@ from scripts.world.render import Renderer
 from scripts.world.scene import LOOKS
 from scripts.world.train_vae import load_vae, video
 from scripts.world.training_loop import Options, append_line
-from scripts.world.trajectories import make_trajectory, random_actions, start_view, still_actions
+from scripts.world.trajectories import (
+    Trajectory,
+    hiding_view,
+    make_trajectory,
+    random_actions,
+    start_view,
+    step_back_actions,
+    still_actions,
+)
 from scripts.world.whole_clip import encode, use_whole_clips
 
 CHUNKS = 24
@@ -42,6 +50,10 @@ was right in all pictures it was trained on was one step of direction wrong in h
 
 STILL_SHARE = 0.08
 """Share of trajectories that press no key at all, for sessions that only look or have no camera control."""
+
+HIDING_SHARE = 0.15
+"""Share of trajectories that begin where a landmark hides before the camera, and step back: it rises and fills the
+view. In all sessions that did not obey `s` it was this."""
 
 LONG_SHARE = 0.1
 """Share of the spells with keys that last up to 24 latent frames: full turns, and walks straight on."""
@@ -80,11 +92,7 @@ def encode_trajectories(
 ) -> dict[str, Tensor]:
     """``count`` trajectories of ``chunks`` chunks, as a file holds them."""
     frames = CHUNK_FRAMES * chunks
-    actions = [
-        still_actions(frames) if rng.random() < STILL_SHARE else random_actions(rng, frames, LONG_SHARE)
-        for _ in range(count)
-    ]
-    trajectories = [make_trajectory(start_view(rng), one) for one in actions]
+    trajectories = [_random_trajectory(rng, frames) for _ in range(count)]
     poses = np.stack([one.view.pixel_frames().poses() for one in trajectories])
     places = torch.from_numpy(np.stack([one.view.as_rows() for one in trajectories])).float()
     looks = torch.from_numpy(np.stack([rng.permutation(len(LOOKS))[:2] for _ in trajectories]))
@@ -104,6 +112,15 @@ def encode_trajectories(
         "places": places,
         "looks": looks,
     }
+
+
+def _random_trajectory(rng: np.random.Generator, frames: int) -> Trajectory:
+    kind = rng.random()
+    if kind < STILL_SHARE:
+        return make_trajectory(start_view(rng), still_actions(frames))
+    if kind < STILL_SHARE + HIDING_SHARE:
+        return make_trajectory(hiding_view(rng), step_back_actions(rng, frames, LONG_SHARE))
+    return make_trajectory(start_view(rng), random_actions(rng, frames, LONG_SHARE))
 
 
 @torch.no_grad()

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from scripts.world.config import CHUNK_FRAMES
 from scripts.world.place_channels import PLACE_CHANNELS, place_features
 
-
 DEPTHS = (0.25, 0.35, 0.5)
 """Shares of the layers after which the pose is asked for."""
 

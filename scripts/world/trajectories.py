@@ -18,7 +18,8 @@ import numpy.typing as npt
 from lingbot_rt.session.camera_path import PITCH_DEGREES, PITCH_LIMIT_DEGREES, YAW_DEGREES, CameraPath
 from lingbot_rt.session.controls import NEUTRAL, Actions, Keys
 from lingbot_rt.shapes import VAE_TEMPORAL_STRIDE
-from scripts.world.scene import EYE_HEIGHT, PERIOD
+from scripts.world.config import CHUNK_FRAMES
+from scripts.world.scene import EYE_HEIGHT, LANDMARKS, PERIOD
 
 Array = npt.NDArray[np.float64]
 
@@ -87,6 +88,17 @@ def start_view(rng: np.random.Generator, pitch: float = 0.0) -> View:
     return View(*(np.array([value]) for value in (x, z, yaw, pitch)))
 
 
+def hiding_view(rng: np.random.Generator) -> View:
+    """A level view towards a landmark, from so near that it hides in the ground. It rises before a viewer who steps
+    back."""
+    landmark = LANDMARKS[rng.integers(len(LANDMARKS))]
+    yaw = YAW_DEGREES * rng.integers(360 // YAW_DEGREES)
+    distance = landmark.sink_radius * rng.uniform(0.5, 0.9)
+    bearing = math.radians(yaw + rng.uniform(-30, 30))
+    x, z = landmark.x - distance * math.sin(bearing), landmark.z - distance * math.cos(bearing)
+    return View(*(np.array([value]) for value in (x % PERIOD, z % PERIOD, yaw, 0.0)))
+
+
 def make_trajectory(start: View, actions: Actions, latent_frames: int = 3) -> Trajectory:
     """``actions`` from ``start``, the view of latent frame 0, in chunks of ``latent_frames``."""
     session, by_frame = CameraPath(), CameraPath()
@@ -118,6 +130,12 @@ def place_in_world(start: View, poses: Array) -> View:
 def still_actions(count: int) -> Actions:
     """No key, ever."""
     return (NEUTRAL,) * count
+
+
+def step_back_actions(rng: np.random.Generator, count: int, long_share: float = 0) -> Actions:
+    """No key in the first chunk, then `s` for one to three chunks, then random ones."""
+    begin = (NEUTRAL,) * CHUNK_FRAMES + (("s",),) * int(rng.integers(CHUNK_FRAMES, 3 * CHUNK_FRAMES + 1))
+    return (begin + random_actions(rng, count, long_share))[:count]
 
 
 def random_actions(rng: np.random.Generator, count: int, long_share: float = 0) -> Actions:

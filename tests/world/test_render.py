@@ -9,10 +9,20 @@ import pytest
 import torch
 
 from lingbot_rt.session.camera_path import CameraPath, invert
+from lingbot_rt.session.controls import NEUTRAL
 from lingbot_rt.shapes import FrameSize
 from scripts.world.render import _MAX_INSTANCES, Renderer
 from scripts.world.scene import LOOKS, PERIOD
-from scripts.world.trajectories import SINGLE_KEYS, View, branch, make_trajectory, random_actions, start_view
+from scripts.world.trajectories import (
+    SINGLE_KEYS,
+    View,
+    branch,
+    hiding_view,
+    make_trajectory,
+    random_actions,
+    start_view,
+    step_back_actions,
+)
 
 SIZE = FrameSize(48, 32)
 
@@ -93,6 +103,22 @@ def test_every_key_shows(renderer):
     shown = renderer.render(ends, [0] * 9).float()
     for a, b in itertools.combinations(range(9), 2):
         assert (shown[a] - shown[b]).abs().mean() > 4
+
+
+def test_a_hidden_landmark_rises_before_a_viewer_who_steps_back(renderer):
+    """Training has walks that begin so: no landmark stands where the camera is, and a step back shows one."""
+    rng = np.random.default_rng(4)
+    actions = step_back_actions(rng, 12)
+    assert actions[:6] == (NEUTRAL,) * 3 + (("s",),) * 3
+    walks = [make_trajectory(hiding_view(rng), actions).view for _ in range(12)]
+    before, after = (renderer.render(np.concatenate([walk.at(i).poses() for walk in walks]), [0] * 12) for i in (2, 5))
+    random = [make_trajectory(start_view(rng), actions).view for _ in range(12)]
+    usual, later = (renderer.render(np.concatenate([walk.at(i).poses() for walk in random]), [0] * 12) for i in (2, 5))
+
+    def change(a, b):
+        return (a.float() - b.float()).abs().mean()
+
+    assert change(before, after) > 1.5 * change(usual, later)
 
 
 def test_the_camera_is_the_serving_codes():
