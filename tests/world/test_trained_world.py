@@ -9,7 +9,7 @@ import pytest
 
 from lingbot_rt.models.checkpoint import open_checkpoint
 from lingbot_rt.models.model_path import BUILTIN_FOLDER
-from scripts.world.metrics import obedience, prompt_switch, rollouts
+from scripts.world.metrics import full_turn, obedience, prompt_switch, rollouts
 from scripts.world.render import Renderer
 from scripts.world.worlds import ServedWorld
 
@@ -46,6 +46,13 @@ def test_a_walk_without_its_window(world):
     got, kept = walk(world)
     assert max(got) < 18
     assert got[1] < kept[1] + 3
+
+
+def test_a_full_turn_comes_back(world):
+    """After 360 degrees the picture is the first view, which has long left the window."""
+    turn = full_turn(world, world.renderer, 1)
+    assert turn.turned == 1
+    assert turn.above > 3
 
 
 def test_every_key_is_obeyed(world):
