@@ -117,16 +117,19 @@ class Discriminator(nn.Module):
 
 
 def teacher_forcing_batch(truth: TrajectoryBatch, schedule: FlowSchedule) -> DenoisingBatch:
-    """True chunks with noise, of the schedule's sigmas or of any, given worn contexts."""
-    shape, device = truth.latents.shape[:2], truth.latents.device
-    anywhere = shift_sigma(torch.rand(shape, device=device).clamp(0.02, 1), schedule.shift)
-    served = torch.rand(shape, device=device) < SERVED_SHARE
-    sigmas = served_sigmas(schedule, device)
-    is_first = torch.rand(shape, device=device) < FIRST_STEP_SHARE
-    step = torch.where(is_first, sigmas[0], pick(sigmas[1:], shape)) if len(sigmas) > 1 else sigmas[0]
-    sigma = torch.where(served, step, anywhere)
+    """True chunks with noise, given worn contexts."""
+    sigma = noise_levels(truth.latents.shape[:2], schedule, truth.latents.device)
     clean = worn_contexts(truth.latents)
     return DenoisingBatch(truth, clean, add_noise(truth.latents, sigma), sigma, truth.weight)
+
+
+def noise_levels(shape: torch.Size, schedule: FlowSchedule, device: torch.device) -> Tensor:
+    """Random sigmas for teacher forcing: those of the schedule, most of them the first, or any."""
+    anywhere = shift_sigma(torch.rand(shape, device=device).clamp(0.02, 1), schedule.shift)
+    first, *later = served_sigmas(schedule, device).split(1)
+    is_later = torch.rand(shape, device=device) >= FIRST_STEP_SHARE
+    served = torch.where(is_later, pick(torch.cat(later), shape), first) if later else first
+    return torch.where(torch.rand(shape, device=device) < SERVED_SHARE, served, anywhere)
 
 
 def worn_contexts(latents: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def test_a_walk_without_its_window(world):
 
 
 def test_a_full_turn_comes_back(world):
-    """After 360 degrees the picture is the first view, which has long left the window."""
+    """After 360 degrees the picture is the first view again, drawn from memory and from the sink."""
     turn = full_turn(world, world.renderer, 1)
     assert turn.turned == 1
     assert turn.above > 3

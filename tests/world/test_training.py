@@ -14,7 +14,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from transformers import UMT5EncoderModel
 
-from lingbot_rt.engine.flow_match import predict_x0, renoise
+from lingbot_rt.engine.flow_match import FlowSchedule, predict_x0, renoise
 from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.models.ray_map import ray_map
 from lingbot_rt.models.vae import StreamingVAE
@@ -408,6 +408,21 @@ def test_the_place_counts_by_its_mean_over_a_token():
     assert torch.allclose(places, torch.full((2, 3), 0.25), atol=1e-5)
     latents[:, :, 0] += 1
     assert torch.allclose(train_dit.errors_of_chunks(disturbed - latents)[0], torch.full((2, 3), 0.25), atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [(1000,), (1000, 500), (1000, 600, 300)])
+def test_noise_levels_of_teacher_forcing(steps):
+    """Seven in ten are the schedule's, and two thirds of these the first step's: pure noise."""
+    torch.manual_seed(4)
+    schedule = FlowSchedule(2.0, steps)
+    sigmas = [step.sigma for step in schedule.steps_for(len(steps))]
+    levels = train_dit.noise_levels(torch.Size((100, 100)), schedule, torch.device("cpu"))
+    shares = [torch.isclose(levels, torch.tensor(sigma)).double().mean().item() for sigma in sigmas]
+    later = len(steps) - 1
+    wanted = [0.7 * 0.65, *[0.7 * 0.35 / later] * later] if later else [0.7]
+    assert shares == pytest.approx(wanted, abs=0.02)
+    assert 0 < levels.min() < 0.1
+    assert levels.max() <= 1
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
