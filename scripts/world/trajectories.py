@@ -89,8 +89,8 @@ def start_view(rng: np.random.Generator, pitch: float = 0.0) -> View:
 
 
 def hiding_view(rng: np.random.Generator) -> View:
-    """A level view towards a landmark, from so near that it hides in the ground. It rises before a viewer who steps
-    back."""
+    """A level view towards a landmark, from so near that it hides in the ground, or is about to. It rises before a
+    viewer who steps back."""
     landmark = LANDMARKS[rng.integers(len(LANDMARKS))]
     yaw = YAW_DEGREES * rng.integers(360 // YAW_DEGREES)
     distance = landmark.sink_radius * rng.uniform(0.5, 0.9)
@@ -99,7 +99,7 @@ def hiding_view(rng: np.random.Generator) -> View:
     return View(*(np.array([value]) for value in (x % PERIOD, z % PERIOD, yaw, 0.0)))
 
 
-def make_trajectory(start: View, actions: Actions, latent_frames: int = 3) -> Trajectory:
+def make_trajectory(start: View, actions: Actions, latent_frames: int = CHUNK_FRAMES) -> Trajectory:
     """``actions`` from ``start``, the view of latent frame 0, in chunks of ``latent_frames``."""
     session, by_frame = CameraPath(), CameraPath()
     relative = np.concatenate(
