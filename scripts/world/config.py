@@ -30,7 +30,7 @@ class WorldConfig:
     text_len: int = 64
     vocabulary: int = 1200
     shift: float = 2.0
-    steps: tuple[int, ...] = (1000, 280)
+    steps: tuple[int, ...] = (1000, 230)
     sample_chunks: int = 9  # per training sample: the first of its session and eight in a row
     supersample: int = 2
 

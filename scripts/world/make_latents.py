@@ -51,7 +51,7 @@ was right in all pictures it was trained on was one step of direction wrong in h
 STILL_SHARE = 0.08
 """Share of trajectories that press no key at all, for sessions that only look or have no camera control."""
 
-HIDING_SHARE = 0.15
+HIDING_SHARE = 0.2
 """Share of trajectories that begin where a landmark hides before the camera, and step back: it rises and fills the
 view. In all sessions that did not obey `s` it was this."""
 

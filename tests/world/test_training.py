@@ -15,12 +15,14 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from transformers import UMT5EncoderModel
 
 from lingbot_rt.engine.flow_match import FlowSchedule, predict_x0, renoise
+from lingbot_rt.models.checkpoint import load_dit, open_checkpoint
+from lingbot_rt.models.dit import split_qkv
 from lingbot_rt.models.kv_cache import KVCache
 from lingbot_rt.models.ray_map import ray_map
 from lingbot_rt.models.vae import StreamingVAE
 from lingbot_rt.session.camera_path import YAW_DEGREES
 from lingbot_rt.shapes import FrameSize
-from scripts.world import make_latents, train_dit, train_text, train_vae
+from scripts.world import blend, make_latents, train_dit, train_text, train_vae
 from scripts.world.config import TINY
 from scripts.world.export import export
 from scripts.world.grow import grown_dit, grown_vae
@@ -364,6 +366,40 @@ def test_more_layers_change_nothing_at_first(dit):
     new = [b for b in deep.blocks if not b.self_attn.o.weight.any()]
     assert len(new) == 1
     assert new[0].self_attn.o.weight.grad.abs().max() > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_weighted_sum_of_networks(run, tmp_path, monkeypatch, capsys):
+    """blend writes the sum into a model folder, which then serves, and refuses what does not add up."""
+    folders = [tmp_path / name / "model" for name in ("before", "after", "sum")]
+    states = []
+    for seed, folder in enumerate(folders):
+        shutil.copytree(run / "model", folder)
+        torch.manual_seed(seed)
+        dit = train_dit.new_dit(TINY)
+        states.append(dit.state_dict())
+        save_part(folder / "transformer", TINY.transformer, split_qkv(dit.state_dict()))
+
+    def call(*terms) -> None:
+        arguments = [str(term) for term in (*terms, "--run-folder", tmp_path / "sum", "--config", "tiny")]
+        monkeypatch.setattr("sys.argv", ["blend", *arguments])
+        blend.main()
+
+    call(-0.5, folders[0], 1.5, folders[1])
+    found = load_dit(open_checkpoint(str(folders[2])), torch.float32, CPU).state_dict()
+    for name, value in found.items():
+        assert torch.allclose(value, 1.5 * states[1][name] - 0.5 * states[0][name], atol=1e-3), name
+    for terms, problem in {
+        (0.5, folders[0], 0.4, folders[1]): "add up to 0.9",
+        (0.5, folders[0], 0.5): "0.5 has no folder",
+        (0.5, folders[0], 0.5, tmp_path / "nothing"): "there is no such folder",
+        ("x", folders[0]): "could not convert string to float",
+    }.items():
+        with pytest.raises(SystemExit):
+            call(*terms)
+        assert problem in capsys.readouterr().err
+    with pytest.raises(ValueError, match="different layers or channels"):
+        blend.blend([0.5, 0.5], [states[0], {"other": torch.ones(1)}])
 
 
 def test_more_channels_change_no_picture(dit):
