@@ -28,16 +28,13 @@ from scripts.world.training_loop import save_part
 def blend(weights: Sequence[float], states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The weighted sum of ``states``, which have the same names and shapes.
 
-    Raises ValueError if the weights do not add up to 1, or the states do not match.
+    Raises ValueError if the weights do not add up to 1.
     """
     if not math.isclose(sum(weights), 1, abs_tol=1e-6):
         raise ValueError(f"the weights add up to {sum(weights):g}, not to 1")
-    shapes = [{name: value.shape for name, value in state.items()} for state in states]
-    if any(of != shapes[0] for of in shapes):
-        raise ValueError("the networks have different layers or channels")
     return {
         name: sum((weight * state[name] for weight, state in zip(weights, states, strict=True)), torch.zeros(()))
-        for name in shapes[0]
+        for name in states[0]
     }
 
 
@@ -53,6 +50,9 @@ def main() -> None:
     try:
         weights = [float(text) for text in args.terms[::2]]
         folders = [open_checkpoint(path) for path in args.terms[1::2]]
+        for folder in folders:
+            if folder.dit_config != config.dit:
+                raise ValueError(f"{folder.path} has other layers or channels than --config {args.config}")
         states = [load_dit(folder, torch.float32, torch.device("cpu")).state_dict() for folder in folders]
         state = blend(weights, states)
     except (ValueError, CheckpointError) as error:

@@ -52,8 +52,8 @@ STILL_SHARE = 0.08
 """Share of trajectories that press no key at all, for sessions that only look or have no camera control."""
 
 HIDING_SHARE = 0.2
-"""Share of trajectories that begin where a landmark hides before the camera, and step back: it rises and fills the
-view. In all sessions that did not obey `s` it was this."""
+"""Share of trajectories that begin where a landmark hides near the camera, and step back: it rises and fills the
+view. Most sessions that did not obey `s` began so."""
 
 LONG_SHARE = 0.1
 """Share of the spells with keys that last up to 24 latent frames: full turns, and walks straight on."""

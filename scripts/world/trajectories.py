@@ -90,11 +90,11 @@ def start_view(rng: np.random.Generator, pitch: float = 0.0) -> View:
 
 def hiding_view(rng: np.random.Generator) -> View:
     """A level view of a place where a landmark hides in the ground, or is about to, because the viewer is so near. It
-    rises before a viewer who steps back, nearer to the middle of the picture than its bearing is now."""
+    rises when the viewer steps back."""
     landmark = LANDMARKS[rng.integers(len(LANDMARKS))]
     yaw = YAW_DEGREES * rng.integers(360 // YAW_DEGREES)
     distance = landmark.sink_radius * rng.uniform(0.5, 0.9)
-    bearing = math.radians(yaw + rng.uniform(-55, 55))
+    bearing = math.radians(yaw + rng.uniform(-55, 55))  # a picture is 80 degrees wide: some come into view
     x, z = landmark.x - distance * math.sin(bearing), landmark.z - distance * math.cos(bearing)
     return View(*(np.array([value]) for value in (x % PERIOD, z % PERIOD, yaw, 0.0)))
 

@@ -394,12 +394,11 @@ def test_a_weighted_sum_of_networks(run, tmp_path, monkeypatch, capsys):
         (0.5, folders[0], 0.5): "0.5 has no folder",
         (0.5, folders[0], 0.5, tmp_path / "nothing"): "there is no such folder",
         ("x", folders[0]): "could not convert string to float",
+        (0.5, folders[0], 0.5, "builtin"): "other layers or channels than --config tiny",
     }.items():
         with pytest.raises(SystemExit):
             call(*terms)
         assert problem in capsys.readouterr().err
-    with pytest.raises(ValueError, match="different layers or channels"):
-        blend.blend([0.5, 0.5], [states[0], {"other": torch.ones(1)}])
 
 
 def test_more_channels_change_no_picture(dit):

@@ -49,7 +49,7 @@ export function warmUpText({ size, expectedMs }) {
 export function builtinText({ id, defaultSize }, size) {
   if (id !== "lingbot-rt-builtin") return "";
   return size === defaultSize
-    ? "The built-in model knows one small village. Any other picture turns into it. Some things lose their shape, and what should rise as you step back may not."
+    ? "The built-in model knows one small village. Any other picture turns into it. Some things lose their shape, and some do not appear."
     : `The built-in model knows its village at ${sizeText(defaultSize)} only: at other sizes it shows a blur.`;
 }
 
